@@ -1,0 +1,210 @@
+"""Evaluate a policy in LIBERO: success rate with interval, a video of every episode, report.html.
+
+    python eval.py --pretrained_checkpoint FOLDER --task_suite_name libero_spatial --num_trials_per_task 50
+
+Writes rollouts/EVAL-<suite>-<checkpoint>/. The same command continues where it was stopped; more trials or tasks
+are added to what is there. `torchrun --nproc-per-node N eval.py …` shares the episodes among N GPUs.
+"""
+
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import tyro
+from tqdm import tqdm
+
+from config import EvalConfig
+from prismatic import evaluation, machine, report, simulator
+from prismatic.errors import ConfigError, exit_codes
+from prismatic.player import Setup
+from prismatic.versions import SIMULATOR_PACKAGES, fingerprint, versions
+
+# Nothing here may import torch at the top: each simulator process imports this file once more.
+
+RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
+
+
+def main(cfg: EvalConfig) -> None:
+    check(cfg)
+    trials = evaluation.plan(
+        cfg.task_suite_name,
+        task_ids=cfg.task_ids,
+        num_trials=cfg.num_trials_per_task,
+        first_init_state=cfg.first_init_state,
+        env_seed=cfg.env_seed,
+    )
+    renderer = simulator.choose_renderer()
+    with evaluation.RolloutFolder(
+        cfg.local_log_dir / run_name(cfg), identity=identity(cfg, renderer), record=record(cfg), rank=RANK
+    ) as folder:
+        try:
+            summary = evaluate(cfg, trials, folder)
+        finally:
+            with folder.locked():
+                page = report.build(folder.path)
+    if RANK == 0:
+        print_result(cfg, folder.path, summary, page)
+
+
+def evaluate(cfg: EvalConfig, trials: list[Any], folder: evaluation.RolloutFolder) -> evaluation.Row:
+    mine = {trial.id for trial in trials[RANK::RANKS]}
+    done = [
+        row for row in folder.rows() if row["episode_id"] in mine and not (cfg.retry_errors and row["error"])
+    ]
+    if done and RANK == 0:
+        print(f"{len(done)} of {len(mine)} episodes are already in {folder.path}")
+    counts = {
+        "successes": sum(bool(row["success"]) for row in done),
+        "errors": sum(bool(row["error"]) for row in done),
+    }
+    with tqdm(
+        total=len(mine), initial=len(done), unit="episode", disable=RANK > 0, dynamic_ncols=True
+    ) as progress:
+
+        def show(row: evaluation.Row) -> None:
+            counts["successes"] += bool(row["success"])
+            counts["errors"] += bool(row["error"])
+            if row["error"]:
+                progress.write(f"error in {row['episode_id']}: {row['error']}")
+            progress.set_postfix(counts, refresh=False)
+            progress.update()
+
+        return evaluation.evaluate(
+            trials,
+            folder,
+            setup=Setup(
+                policy="parent" if cfg.policy == "checkpoint" else cfg.policy,
+                settle=cfg.num_steps_wait,
+                seed=cfg.seed,
+                quality=cfg.render_quality,
+                video_folder=folder.path if cfg.save_videos else None,
+            ),
+            load_policy=(lambda: load_policy(cfg)) if cfg.policy == "checkpoint" else None,
+            num_workers=machine.simulators_that_fit if cfg.num_workers == "auto" else cfg.num_workers,
+            one_by_one=cfg.deterministic,
+            retry_errors=cfg.retry_errors,
+            ranks=RANKS,
+            on_row=show,
+        )
+
+
+def load_policy(cfg: EvalConfig) -> Any:
+    import torch
+
+    from prismatic import checkpoint
+
+    torch.manual_seed(cfg.seed)
+    local_rank = os.environ.get("LOCAL_RANK")
+    return checkpoint.load_policy(
+        cfg.pretrained_checkpoint,
+        adapter=cfg.lora_checkpoint,
+        unnorm_key=cfg.unnorm_key,
+        center_crop=cfg.center_crop,
+        quantize="int8" if cfg.load_in_8bit else "int4" if cfg.load_in_4bit else "none",
+        device=f"cuda:{local_rank}" if local_rank and torch.cuda.is_available() else None,
+    )
+
+
+def check(cfg: EvalConfig) -> None:
+    """What can be said before anything is loaded. ConfigError."""
+    if cfg.policy == "checkpoint" and not cfg.pretrained_checkpoint:
+        raise ConfigError(
+            "pretrained_checkpoint is not set: --pretrained_checkpoint FOLDER_OR_HUB_ID, or --policy expert"
+        )
+    if cfg.policy == "checkpoint" and cfg.lora_checkpoint and not cfg.lora_checkpoint.is_dir():
+        raise ConfigError(f"lora_checkpoint {cfg.lora_checkpoint} is not a folder: --lora_checkpoint FOLDER")
+    if cfg.load_in_8bit and cfg.load_in_4bit:
+        raise ConfigError("load_in_8bit and load_in_4bit exclude each other: set one of them")
+    if cfg.num_workers != "auto" and cfg.num_workers < 1:
+        raise ConfigError(f"num_workers is {cfg.num_workers}: it must be at least 1, or auto")
+    if cfg.num_steps_wait < 0:
+        raise ConfigError(f"num_steps_wait is {cfg.num_steps_wait}: it must be at least 0")
+
+
+def run_name(cfg: EvalConfig) -> str:
+    """OpenVLA's EVAL-{suite}-{…}--{note}, with the policy's name and without the date, so that a run can be continued."""
+    policy = cfg.policy
+    if cfg.policy == "checkpoint":
+        policy = Path(cfg.lora_checkpoint or cfg.pretrained_checkpoint).resolve().name
+    note = f"--{cfg.run_id_note}" if cfg.run_id_note else ""
+    return re.sub(r"[^\w.+=-]", "_", f"EVAL-{cfg.task_suite_name}-{policy}{note}")
+
+
+def identity(cfg: EvalConfig, renderer: str) -> dict[str, Any]:
+    """What the numbers depend on. Weights count by their content: a folder trained anew is another policy."""
+
+    def weights(name: str | Path | None) -> str | None:
+        return fingerprint(Path(name)) if name and Path(name).exists() else str(name) if name else None
+
+    known = versions()
+    checkpoint = {
+        "pretrained_checkpoint": weights(cfg.pretrained_checkpoint),
+        "lora_checkpoint": weights(cfg.lora_checkpoint),
+        "unnorm_key": cfg.unnorm_key,
+        "center_crop": cfg.center_crop,
+        "load_in_8bit": cfg.load_in_8bit,
+        "load_in_4bit": cfg.load_in_4bit,
+        "deterministic": cfg.deterministic,
+    }
+    return {
+        "task_suite_name": cfg.task_suite_name,
+        "policy": cfg.policy,
+        **(checkpoint if cfg.policy == "checkpoint" else {}),
+        "num_steps_wait": cfg.num_steps_wait,
+        "step_limit": simulator.step_limit(cfg.task_suite_name),
+        "env_seed": cfg.env_seed,
+        "seed": cfg.seed,
+        "renderer": renderer,
+        "render_quality": cfg.render_quality,
+        **{name: known[name] for name in SIMULATOR_PACKAGES},
+    }
+
+
+def record(cfg: EvalConfig) -> dict[str, Any]:
+    """What should be known beside the numbers."""
+    paths = {
+        "checkpoint_path": cfg.pretrained_checkpoint,
+        "adapter_path": str(cfg.lora_checkpoint or "") or None,
+    }
+    return {
+        **(paths if cfg.policy == "checkpoint" else {}),
+        "command": shlex.join(["python", *sys.argv]),
+        "num_workers": cfg.num_workers,
+        "ranks": RANKS,
+        "versions": versions(),
+    }
+
+
+def print_result(cfg: EvalConfig, folder: Path, summary: evaluation.Row, page: Path) -> None:
+    low, high = summary["interval_95"]
+    rate = "no episode ended with an outcome"
+    if summary["success_rate"] is not None:
+        rate = (
+            f"{100 * summary['success_rate']:.1f} % success ({summary['successes']} of "
+            f"{summary['successes'] + summary['failures']} episodes, 95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
+        )
+    print(f"{cfg.task_suite_name}, {Path(folder).name}: {rate}")
+    if summary["errors"]:
+        print(
+            f"{summary['errors']} episodes ended as errors and are not counted: --retry_errors True plays them again"
+        )
+    print(f"report   {page}")
+    print(f"results  {folder / evaluation.RESULTS}")
+    for outcome, name in ((True, "success"), (False, "failure")):
+        videos = [
+            row["video"] for row in evaluation.read_rows(folder) if row["success"] is outcome and row["video"]
+        ]
+        if videos:
+            print(f"a {name}: {folder / videos[0]}")
+
+
+if __name__ == "__main__":
+    with exit_codes():
+        main(
+            tyro.cli(
+                EvalConfig, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True
+            )
+        )

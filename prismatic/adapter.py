@@ -1,0 +1,107 @@
+"""The files of an adapter folder, as peft 0.11.1 (the original's) writes and reads them, and what this project puts beside them.
+
+In: a VLA with LoRA. Out: a folder that appears whole or not at all. Surprising: the original's peft also stores the whole `lm_head` base
+weight, which is skipped when reading and not written.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.torch import save_file
+
+from prismatic.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROCESSOR, STATISTICS
+from prismatic.errors import ConfigError
+from prismatic.models import weights
+from prismatic.models.lora import ADAPTER, FILE_PREFIX, lora_config, lora_layers, lora_state_dict
+from prismatic.models.vla import VLA
+from prismatic.processor import Processor
+from prismatic.versions import versions
+
+OPTIONS, VERSIONS = "finetune.json", "versions.json"
+PLAIN_FIELDS = {  # fields of adapter_config.json that peft 0.11.1 knows and that always have this value here
+    "alpha_pattern": {}, "auto_mapping": None, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+    "init_lora_weights": "gaussian", "layer_replication": None, "layers_pattern": None, "layers_to_transform": None, "loftq_config": {},
+    "megatron_config": None, "megatron_core": "megatron.core", "modules_to_save": None, "peft_type": "LORA", "rank_pattern": {},
+    "revision": None, "task_type": None, "use_dora": False, "use_rslora": False,
+}  # fmt: skip
+MUST_BE_PLAIN = ("peft_type", "bias", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora")
+
+
+def save_adapter(
+    folder: Path, vla: VLA, *, processor: Processor, statistics: Mapping[str, Any], options: Mapping[str, Any]
+) -> None:
+    """Write adapter weights and config, processor, statistics, options of the run and versions. An existing folder is replaced."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _, layer = next(lora_layers(vla))
+    tensors = {name: tensor.detach().float().contiguous().cpu() for name, tensor in lora_state_dict(vla).items()}
+    save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config = PLAIN_FIELDS | {
+        "base_model_name_or_path": processor.config.base_model,
+        "r": layer.r[ADAPTER],
+        "lora_alpha": layer.lora_alpha[ADAPTER],
+        "lora_dropout": getattr(layer.lora_dropout[ADAPTER], "p", 0.0),
+        "target_modules": sorted({name.rpartition(".")[2] for name, _ in lora_layers(vla)}),
+    }
+    for name, content in (
+        (ADAPTER_CONFIG, dict(sorted(config.items()))),
+        (STATISTICS, statistics),
+        (OPTIONS, options),
+        (VERSIONS, versions()),
+    ):
+        (partial / name).write_text(json.dumps(content, indent=2, default=str))
+    (partial / PROCESSOR).write_text(processor.config.to_json())
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+
+
+def load_adapter(vla: VLA, folder: Path, *, dtype: torch.dtype) -> VLA:
+    """Put the adapter of a folder onto a built model, in place; only the adapter is trainable then. Returns vla.
+
+    ConfigError, before vla is changed, for a kind of adapter that this is not, or tensors that don't fit.
+    """
+    config = _read_config(folder)
+    stored = {
+        name.removeprefix(FILE_PREFIX): tensor
+        for name, tensor in weights.read_safetensors(folder / ADAPTER_WEIGHTS)
+        if ".base_layer." not in name
+    }
+    if "lora_A" in "".join(name for name, _ in vla.named_parameters()):
+        raise ConfigError(f"{folder} can't go onto a model that has an adapter already: merge that one first with export.py")
+    lora = lora_config(rank=config["r"], alpha=config["lora_alpha"], dropout=config["lora_dropout"])
+    lora.target_modules = set(config["target_modules"])
+    expected = _expected_shapes(vla, lora)
+    weights.check_names(expected, stored, folder)
+    vla.requires_grad_(False)
+    peft.inject_adapter_in_model(lora, vla, adapter_name=ADAPTER)
+    parameters = dict(vla.named_parameters())
+    for name, tensor in stored.items():
+        half, letter = name.removesuffix(".weight").rsplit(".", 1)
+        parameter = parameters[f"{half}.{letter}.{ADAPTER}.weight"]
+        parameter.data = tensor.read().to(device=parameter.device, dtype=dtype, copy=True)
+    return vla
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    for name in MUST_BE_PLAIN:
+        if config.get(name) and config[name] != PLAIN_FIELDS[name]:
+            raise ConfigError(f"{folder / ADAPTER_CONFIG}: {name} is {config[name]!r}, but only plain LoRA ({PLAIN_FIELDS[name]!r}) is built here")
+    if not isinstance(config.get("target_modules"), list):
+        raise ConfigError(f"{folder / ADAPTER_CONFIG}: target_modules must be a list of module names, as the original writes it")
+    return config
+
+
+def _expected_shapes(vla: VLA, lora: peft.LoraConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that an adapter of this kind has, found by adapting an empty model of the same config."""
+    with torch.device("meta"):
+        empty = VLA(vla.config)
+        peft.inject_adapter_in_model(lora, empty, adapter_name=ADAPTER)
+    return {name.removeprefix(FILE_PREFIX): tuple(tensor.shape) for name, tensor in lora_state_dict(empty).items()}

@@ -1,0 +1,207 @@
+"""Folders of weights: what their files are called, and how a model, a processor or a policy comes out of one.
+
+A checkpoint folder is OpenVLA's own (`config.json`, safetensors, tokenizer, preprocessor, `dataset_statistics.json`) or the native Prismatic
+layout; an adapter folder has `adapter_config.json`. Surprising: a folder with a processor.json allows no override; a foreign one needs
+`unnorm_key` where it has several statistics, and `center_crop` (default True).
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from prismatic.errors import ConfigError
+from prismatic.hub import resolve
+from prismatic.models import weights
+from prismatic.models.vla import VLA, VLAConfig
+from prismatic.policy import Policy
+from prismatic.processor import Processor, ProcessorConfig
+
+CONFIG, PROCESSOR, STATISTICS, PREPROCESSOR = "config.json", "processor.json", "dataset_statistics.json", "preprocessor_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "tokenizer.model", "added_tokens.json")
+NO_NOOPS = "_no_noops"  # a data set's name with and without its still steps: the statistics of either serve a suite's name
+
+
+def load_vla(
+    checkpoint: str | Path, adapter: str | Path | None = None, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> VLA:
+    """A model from a checkpoint folder or hub id, with an adapter on it if one is given (then only the adapter is trainable).
+
+    ConfigError, before anything is loaded, for a missing, surplus or mis-shaped tensor, a truncated file, or an adapter of another base.
+    """
+    folder = resolve(checkpoint)
+    if (folder / ADAPTER_CONFIG).exists():
+        raise ConfigError(f"{folder} is an adapter: give its base as the checkpoint and this folder as the adapter")
+    config = VLAConfig.from_json(folder / CONFIG)
+    stored = weights.stored_tensors(folder)
+    with torch.device("meta"):
+        vla = VLA(config)
+    weights.check_names({name: tuple(tensor.shape) for name, tensor in vla.state_dict().items()}, stored, folder)
+    if adapter is not None:
+        _check_base(Path(adapter), folder, stored)
+    weights.fill(vla, stored, dtype=dtype, device=device)
+    if adapter is not None:
+        from prismatic.adapter import load_adapter  # here, because peft takes seconds to import
+
+        load_adapter(vla, Path(adapter), dtype=dtype)
+    return vla
+
+
+def _check_base(adapter: Path, base: Path, stored: Mapping[str, weights.StoredTensor]) -> None:
+    """Refuse an adapter that remembers other weights than these."""
+    if not (adapter / PROCESSOR).exists():
+        return
+    remembered = ProcessorConfig.load(adapter / PROCESSOR)
+    if remembered.base_fingerprint and remembered.base_fingerprint != weights.fingerprint(dict(stored)):
+        raise ConfigError(f"{adapter} was trained on other weights ({remembered.base_model}) than {base}: give that base")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint folder, from tokenizer.json alone: library updates can't reinterpret it."""
+    if not (folder / TOKENIZER).exists():
+        raise ConfigError(f"{folder / TOKENIZER} is missing: copy it from the checkpoint, or for a native Prismatic folder from openvla-7b")
+    return PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER))
+
+
+def load_statistics(folder: Path) -> dict[str, Any]:
+    """All entries of a folder's statistics: dataset_statistics.json, else `norm_stats` of config.json."""
+    if (folder / STATISTICS).exists():
+        return json.loads((folder / STATISTICS).read_text())
+    norm_stats = json.loads((folder / CONFIG).read_text()).get("norm_stats") if (folder / CONFIG).exists() else None
+    if not norm_stats:
+        raise ConfigError(f"{folder} has no {STATISTICS} (and no norm_stats in {CONFIG}): copy it from the run that made the weights")
+    return norm_stats
+
+
+def statistics_key(statistics: Mapping[str, Any], unnorm_key: str | None, folder: Path) -> str:
+    """The entry that unnorm_key means: itself, or with `_no_noops`; the only one if None. ConfigError that lists the keys otherwise."""
+    if unnorm_key is None and len(statistics) == 1:
+        return next(iter(statistics))
+    for key in (unnorm_key, f"{unnorm_key}{NO_NOOPS}", str(unnorm_key).removesuffix(NO_NOOPS)):
+        if key in statistics:
+            return str(key)
+    asked = "--unnorm_key is needed" if unnorm_key is None else f"--unnorm_key {unnorm_key} is not there"
+    raise ConfigError(f"{asked}: {folder} has statistics of {', '.join(sorted(statistics))}")
+
+
+def load_processor(
+    checkpoint: Path, adapter: Path | None = None, *, unnorm_key: str | None = None, center_crop: bool | None = None
+) -> Processor:
+    """The processor of an adapter or checkpoint folder; see the module's first lines for what may be given."""
+    home = adapter if adapter is not None and (adapter / PROCESSOR).exists() else checkpoint
+    statistics_home = next((f for f in (adapter, home) if f is not None and (f / STATISTICS).exists()), checkpoint)
+    statistics = load_statistics(statistics_home)
+    if (home / PROCESSOR).exists():
+        config = ProcessorConfig.load(home / PROCESSOR)
+        if unnorm_key is not None and statistics_key(statistics, unnorm_key, statistics_home) != config.unnorm_key:
+            raise ConfigError(f"--unnorm_key {unnorm_key} contradicts {home / PROCESSOR}, which says {config.unnorm_key}: leave it out")
+        if center_crop is not None and center_crop != config.center_crop:
+            raise ConfigError(f"--center_crop {center_crop} contradicts {home / PROCESSOR}, which says {config.center_crop}: leave it out")
+        if config.unnorm_key not in statistics:
+            raise ConfigError(f"{statistics_home / STATISTICS} has no entry {config.unnorm_key}, which {home / PROCESSOR} names")
+    else:
+        key = statistics_key(statistics, unnorm_key, statistics_home)
+        model = VLAConfig.from_json(checkpoint / CONFIG)
+        crop = True if center_crop is None else center_crop
+        config = ProcessorConfig.for_model(model, unnorm_key=key, center_crop=crop, **_preprocessor(checkpoint))
+    return Processor(config, load_tokenizer(checkpoint), statistics[config.unnorm_key])
+
+
+def _preprocessor(folder: Path) -> dict[str, Any]:
+    """Means and deviations of preprocessor_config.json; `tvf_normalize_params` holds the numbers that were in force."""
+    path = folder / PREPROCESSOR
+    if not path.exists():
+        return {}
+    towers = json.loads(path.read_text())["tvf_normalize_params"]
+    return {"means": tuple(tuple(t["mean"]) for t in towers), "stds": tuple(tuple(t["std"]) for t in towers)}
+
+
+def load_policy(
+    checkpoint: str | Path,
+    adapter: str | Path | None = None,
+    unnorm_key: str | None = None,
+    center_crop: bool | None = None,
+    quantize: str = "none",
+    device: str | None = None,
+) -> Policy:
+    """A policy from a checkpoint folder, a hub id or an adapter folder (which knows its base). bfloat16 on a GPU, float32 on a CPU."""
+    if quantize != "none":
+        raise ConfigError(f"quantize {quantize!r} is not there yet: use none")
+    folder = resolve(checkpoint)
+    if (folder / ADAPTER_CONFIG).exists():
+        if adapter is not None:
+            raise ConfigError(f"{folder} is itself an adapter: give its base as the checkpoint, or leave the second adapter out")
+        folder, adapter = resolve(adapter_base(folder)), folder
+    adapter_folder = None if adapter is None else resolve(adapter)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    processor = load_processor(folder, adapter_folder, unnorm_key=unnorm_key, center_crop=center_crop)
+    vla = load_vla(folder, adapter_folder, dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32, device=device)
+    if processor.config.num_images_in_input != vla.config.num_images_in_input:
+        raise ConfigError(f"{folder / CONFIG} and its processor.json disagree about num_images_in_input")
+    card = {
+        "checkpoint": str(checkpoint),
+        "checkpoint_fingerprint": weights.fingerprint(weights.stored_tensors(folder)),
+        "adapter": None if adapter_folder is None else str(adapter_folder),
+        "adapter_fingerprint": None if adapter_folder is None else _adapter_fingerprint(adapter_folder),
+    }
+    return Policy(vla, processor, card)
+
+
+def _adapter_fingerprint(folder: Path) -> str:
+    return weights.fingerprint(dict(weights.read_safetensors(folder / ADAPTER_WEIGHTS)))
+
+
+def adapter_base(folder: Path) -> str:
+    """The base model's folder or id that an adapter names; a relative folder is looked for beside the adapter, then from here."""
+    name = json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+    beside = folder.parent / name
+    return str(beside) if beside.is_dir() and not Path(name).is_absolute() else name
+
+
+def save_checkpoint(
+    folder: Path, vla: VLA, *, processor: Processor, statistics: Mapping[str, Any], tokenizer_from: Path, dtype: torch.dtype
+) -> None:
+    """Write a checkpoint folder in OpenVLA's form from a model without adapters. The folder appears whole or not at all."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    weights.save_weights({name: tensor.detach().to(dtype) for name, tensor in vla.state_dict().items()}, partial)
+    config = vla.config.to_json() | {"norm_stats": statistics, "torch_dtype": str(dtype).removeprefix("torch.")}
+    (partial / CONFIG).write_text(json.dumps(config, indent=2))
+    (partial / STATISTICS).write_text(json.dumps(statistics, indent=2))
+    (partial / PROCESSOR).write_text(processor.config.to_json())
+    (partial / PREPROCESSOR).write_text(json.dumps(preprocessor_json(processor.config), indent=2))
+    for name in TOKENIZER_FILES:
+        if (tokenizer_from / name).exists():
+            shutil.copyfile(tokenizer_from / name, partial / name)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+
+
+def preprocessor_json(config: ProcessorConfig) -> dict[str, Any]:
+    """preprocessor_config.json as OpenVLA's image processor reads it."""
+    size, towers = config.image_size, len(config.means)
+    return {
+        "image_processor_type": "PrismaticImageProcessor",
+        "processor_class": "PrismaticProcessor",
+        "image_resize_strategy": "resize-naive",
+        "use_fused_vision_backbone": True,
+        "input_sizes": [[3, size, size]] * towers,
+        "interpolations": ["bicubic"] * towers,
+        "means": config.means,
+        "stds": config.stds,
+        "tvf_resize_params": [{"antialias": True, "interpolation": 3, "max_size": None, "size": [size, size]}] * towers,
+        "tvf_crop_params": [{"output_size": [size, size]}] * towers,
+        "tvf_normalize_params": [
+            {"inplace": False, "mean": mean, "std": std} for mean, std in zip(config.means, config.stds, strict=True)
+        ],
+        "tvf_do_letterbox": False,
+        "tvf_letterbox_fill": None,
+    }

@@ -1,0 +1,212 @@
+"""Frame cache: a folder for random access, made once from an RLDS data set by `prismatic.data.rlds`.
+
+`frames.bin` holds the data set's own JPEG bytes end to end (each step's agent view, then its wrist view if
+there is one), `steps.npz` a row per step, `meta.json` the rest. `Mixture` lines up the training frames of one
+or more caches as an endless shuffled sequence; its draw p depends on seed and p alone, so that any run
+resumes exactly, whatever its workers.
+"""
+
+import functools
+import io
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from prismatic.errors import ConfigError
+from prismatic.normalize import action_statistics, gripper_open_is_one
+
+CACHE_FORMAT = 1  # a cache of another format is not read; rlds.build_cache makes a new one
+TRAIN_PERCENT = 95  # of the episodes, the first ones on disk; the rest is for validation
+
+
+class Step(NamedTuple):
+    """One step of a demonstration, images still compressed."""
+
+    dataset: str  # key of its statistics
+    image: bytes  # JPEG, agent view, upright
+    wrist: bytes | None  # JPEG, wrist view, where the data set has one
+    instruction: str
+    action: np.ndarray  # (7,) float32, the data set's units, gripper 1 open … 0 close
+
+
+def num_train_episodes(num_episodes: int) -> int:
+    """How many of the episodes, from the first, are for training where a data set has no validation split."""
+    return round(TRAIN_PERCENT * num_episodes / 100)
+
+
+class FrameCache:
+    """A cache folder opened for reading. Pickles as its path; opens frames.bin when it first reads an image.
+
+    Raises ConfigError where the folder is no whole cache of this format.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        try:
+            meta = json.loads((self.folder / "meta.json").read_text())
+            with np.load(self.folder / "steps.npz", allow_pickle=False) as arrays:
+                steps = {key: arrays[key] for key in arrays.files}
+            stored_bytes = (self.folder / "frames.bin").stat().st_size
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.folder} is no frame cache ({error}): delete it and run again") from None
+        if meta["format"] != CACHE_FORMAT or stored_bytes != steps["offsets"][-1]:
+            raise ConfigError(f"the frame cache {self.folder} is old or damaged: delete it and run again")
+        self.name: str = meta["name"]
+        self.fingerprint: str = meta["fingerprint"]  # of the content, the same on every machine
+        self.has_wrist: bool = len(meta["images"]) == 2
+        self.file_paths: list[str] = meta["file_paths"]  # per episode
+        self.actions = gripper_open_is_one(steps["action"])  # (N, 7) float32
+        self.state: np.ndarray | None = steps.get("state")  # (N, 8) float32
+        self.episode = steps["episode"]  # (N,) int32
+        self.timestep = steps["timestep"]  # (N,) int32
+        self._distinct_instructions: list[str] = meta["instructions"]
+        self._instruction = steps["instruction"]  # (N,) int32 into the list above
+        self._offsets = steps["offsets"]  # (N * images + 1,) int64
+        self._num_train: int | None = meta["train_episodes"]
+        self._file: io.FileIO | None = None
+
+    def __reduce__(self) -> tuple:
+        return FrameCache, (self.folder,)
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def __getitem__(self, frame: int) -> Step:
+        wrist = self.wrist_bytes(frame) if self.has_wrist else None
+        return Step(self.name, self.image_bytes(frame), wrist, self.instruction(frame), self.actions[frame])
+
+    def instruction(self, frame: int) -> str:
+        """What the data set says at this step, as it is written there."""
+        return self._distinct_instructions[self._instruction[frame]]
+
+    def image_bytes(self, frame: int) -> bytes:
+        """JPEG of the agent view."""
+        return self._read(frame, 0)
+
+    def wrist_bytes(self, frame: int) -> bytes:
+        """JPEG of the wrist view; ConfigError where the data set has none."""
+        if not self.has_wrist:
+            raise ConfigError(f"data set {self.name} has no wrist_image: set num_images_in_input to 1")
+        return self._read(frame, 1)
+
+    def _read(self, frame: int, view: int) -> bytes:
+        if not 0 <= frame < len(self):
+            raise IndexError(frame)
+        if self._file is None:
+            self._file = io.FileIO(self.folder / "frames.bin")
+        slot = frame * (2 if self.has_wrist else 1) + view
+        start, end = self._offsets[slot : slot + 2].tolist()
+        return os.pread(self._file.fileno(), end - start, start)  # no file position: safe after a fork
+
+    @property
+    def instructions(self) -> list[str]:
+        """Per episode, the instruction of its first step; empty where it has none."""
+        texts = [""] * len(self.file_paths)
+        for frame in np.flatnonzero(self.timestep == 0):
+            texts[self.episode[frame]] = self.instruction(int(frame))
+        return texts
+
+    @functools.cached_property
+    def statistics(self) -> dict[str, Any]:
+        """This data set's entry in dataset_statistics.json, over all episodes."""
+        return action_statistics(self.actions, None, len(self.file_paths))
+
+    def train_indices(self) -> np.ndarray:
+        """Frames (int64) of the training episodes, without those that have no instruction at any step."""
+        return np.flatnonzero(self._has_words() & (self.episode < self._first_validation_episode()))
+
+    def validation_indices(self) -> np.ndarray:
+        """Frames (int64) of the other episodes, with the same omission; may be empty."""
+        return np.flatnonzero(self._has_words() & (self.episode >= self._first_validation_episode()))
+
+    def _first_validation_episode(self) -> int:
+        return num_train_episodes(len(self.file_paths)) if self._num_train is None else self._num_train
+
+    def _has_words(self) -> np.ndarray:
+        said = np.array([text != "" for text in self._distinct_instructions])[self._instruction]
+        return np.isin(self.episode, self.episode[said])
+
+
+@functools.lru_cache(maxsize=16)
+def _permutation(length: int, *key: int) -> np.ndarray:
+    return np.random.default_rng(key).permutation(length).astype(np.int32)
+
+
+class Mixture:
+    """The training frames of one or more caches as an endless sequence: `mixture[p]` is the Step at draw p ≥
+    0.
+
+    An epoch, `len(mixture)` draws, takes round(weight · frames) of each data set (weight 1: each frame once),
+    mixed anew by (seed, epoch). No frame of a data set comes again before all its others came. ConfigError
+    for a bad weight, for a data set without training frames, and for two of one name (their statistics would
+    share a key).
+    """
+
+    def __init__(
+        self, caches: Sequence[FrameCache], *, seed: int, weights: Sequence[float] | None = None
+    ) -> None:
+        weights = [1.0] * len(caches) if weights is None else weights
+        names = [cache.name for cache in caches]
+        if len(weights) != len(caches) or not all(0 < weight < float("inf") for weight in weights):
+            raise ConfigError(f"a mixture of {names} needs a weight above 0 for each, not {list(weights)}")
+        if len(set(names)) < len(names):
+            raise ConfigError(f"a mixture can't hold two data sets of one name, {names}: rename a folder")
+        self.caches = list(caches)
+        self.seed = seed
+        self._frames = [cache.train_indices() for cache in caches]
+        for cache, frames in zip(caches, self._frames, strict=True):
+            if len(frames) == 0:
+                raise ConfigError(
+                    f"no training episode of {cache.name} has a language_instruction: leave it out"
+                )
+        shares = [max(1, round(w * len(frames))) for w, frames in zip(weights, self._frames, strict=True)]
+        self._ends = np.cumsum(shares)  # an epoch's slot belongs to the first data set whose end is above it
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """The content of dataset_statistics.json: an entry per data set, each normalised by its own."""
+        return {cache.name: cache.statistics for cache in self.caches}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, draw: int) -> Step:
+        dataset, frame = self.locate(draw)
+        return self.caches[dataset][frame]
+
+    def locate(self, draw: int) -> tuple[int, int]:
+        """Number of the data set and of the frame in it that come at this draw (≥ 0)."""
+        epoch, place = divmod(draw, len(self))
+        slot = _permutation(len(self), self.seed, 0, epoch)[place]
+        dataset = int(np.searchsorted(self._ends, slot, side="right"))
+        share = np.diff(self._ends, prepend=0)[dataset]
+        nth = epoch * share + slot - (self._ends[dataset] - share)  # of all draws from this data set so far
+        frames = self._frames[dataset]
+        times, place = divmod(int(nth), len(frames))
+        return dataset, int(frames[_permutation(len(frames), self.seed, 1 + dataset, times)[place]])
+
+
+class DrawBatches:
+    """Batch sampler of torch's DataLoader over a Mixture: endless batches, each a list of draw numbers.
+
+    Step k of all W ranks together is draws [k·B·W, (k+1)·B·W), shared out without repeats; to resume is to
+    begin at a later `first_step`.
+    """
+
+    def __init__(self, *, batch_size: int, first_step: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        self.batch_size = batch_size  # of one rank
+        self.first_step = first_step
+        self.rank, self.world_size = rank, world_size
+
+    def batch(self, step: int) -> list[int]:
+        """This rank's draws at a step (≥ 0)."""
+        start = (step * self.world_size + self.rank) * self.batch_size
+        return list(range(start, start + self.batch_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return map(self.batch, itertools.count(self.first_step))

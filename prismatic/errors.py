@@ -1,0 +1,39 @@
+"""Errors that a person can act on, and the exit codes of every script.
+
+A wrong configuration is one sentence on stderr and exit 2; Ctrl-C is 130 and SIGTERM 143, so that
+`finetune.py … && eval.py …` doesn't go on after a stop. Anything else is a bug and keeps its traceback.
+"""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+
+
+class ConfigError(Exception):
+    """One sentence that names the file, field or flag and the way out."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; raised in the main thread, like KeyboardInterrupt, so that `finally` blocks save."""
+
+
+def _raise_terminated(signum: int, frame: object) -> None:
+    raise Terminated
+
+
+@contextlib.contextmanager
+def exit_codes() -> Iterator[None]:
+    """Run a script's body and leave with the codes above. Use: `with exit_codes(): main(...)`."""
+    signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        yield
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+    except Terminated:
+        print("stopped by SIGTERM", file=sys.stderr)
+        sys.exit(143)

@@ -1,0 +1,331 @@
+"""A suite's trials in; a folder of results out: results.jsonl (a line an episode), summary.json, run.json, videos.
+
+results.jsonl is the truth: appended and flushed to disk as episodes end, in the order in which they end. The same call
+continues where it stopped; summary.json is derived and can be made again. Errors (crashed or hung simulators) are kept
+apart: `success` is null and no rate counts them. run.json holds what the numbers depend on, and a run that differs in it
+is refused the folder. Several ranks (torchrun) share out the trials by their place in the plan and append to one file.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any
+
+from prismatic.errors import ConfigError
+from prismatic.player import Outcome, Setup, Trial
+from prismatic.statistics import wilson_interval
+from prismatic.workers import SILENCE_LIMIT, play
+
+RESULTS, SUMMARY, RUN = "results.jsonl", "summary.json", "run.json"
+TASK_CHARACTERS = 50  # of the instruction in a video's name, as OpenVLA has it
+
+Row = dict[str, Any]  # one line of results.jsonl
+
+
+def plan(
+    suite: str,
+    *,
+    task_ids: Sequence[int] = (),
+    num_trials: int = 50,
+    first_init_state: int = 0,
+    env_seed: int = 0,
+    simulator: str = "prismatic.simulator",
+) -> list[Trial]:
+    """All trials of a run: for each task (none named: all) `num_trials` stored states from `first_init_state` on.
+
+    ConfigError for an unknown suite or task, or for more trials than stored states.
+    """
+    world = importlib.import_module(simulator)
+    tasks = sorted(set(task_ids)) or range(world.num_tasks(suite))
+    if num_trials < 1 or first_init_state < 0:
+        raise ConfigError("num_trials_per_task must be at least 1 and first_init_state at least 0")
+    trials = []
+    for task_id in tasks:
+        stored = world.num_init_states(suite, task_id)
+        if first_init_state + num_trials > stored:
+            raise ConfigError(
+                f"task {task_id} of {suite} has {stored} stored initial states: "
+                f"num_trials_per_task {num_trials} from first_init_state {first_init_state} on asks for more"
+            )
+        states = range(first_init_state, first_init_state + num_trials)
+        trials += [
+            Trial(suite=suite, task_id=task_id, init_state=state, env_seed=env_seed) for state in states
+        ]
+    return trials
+
+
+class RolloutFolder:
+    """A run's folder, held by this process (one process a rank) until `close`; use with `with`.
+
+    identity: what the numbers depend on (JSON values); it must equal that of the run already there. record: what should
+    merely be known (versions, command line, …); the latest counts. ConfigError when the folder cannot be written, holds
+    another run, or is in use.
+    """
+
+    def __init__(self, path: Path, *, identity: Row, record: Row, rank: int = 0) -> None:
+        self.path, self.rank = path, rank
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._hold()
+            with self.locked():
+                self._claim(identity, record)
+                _drop_torn_line(path / RESULTS)
+            self.unfinished = path / f".unfinished-{rank}"
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+            self.unfinished.mkdir()
+            self._videos = {row["video"] for row in self.rows()}
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ConfigError(f"cannot write to {path} ({reason}): choose another --local_log_dir") from error
+
+    def _hold(self) -> IO[str]:
+        lock = (self.path / f".lock-{self.rank}").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another evaluation is writing to {self.path}: wait for it, or use another --run_id_note"
+            ) from None
+        return lock
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Alone among the ranks while it lasts."""
+        with (self.path / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _claim(self, identity: Row, record: Row) -> None:
+        identity = json.loads(json.dumps(identity))
+        run = self.path / RUN
+        results = self.path / RESULTS
+        if results.exists() and results.stat().st_size:
+            if not run.is_file():
+                raise ConfigError(
+                    f"{self.path} holds results of an unknown run ({RUN} is missing): use another --run_id_note"
+                )
+            there = json.loads(run.read_text())["identity"]
+            for name in [*identity, *there]:
+                if there.get(name) != identity.get(name):
+                    raise ConfigError(
+                        f"{self.path} holds a run with {name} {there.get(name)!r}, this one has {identity.get(name)!r}: "
+                        "use another --run_id_note, or delete that folder"
+                    )
+        _write_whole(run, _pretty({"identity": identity, "record": record}))
+
+    def rows(self) -> list[Row]:
+        """The results so far, the last line of each episode, in the order in which they ended."""
+        with self.locked():
+            return read_rows(self.path)
+
+    def note(self, **facts: Any) -> None:
+        """Add to the record what became known only now, such as the policy's card."""
+        with self.locked():
+            run = json.loads((self.path / RUN).read_text())
+            run["record"].update(facts)
+            _write_whole(self.path / RUN, _pretty(run))
+
+    def add(self, outcome: Outcome, *, instruction: str, number: int) -> Row:
+        """Give the video its name and append the episode's line, safe on disk when this returns.
+
+        number: the video's, unique within the folder. ConfigError when the disk is full.
+        """
+        video = None
+        if outcome.video and outcome.success is not None:
+            video = self._keep_video(outcome.video, video_name(number, outcome.success, instruction))
+        trial = outcome.trial
+        row = {
+            "episode_id": trial.id,
+            "suite": trial.suite,
+            "task_id": trial.task_id,
+            "init_state": trial.init_state,
+            "env_seed": trial.env_seed,
+            "instruction": instruction,
+            "success": outcome.success,
+            "error": outcome.error,
+            "steps": outcome.steps,
+            "seconds": round(outcome.seconds, 2),
+            "video": video,
+            # equal for equal behaviour: tells whether two runs did the same, not only whether they ended alike
+            "actions_sha256": None
+            if outcome.actions is None
+            else hashlib.sha256(outcome.actions).hexdigest()[:16],
+        }
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        try:
+            with self.locked(), (self.path / RESULTS).open("ab", buffering=0) as results:
+                if results.write(line) != len(line):
+                    raise OSError("the disk is full")
+                os.fsync(results.fileno())
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write {self.path / RESULTS} ({error.strerror or error}): make room; "
+                "the same command then continues"
+            ) from error
+        return row
+
+    def _keep_video(self, unfinished: Path, name: str) -> str | None:
+        """Rename it into the folder; a recorded video is never overwritten (an episode played again has two)."""
+        if not unfinished.is_file():
+            return None
+        base, again = name, 2
+        while name in self._videos:
+            name, again = base.removesuffix(".mp4") + f"--{again}.mp4", again + 1
+        self._videos.add(name)
+        unfinished.replace(self.path / name)
+        return name
+
+    def summarise(self) -> Row:
+        """Write summary.json from what is on disk and return it."""
+        with self.locked():
+            run = json.loads((self.path / RUN).read_text())
+            summary = summarise(read_rows(self.path), protocol={**run["identity"], **run["record"]})
+            _write_whole(self.path / SUMMARY, _pretty(summary))
+        return summary
+
+    def close(self) -> None:
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        self._lock.close()
+
+    def __enter__(self) -> "RolloutFolder":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The lines of a folder's results.jsonl, the last one of each episode; [] without the file. ConfigError if damaged."""
+    path = folder / RESULTS
+    lines = (
+        path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    )  # after the last newline: nothing, or a torn line
+    rows: dict[str, Row] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows.pop(row["episode_id"], None)
+            rows[row["episode_id"]] = row
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(
+                f"{path}, line {number}, is damaged: remove that line, its episode is played again"
+            ) from None
+    return list(rows.values())
+
+
+def video_name(number: int, success: bool, instruction: str) -> str:
+    """`episode=…--success=…--task=….mp4`, as people of the OpenVLA repository know it."""
+    task = re.sub(r"[^a-z0-9_-]", "_", instruction.lower())[:TASK_CHARACTERS]
+    return f"episode={number}--success={success}--task={task}.mp4"
+
+
+def summarise(rows: Sequence[Row], *, protocol: Row) -> Row:
+    """summary.json's content. episodes = successes + failures + errors; rates and intervals leave the errors out."""
+    tasks: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        tasks.setdefault((row["suite"], row["task_id"]), []).append(row)
+    per_task = [
+        {"suite": suite, "task_id": task_id, "instruction": tasks[suite, task_id][0]["instruction"]}
+        | _count(tasks[suite, task_id])
+        for suite, task_id in sorted(tasks)
+    ]
+    return {**_count(rows), "per_task": per_task, "protocol": protocol}
+
+
+def _count(rows: Sequence[Row]) -> Row:
+    outcomes = [row["success"] for row in rows]
+    successes, failures = outcomes.count(True), outcomes.count(False)
+    judged = successes + failures
+    return {
+        "episodes": len(rows),
+        "successes": successes,
+        "failures": failures,
+        "errors": len(rows) - judged,
+        "success_rate": successes / judged if judged else None,
+        "interval_95": list(wilson_interval(successes, judged)),
+    }
+
+
+def evaluate(
+    trials: Sequence[Trial],
+    folder: RolloutFolder,
+    *,
+    setup: Setup,
+    load_policy: Callable[[], Any] | None = None,
+    num_workers: int | Callable[[], int] = 1,
+    one_by_one: bool = False,
+    retry_errors: bool = False,
+    ranks: int = 1,
+    silence_limit: float = SILENCE_LIMIT,
+    on_row: Callable[[Row], None] = lambda row: None,
+) -> Row:
+    """Play the trials that have no line yet, of those that are this rank's; returns the summary of the whole folder.
+
+    setup.video_folder is set here to the folder's own place when it is not None. load_policy is called, once, only if
+    there is something to play, and num_workers (when it is a function) after it, so that it sees the memory that is left.
+    retry_errors: play those again that ended as errors. on_row: called with each new line. However it ends, summary.json
+    is brought up to date.
+    """
+    world = importlib.import_module(setup.simulator)
+    done = {row["episode_id"] for row in folder.rows() if not (retry_errors and row["error"])}
+    pending = [trial for trial in trials[folder.rank :: ranks] if trial.id not in done]
+    try:
+        if pending:
+            policy = load_policy() if load_policy else None
+            if hasattr(policy, "card"):
+                folder.note(policy_card=policy.card())
+            setup = replace(
+                setup,
+                num_images=getattr(policy, "num_images", setup.num_images),
+                video_folder=setup.video_folder and folder.unfinished.resolve(),
+            )
+            workers = num_workers() if callable(num_workers) else num_workers
+            outcomes = play(
+                pending,
+                setup=setup,
+                policy=policy,
+                num_workers=min(max(workers, 1), len(pending)),
+                one_by_one=one_by_one,
+                silence_limit=silence_limit,
+            )
+            with contextlib.closing(outcomes):
+                for outcome in outcomes:
+                    trial = outcome.trial
+                    row = folder.add(
+                        outcome,
+                        instruction=world.instruction(trial.suite, trial.task_id),
+                        # the episode's place in the whole protocol: OpenVLA's count when all stored states are played
+                        number=trial.task_id * world.num_init_states(trial.suite, trial.task_id)
+                        + trial.init_state
+                        + 1,
+                    )
+                    on_row(row)
+    finally:
+        summary = folder.summarise()
+    return summary
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off what follows the last newline: a line that was being written when the machine stopped."""
+    if path.is_file() and not (content := path.read_bytes()).endswith(b"\n"):
+        with path.open("r+b") as results:
+            results.truncate(content.rfind(b"\n") + 1)
+
+
+def _pretty(content: Row) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Replace the file at once, so that whoever reads or interrupts sees the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,32 @@
+"""A name → a folder on this disk. In: a folder, or a hub id such as openvla/openvla-7b. Out: a Path whose files are complete.
+
+Downloads go through huggingface_hub's cache: they resume after an interruption and happen once. Nothing is fetched for a folder that exists.
+"""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from prismatic.errors import ConfigError
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+WANTED = ["*.json", "*.safetensors", "*.model", "checkpoints/latest-checkpoint.pt"]  # never Python files
+WANTED_DATA = ["*.json", "*.tfrecord*"]
+
+
+def resolve(name: str | Path, *, kind: Literal["model", "dataset"] = "model") -> Path:
+    """The folder that name is, or the snapshot of the hub id that it names. ConfigError if it is neither, or can't be fetched."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if not HUB_ID.fullmatch(str(name)) or str(name).startswith("."):
+        raise ConfigError(f"{name} is no folder, and no hub id such as openvla/openvla-7b: check the path")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        patterns = WANTED if kind == "model" else WANTED_DATA
+        return Path(snapshot_download(str(name), repo_type=kind, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{name} is no folder here and can't be fetched from the hub ({first}): give a path, or log in and try again") from None

@@ -1,0 +1,206 @@
+"""Pixels of a camera frame on their way to the model, equal to what TensorFlow and PIL did in the original.
+
+In: (H, W, 3) uint8 frames, upright. Out: (S, S, 3) uint8, then `pixel_values` (6, S, S) float32. Surprising: the frame goes through JPEG also
+when acting (the model learnt on JPEGs); the JPEG decoder must be libjpeg's fast integer DCT (Pillow's differs by up to 16 levels); float to
+uint8 is trunc(x * 255.5), as tf.image.convert_image_dtype does.
+"""
+
+import functools
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+JPEG_QUALITY = 95  # of 100; chroma 4:2:0: the settings of tf.image.encode_jpeg
+CROP_AREA = 0.9  # share of the picture that a random crop (training) and the centre crop (acting) keep
+BRIGHTNESS = 0.2  # added, U(-0.2, 0.2) of the full range
+CONTRAST = (0.8, 1.2)
+SATURATION = (0.8, 1.2)
+HUE = 0.05  # of the colour circle, U(-0.05, 0.05)
+AUGMENTATIONS = ("random_resized_crop", "random_brightness", "random_contrast", "random_saturation", "random_hue")
+_LANCZOS_RADIUS = 3.0
+_TO_UNIT = np.float32(1.0 / 255.0)
+
+
+def encode_jpeg(frame: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 → JPEG bytes, quality 95, chroma 4:2:0; the scan data equals tf.image.encode_jpeg's."""
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, format="JPEG", quality=JPEG_QUALITY, subsampling="4:2:0")
+    return buffer.getvalue()
+
+
+def decode_jpeg(data: bytes) -> np.ndarray:
+    """JPEG bytes → (H, W, 3) uint8, bit-equal to tf.io.decode_image. ValueError if the bytes are no JPEG."""
+    return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True, fastupsample=False)
+
+
+def jpeg_round_trip(frame: np.ndarray) -> np.ndarray:
+    """What recording and reading back does to a frame: the policy must see live frames the way it learnt them."""
+    return decode_jpeg(encode_jpeg(frame))
+
+
+@functools.lru_cache(maxsize=32)
+def _lanczos3_taps(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """First tap (size_out,) int64 and weights (size_out, taps) float32 that sum to 1, zero past the last tap.
+
+    Antialiased Lanczos of radius 3 as TensorFlow's ScaleAndTranslate computes it: every step in float32, weights normalised per pixel.
+    """
+    one, half, radius = np.float32(1), np.float32(0.5), np.float32(_LANCZOS_RADIUS)
+    inverse_scale = one / (np.float32(size_out) / np.float32(size_in))
+    stretch = max(inverse_scale, one)
+    centre = (np.arange(size_out, dtype=np.float32) + half) * inverse_scale
+    first = np.maximum(np.ceil(centre - radius * stretch - half), 0).astype(np.int64)
+    last = np.minimum(np.floor(centre + radius * stretch - half), size_in - 1).astype(np.int64)
+    tap = first[:, None] + np.arange((last - first).max() + 1)
+    x = np.abs((tap.astype(np.float32) + half - centre[:, None]) * (one / stretch))
+    pi, safe = np.float32(np.pi), np.maximum(x, np.float32(1e-3))
+    kernel = radius * _sine(pi * safe) * _sine(pi * safe / radius) / (pi * pi * safe * safe)
+    kernel = np.where(x <= np.float32(1e-3), one, kernel) * (x <= radius) * (tap <= last[:, None])
+    total = np.cumsum(kernel, axis=1, dtype=np.float32)[:, -1:]
+    return first, (kernel * (one / total)).astype(np.float32)
+
+
+def _sine(x: np.ndarray) -> np.ndarray:
+    """float32 sine, correctly rounded: numpy's own float32 sine is off by an ulp now and then, which is enough to move a pixel."""
+    return np.sin(x.astype(np.float64)).astype(np.float32)
+
+
+def _resample_rows(pixels: np.ndarray, size: int) -> np.ndarray:
+    """(H, …) float32 → (size, …) float32; taps are added one after another, because float32 sums depend on their order."""
+    first, weights = _lanczos3_taps(pixels.shape[0], size)
+    out = np.zeros((size, *pixels.shape[1:]), np.float32)
+    for k in range(weights.shape[1]):
+        rows = pixels[np.minimum(first + k, pixels.shape[0] - 1)]
+        out += rows * weights[:, k].reshape(-1, *[1] * (pixels.ndim - 1))
+    return out
+
+
+def resize_lanczos3(frame: np.ndarray, size: int) -> np.ndarray:
+    """(H, W, 3) uint8 → (size, size, 3) uint8: antialiased Lanczos3 in float32, rows first, rounded half to even and clipped."""
+    height, width, _ = frame.shape
+    pixels = frame.astype(np.float32)
+    if height != size:
+        pixels = _resample_rows(pixels, size)
+    if width != size:
+        pixels = _resample_rows(np.ascontiguousarray(pixels.transpose(1, 0, 2)), size).transpose(1, 0, 2)
+    return np.ascontiguousarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
+
+
+def resize_bicubic(frame: np.ndarray, size: int) -> np.ndarray:
+    """(H, W, 3) uint8 → (size, size, 3) uint8: PIL's antialiased bicubic, both sides squashed ("resize-naive"); same size is a no-op."""
+    if frame.shape[:2] == (size, size):
+        return frame
+    return np.asarray(Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def to_unit(image: np.ndarray) -> np.ndarray:
+    """uint8 → float32 in [0, 1]."""
+    return image.astype(np.float32) * _TO_UNIT
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """float → uint8 by trunc(x * 255.5) after clipping to [0, 1]."""
+    return (np.clip(image, 0.0, 1.0) * np.float32(255.5)).astype(np.uint8)
+
+
+def crop_and_resize(image: np.ndarray, box: Sequence[float]) -> np.ndarray:
+    """(S, S, 3) float32 → the same size, showing only box = (y1, x1, y2, x2) in [0, 1]; corner-aligned bilinear (tf.image.crop_and_resize)."""
+    size = image.shape[0]
+    y1, x1, y2, x2 = (np.float32(value) for value in box)
+    last = np.float32(size - 1)
+    steps = np.arange(size, dtype=np.float32)
+    y = y1 * last + steps * ((y2 - y1) * last / last)
+    x = x1 * last + steps * ((x2 - x1) * last / last)
+    top, left = np.floor(y).astype(np.int64), np.floor(x).astype(np.int64)
+    bottom, right = np.ceil(y).astype(np.int64), np.ceil(x).astype(np.int64)
+    x_share, y_share = (x - left).astype(np.float32)[None, :, None], (y - top).astype(np.float32)[:, None, None]
+    upper, lower = image[top], image[bottom]
+    upper = upper[:, left] + (upper[:, right] - upper[:, left]) * x_share
+    lower = lower[:, left] + (lower[:, right] - lower[:, left]) * x_share
+    return upper + (lower - upper) * y_share
+
+
+def center_crop(image: np.ndarray) -> np.ndarray:
+    """(S, S, 3) uint8 → its central 90 % of the area, back at (S, S, 3) uint8: the mean of the random crops it learnt with."""
+    side = np.sqrt(np.float32(CROP_AREA))
+    offset = (np.float32(1.0) - side) / np.float32(2.0)
+    box = (offset, offset, offset + side, offset + side)
+    return to_uint8(crop_and_resize(to_unit(image), box))
+
+
+def _rgb_to_hsv(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(…, 3) in [0, 1] → hue, saturation, value, each in [0, 1]."""
+    red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]
+    value = rgb.max(axis=-1)
+    chroma = value - rgb.min(axis=-1)
+    safe = np.where(chroma > 0, chroma, np.float32(1))
+    hue = np.where(value == blue, 4 + (red - green) / safe, np.float32(0))
+    hue = np.where(value == green, 2 + (blue - red) / safe, hue)
+    hue = np.where(value == red, (green - blue) / safe, hue) / np.float32(6)
+    hue = np.where(chroma > 0, np.where(hue < 0, hue + 1, hue), np.float32(0))
+    return hue, chroma / np.where(value > 0, value, np.float32(1)), value
+
+
+def _hsv_to_rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
+    six = hue * np.float32(6)
+    ramp = np.stack([np.abs(six - 3) - 1, 2 - np.abs(six - 2), 2 - np.abs(six - 4)], axis=-1)
+    return ((1 - saturation)[..., None] + saturation[..., None] * np.clip(ramp, 0, 1)) * value[..., None]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """One draw of the training augmentations; applied to every camera of a sample in the order of the fields. None leaves an operation out."""
+
+    crop_box: tuple[float, float, float, float] | None = None  # y1, x1, y2, x2 in [0, 1]
+    brightness: float | None = None
+    contrast: float | None = None
+    saturation: float | None = None
+    hue: float | None = None
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, operations: Sequence[str] = AUGMENTATIONS) -> "Augmentation":
+        """Random parameters for the named operations. All are drawn always, so that a seed means the same crop whatever is switched on."""
+        side = float(np.sqrt(np.float32(CROP_AREA)))
+        y, x = rng.uniform(0.0, 1.0 - side, size=2)  # the original's two offsets share a seed and are always equal; here they are independent
+        drawn = {
+            "random_resized_crop": (float(y), float(x), float(y) + side, float(x) + side),
+            "random_brightness": float(rng.uniform(-BRIGHTNESS, BRIGHTNESS)),
+            "random_contrast": float(rng.uniform(*CONTRAST)),
+            "random_saturation": float(rng.uniform(*SATURATION)),
+            "random_hue": float(rng.uniform(-HUE, HUE)),
+        }
+        return cls(*(drawn[name] if name in operations else None for name in AUGMENTATIONS))
+
+    def stages(self, image: np.ndarray) -> list[np.ndarray]:
+        """(S, S, 3) uint8 → the float32 picture in [0, 1] after each operation that is on, in order."""
+        current, done = to_unit(image), []
+        if self.crop_box is not None:
+            done.append(current := np.clip(crop_and_resize(current, self.crop_box), 0, 1))
+        if self.brightness is not None:
+            done.append(current := np.clip(current + np.float32(self.brightness), 0, 1))
+        if self.contrast is not None:
+            mean = current.mean(axis=(0, 1), keepdims=True, dtype=np.float64).astype(np.float32)
+            done.append(current := np.clip((current - mean) * np.float32(self.contrast) + mean, 0, 1))
+        if self.saturation is not None:
+            hue, saturation, value = _rgb_to_hsv(current)
+            saturation = np.clip(saturation * np.float32(self.saturation), 0, 1)
+            done.append(current := np.clip(_hsv_to_rgb(hue, saturation, value), 0, 1))
+        if self.hue is not None:
+            hue, saturation, value = _rgb_to_hsv(current)
+            done.append(current := np.clip(_hsv_to_rgb((hue + np.float32(self.hue)) % 1, saturation, value), 0, 1))
+        return done
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """(S, S, 3) uint8 → augmented (S, S, 3) uint8."""
+        stages = self.stages(image)
+        return to_uint8(stages[-1]) if stages else image
+
+
+def normalize_pixels(image: np.ndarray, means: np.ndarray, stds: np.ndarray) -> np.ndarray:
+    """(S, S, 3) uint8 → (3·K, S, S) float32, one normalised copy of the picture for each of the K towers; means, stds: (K, 3)."""
+    unit = (image.astype(np.float32) / np.float32(255)).transpose(2, 0, 1)[None]
+    normalised = (unit - means.astype(np.float32)[:, :, None, None]) / stds.astype(np.float32)[:, :, None, None]
+    return normalised.reshape(-1, *image.shape[:2])

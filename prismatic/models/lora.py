@@ -1,0 +1,65 @@
+"""LoRA as a pass over a built model, through peft. In: a VLA. Out: the same object with adapters on all 439 linear maps of openvla-7b.
+
+Surprising: OpenVLA's "all-linear" meant every module whose *last name* is one of the list below, which takes in `patch_embed.proj` (a
+convolution), `lm_head` and parts the forward never reads; today's peft reads "all-linear" differently, so the names are written out.
+"""
+
+from collections.abc import Iterator
+
+import peft
+import torch
+from torch import nn
+
+from prismatic.models.vla import VLA
+
+TARGET_MODULES = (
+    "down_proj", "fc1", "fc2", "fc3", "gate_proj", "k_proj", "kv", "lm_head", "o_proj", "proj", "q", "q_proj", "qkv", "up_proj", "v_proj",
+)  # fmt: skip
+ADAPTER = "default"  # peft's name of the only adapter
+FILE_PREFIX = "base_model.model."  # what peft puts before every name in adapter_model.safetensors
+
+
+def lora_config(*, rank: int, alpha: int | None = None, dropout: float = 0.0) -> peft.LoraConfig:
+    """OpenVLA's configuration: alpha defaults to min(rank, 16); A ~ N(0, 1/rank), B = 0."""
+    return peft.LoraConfig(
+        r=rank,
+        lora_alpha=min(rank, 16) if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=list(TARGET_MODULES),
+        init_lora_weights="gaussian",
+    )
+
+
+def add_lora(vla: VLA, *, rank: int = 32, alpha: int | None = None, dropout: float = 0.0) -> VLA:
+    """Freeze vla and put trainable adapters on it, in place; returns it. Its names then hold `base_layer` and `lora_A.default`."""
+    vla.requires_grad_(False)
+    peft.inject_adapter_in_model(lora_config(rank=rank, alpha=alpha, dropout=dropout), vla, adapter_name=ADAPTER)
+    return vla
+
+
+def lora_layers(vla: nn.Module) -> Iterator[tuple[str, "peft.tuners.lora.LoraLayer"]]:
+    """(name, layer) of every adapted module."""
+    for name, module in vla.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            yield name, module
+
+
+def lora_state_dict(vla: VLA) -> dict[str, torch.Tensor]:
+    """Adapter tensors under the names that peft's file has: `base_model.model.….lora_A.weight`."""
+    return {
+        FILE_PREFIX + name.replace(f".{ADAPTER}.", "."): tensor
+        for name, tensor in vla.state_dict().items()
+        if ".lora_A." in name or ".lora_B." in name
+    }
+
+
+def merge_lora(vla: VLA) -> VLA:
+    """Fold every adapter into its base weight, computed in float32, and take the adapters away; in place, returns vla. Names are plain again."""
+    for name, layer in list(lora_layers(vla)):
+        base = layer.get_base_layer()
+        with torch.no_grad():
+            delta = layer.get_delta_weight(ADAPTER).float()
+            base.weight.copy_((base.weight.float() + delta).to(base.weight.dtype))
+        parent, _, last = name.rpartition(".")
+        setattr(vla.get_submodule(parent), last, base)
+    return vla

@@ -1,0 +1,140 @@
+"""Weights on disk ↔ a model, tensor by tensor. In: safetensors (one file or shards with an index) or a native Prismatic .pt. Out: a filled VLA.
+
+Everything is checked by name and shape before the first tensor is read, so nothing is ever half-loaded; tensors go straight from the mapped
+file into place, so host memory holds the model once.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from prismatic.errors import ConfigError
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9  # a shard that export writes is at most this large
+FINGERPRINT_VALUES = 512  # of each tensor go into the fingerprint of a checkpoint
+NATIVE_NAMES = (  # native Prismatic prefix → published prefix, and the projector's Sequential indices
+    ("vision_backbone.dino_featurizer.", "vision_backbone.featurizer."),
+    ("vision_backbone.siglip_featurizer.", "vision_backbone.fused_featurizer."),
+    ("projector.projector.0.", "projector.fc1."),
+    ("projector.projector.2.", "projector.fc2."),
+    ("projector.projector.4.", "projector.fc3."),
+    ("llm_backbone.llm.", "language_model."),
+)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint: where it is, its shape, and how to read it (mapped, not copied)."""
+
+    file: Path
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint folder under its published name, read lazily. ConfigError for a missing or truncated file."""
+    if (folder / INDEX_FILE).exists():
+        names = json.loads((folder / INDEX_FILE).read_text())["weight_map"].values()
+        files = [folder / name for name in sorted(set(names))]
+    elif (folder / SINGLE_FILE).exists():
+        files = [folder / SINGLE_FILE]
+    elif native := sorted((folder / "checkpoints").glob("*.pt")):
+        return _native_tensors(next((path for path in native if path.name == "latest-checkpoint.pt"), native[-1]))
+    else:
+        raise ConfigError(f"{folder} holds no weights: expected {SINGLE_FILE}, {INDEX_FILE} with its shards, or checkpoints/*.pt")
+    return {name: tensor for path in files for name, tensor in read_safetensors(path)}
+
+
+def read_safetensors(path: Path) -> Iterable[tuple[str, StoredTensor]]:
+    """(name, tensor) of one safetensors file, read lazily. ConfigError if it is missing or truncated."""
+    try:
+        handle = safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing, though the index names it: copy the checkpoint again") from None
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} is damaged or truncated ({error}): copy it again") from None
+    for name in handle.keys():
+        shape = tuple(handle.get_slice(name).get_shape())
+        yield name, StoredTensor(path, shape, lambda name=name: handle.get_tensor(name))
+
+
+def _native_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The native layout: a pickle, read with weights_only so that it can run no code."""
+    try:
+        parts = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["model"]
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        raise ConfigError(f"{path} is no readable Prismatic checkpoint ({str(error).splitlines()[0]}): copy it again") from None
+    found = {}
+    for part, tensors in parts.items():
+        for name, tensor in tensors.items():
+            found[_published_name(f"{part}.{name}")] = StoredTensor(path, tuple(tensor.shape), lambda tensor=tensor: tensor)
+    return found
+
+
+def _published_name(native: str) -> str:
+    for prefix, published in NATIVE_NAMES:
+        if native.startswith(prefix):
+            native = published + native.removeprefix(prefix)
+    return native.removesuffix(".gamma") + ".scale_factor" if native.endswith(".gamma") else native
+
+
+def check_names(expected: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor], folder: Path) -> None:
+    """ConfigError that names the first missing, surplus or mis-shaped tensor and its file."""
+    for name, shape in expected.items():
+        if name not in stored:
+            raise ConfigError(f"{folder}: tensor {name} is missing: config.json describes another model, or a shard was lost")
+        if stored[name].shape != shape:
+            raise ConfigError(
+                f"{stored[name].file}: tensor {name} has shape {list(stored[name].shape)}, but config.json makes it {list(shape)}"
+            )
+    if surplus := sorted(set(stored) - set(expected)):
+        raise ConfigError(
+            f"{stored[surplus[0]].file}: tensor {surplus[0]} has no place in the model of config.json ({len(surplus)} such)"
+        )
+
+
+def fill(model: nn.Module, stored: dict[str, StoredTensor], *, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Replace every (meta) parameter of model by its stored tensor, cast to dtype on device, one at a time."""
+    for name, tensor in stored.items():
+        parent, _, last = name.rpartition(".")
+        value = tensor.read().to(device=device, dtype=dtype, copy=True)
+        setattr(model.get_submodule(parent), last, nn.Parameter(value))
+
+
+def fingerprint(stored: dict[str, StoredTensor]) -> str:
+    """Hash of names, shapes and the first values of every tensor (as float32): equal however the same weights are stored."""
+    digest = hashlib.sha256()
+    for name in sorted(stored):
+        head = stored[name].read().reshape(-1)[:FINGERPRINT_VALUES].float().contiguous()
+        digest.update(f"{name} {stored[name].shape} ".encode())
+        digest.update(head.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_weights(state: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write model.safetensors, or shards of at most SHARD_BYTES with their index, as transformers does."""
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for name, tensor in state.items():
+        if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.detach().contiguous().cpu()
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / SINGLE_FILE, metadata={"format": "pt"})
+        return
+    index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": {}}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        index["weight_map"].update(dict.fromkeys(shard, name))
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2))

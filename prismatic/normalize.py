@@ -1,0 +1,77 @@
+"""Actions between a data set's own units and the [-1, 1] of the action tokens; numpy only.
+
+The gripper arrives as LIBERO commands it (-1 open, +1 close) and is 1 open, 0 close from here on; its mask is
+False, so it is not scaled. Surprising: quantiles are float64 sums of float32 differences, and the denominator
+is formed in float64 before it becomes float32. Only so are the numbers bit-equal with the original's.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+SMALLEST_RANGE = (
+    1e-8  # added to q99 - q01, in the data set's units: a constant dimension would divide by zero
+)
+
+
+def gripper_open_is_one(actions: np.ndarray) -> np.ndarray:
+    """LIBERO's actions (..., 7), gripper -1 open … +1 close, as float32 with 1 open … 0 close; a copy."""
+    actions = np.array(actions, dtype=np.float32)
+    actions[..., -1] = 1 - np.clip(actions[..., -1], 0, 1)
+    return actions
+
+
+def _columns(values: np.ndarray) -> dict[str, list[float]]:
+    # An *array* of float64 as the quantile keeps numpy 2 from rounding the result to the data's float32.
+    return {
+        "mean": values.mean(0).tolist(),
+        "std": values.std(0).tolist(),
+        "max": values.max(0).tolist(),
+        "min": values.min(0).tolist(),
+        "q01": np.quantile(values, np.array(0.01), axis=0).tolist(),
+        "q99": np.quantile(values, np.array(0.99), axis=0).tolist(),
+    }
+
+
+def action_statistics(
+    actions: np.ndarray, states: np.ndarray | None, num_trajectories: int
+) -> dict[str, Any]:
+    """A data set's entry in dataset_statistics.json, JSON-ready, in the original's order of keys.
+
+    `actions`: (N, D) float32 of *all* episodes after `gripper_open_is_one`, N ≥ 1. `states`: (N, K) float32,
+    or None where the model reads no proprioception: that part is D zeros then, as in OpenVLA's own files.
+    """
+    proprio = np.zeros_like(actions) if states is None else states
+    mask = [True] * (actions.shape[1] - 1) + [False]
+    return {
+        "action": _columns(actions) | {"mask": mask},
+        "proprio": _columns(proprio),
+        "num_transitions": len(actions),
+        "num_trajectories": num_trajectories,
+    }
+
+
+def _mask(stats: Mapping[str, Any]) -> np.ndarray:
+    return np.asarray(stats.get("mask", np.ones(len(stats["q01"]), dtype=bool)))
+
+
+def normalize(actions: np.ndarray, stats: Mapping[str, Any]) -> np.ndarray:
+    """(..., D) in the data set's units → float32, in [-1, 1] where the mask is True.
+
+    `stats` is the "action" part of an entry. q01 becomes -1 and q99 becomes +1; a dimension that never
+    changes in the data becomes 0, even where the mask is False.
+    """
+    actions = np.asarray(actions, dtype=np.float32)
+    low, high = np.asarray(stats["q01"], dtype=np.float64), np.asarray(stats["q99"], dtype=np.float64)
+    span = (high - low + SMALLEST_RANGE).astype(np.float32)
+    scaled = np.clip(2 * (actions - low.astype(np.float32)) / span - 1, -1, 1)
+    constant = np.asarray(stats["min"]) == np.asarray(stats["max"])
+    return np.where(constant, np.float32(0), np.where(_mask(stats), scaled, actions))
+
+
+def unnormalize(normalized: np.ndarray, stats: Mapping[str, Any]) -> np.ndarray:
+    """(..., D) in [-1, 1] → float64 in the data set's units; `stats` as above, no mask means all True."""
+    normalized = np.asarray(normalized, dtype=np.float64)
+    low, high = np.asarray(stats["q01"], dtype=np.float64), np.asarray(stats["q99"], dtype=np.float64)
+    return np.where(_mask(stats), 0.5 * (normalized + 1) * (high - low) + low, normalized)

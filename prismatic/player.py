@@ -1,0 +1,178 @@
+"""What runs in a simulator process: one trial at a time in, its outcome out.
+
+What a trial gives depends on its id alone, not on the process, nor on the trials before it. A learned policy lives in
+the parent and is asked over the pipe; the expert and the controls ("zero", "random") act here, beside the simulator.
+"""
+
+import contextlib
+import ctypes
+import importlib
+import os
+import signal
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prismatic.errors import ConfigError
+from prismatic.video import Video
+
+HEARTBEAT = 1.0  # s between signs of life of a process that needs no answers
+PR_SET_PDEATHSIG = 1  # Linux prctl: be sent a signal when the parent dies
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One episode to be played: what it is, never its place in a queue."""
+
+    suite: str
+    task_id: int
+    init_state: int
+    env_seed: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.suite}/task{self.task_id}/state{self.init_state}/seed{self.env_seed}"
+
+    @property
+    def scene(self) -> tuple[str, int, int]:
+        """What a simulator is built for."""
+        return self.suite, self.task_id, self.env_seed
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all processes of a run are told once. It is pickled, so it holds names and values only."""
+
+    policy: str = "parent"  # "parent": ask over the pipe; "expert", "zero", "random": act inside the process
+    num_images: int = 1  # that the parent's policy looks at: 2 adds the wrist camera
+    settle: int = 10  # steps of holding still before the first action
+    seed: int = 0  # of the random policy
+    quality: str = "standard"
+    video_folder: Path | None = None  # where unfinished videos lie; None: no videos
+    simulator: str = "prismatic.simulator"  # the module: Simulator, rollout, step_limit
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a trial. success is None when there is an error: a crash says nothing about the policy."""
+
+    trial: Trial
+    success: bool | None
+    steps: int
+    seconds: float
+    error: str | None = None
+    actions: np.ndarray | None = None  # (steps, 7) float32
+    video: Path | None = None  # under its temporary name
+
+
+class _FromParent:
+    """The parent's policy, asked over the pipe."""
+
+    def __init__(self, connection: Connection, num_images: int) -> None:
+        self.connection, self.num_images = connection, num_images
+
+    def __call__(self, frame: np.ndarray, instruction: str, wrist: np.ndarray | None = None) -> np.ndarray:
+        self.connection.send(("observation", (frame, instruction, wrist)))
+        return self.connection.recv()
+
+
+class _Control:
+    """ "zero" holds still with the gripper open, "random" draws each of the 7 numbers uniformly: the floor of a score."""
+
+    num_images = 0
+
+    def __init__(self, kind: str, seed: int, trial: Trial) -> None:
+        self.kind = kind
+        self.generator = np.random.default_rng([seed, *trial.id.encode()])
+
+    def __call__(self, frame: Any, instruction: str, wrist: Any = None) -> np.ndarray:
+        if self.kind == "zero":
+            return np.array([0, 0, 0, 0, 0, 0, 1], dtype=np.float32)
+        motion, gripper = self.generator.uniform(-1, 1, size=6), self.generator.uniform(0, 1, size=1)
+        return np.concatenate([motion, gripper]).astype(np.float32)
+
+
+class _Alive:
+    """Wraps a policy that acts inside the process, and tells the parent now and then that it still does."""
+
+    def __init__(self, policy: Any, connection: Connection) -> None:
+        self.policy, self.connection, self.told = policy, connection, time.monotonic()
+        self.num_images = getattr(policy, "num_images", 1)
+
+    def __call__(self, frame: Any, instruction: str, wrist: Any = None) -> np.ndarray:
+        if time.monotonic() - self.told > HEARTBEAT:
+            self.connection.send(("alive", None))
+            self.told = time.monotonic()
+        return self.policy(frame, instruction, wrist=wrist)
+
+
+def _policy(setup: Setup, sim: Any, trial: Trial, connection: Connection) -> Any:
+    if setup.policy == "parent":
+        return _FromParent(connection, setup.num_images)
+    if setup.policy == "expert":
+        from prismatic.expert import Expert
+
+        return _Alive(Expert(sim), connection)
+    return _Alive(_Control(setup.policy, setup.seed, trial), connection)
+
+
+def _play(simulator: Any, sim: Any, trial: Trial, setup: Setup, connection: Connection) -> Outcome:
+    start = time.monotonic()
+    video = Video(setup.video_folder / f"{os.getpid()}.mp4") if setup.video_folder else None
+    with video or contextlib.nullcontext():
+        episode = simulator.rollout(
+            sim,
+            _policy(setup, sim, trial, connection),
+            init_state=trial.init_state,
+            max_steps=simulator.step_limit(trial.suite),
+            settle=setup.settle,
+            on_step=(lambda step, frame, action: video.add(frame)) if video else None,
+        )
+        if video and episode.error is None:
+            video.add(sim.frame())  # how it ended
+    actions = np.array(episode.actions, dtype=np.float32).reshape(-1, 7)
+    return Outcome(
+        trial=trial,
+        success=None if episode.error else bool(episode.success),
+        steps=episode.steps,
+        seconds=time.monotonic() - start,
+        error=episode.error,
+        actions=actions,
+        video=video.path if video else None,
+    )
+
+
+def serve(connection: Connection, setup: Setup) -> None:
+    """A simulator process: plays the trials it is sent until there are no more, the parent is gone or something breaks."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    simulator = importlib.import_module(setup.simulator)
+    cameras = ("agentview", "robot0_eye_in_hand")[: max(1, setup.num_images)]
+    sim: Any = None
+    scene: tuple[str, int, int] | None = None
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
+        while True:
+            trial: Trial = connection.recv()
+            try:
+                if scene != trial.scene:
+                    if sim is not None:
+                        sim.close()
+                    suite, task_id, env_seed = scene = trial.scene
+                    sim = simulator.Simulator(
+                        suite, task_id, cameras=cameras, env_seed=env_seed, quality=setup.quality
+                    )
+                    connection.send(("built", None))
+                outcome = _play(simulator, sim, trial, setup, connection)
+            except ConfigError as error:
+                connection.send(("refused", str(error)))
+                return
+            except Exception as error:
+                connection.send(("crashed", f"{type(error).__name__}: {error}"))
+                return
+            if outcome.error:
+                connection.send(("crashed", outcome.error))
+                return
+            connection.send(("outcome", outcome))

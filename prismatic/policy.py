@@ -1,0 +1,73 @@
+"""A policy is one call: frame and instruction in, seven numbers out, in the data set's units.
+
+`policy(frame, instruction, wrist=None)`; `policy.batch(frames, instructions, wrists=None)` gives the same rows for many robots at once.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from prismatic.errors import ConfigError
+from prismatic.models.vla import VLA
+from prismatic.processor import Processor
+
+
+class Policy:
+    """A model and the processor it learnt with. `num_images` 2 means that it wants the wrist frame too."""
+
+    def __init__(self, vla: VLA, processor: Processor, card: dict[str, Any]) -> None:
+        self.vla = vla.eval()
+        self.processor = processor
+        self.num_images = processor.config.num_images_in_input
+        self._card = card
+        first = next(vla.parameters())
+        self.device, self.dtype = first.device, first.dtype
+
+    def __call__(self, frame: np.ndarray, instruction: str, wrist: np.ndarray | None = None) -> np.ndarray:
+        """(H, W, 3) uint8, upright → (7,) float32, gripper 1 open … 0 close."""
+        return self.batch([frame], [instruction], None if wrist is None else [wrist])[0]
+
+    def batch(
+        self, frames: Sequence[np.ndarray], instructions: Sequence[str], wrists: Sequence[np.ndarray] | None = None
+    ) -> np.ndarray:
+        """B frames and instructions of any length → (B, 7) float32, equal to B single calls."""
+        if self.num_images == 2 and wrists is None:
+            raise ConfigError("this policy learnt with two pictures (num_images_in_input 2): pass the wrist camera's frame as wrist=")
+        return self.processor.actions(self.action_ids(frames, instructions, wrists)).astype(np.float32)
+
+    def action_ids(
+        self, frames: Sequence[np.ndarray], instructions: Sequence[str], wrists: Sequence[np.ndarray] | None = None
+    ) -> np.ndarray:
+        """As batch, but the (B, 7) token ids."""
+        pairs = [[frame] for frame in frames]
+        if self.num_images == 2 and wrists is not None:
+            pairs = [[frame, wrist] for frame, wrist in zip(frames, wrists, strict=True)]
+        rows = [self.processor.inputs(pictures, words) for pictures, words in zip(pairs, instructions, strict=True)]
+        lengths = torch.tensor([len(ids) for ids, _ in rows])
+        input_ids = torch.full((len(rows), int(lengths.max())), self.processor.config.pad_token_id)
+        for row, (ids, _) in zip(input_ids, rows, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
+        pixels = torch.stack([pixel_values for _, pixel_values in rows])
+        ids = self.vla.generate_action_ids(
+            input_ids.to(self.device),
+            pixels.to(self.device, self.dtype),
+            self.processor.action_dim,
+            mask.to(self.device),
+        )
+        return ids.cpu().numpy()
+
+    def card(self) -> dict[str, Any]:
+        """What a result must say about the policy that made it."""
+        config = self.processor.config
+        return {
+            **self._card,
+            "unnorm_key": config.unnorm_key,
+            "center_crop": config.center_crop,
+            "num_images_in_input": config.num_images_in_input,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+

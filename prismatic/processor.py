@@ -1,0 +1,163 @@
+"""The waist: all that must be equal when the model learns and when it acts, in one object that is saved beside every adapter.
+
+In when learning: recorded frames, instruction, action. In when acting: live frames, instruction, and the token ids the model answered.
+Surprising: the instruction is lower-cased but not stripped; the token behind the prompt ("▁", 29871) is given, not learnt; live frames go
+through JPEG and Lanczos, because recorded ones did.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from action_tokenizer import ActionTokenizer
+from prismatic import image, normalize
+from prismatic.errors import ConfigError
+from prismatic.image import Augmentation
+from prismatic.models.vla import IGNORE, VLAConfig
+
+PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
+MAX_LENGTH = 2048  # token ids; longer rows are cut, as the original's collator does
+DINO_MEAN, DINO_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)  # rounded to bfloat16 by OpenVLA's export
+SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+FORMAT = 1  # of processor.json
+
+
+@dataclass(frozen=True)
+class ProcessorConfig:
+    """What processor.json holds. A folder that has one allows no override."""
+
+    unnorm_key: str  # which entry of dataset_statistics.json
+    center_crop: bool  # True if it learnt with random crops
+    image_size: int = 224  # pixels a side
+    num_images_in_input: int = 1  # 2: agentview and wrist
+    means: tuple[tuple[float, ...], ...] = (DINO_MEAN, SIGLIP_MEAN)
+    stds: tuple[tuple[float, ...], ...] = (DINO_STD, SIGLIP_STD)
+    vocab_size: int = 32000
+    n_action_bins: int = 256
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int = 32000
+    empty_token_id: int = 29871
+    base_model: str = ""  # id or folder of the weights it was made with
+    base_fingerprint: str = ""
+    format: int = FORMAT
+
+    @classmethod
+    def for_model(cls, config: VLAConfig, **values: Any) -> "ProcessorConfig":
+        """The sizes and special tokens of a model's config, and the given values."""
+        shared = {f.name for f in dataclasses.fields(VLAConfig)} & {f.name for f in dataclasses.fields(cls)}
+        return cls(**{name: getattr(config, name) for name in shared}, vocab_size=config.vocab_size, **values)
+
+    @classmethod
+    def load(cls, path: Path) -> "ProcessorConfig":
+        """Read processor.json; ConfigError if it is damaged or of a later format."""
+        try:
+            raw = json.loads(path.read_text())
+            if raw.get("format") != FORMAT:
+                raise ConfigError(f"{path} has format {raw.get('format')}, this version reads {FORMAT}: update the repository")
+            for name in ("means", "stds"):
+                raw[name] = tuple(tuple(row) for row in raw[name])
+            return cls(**raw)
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            raise ConfigError(f"{path} is damaged ({error}): restore it from a copy of the adapter") from None
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training sample: ids and labels (T,) int64, pixel_values (6·n_images, S, S) float32."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    pixel_values: torch.Tensor
+
+
+@dataclass
+class Batch:
+    """Right-padded samples: ids, labels (B, T) int64, attention_mask (B, T) bool, pixel_values (B, 6·n_images, S, S) float32."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    attention_mask: torch.Tensor
+    pixel_values: torch.Tensor
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """All four tensors on device, without waiting for the copy."""
+        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)))
+
+
+class Processor:
+    """Frames and words in, tensors out; token ids in, actions out. `statistics` is the entry of config.unnorm_key."""
+
+    def __init__(self, config: ProcessorConfig, tokenizer: PreTrainedTokenizerFast, statistics: Mapping[str, Any]) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.statistics = statistics
+        self.action_tokenizer = ActionTokenizer(config.vocab_size, config.n_action_bins)
+
+    @property
+    def action_dim(self) -> int:
+        return len(self.statistics["action"]["q01"])
+
+    @cached_property
+    def _pixel_constants(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.array(self.config.means), np.array(self.config.stds)
+
+    def prompt_ids(self, instruction: str) -> list[int]:
+        """Token ids of the prompt, BOS first, the empty token last."""
+        ids = list(self.tokenizer(PROMPT.format(instruction=instruction.lower())).input_ids)
+        return ids if ids[-1] == self.config.empty_token_id else [*ids, self.config.empty_token_id]
+
+    def example(
+        self,
+        pictures: Sequence[np.ndarray],
+        instruction: str,
+        action: np.ndarray,
+        augmentation: Augmentation | None = None,
+    ) -> Example:
+        """A training sample from recorded frames (H, W, 3) uint8 as the data set's JPEG decoded, and an action (D,) in its units."""
+        prompt = self.prompt_ids(instruction)
+        action_ids = self.action_tokenizer.encode(normalize.normalize(action, self.statistics["action"])).tolist()
+        ids = [*prompt, *action_ids, self.config.eos_token_id]
+        labels = [IGNORE] * len(prompt) + ids[len(prompt) :]
+        pictures = [self._resized(picture) for picture in pictures]
+        if augmentation is not None:
+            pictures = [augmentation(picture) for picture in pictures]
+        return Example(torch.tensor(ids[:MAX_LENGTH]), torch.tensor(labels[:MAX_LENGTH]), self.pixel_values(pictures))
+
+    def inputs(self, frames: Sequence[np.ndarray], instruction: str) -> tuple[list[int], torch.Tensor]:
+        """Prompt ids and pixel_values (6·n_images, S, S) from live frames (H, W, 3) uint8, upright."""
+        pictures = [self._resized(image.jpeg_round_trip(frame)) for frame in frames]
+        if self.config.center_crop:
+            pictures = [image.center_crop(picture) for picture in pictures]
+        return self.prompt_ids(instruction), self.pixel_values(pictures)
+
+    def pixel_values(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:
+        """(H, W, 3) uint8 pictures → (6·n_images, S, S) float32, normalised for each tower; another size is squashed by PIL's bicubic."""
+        sized = [image.resize_bicubic(picture, self.config.image_size) for picture in pictures]
+        return torch.from_numpy(np.concatenate([image.normalize_pixels(p, *self._pixel_constants) for p in sized]))
+
+    def actions(self, ids: np.ndarray) -> np.ndarray:
+        """(..., D) action ids → (..., D) float64 actions in the data set's units, gripper 1 open … 0 close."""
+        return normalize.unnormalize(self.action_tokenizer.decode(ids), self.statistics["action"])
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Right-pad samples into a batch."""
+        pad = torch.nn.utils.rnn.pad_sequence
+        input_ids = pad([e.input_ids for e in examples], batch_first=True, padding_value=self.config.pad_token_id)
+        labels = pad([e.labels for e in examples], batch_first=True, padding_value=IGNORE)
+        pixels = torch.stack([e.pixel_values for e in examples])
+        return Batch(input_ids, labels, input_ids != self.config.pad_token_id, pixels)
+
+    def _resized(self, picture: np.ndarray) -> np.ndarray:
+        return image.resize_lanczos3(picture, self.config.image_size)

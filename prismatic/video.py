@@ -1,0 +1,84 @@
+"""Frames in, an H.264 mp4 (yuv420p: every browser plays it) out, written as the frames come so that none is kept in memory.
+
+A frame may have instruction or outcome drawn on it by the caller; here it is only encoded. Sides must be even.
+"""
+
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from prismatic.errors import ConfigError
+
+FRAMES_PER_SECOND = 20  # LIBERO's control rate: the video runs as fast as the robot did
+FULL_DISK_BYTES = 1 << 20  # with less free than this, a failed write is put down to the disk
+
+
+class Video:
+    """Use: `with Video(path) as video: video.add(frame)`. An exception inside removes the unfinished file.
+
+    ConfigError when the file cannot be written, for instance because the disk is full.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._writer: Any = None
+
+    def add(self, frame: np.ndarray) -> None:
+        """frame: (H, W, 3) uint8."""
+        import imageio.v2 as imageio
+
+        try:
+            if self._writer is None:
+                self._writer = imageio.get_writer(
+                    self.path,
+                    format="FFMPEG",  # type: ignore[arg-type]
+                    fps=FRAMES_PER_SECOND,
+                    codec="libx264",
+                    pixelformat="yuv420p",
+                    macro_block_size=2,  # what yuv420p needs; a larger one would resize the frames
+                    ffmpeg_log_level="error",
+                    # one thread: the simulators fill the cores; faststart: plays before it is loaded
+                    output_params=["-preset", "veryfast", "-threads", "1", "-movflags", "+faststart"],
+                )
+            self._writer.append_data(frame)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def close(self) -> None:
+        """Finish the file."""
+        writer, self._writer = self._writer, None
+        try:
+            if writer is not None:
+                writer.close()
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> ConfigError:
+        folder = self.path.parent
+        if not folder.is_dir():
+            reason = f"{folder} is gone"
+        elif shutil.disk_usage(folder).free < FULL_DISK_BYTES:
+            reason = "the disk is full"
+        else:
+            reason = str(error).splitlines()[0]
+        return ConfigError(
+            f"cannot write the video {self.path} ({reason}): make room, or use --save_videos False"
+        )
+
+    def __enter__(self) -> "Video":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except ConfigError:
+            pass  # what is already under way says more
+        self.path.unlink(missing_ok=True)

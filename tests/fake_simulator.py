@@ -1,0 +1,116 @@
+"""A simulator for fast tests, with prismatic.simulator's names: a point on a line that must be pushed to a goal.
+
+The start depends on (task, state, seed). action[0] > 0 moves it on; the frame's brightness says where it is. Trouble is
+ordered through a folder named by FAKE_TROUBLE: a file "<task>-<state>" holding "<kind> <times>" makes that many attempts
+at the episode "die", "hang" or "raise" in their third step ("die-build": while the simulator is being built).
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+
+from prismatic.errors import ConfigError
+from prismatic.simulator import rollout as rollout  # the real loop
+
+STATES, TASKS, LIMIT, SIDE = 8, 3, 12, 32
+GOAL = 200.0
+
+
+def num_tasks(suite: str) -> int:
+    if suite != "fake":
+        raise ConfigError(f"unknown suite {suite!r}: there are fake")
+    return TASKS
+
+
+def instruction(suite: str, task_id: int) -> str:
+    return f"push the point to the goal, {task_id}."
+
+
+def num_init_states(suite: str, task_id: int) -> int:
+    if not 0 <= task_id < num_tasks(suite):
+        raise ConfigError(f"{suite} has no task {task_id}")
+    return STATES
+
+
+def step_limit(suite: str) -> int:
+    return LIMIT
+
+
+class Simulator:
+    def __init__(
+        self,
+        suite: str,
+        task_id: int,
+        *,
+        cameras: tuple[str, ...],
+        env_seed: int = 0,
+        quality: str = "standard",
+    ) -> None:
+        self.suite, self.task_id, self.cameras = suite, task_id, cameras
+        self.instruction, self.env_seed = instruction(suite, task_id), env_seed
+        log = os.environ.get("FAKE_LOG")
+        if log:
+            with open(log, "a") as stream:
+                stream.write(f"{os.getpid()} built {task_id}\n")
+        _trouble(task_id, None)
+
+    def reset(self, init_state: int, *, settle: int = 10) -> None:
+        self.init_state, self.steps = init_state, 0
+        self.place = 10.0 * init_state + 7.0 * self.task_id + self.env_seed
+
+    def step(self, action: np.ndarray) -> bool:
+        self.steps += 1
+        if self.steps == 3:
+            _trouble(self.task_id, self.init_state)
+        self.place += 20.0 * float(action[0])
+        return self.place >= GOAL
+
+    def frame(self) -> np.ndarray:
+        return np.full((SIDE, SIDE, 3), int(np.clip(self.place, 0, 255)), np.uint8)
+
+    def wrist(self) -> np.ndarray:
+        return self.frame() // 2
+
+    def close(self) -> None:
+        pass
+
+
+def _trouble(task_id: int, init_state: int | None) -> None:
+    name = f"{task_id}-{'build' if init_state is None else init_state}"
+    order = Path(os.environ.get("FAKE_TROUBLE", "/nonexistent")) / name
+    if not order.is_file():
+        return
+    kind, times = order.read_text().split()
+    if int(times) <= 0:
+        return
+    order.write_text(f"{kind} {int(times) - 1}")
+    if kind == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "hang":
+        time.sleep(600)
+    if kind == "raise":
+        raise ValueError("the physics exploded")
+
+
+class BrightnessPolicy:
+    """Acts on the frames alone. Some start states are too far from the goal for it: they fail."""
+
+    def __init__(self, num_images: int = 1) -> None:
+        self.num_images = num_images
+        self.batch_sizes: list[int] = []
+
+    def batch(
+        self, frames: list[np.ndarray], instructions: list[str], wrists: list[np.ndarray] | None = None
+    ) -> np.ndarray:
+        assert (wrists is not None) == (self.num_images > 1)
+        self.batch_sizes.append(len(frames))
+        actions = np.zeros((len(frames), 7), np.float32)
+        for row, frame in enumerate(frames):
+            actions[row, 0] = 0.5 + frame[0, 0, 0] / 510
+        return actions
+
+    def card(self) -> dict[str, str]:
+        return {"decode": "brightness"}

@@ -1,0 +1,411 @@
+"""evaluation.py, player.py and workers.py with real processes and a fake simulator."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from fake_simulator import BrightnessPolicy
+
+from prismatic import evaluation, workers
+from prismatic.errors import ConfigError
+from prismatic.player import Outcome, Setup, Trial
+
+FAKE = "fake_simulator"
+TESTS = Path(__file__).parent
+
+
+def plan(num_trials: int = 4, task_ids: tuple[int, ...] = (0, 1)) -> list[Trial]:
+    return evaluation.plan("fake", task_ids=task_ids, num_trials=num_trials, simulator=FAKE)
+
+
+@contextlib.contextmanager
+def opened(
+    path: Path, identity: dict[str, Any] | None = None, rank: int = 0
+) -> Iterator[evaluation.RolloutFolder]:
+    folder = evaluation.RolloutFolder(
+        path, identity=identity or {"policy": "x"}, record={"command": "test"}, rank=rank
+    )
+    with folder:
+        yield folder
+
+
+def evaluate(path: Path, trials: list[Trial], *, videos: bool = False, **options: Any) -> dict[str, Any]:
+    policy = options.pop("policy", None) or BrightnessPolicy()
+    setup = options.pop("setup", Setup(simulator=FAKE, video_folder=path if videos else None))
+    rank = options.pop("rank", 0)
+    with opened(path, rank=rank) as folder:
+        load = (lambda: policy) if setup.policy == "parent" else None
+        return evaluation.evaluate(trials, folder, setup=setup, load_policy=load, **options)
+
+
+def behaviour(path: Path) -> list[tuple[Any, ...]]:
+    names = ("episode_id", "success", "steps", "actions_sha256")
+    return sorted(tuple(row[name] for name in names) for row in evaluation.read_rows(path))
+
+
+@pytest.fixture
+def trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder in which a test orders crashes; also logs which process builds what."""
+    folder = tmp_path / "trouble"
+    folder.mkdir()
+    monkeypatch.setenv("FAKE_TROUBLE", str(folder))
+    monkeypatch.setenv("FAKE_LOG", str(folder / "log"))
+    return folder
+
+
+# --- the plan -------------------------------------------------------------------------------------------------------
+
+
+def test_plan_names_every_episode_by_what_it_is() -> None:
+    trials = evaluation.plan(
+        "fake", task_ids=(2, 0), num_trials=2, first_init_state=3, env_seed=5, simulator=FAKE
+    )
+    assert [trial.id for trial in trials] == [
+        "fake/task0/state3/seed5",
+        "fake/task0/state4/seed5",
+        "fake/task2/state3/seed5",
+        "fake/task2/state4/seed5",
+    ]
+    assert len(evaluation.plan("fake", num_trials=8, simulator=FAKE)) == 24  # no task named: all
+
+
+def test_plan_refuses_what_is_not_there() -> None:
+    with pytest.raises(ConfigError, match="8 stored initial states.*num_trials_per_task 9"):
+        evaluation.plan("fake", num_trials=9, simulator=FAKE)
+    with pytest.raises(ConfigError, match="from first_init_state 7 on asks for more"):
+        evaluation.plan("fake", num_trials=2, first_init_state=7, simulator=FAKE)
+    with pytest.raises(ConfigError, match="no task 9"):
+        evaluation.plan("fake", task_ids=(9,), num_trials=1, simulator=FAKE)
+    with pytest.raises(ConfigError, match="unknown suite 'real'"):
+        evaluation.plan("real", num_trials=1, simulator=FAKE)
+    with pytest.raises(ConfigError, match="num_trials_per_task must be at least 1"):
+        evaluation.plan("fake", num_trials=0, simulator=FAKE)
+
+
+# --- the same, whoever plays ----------------------------------------------------------------------------------------
+
+
+def test_parallel_equals_sequential_and_batches(tmp_path: Path, trouble: Path) -> None:
+    alone, together = BrightnessPolicy(), BrightnessPolicy()
+    summary = evaluate(tmp_path / "one", plan(8), policy=alone)
+    evaluate(tmp_path / "three", plan(8), policy=together, num_workers=3)
+    assert behaviour(tmp_path / "one") == behaviour(tmp_path / "three")
+    assert set(alone.batch_sizes) == {1}
+    assert max(together.batch_sizes) > 1
+    assert sum(alone.batch_sizes) == sum(together.batch_sizes)
+    assert 0 < summary["failures"] < summary["episodes"] == 16
+    builds = [line.split()[2] for line in (trouble / "log").read_text().splitlines()]
+    assert builds[:2] == ["0", "1"]  # one process builds each task's simulator once
+    assert len(builds) <= 2 + 3 + 2
+
+
+def test_one_by_one_never_batches(tmp_path: Path) -> None:
+    policy = BrightnessPolicy()
+    evaluate(tmp_path, plan(), policy=policy, num_workers=3, one_by_one=True)
+    assert set(policy.batch_sizes) == {1}
+
+
+def test_a_policy_with_two_images_gets_the_wrist(tmp_path: Path) -> None:
+    assert evaluate(tmp_path, plan(1), policy=BrightnessPolicy(num_images=2))["episodes"] == 2
+
+
+def test_controls_act_in_the_worker_and_repeat_themselves(tmp_path: Path) -> None:
+    for run, num_workers in (("a", 1), ("b", 2)):
+        evaluate(
+            tmp_path / run,
+            plan(2),
+            setup=Setup(policy="random", simulator=FAKE, seed=3),
+            num_workers=num_workers,
+        )
+    assert behaviour(tmp_path / "a") == behaviour(tmp_path / "b")
+    assert len({row[3] for row in behaviour(tmp_path / "a")}) == 4  # another episode, other random actions
+    evaluate(tmp_path / "c", plan(2), setup=Setup(policy="random", simulator=FAKE, seed=4))
+    assert behaviour(tmp_path / "c") != behaviour(tmp_path / "a")
+    summary = evaluate(tmp_path / "zero", plan(2), setup=Setup(policy="zero", simulator=FAKE))
+    assert (summary["successes"], summary["failures"]) == (0, 4)
+
+
+# --- trouble --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["die", "raise", "hang"])
+def test_a_broken_simulator_is_replaced_and_its_episode_repeated(
+    tmp_path: Path, trouble: Path, kind: str
+) -> None:
+    (trouble / "0-1").write_text(f"{kind} 2")
+    summary = evaluate(tmp_path / "run", plan(), num_workers=2, silence_limit=2.0 if kind == "hang" else 60.0)
+    assert summary["errors"] == 0
+    assert (trouble / "0-1").read_text() == f"{kind} 0"
+    assert behaviour(tmp_path / "run") == _undisturbed(tmp_path)
+
+
+def test_the_third_crash_is_an_error_and_no_failure(tmp_path: Path, trouble: Path) -> None:
+    (trouble / "1-2").write_text("raise 3")
+    (trouble / "1-3").write_text("die 99")
+    summary = evaluate(tmp_path / "run", plan(), num_workers=2)
+    rows = {row["episode_id"]: row for row in evaluation.read_rows(tmp_path / "run")}
+    raised, died = rows["fake/task1/state2/seed0"], rows["fake/task1/state3/seed0"]
+    assert raised["success"] is None
+    assert raised["error"] == "ValueError: the physics exploded"
+    assert died["success"] is None
+    assert died["error"] == "the simulator process died (signal SIGKILL)"
+    assert (trouble / "1-3").read_text() == "die 96"  # three attempts
+    assert (summary["episodes"], summary["errors"]) == (8, 2)
+    assert summary["successes"] + summary["failures"] == 6
+    assert summary["success_rate"] == summary["successes"] / 6
+    undisturbed = {row[0]: row for row in _undisturbed(tmp_path)}
+    assert all(undisturbed[row[0]] == row for row in behaviour(tmp_path / "run") if row[1] is not None)
+    # An error stays recorded until it is asked to be played again; then the newer line counts.
+    assert evaluate(tmp_path / "run", plan())["errors"] == 2
+    (trouble / "1-3").unlink()
+    assert evaluate(tmp_path / "run", plan(), retry_errors=True)["errors"] == 0
+    assert behaviour(tmp_path / "run") == sorted(undisturbed.values())
+
+
+def test_a_simulator_that_never_starts_ends_the_run_in_a_sentence(tmp_path: Path, trouble: Path) -> None:
+    (trouble / "0-build").write_text("die 99")
+    with pytest.raises(ConfigError, match="cannot be started, nothing was evaluated: .*SIGKILL"):
+        evaluate(tmp_path / "run", plan(task_ids=(0,)))
+    assert evaluation.read_rows(tmp_path / "run") == []
+    assert (trouble / "0-build").read_text() == "die 96"
+
+
+def test_no_process_is_left_behind(tmp_path: Path) -> None:
+    outcomes = workers.play(plan(), setup=Setup(policy="zero", simulator=FAKE), num_workers=2)
+    next(outcomes)
+    before = _children()
+    assert len(before) >= 2
+    outcomes.close()
+    assert not [child for child in before if _is_alive(child)]
+
+
+def _undisturbed(tmp_path: Path) -> list[tuple[Any, ...]]:
+    with mock.patch.dict(os.environ):
+        os.environ.pop("FAKE_TROUBLE", None)
+        evaluate(tmp_path / "undisturbed", plan())
+    return behaviour(tmp_path / "undisturbed")
+
+
+def _children() -> list[int]:
+    text = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    return [int(child) for child in text if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def _is_alive(process: int) -> bool:
+    status = Path(f"/proc/{process}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+# --- stopping and going on ------------------------------------------------------------------------------------------
+
+
+def test_continues_where_it_stopped_and_drops_a_torn_line(tmp_path: Path) -> None:
+    evaluate(tmp_path / "whole", plan())
+    evaluate(tmp_path / "parts", plan(2))
+    results = tmp_path / "parts" / "results.jsonl"
+    first = results.read_bytes()
+    results.write_bytes(first + b'{"episode_id": "fake/task0/state2/seed0", "succ')
+    played = []
+    with opened(tmp_path / "parts") as folder:
+        evaluation.evaluate(
+            plan(), folder, setup=Setup(simulator=FAKE), load_policy=BrightnessPolicy, on_row=played.append
+        )
+    assert [row["init_state"] for row in played] == [2, 3, 2, 3]  # and none of those that were there
+    assert results.read_bytes().startswith(first)
+    assert behaviour(tmp_path / "parts") == behaviour(tmp_path / "whole")
+    lines = results.read_text().splitlines()
+    assert len({json.loads(line)["episode_id"] for line in lines}) == len(lines) == 8
+    # Nothing left to do: the policy is not even loaded.
+    with opened(tmp_path / "parts") as folder:
+        summary = evaluation.evaluate(
+            plan(), folder, setup=Setup(simulator=FAKE), load_policy=lambda: pytest.fail()
+        )
+    assert summary["episodes"] == 8
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    evaluate(tmp_path, plan(1))
+    results = tmp_path / "results.jsonl"
+    results.write_bytes(b"{broken\n" + results.read_bytes())
+    with pytest.raises(ConfigError, match=r"results\.jsonl, line 1, is damaged"):
+        evaluate(tmp_path, plan(1))
+
+
+def test_another_run_is_refused_the_folder(tmp_path: Path) -> None:
+    with opened(tmp_path, {"policy": "x", "env_seed": 0}) as folder:
+        evaluation.evaluate(plan(1), folder, setup=Setup(simulator=FAKE), load_policy=BrightnessPolicy)
+    with pytest.raises(
+        ConfigError, match="holds a run with env_seed 0, this one has 3: use another --run_id_note"
+    ):
+        evaluation.RolloutFolder(tmp_path, identity={"policy": "x", "env_seed": 3}, record={})
+    with pytest.raises(ConfigError, match="holds a run with env_seed 0, this one has None"):
+        evaluation.RolloutFolder(tmp_path, identity={"policy": "x"}, record={})
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ConfigError, match="results of an unknown run"):
+        evaluation.RolloutFolder(tmp_path, identity={"policy": "x", "env_seed": 0}, record={})
+
+
+def test_a_run_that_never_got_anywhere_leaves_the_folder_to_the_next(tmp_path: Path) -> None:
+    with opened(tmp_path, {"pretrained_checkpoint": "mistyped"}):
+        pass
+    with opened(tmp_path, {"pretrained_checkpoint": "right"}):
+        pass
+    assert json.loads((tmp_path / "run.json").read_text())["identity"] == {"pretrained_checkpoint": "right"}
+
+
+def test_two_processes_cannot_write_to_one_folder(tmp_path: Path) -> None:
+    with opened(tmp_path), pytest.raises(ConfigError, match="another evaluation is writing"):
+        evaluation.RolloutFolder(tmp_path, identity={"policy": "x"}, record={})
+    with opened(tmp_path):
+        pass  # free again
+
+
+def test_an_unwritable_folder_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write to .*: choose another --local_log_dir"):
+        evaluation.RolloutFolder(tmp_path / "file" / "run", identity={}, record={})
+
+
+def test_ranks_share_out_the_episodes_and_merge(tmp_path: Path) -> None:
+    evaluate(tmp_path / "one", plan())
+    evaluate(tmp_path / "two", plan(), ranks=2, rank=0)
+    assert len(evaluation.read_rows(tmp_path / "two")) == 4
+    summary = evaluate(tmp_path / "two", plan(), ranks=2, rank=1)
+    assert summary["episodes"] == 8
+    assert behaviour(tmp_path / "one") == behaviour(tmp_path / "two")
+
+
+KILLED = """
+import sys, time
+sys.path[:0] = [{repository!r}, {tests!r}]
+from pathlib import Path
+from prismatic import evaluation
+from prismatic.errors import exit_codes
+from prismatic.player import Setup
+from fake_simulator import BrightnessPolicy
+
+class Slow(BrightnessPolicy):
+    def batch(self, *arguments, **named):
+        time.sleep(0.02)
+        return super().batch(*arguments, **named)
+
+if __name__ == "__main__":
+    with exit_codes():
+        trials = evaluation.plan("fake", num_trials=8, simulator="fake_simulator")
+        path = Path({folder!r})
+        with evaluation.RolloutFolder(path, identity={{"policy": "x"}}, record={{}}) as folder:
+            evaluation.evaluate(trials, folder, setup=Setup(simulator="fake_simulator", video_folder=path),
+                load_policy=Slow, num_workers=2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_stopped_at_any_moment_it_loses_only_what_is_under_way(
+    tmp_path: Path, stop: signal.Signals, code: int
+) -> None:
+    script, run = tmp_path / "script.py", tmp_path / "run"
+    script.write_text(KILLED.format(repository=str(TESTS.parent), tests=str(TESTS), folder=str(run)))
+    process = subprocess.Popen(
+        [sys.executable, str(script)], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    results = run / "results.jsonl"
+    deadline = time.monotonic() + 30
+    while not (results.exists() and results.read_bytes().count(b"\n") >= 3):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    if stop == signal.SIGINT:
+        os.killpg(process.pid, stop)  # as a terminal does: to the workers as well
+    else:
+        process.send_signal(stop)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    deadline = time.monotonic() + 10
+    while any(_is_alive(int(child)) for child in children):
+        assert time.monotonic() < deadline, "a simulator process outlives its parent"
+        time.sleep(0.02)
+    before = evaluation.read_rows(run)
+    assert 3 <= len(before) < 24
+    if stop != signal.SIGKILL:
+        assert json.loads((run / "summary.json").read_text())["episodes"] == len(before)
+    evaluate(run, plan(8, (0, 1, 2)), videos=True)
+    assert evaluation.read_rows(run)[: len(before)] == before
+    evaluate(tmp_path / "whole", plan(8, (0, 1, 2)))
+    assert behaviour(run) == behaviour(tmp_path / "whole")
+    assert len(list(run.glob("*.mp4"))) == 24
+    assert not list(run.glob(".unfinished*"))
+
+
+# --- what is written ------------------------------------------------------------------------------------------------
+
+
+def test_a_line_a_video_and_a_summary(tmp_path: Path) -> None:
+    import imageio.v3 as imageio
+
+    summary = evaluate(tmp_path, plan(2), videos=True, num_workers=2)
+    row = next(
+        row for row in evaluation.read_rows(tmp_path) if row["episode_id"] == "fake/task1/state1/seed0"
+    )
+    assert row["suite"] == "fake"
+    assert (row["task_id"], row["init_state"], row["env_seed"]) == (1, 1, 0)
+    assert row["instruction"] == "push the point to the goal, 1."
+    assert row["error"] is None
+    assert row["seconds"] > 0
+    assert row["video"] == f"episode=10--success={row['success']}--task=push_the_point_to_the_goal__1_.mp4"
+    frames = imageio.imread(tmp_path / row["video"])
+    assert len(frames) == row["steps"] + 1  # what the policy saw, and how it ended
+    assert abs(int(frames[0].mean()) - 17) <= 3
+    assert frames[-1].mean() > frames[0].mean()
+    stream = imageio.immeta(tmp_path / row["video"])
+    assert (stream["codec"], stream["pix_fmt"].split("(")[0]) == ("h264", "yuv420p")
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert [task["task_id"] for task in summary["per_task"]] == [0, 1]
+    assert sum(task["successes"] for task in summary["per_task"]) == summary["successes"]
+    assert summary["interval_95"][0] <= summary["success_rate"] <= summary["interval_95"][1]
+    assert summary["protocol"] == {"policy": "x", "command": "test", "policy_card": {"decode": "brightness"}}
+
+
+def test_a_recorded_video_is_never_overwritten(tmp_path: Path) -> None:
+    trial = plan(1)[0]
+    with opened(tmp_path) as folder:
+        names = []
+        for content in (b"first", b"second"):
+            video = folder.unfinished / "1.mp4"
+            video.write_bytes(content)
+            outcome = Outcome(
+                trial=trial, success=True, steps=1, seconds=1.0, actions=np.zeros((1, 7)), video=video
+            )
+            names.append(folder.add(outcome, instruction="go", number=1)["video"])
+    assert names == ["episode=1--success=True--task=go.mp4", "episode=1--success=True--task=go--2.mp4"]
+    assert [(tmp_path / name).read_bytes() for name in names] == [b"first", b"second"]
+
+
+def test_a_video_that_cannot_be_written_is_no_simulator_error(tmp_path: Path) -> None:
+    setup = Setup(policy="zero", simulator=FAKE, video_folder=tmp_path / "missing")
+    with pytest.raises(ConfigError, match="cannot write the video .*missing.*gone"):
+        list(workers.play(plan(1), setup=setup))
+
+
+def test_rates_leave_errors_out() -> None:
+    rows = [
+        {"suite": "s", "task_id": 0, "instruction": "i", "success": success}
+        for success in (True, True, False, None)
+    ]
+    summary = evaluation.summarise(rows, protocol={})
+    assert (summary["episodes"], summary["successes"], summary["failures"], summary["errors"]) == (4, 2, 1, 1)
+    assert summary["success_rate"] == pytest.approx(2 / 3)
+    assert summary["interval_95"] == pytest.approx([0.2077, 0.9385], abs=1e-4)
+    assert evaluation.summarise(rows[3:], protocol={})["success_rate"] is None

@@ -1,0 +1,329 @@
+"""RLDS written and read back, and what is said about damaged folders. TensorFlow's few starts are shared."""
+
+import json
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prismatic.data import rlds
+from prismatic.data.frames import FrameCache
+from prismatic.data.staging import load_episode
+from prismatic.errors import ConfigError
+from prismatic.image import encode_jpeg
+
+NAME = "drawn_set"
+EPISODES = 5
+SILENT_EPISODE = 3  # the one without an instruction
+
+
+def drawn_jpeg(*numbers: int) -> bytes:
+    """A picture of its own for each tuple of numbers."""
+    frame = np.zeros((256, 256, 3), dtype=np.uint8)
+    for place, number in enumerate(numbers):
+        frame[60 * place : 60 * place + 50, 5 + 20 * number : 25 + 20 * number] = (250, 40 * place, 90)
+    return encode_jpeg(frame)
+
+
+def drawn_episode(number: int) -> dict:
+    steps = 2 + number
+    rng = np.random.default_rng(number)
+    action = rng.normal(size=(steps, 7)).astype(np.float32)
+    action[:, 6] = np.where(np.arange(steps) % 2, 1, -1)
+    return {
+        "images": [drawn_jpeg(number, t, 0) for t in range(steps)],
+        "wrist_images": [drawn_jpeg(number, t, 1) for t in range(steps)],
+        "state": rng.normal(size=(steps, 8)).astype(np.float32),
+        "joint_state": rng.normal(size=(steps, 7)).astype(np.float32),
+        "action": action,
+        "instruction": "" if number == SILENT_EPISODE else f"put block {number} on the plate",
+        "file_path": f"demo_{number}",
+    }
+
+
+@pytest.fixture(scope="session")
+def staged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("staged")
+    for number in range(EPISODES):
+        rlds.stage_episode(folder / f"episode_{number}.npz", **drawn_episode(number))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(staged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rlds.write_dataset(staged, tmp_path_factory.mktemp("rlds"), NAME)
+
+
+@pytest.fixture(scope="session")
+def cache(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> FrameCache:
+    return FrameCache(rlds.build_cache(dataset, tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def copy(dataset: Path, tmp_path: Path) -> Path:
+    """The drawn data set, to be damaged."""
+    return Path(shutil.copytree(dataset, tmp_path / "root" / NAME / "1.0.0"))
+
+
+@pytest.fixture
+def no_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(doing: str, *arguments: object) -> None:
+        raise AssertionError(f"a process was started for {doing}")
+
+    monkeypatch.setattr(rlds, "_in_child", refuse)
+
+
+def drop_features(version: Path, *fields: str) -> None:
+    path = version / "features.json"
+    content = json.loads(path.read_text())
+    steps = content["featuresDict"]["features"]["steps"]["sequence"]["feature"]["featuresDict"]["features"]
+    observation = steps["observation"]["featuresDict"]["features"]
+    for field in fields:
+        (steps if field in steps else observation).pop(field)
+    path.write_text(json.dumps(content))
+
+
+# Writing
+
+
+def test_written_folder_has_the_plain_layout(dataset):
+    assert dataset.parts[-2:] == (NAME, "1.0.0")
+    tfrecord = f"{NAME}-train.tfrecord-00000-of-00001"
+    assert {path.name for path in dataset.iterdir()} == {
+        "dataset_info.json",
+        "features.json",
+        tfrecord,
+        rlds.STAGED_NOTE,
+    }
+    assert [path.name for path in dataset.parent.iterdir()] == ["1.0.0"]
+    info = json.loads((dataset / "dataset_info.json").read_text())
+    (split,) = info["splits"]
+    assert (info["name"], info["version"], info["fileFormat"]) == (NAME, "1.0.0", "tfrecord")
+    assert (split["name"], split["shardLengths"]) == ("train", [str(EPISODES)])
+
+
+def test_written_json_equals_the_references(dataset, reference):
+    theirs = reference / "rlds/libero_spatial_no_noops/1.0.0"
+    assert (dataset / "features.json").read_text() == (theirs / "features.json").read_text()
+    info, their_info = (
+        json.loads((folder / "dataset_info.json").read_text()) for folder in (dataset, theirs)
+    )
+    for content in (info, their_info):
+        for key in ("name", "releaseNotes"):
+            content.pop(key)
+        for split in content["splits"]:
+            del split["numBytes"], split["shardLengths"]
+    assert info == their_info
+
+
+def test_everything_staged_comes_back_unchanged(cache):
+    assert sorted(cache.file_paths) == [f"demo_{number}" for number in range(EPISODES)]
+    with np.load(cache.folder / "steps.npz") as arrays:
+        raw_actions = arrays["action"]
+    for place, file_path in enumerate(cache.file_paths):
+        number = int(file_path.removeprefix("demo_"))
+        episode = drawn_episode(number)
+        frames = np.flatnonzero(cache.episode == place)
+        assert [cache.image_bytes(frame) for frame in frames] == episode["images"]
+        assert [cache.wrist_bytes(frame) for frame in frames] == episode["wrist_images"]
+        assert (raw_actions[frames] == episode["action"]).all()
+        assert (cache.state[frames] == episode["state"]).all()
+        assert cache.timestep[frames].tolist() == list(range(len(frames)))
+        assert cache.instructions[place] == cache.instruction(frames[0]) == episode["instruction"]
+    assert len(cache) == sum(2 + number for number in range(EPISODES))
+    assert "tensorflow" not in sys.modules
+
+
+def test_writing_the_same_again_does_nothing(dataset, staged, no_child):
+    assert rlds.write_dataset(staged, dataset.parents[1], NAME) == dataset
+    (staged / "episode_0.npz").touch()
+    with pytest.raises(AssertionError, match="a process was started"):
+        rlds.write_dataset(staged, dataset.parents[1], NAME)
+    assert (dataset / "dataset_info.json").is_file()  # what was there before is kept when writing fails
+
+
+def test_a_foreign_data_set_is_not_overwritten(copy, staged, no_child):
+    (copy / rlds.STAGED_NOTE).unlink()
+    with pytest.raises(ConfigError, match="from elsewhere"):
+        rlds.write_dataset(staged, copy.parents[1], NAME)
+
+
+def test_writing_nothing_is_refused(tmp_path, no_child):
+    with pytest.raises(ConfigError, match="no finished episode"):
+        rlds.write_dataset(tmp_path, tmp_path / "rlds", NAME)
+    with pytest.raises(ConfigError, match="no finished episode"):
+        rlds.write_dataset(tmp_path / "missing", tmp_path / "rlds", NAME)
+    with pytest.raises(ConfigError, match="can't name a data set"):
+        rlds.write_dataset(tmp_path, tmp_path / "rlds", "My-Set")
+
+
+# Staging
+
+
+def test_staging_refuses_fields_that_disagree(tmp_path):
+    episode = drawn_episode(1)
+    with pytest.raises(ValueError, match="3 images and 2 wrist images"):
+        rlds.stage_episode(tmp_path / "e.npz", **(episode | {"wrist_images": episode["wrist_images"][:2]}))
+    with pytest.raises(ValueError, match="0 images"):
+        rlds.stage_episode(tmp_path / "e.npz", **(episode | {"images": []}))
+
+
+def test_a_full_disk_leaves_no_half_episode(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # bytes a file may have: stands for a full disk
+    try:
+        with pytest.raises(ConfigError, match="can't write to .*: free space"):
+            rlds.stage_episode(tmp_path / "e.npz", **drawn_episode(1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_staged_episode_is_named(staged, tmp_path):
+    whole = (staged / "episode_1.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match="cut.npz is damaged"):
+        load_episode(tmp_path / "cut.npz")
+
+
+# Finding
+
+
+def test_find_dataset_takes_the_newest_version(copy):
+    for version in ("1.9.0", "1.10.0"):
+        shutil.copytree(copy, copy.parent / version)
+    (copy.parent / "2.0.0.unfinished").mkdir()
+    assert rlds.find_dataset(copy.parents[1], NAME) == copy.parent / "1.10.0"
+
+
+def test_find_dataset_says_what_there_is(copy, tmp_path):
+    with pytest.raises(ConfigError, match=f"no RLDS data set 'absent'.*{NAME}"):
+        rlds.find_dataset(copy.parents[1], "absent")
+    with pytest.raises(ConfigError, match="data_root_dir .*missing doesn't exist"):
+        rlds.find_dataset(tmp_path / "missing", NAME)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="nor any other"):
+        rlds.find_dataset(tmp_path / "empty", NAME)
+
+
+# Reading
+
+
+def test_a_cache_is_made_once_and_anew_when_the_data_changes(cache, dataset, copy, tmp_path, no_child):
+    assert rlds.build_cache(dataset, cache.folder.parent) == cache.folder
+    shutil.copytree(dataset, tmp_path / "changed" / "1.0.0")
+    (tmp_path / "changed/1.0.0/features.json").touch()
+    with pytest.raises(AssertionError, match="a process was started"):
+        rlds.build_cache(tmp_path / "changed/1.0.0", cache.folder.parent)
+
+
+def test_own_validation_split_and_missing_optional_fields(copy, cache, tmp_path):
+    drop_features(copy, "wrist_image", "state", "joint_state", "reward", "discount", "is_first")
+    record = copy / f"{NAME}-train.tfrecord-00000-of-00001"
+    shutil.copy(record, copy / f"{NAME}-val.tfrecord-00000-of-00001")
+    info = json.loads((copy / "dataset_info.json").read_text())
+    info["splits"].insert(0, info["splits"][0] | {"name": "val"})
+    (copy / "dataset_info.json").write_text(json.dumps(info))
+
+    lean = FrameCache(rlds.build_cache(copy, tmp_path / "cache"))
+    assert lean.file_paths == cache.file_paths * 2
+    assert lean.state is None and not lean.has_wrist
+    assert [lean.image_bytes(f) for f in range(len(cache))] == [
+        cache.image_bytes(f) for f in range(len(cache))
+    ]
+    assert set(lean.episode[lean.train_indices()]) == {e for e in range(EPISODES) if cache.instructions[e]}
+    assert set(lean.episode[lean.validation_indices()]) == {
+        e + EPISODES for e in range(EPISODES) if cache.instructions[e]
+    }
+    with pytest.raises(ConfigError, match="no wrist_image.*num_images_in_input"):
+        lean.wrist_bytes(0)
+
+
+def test_missing_fields_are_named_and_nothing_is_left(copy, tmp_path):
+    drop_features(copy, "action", "language_instruction")
+    with pytest.raises(ConfigError, match="lacks steps/action, steps/language_instruction"):
+        rlds.build_cache(copy, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_changed_byte_is_found_by_the_checksum(copy, tmp_path):
+    record = copy / f"{NAME}-train.tfrecord-00000-of-00001"
+    content = bytearray(record.read_bytes())
+    content[len(content) // 2] ^= 1
+    record.write_bytes(content)
+    with pytest.raises(ConfigError, match="reading .* failed .*: download or collect the data set again"):
+        rlds.build_cache(copy, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_damaged_folders_are_named_before_tensorflow_starts(copy, tmp_path, no_child):
+    record = copy / f"{NAME}-train.tfrecord-00000-of-00001"
+    whole = record.read_bytes()
+    record.write_bytes(whole[:-1])
+    with pytest.raises(ConfigError, match="tfrecord-00000-of-00001 is cut off"):
+        rlds.build_cache(copy, tmp_path / "cache")
+    record.unlink()
+    with pytest.raises(ConfigError, match=f"has 0 of the {EPISODES} episodes"):
+        rlds.build_cache(copy, tmp_path / "cache")
+    (copy / "dataset_info.json").write_text("{")
+    with pytest.raises(ConfigError, match="JSON files of .* are damaged"):
+        rlds.build_cache(copy, tmp_path / "cache")
+    (copy / "features.json").unlink()
+    (copy / "dataset_info.json").unlink()
+    with pytest.raises(ConfigError, match="has no dataset_info.json"):
+        rlds.build_cache(copy, tmp_path / "cache")
+    with pytest.raises(ConfigError, match="missing doesn't exist"):
+        rlds.build_cache(tmp_path / "missing", tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_process_that_dies_is_reported(copy, tmp_path, monkeypatch):
+    killed = tmp_path / "killed.sh"
+    killed.write_text("#!/bin/sh\nkill -KILL $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setattr(rlds.sys, "executable", str(killed))
+    with pytest.raises(ConfigError, match="ended with code -9, perhaps for want of memory"):
+        rlds.build_cache(copy, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+# The original's own data set
+
+
+@pytest.fixture(scope="session")
+def reference_cache(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> FrameCache:
+    dataset = rlds.find_dataset(reference / "rlds", "libero_spatial_no_noops")
+    return FrameCache(rlds.build_cache(dataset, tmp_path_factory.mktemp("reference_cache")))
+
+
+def test_reference_episodes_are_read_in_order(reference, reference_cache):
+    expected = json.loads((reference / "rlds_pipeline.json").read_text())
+    assert reference_cache.name == expected["dataset_name"]
+    assert reference_cache.file_paths == expected["episode_file_paths_in_order"]
+    assert reference_cache.instructions == expected["episode_instructions_in_order"]
+    with (
+        np.load(reference / "rlds_pipeline.npz") as arrays,
+        np.load(reference_cache.folder / "steps.npz") as steps,
+    ):
+        assert steps["action"].tobytes() == arrays["raw_action"].tobytes()
+        assert reference_cache.state.tobytes() == arrays["raw_state"].tobytes()
+        assert np.bincount(reference_cache.episode).tolist() == arrays["episode_lengths"].tolist()
+
+
+def test_reference_training_frames_are_the_originals(reference, reference_cache):
+    expected = json.loads((reference / "rlds_pipeline.json").read_text())
+    frames = reference_cache.train_indices()
+    words = [reference_cache.instruction(frame) for frame in frames]
+    assert words == expected["train_language_instruction"]
+    assert "" in reference_cache.instructions and "" not in words
+    assert len(reference_cache.validation_indices()) == 0
+    with np.load(reference / "rlds_pipeline.npz") as arrays:
+        assert reference_cache.timestep[frames].tolist() == arrays["train_timestep"].tolist()
+
+
+def test_reference_statistics_come_out_of_the_cache(reference, reference_cache):
+    expected = json.loads((reference / "rlds_dataset_statistics.json").read_text())
+    assert {reference_cache.name: reference_cache.statistics} == expected
