@@ -1,21 +1,84 @@
-"""What a person may change. Every field is also a flag of its script: `--help` shows the comment beside the field."""
+"""What a person may change. Every field is also a flag of its script: `--help` shows the comment beside the field.
 
+Most people change WORKSPACE and nothing else: data sets, runs and caches live below it.
+"""
+
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from prismatic.image import AUGMENTATIONS
+
+# Where data sets, frame caches and runs go; the environment variable of the same name wins.
+WORKSPACE = Path(os.environ.get("WORKSPACE", "workspace"))
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    # Base model: checkpoint folder, or hub id such as openvla/openvla-7b.
+    vla_path: str = "openvla/openvla-7b"
+    # Folder of RLDS data sets (modified_libero_rlds), or the hub id of such a data set.
+    data_root_dir: str = str(WORKSPACE / "datasets")
+    # Data set in it; several with commas, each with a weight after a colon if you like: a,b:0.5.
+    dataset_name: str = "libero_spatial_no_noops"
+    # Folder of run folders; the adapters land in <run_root_dir>/<run>/step-…, the newest also under <run>/latest.
+    run_root_dir: Path = WORKSPACE / "runs"
+    # Samples of one pass on one GPU.
+    batch_size: int = 16
+    # Passes added up before a step: the effective batch is batch_size x this x GPUs.
+    grad_accumulation_steps: int = 1
+    # Of AdamW.
+    learning_rate: float = 5e-4
+    # constant (the recipe of record), or cosine down to zero at max_steps.
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    # Steps in which the learning rate rises from zero.
+    warmup_steps: int = 0
+    # Of AdamW.
+    weight_decay: float = 0.01
+    # Gradient norm above which gradients are scaled down; 0 never (the recipe of record).
+    max_grad_norm: float = 0.0
+    # Steps after which to stop.
+    max_steps: int = 200_000
+    # Steps between checkpoints.
+    save_steps: int = 5000
+    # Checkpoints to keep; the oldest are deleted.
+    keep: int = 2
+    # Train a LoRA adapter; False trains every weight (a small model, or a large machine).
+    use_lora: bool = True
+    # Rank r of the adapter's matrices; alpha is min(r, 16).
+    lora_rank: int = 32
+    # Dropout in front of the adapter (0.05 in the reproduction this project starts from).
+    lora_dropout: float = 0.0
+    # Random crop, brightness, contrast, saturation, hue. With it, acting crops the centre.
+    image_aug: bool = True
+    # Which of them.
+    augment_order: tuple[str, ...] = AUGMENTATIONS
+    # Seed of the shuffling, the augmentations and the adapter's start.
+    seed: int = 7
+    # Loader processes.
+    num_workers: int = 4
+    # auto: the same command continues its run. never: refuse if the run exists.
+    resume: Literal["auto", "never"] = "auto"
+    # Is added to the run's name.
+    run_id_note: str | None = None
+    # OpenVLA's shuffle buffer. Accepted, no longer needed: frames are read in random order from disk.
+    shuffle_buffer_size: int | None = None
+
 
 @dataclass(frozen=True)
 class EvalConfig:
-    # Checkpoint folder, adapter folder (it knows its base) or hub id such as openvla/openvla-7b-finetuned-libero-spatial.
+    # Checkpoint folder, adapter folder (it knows its base), or hub id such as
+    # openvla/openvla-7b-finetuned-libero-spatial.
     pretrained_checkpoint: str = ""
     # Adapter folder that goes on top of the checkpoint.
     lora_checkpoint: Path | None = None
-    # Who acts: the checkpoint; or, to check the set-up, the scripted expert, random actions, or none at all (zero).
+    # Who acts: the checkpoint; or, to check the set-up, the scripted expert, random actions, none (zero).
     policy: Literal["checkpoint", "expert", "random", "zero"] = "checkpoint"
-    # libero_spatial, libero_object, libero_goal, libero_10, libero_90, or a LIBERO-PRO suite such as libero_spatial_swap.
+    # libero_spatial, libero_object, libero_goal, libero_10, libero_90, or a LIBERO-PRO suite such as
+    # libero_spatial_swap.
     task_suite_name: str = "libero_spatial"
     # Tasks of the suite, such as `--task_ids 0 3`; none means all.
     task_ids: tuple[int, ...] = ()
@@ -39,9 +102,10 @@ class EvalConfig:
     load_in_4bit: bool = False
     # Simulator processes. auto: one a core, as far as the memory goes (2 GB each).
     num_workers: Annotated[int | Literal["auto"], tyro.conf.arg(aliases=("--workers",))] = "auto"
-    # Ask the policy for one row at a time, so that not even rounding depends on the number of workers; slower.
+    # Ask the policy one row at a time, so that not even rounding depends on the number of workers; slower.
     deterministic: bool = False
-    # standard: LIBERO's pixels. fast: three times faster on a CPU, pixels differ by about 1.5 of 255; not for scores.
+    # standard: LIBERO's pixels. fast: three times faster on a CPU, pixels differ by about 1.5 of 255, so not
+    # for scores to be compared.
     render_quality: Literal["standard", "fast"] = "standard"
     # An mp4 of every episode.
     save_videos: bool = True
@@ -53,3 +117,25 @@ class EvalConfig:
     run_id_note: str | None = None
     # Accepted because OpenVLA's command lines have it.
     model_family: Literal["openvla"] = "openvla"
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    # libero_spatial, libero_object or libero_goal: pick-and-place tasks, which the scripted expert can do.
+    task_suite_name: str = "libero_spatial"
+    # Tasks of the suite, such as `--task_ids 0 3`; none means all.
+    task_ids: tuple[int, ...] = ()
+    # Successful episodes wanted of each task.
+    num_demos_per_task: int = 50
+    # Folder of data sets; the new one is data_root_dir/dataset_name/1.0.0.
+    data_root_dir: Path = WORKSPACE / "datasets"
+    # Small letters, digits and _.
+    dataset_name: str = "libero_expert"
+    # Simulator processes, 2 GB each.
+    num_workers: int = 2
+    # Largest random push while the expert acts, in units of a full command; 0 for none. Its own answers are what is recorded.
+    perturbation: float = 0.5
+    # fast: three times faster on a CPU, pixels differ by about 1.5 of 255. standard: LIBERO's own pixels.
+    render_quality: Literal["standard", "fast"] = "fast"
+    # Another seed gives other episodes.
+    seed: int = 0

@@ -2,8 +2,9 @@
 
     python eval.py --pretrained_checkpoint FOLDER --task_suite_name libero_spatial --num_trials_per_task 50
 
-Writes rollouts/EVAL-<suite>-<checkpoint>/. The same command continues where it was stopped; more trials or tasks
-are added to what is there. `torchrun --nproc-per-node N eval.py …` shares the episodes among N GPUs.
+Writes rollouts/EVAL-<suite>-<checkpoint>/. The same command continues where it was stopped; more trials or
+tasks are added to what is there. Without a GPU the policy computes on one thread, unless OMP_NUM_THREADS says otherwise.
+`torchrun --nproc-per-node N eval.py …` shares the episodes among N GPUs.
 """
 
 import os
@@ -20,10 +21,11 @@ from config import EvalConfig
 from prismatic import evaluation, machine, report, simulator
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.player import Setup
-from prismatic.versions import SIMULATOR_PACKAGES, fingerprint, versions
+from prismatic.versions import SIMULATOR_PACKAGES, folder_fingerprint, versions
 
 # Nothing here may import torch at the top: each simulator process imports this file once more.
 
+STEP_FOLDER = re.compile(r"latest|step-\d+")  # within a training run: the run's name says more
 RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
 
 
@@ -35,6 +37,7 @@ def main(cfg: EvalConfig) -> None:
         num_trials=cfg.num_trials_per_task,
         first_init_state=cfg.first_init_state,
         env_seed=cfg.env_seed,
+        simulator=simulator.__name__,
     )
     renderer = simulator.choose_renderer()
     with evaluation.RolloutFolder(
@@ -43,26 +46,23 @@ def main(cfg: EvalConfig) -> None:
         try:
             summary = evaluate(cfg, trials, folder)
         finally:
-            with folder.locked():
-                page = report.build(folder.path)
+            if folder.rows():
+                with folder.locked():
+                    report.build(folder.path)
     if RANK == 0:
-        print_result(cfg, folder.path, summary, page)
+        print_result(cfg, folder.path, summary)
 
 
 def evaluate(cfg: EvalConfig, trials: list[Any], folder: evaluation.RolloutFolder) -> evaluation.Row:
     mine = {trial.id for trial in trials[RANK::RANKS]}
-    done = [
-        row for row in folder.rows() if row["episode_id"] in mine and not (cfg.retry_errors and row["error"])
-    ]
+    done = [row for row in folder.rows() if row["episode_id"] in mine and not (cfg.retry_errors and row["error"])]
     if done and RANK == 0:
         print(f"{len(done)} of {len(mine)} episodes are already in {folder.path}")
     counts = {
         "successes": sum(bool(row["success"]) for row in done),
         "errors": sum(bool(row["error"]) for row in done),
     }
-    with tqdm(
-        total=len(mine), initial=len(done), unit="episode", disable=RANK > 0, dynamic_ncols=True
-    ) as progress:
+    with tqdm(total=len(mine), initial=len(done), unit="episode", disable=RANK > 0, dynamic_ncols=True) as progress:
 
         def show(row: evaluation.Row) -> None:
             counts["successes"] += bool(row["success"])
@@ -81,6 +81,7 @@ def evaluate(cfg: EvalConfig, trials: list[Any], folder: evaluation.RolloutFolde
                 seed=cfg.seed,
                 quality=cfg.render_quality,
                 video_folder=folder.path if cfg.save_videos else None,
+                simulator=simulator.__name__,
             ),
             load_policy=(lambda: load_policy(cfg)) if cfg.policy == "checkpoint" else None,
             num_workers=machine.simulators_that_fit if cfg.num_workers == "auto" else cfg.num_workers,
@@ -97,6 +98,9 @@ def load_policy(cfg: EvalConfig) -> Any:
     from prismatic import checkpoint
 
     torch.manual_seed(cfg.seed)
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        # The simulators fill the cores, and a number that followed theirs would change the last digits of actions.
+        torch.set_num_threads(1)
     local_rank = os.environ.get("LOCAL_RANK")
     return checkpoint.load_policy(
         cfg.pretrained_checkpoint,
@@ -125,10 +129,13 @@ def check(cfg: EvalConfig) -> None:
 
 
 def run_name(cfg: EvalConfig) -> str:
-    """OpenVLA's EVAL-{suite}-{…}--{note}, with the policy's name and without the date, so that a run can be continued."""
+    """OpenVLA's EVAL-{suite}-{…}--{note}, with the policy's name and without the date, so that a run can be
+    continued.
+    """
     policy = cfg.policy
     if cfg.policy == "checkpoint":
-        policy = Path(cfg.lora_checkpoint or cfg.pretrained_checkpoint).resolve().name
+        folder = Path(cfg.lora_checkpoint or cfg.pretrained_checkpoint).resolve()
+        policy = f"{folder.parent.name}-{folder.name}" if STEP_FOLDER.fullmatch(folder.name) else folder.name
     note = f"--{cfg.run_id_note}" if cfg.run_id_note else ""
     return re.sub(r"[^\w.+=-]", "_", f"EVAL-{cfg.task_suite_name}-{policy}{note}")
 
@@ -136,8 +143,10 @@ def run_name(cfg: EvalConfig) -> str:
 def identity(cfg: EvalConfig, renderer: str) -> dict[str, Any]:
     """What the numbers depend on. Weights count by their content: a folder trained anew is another policy."""
 
-    def weights(name: str | Path | None) -> str | None:
-        return fingerprint(Path(name)) if name and Path(name).exists() else str(name) if name else None
+    def weights(path: str | Path | None) -> str | None:
+        if path and Path(path).exists():
+            return f"{Path(path).resolve().name}, fingerprint {folder_fingerprint(Path(path))}"
+        return str(path) if path else None
 
     known = versions()
     checkpoint = {
@@ -178,33 +187,24 @@ def record(cfg: EvalConfig) -> dict[str, Any]:
     }
 
 
-def print_result(cfg: EvalConfig, folder: Path, summary: evaluation.Row, page: Path) -> None:
-    low, high = summary["interval_95"]
-    rate = "no episode ended with an outcome"
-    if summary["success_rate"] is not None:
-        rate = (
-            f"{100 * summary['success_rate']:.1f} % success ({summary['successes']} of "
-            f"{summary['successes'] + summary['failures']} episodes, 95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
-        )
-    print(f"{cfg.task_suite_name}, {Path(folder).name}: {rate}")
+def print_result(cfg: EvalConfig, folder: Path, summary: evaluation.Row) -> None:
+    judged = summary["successes"] + summary["failures"]
+    rate = "no episode has ended with an outcome"
+    if judged:
+        low, high = (100 * limit for limit in summary["interval_95"])
+        rate = f"{100 * summary['success_rate']:.1f} % success, 95 % interval {low:.1f} to {high:.1f} % "
+        rate += f"({summary['successes']} of {judged} episodes)"
+    print(f"{cfg.task_suite_name}, {folder.name}: {rate}")
     if summary["errors"]:
-        print(
-            f"{summary['errors']} episodes ended as errors and are not counted: --retry_errors True plays them again"
-        )
-    print(f"report   {page}")
+        print(f"{summary['errors']} more ended in an error and do not count: --retry_errors True plays them again")
+    print(f"report   {folder / report.PAGE}")
     print(f"results  {folder / evaluation.RESULTS}")
-    for outcome, name in ((True, "success"), (False, "failure")):
-        videos = [
-            row["video"] for row in evaluation.read_rows(folder) if row["success"] is outcome and row["video"]
-        ]
-        if videos:
-            print(f"a {name}: {folder / videos[0]}")
+    rows = [row for row in evaluation.read_rows(folder) if row["video"]]
+    for success, label in ((True, "a success"), (False, "a failure")):
+        for row in [row for row in rows if row["success"] is success][:1]:
+            print(f"{label}: {folder / row['video']}")
 
 
 if __name__ == "__main__":
     with exit_codes():
-        main(
-            tyro.cli(
-                EvalConfig, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True
-            )
-        )
+        main(tyro.cli(EvalConfig, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True))

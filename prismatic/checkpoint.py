@@ -5,6 +5,7 @@ layout; an adapter folder has `adapter_config.json`. Surprising: a folder with a
 `unnorm_key` where it has several statistics, and `center_crop` (default True).
 """
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -99,7 +100,9 @@ def load_processor(
     statistics = load_statistics(statistics_home)
     if (home / PROCESSOR).exists():
         config = ProcessorConfig.load(home / PROCESSOR)
-        if unnorm_key is not None and statistics_key(statistics, unnorm_key, statistics_home) != config.unnorm_key:
+        if config.unnorm_key is None:
+            config = dataclasses.replace(config, unnorm_key=statistics_key(statistics, unnorm_key, statistics_home))
+        elif unnorm_key is not None and statistics_key(statistics, unnorm_key, statistics_home) != config.unnorm_key:
             raise ConfigError(f"--unnorm_key {unnorm_key} contradicts {home / PROCESSOR}, which says {config.unnorm_key}: leave it out")
         if center_crop is not None and center_crop != config.center_crop:
             raise ConfigError(f"--center_crop {center_crop} contradicts {home / PROCESSOR}, which says {config.center_crop}: leave it out")
@@ -110,7 +113,7 @@ def load_processor(
         model = VLAConfig.from_json(checkpoint / CONFIG)
         crop = True if center_crop is None else center_crop
         config = ProcessorConfig.for_model(model, unnorm_key=key, center_crop=crop, **_preprocessor(checkpoint))
-    return Processor(config, load_tokenizer(checkpoint), statistics[config.unnorm_key])
+    return Processor(config, load_tokenizer(checkpoint), statistics)
 
 
 def _preprocessor(folder: Path) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""A suite's trials in; a folder of results out: results.jsonl (a line an episode), summary.json, run.json, videos.
+"""Trials in; a folder of results.jsonl, summary.json, run.json and videos out.
 
-results.jsonl is the truth: appended and flushed to disk as episodes end, in the order in which they end. The same call
-continues where it stopped; summary.json is derived and can be made again. Errors (crashed or hung simulators) are kept
-apart: `success` is null and no rate counts them. run.json holds what the numbers depend on, and a run that differs in it
-is refused the folder. Several ranks (torchrun) share out the trials by their place in the plan and append to one file.
+results.jsonl is the truth: a line an episode, safe on disk as it ends, so the same call continues where it
+stopped; summary.json is derived. Errors (crashed or hung simulators) are no failures: their `success` is null
+and no rate counts them. A run that differs in what the numbers depend on (run.json) is refused the folder.
 """
 
 import contextlib
@@ -39,7 +38,8 @@ def plan(
     env_seed: int = 0,
     simulator: str = "prismatic.simulator",
 ) -> list[Trial]:
-    """All trials of a run: for each task (none named: all) `num_trials` stored states from `first_init_state` on.
+    """All trials of a run: for each task (none named: all) `num_trials` stored states from `first_init_state`
+    on.
 
     ConfigError for an unknown suite or task, or for more trials than stored states.
     """
@@ -56,18 +56,16 @@ def plan(
                 f"num_trials_per_task {num_trials} from first_init_state {first_init_state} on asks for more"
             )
         states = range(first_init_state, first_init_state + num_trials)
-        trials += [
-            Trial(suite=suite, task_id=task_id, init_state=state, env_seed=env_seed) for state in states
-        ]
+        trials += [Trial(suite=suite, task_id=task_id, init_state=state, env_seed=env_seed) for state in states]
     return trials
 
 
 class RolloutFolder:
     """A run's folder, held by this process (one process a rank) until `close`; use with `with`.
 
-    identity: what the numbers depend on (JSON values); it must equal that of the run already there. record: what should
-    merely be known (versions, command line, …); the latest counts. ConfigError when the folder cannot be written, holds
-    another run, or is in use.
+    identity: what the numbers depend on (JSON values); it must equal that of the run already there. record:
+    what should merely be known (versions, command line, …); the latest counts. ConfigError when the folder
+    cannot be written, holds another run, or is in use.
     """
 
     def __init__(self, path: Path, *, identity: Row, record: Row, rank: int = 0) -> None:
@@ -108,15 +106,12 @@ class RolloutFolder:
         run = self.path / RUN
         results = self.path / RESULTS
         if results.exists() and results.stat().st_size:
-            if not run.is_file():
-                raise ConfigError(
-                    f"{self.path} holds results of an unknown run ({RUN} is missing): use another --run_id_note"
-                )
-            there = json.loads(run.read_text())["identity"]
+            there = json.loads(run.read_text())["identity"] if run.is_file() else {}
             for name in [*identity, *there]:
-                if there.get(name) != identity.get(name):
+                old, new = there.get(name), identity.get(name)
+                if old != new:
                     raise ConfigError(
-                        f"{self.path} holds a run with {name} {there.get(name)!r}, this one has {identity.get(name)!r}: "
+                        f"{self.path} holds a run with {name} {old!r}, this one has {new!r}: "
                         "use another --run_id_note, or delete that folder"
                     )
         _write_whole(run, _pretty({"identity": identity, "record": record}))
@@ -154,10 +149,10 @@ class RolloutFolder:
             "steps": outcome.steps,
             "seconds": round(outcome.seconds, 2),
             "video": video,
-            # equal for equal behaviour: tells whether two runs did the same, not only whether they ended alike
+            # tells whether two runs did the same, not only whether they ended alike
             "actions_sha256": None
             if outcome.actions is None
-            else hashlib.sha256(outcome.actions).hexdigest()[:16],
+            else hashlib.sha256(outcome.actions.tobytes()).hexdigest()[:16],
         }
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
         try:
@@ -173,7 +168,7 @@ class RolloutFolder:
         return row
 
     def _keep_video(self, unfinished: Path, name: str) -> str | None:
-        """Rename it into the folder; a recorded video is never overwritten (an episode played again has two)."""
+        """Move it into the folder; never over a recorded one (an episode played again has two)."""
         if not unfinished.is_file():
             return None
         base, again = name, 2
@@ -198,12 +193,19 @@ class RolloutFolder:
     def __enter__(self) -> "RolloutFolder":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self.close()
+        if kind and not (self.path / RESULTS).exists():  # it failed before anything came of it: leave no trace
+            for name in (RUN, SUMMARY, ".lock", f".lock-{self.rank}"):
+                (self.path / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # something else lies there
+                self.path.rmdir()
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """The lines of a folder's results.jsonl, the last one of each episode; [] without the file. ConfigError if damaged."""
+    """The lines of a folder's results.jsonl, the last one of each episode; [] without the file. ConfigError
+    if damaged.
+    """
     path = folder / RESULTS
     lines = (
         path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
@@ -228,7 +230,9 @@ def video_name(number: int, success: bool, instruction: str) -> str:
 
 
 def summarise(rows: Sequence[Row], *, protocol: Row) -> Row:
-    """summary.json's content. episodes = successes + failures + errors; rates and intervals leave the errors out."""
+    """summary.json's content. episodes = successes + failures + errors; rates and intervals leave the errors
+    out.
+    """
     tasks: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         tasks.setdefault((row["suite"], row["task_id"]), []).append(row)
@@ -267,50 +271,51 @@ def evaluate(
     silence_limit: float = SILENCE_LIMIT,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> Row:
-    """Play the trials that have no line yet, of those that are this rank's; returns the summary of the whole folder.
+    """Play the trials that have no line yet, of those that are this rank's; returns the summary of the whole
+    folder.
 
-    setup.video_folder is set here to the folder's own place when it is not None. load_policy is called, once, only if
-    there is something to play, and num_workers (when it is a function) after it, so that it sees the memory that is left.
-    retry_errors: play those again that ended as errors. on_row: called with each new line. However it ends, summary.json
-    is brought up to date.
+    setup.video_folder is set here to the folder's own place when it is not None. load_policy is called, once,
+    only if there is something to play, and num_workers (when it is a function) after it, so that it sees the
+    memory that is left. retry_errors: play those again that ended as errors. on_row: called with each new
+    line. However it ends, summary.json is brought up to date.
     """
     world = importlib.import_module(setup.simulator)
     done = {row["episode_id"] for row in folder.rows() if not (retry_errors and row["error"])}
     pending = [trial for trial in trials[folder.rank :: ranks] if trial.id not in done]
-    try:
-        if pending:
-            policy = load_policy() if load_policy else None
-            if hasattr(policy, "card"):
-                folder.note(policy_card=policy.card())
-            setup = replace(
-                setup,
-                num_images=getattr(policy, "num_images", setup.num_images),
-                video_folder=setup.video_folder and folder.unfinished.resolve(),
-            )
-            workers = num_workers() if callable(num_workers) else num_workers
-            outcomes = play(
-                pending,
-                setup=setup,
-                policy=policy,
-                num_workers=min(max(workers, 1), len(pending)),
-                one_by_one=one_by_one,
-                silence_limit=silence_limit,
-            )
+    if pending:
+        policy = load_policy() if load_policy else None
+        if policy is not None and hasattr(policy, "card"):
+            folder.note(policy_card=policy.card())
+        setup = replace(
+            setup,
+            num_images=getattr(policy, "num_images", setup.num_images),
+            video_folder=setup.video_folder and folder.unfinished.resolve(),
+        )
+        workers = num_workers() if callable(num_workers) else num_workers
+        outcomes = play(
+            pending,
+            setup=setup,
+            policy=policy,
+            num_workers=min(max(workers, 1), len(pending)),
+            one_by_one=one_by_one,
+            silence_limit=silence_limit,
+        )
+        try:
             with contextlib.closing(outcomes):
                 for outcome in outcomes:
-                    trial = outcome.trial
-                    row = folder.add(
-                        outcome,
-                        instruction=world.instruction(trial.suite, trial.task_id),
-                        # the episode's place in the whole protocol: OpenVLA's count when all stored states are played
-                        number=trial.task_id * world.num_init_states(trial.suite, trial.task_id)
-                        + trial.init_state
-                        + 1,
-                    )
-                    on_row(row)
-    finally:
-        summary = folder.summarise()
-    return summary
+                    on_row(folder.add(outcome, **_names(world, outcome.trial)))
+        finally:
+            folder.summarise()
+    return folder.summarise()
+
+
+def _names(world: Any, trial: Trial) -> Row:
+    """The instruction, and the video's number: OpenVLA's count of episodes when all stored states are played."""
+    stored = world.num_init_states(trial.suite, trial.task_id)
+    return {
+        "instruction": world.instruction(trial.suite, trial.task_id),
+        "number": trial.task_id * stored + trial.init_state + 1,
+    }
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -16,17 +16,25 @@ from prismatic.simulator import Simulator
 
 GAIN = 32.0  # command per metre of error: full speed (about 13 mm a step) from 3 cm on
 LOOK_AHEAD = 0.06  # s, how far ahead the hand's position is predicted: it coasts for about that long
-YAW_GAIN = 2.5  # command per radian of error
+TURN_GAIN = 2.5  # command per radian of error
+FAR = 0.7  # m before the robot's base, from where on the arm is so stretched that the hand leans more and more
 OPEN, CLOSE = 1.0, 0.0
 
 RIM_INSET = 0.003  # m, aim this far inside a bowl's outer radius
 RIM_DEPTH = 0.024  # m, pads' centre below the rim when the fingers are shut
 BOX_DEPTH = 0.028  # m, the same for the top of a box, can or bottle
-CLOSING_HEIGHT = 0.036  # m above the grasp at which the fingers start to close: they need about ten steps
-CLOSING_SLOPE = 0.35  # m of height per m of finger opening: the hand sinks as the fingers close
+RIM_CLOSING = 0.036  # m above the grasp at which the fingers start to close: they need ten steps to a bowl's rim
+BOX_CLOSING = 0.012  # m, the same for a box, which they reach sooner and must not close above
+CLOSING_SPEED = -0.25  # command at which the hand sinks while the fingers close
+STEADY = 0.008  # m, lateral error that is left alone while the fingers close
+RIM_STOP = 0.004  # m below the grasp point, where it sinks no further
+BOX_STOP = -0.003  # m, the same for a box: fingers pressed on the table rub and don't close
+FINGERTIP = 0.014  # m, lowest pads' centre above what a box stands on
 ALIGNED = 0.015  # m, lateral error that lets the hand sink and the fingers close
 MISSED = 0.004  # m, a finger opening at which nothing can be between the pads
 FINGER_RADIUS = 0.03  # m, room that an open finger needs around it
+OUT_OF_REACH = 0.75  # m before the robot's base, from where on the same holds
+HIGH = 0.2  # m above the table from where on the stretched arm hardly reaches the far half of an object
 HOVER = 0.1  # m above the grasp, while the hand is still far away
 CLEARANCE = 0.03  # m between the carried object and what it passes over
 DROP_RADIUS = 0.022  # m, lateral error at which the fingers open
@@ -35,11 +43,13 @@ PLACED_RADIUS = 0.04  # m, closer to the target's axis than this an object that 
 
 @dataclass(frozen=True)
 class Grasp:
-    """Where the fingers shall shut: `point` (3,) m, `yaw` of the finger axis from world y (rad), `top` of the object (m)."""
+    """Where the fingers shall shut, `closing` metres above which they start to and `stop` metres below which the hand doesn't go."""
 
-    point: np.ndarray
-    yaw: float
-    top: float
+    point: np.ndarray  # (3,) m
+    yaw: float  # of the finger axis from world y, rad
+    top: float  # of the object, m
+    closing: float
+    stop: float
 
 
 class Expert:
@@ -78,7 +88,7 @@ class Expert:
         else:
             action = self._reach(self._grasp())
         action[:6] = np.clip(np.round(action[:6] / self._rounding) * self._rounding, -1, 1)
-        return action.astype(np.float32)
+        return (action + 0.0).astype(np.float32)  # + 0.0: no negative zeros
 
     # --- reading the state ------------------------------------------------------------------------------------------
 
@@ -91,6 +101,7 @@ class Expert:
             self._body = environment.obj_body_id[self._object]
             self._extent = _extent(self._model, self._body, self._shapes)
         robot = environment.robots[0]
+        self._base = np.array(robot.base_pos)  # (3,) at the table's height
         fingers = self._data.qpos[robot._ref_gripper_joint_pos_indexes]
         parts = [robot.gripper.important_geoms[name] for name in ("left_finger", "right_finger")]
         self._fingers = [[self._model.geom(name).id for name in part] for part in parts]
@@ -99,6 +110,7 @@ class Expert:
         self._ahead = LOOK_AHEAD * np.array(environment.sim.data.get_site_xvelp(robot.gripper.important_sites["grip_site"]))
         self._opening = float(fingers[0] - fingers[1])
         self._yaw = float(np.arctan2(-axis[0], axis[1]))  # 0: the fingers open along world y
+        self._palm = self._data.site_xmat[robot.eef_site_id].reshape(3, 3)[:, 2].copy()  # (3,) where the fingers point
         self._position = self._data.xpos[self._body].copy()
         self._rotation = self._data.xmat[self._body].reshape(3, 3)
 
@@ -135,17 +147,19 @@ class Expert:
         # the narrower side, or where both fit about equally the one that needs the least turning
         cost = [max(size[axis], 0.034) + 0.004 * abs(_yaw_along(self._rotation[:, axis])) for axis in across]
         yaw = _yaw_along(self._rotation[:, across[int(np.argmin(cost))]])
-        centre[2] = max(centre[2], top - BOX_DEPTH)
-        return Grasp(point=centre, yaw=yaw, top=top)
+        centre[2] = max(centre[2], top - BOX_DEPTH, float(world[:, 2].min()) + FINGERTIP)
+        return Grasp(point=centre, yaw=yaw, top=top, closing=BOX_CLOSING, stop=BOX_STOP)
 
     def _rim_grasp(self, top: float, *, radius: float) -> Grasp:
         """The side of the rim that faces the middle of the table, unless something stands where the outer finger goes."""
         inward = -1.0 if self._position[1] > -0.04 else 1.0
         sides = [(0.0, inward), (0.0, -inward), (1.0, 0.0), (-1.0, 0.0)]
+        if top > self._base[2] + HIGH or self._position[0] - self._base[0] > OUT_OF_REACH:
+            sides.insert(0, (-np.sqrt(0.5), inward * np.sqrt(0.5)))
         free = [side for side in sides if self._is_free(np.array(side), top, radius)]
         side = np.array(free[0] if free else sides[0])
         point = np.append(self._position[:2] + side * (radius - RIM_INSET), top - RIM_DEPTH)
-        return Grasp(point=point, yaw=_yaw_along(np.append(side, 0.0)), top=top)
+        return Grasp(point=point, yaw=_yaw_along(np.append(side, 0.0)), top=top, closing=RIM_CLOSING, stop=RIM_STOP)
 
     def _is_free(self, side: np.ndarray, top: float, radius: float) -> bool:
         finger = self._position[:2] + side * (radius + 0.045)
@@ -164,16 +178,19 @@ class Expert:
         aligned = lateral < ALIGNED and abs(turn) < 0.15
         action = np.zeros(7)
         action[:2] = np.clip(GAIN * ahead[:2], -1, 1)
-        action[5] = np.clip(YAW_GAIN * turn, -1, 1)
-        if aligned and -error[2] < CLOSING_HEIGHT and self._opening > MISSED:
-            action[2] = np.clip(GAIN * (error[2] + CLOSING_SLOPE * (self._opening - 0.01)), -0.5, 0)
+        action[5] = np.clip(TURN_GAIN * turn, -1, 1)
+        if grasp.point[0] - self._base[0] > FAR:
+            action[3:5] = TURN_GAIN * np.cross(self._palm, (0.0, 0.0, -1.0))[:2]
+        if aligned and -error[2] < grasp.closing and self._opening > MISSED:
+            action[:2] *= np.abs(error[:2]) > STEADY
+            action[2] = CLOSING_SPEED if error[2] < grasp.stop else 0.0
             action[6] = CLOSE
             return action
         if self._opening < 0.06:  # the fingers closed on nothing, or haven't opened yet: above the object first
             height = grasp.top + 0.05
         else:
             slope = min(0.7 * max(lateral - ALIGNED, 0.0), HOVER) + (0.0 if abs(turn) < 0.15 else 0.03)
-            height = grasp.point[2] + CLOSING_HEIGHT - 0.015 + slope
+            height = grasp.point[2] + grasp.closing - 0.015 + slope
             if not aligned:
                 height = max(height, grasp.top + 0.02)
         rise = height - self._hand[2] - self._ahead[2]

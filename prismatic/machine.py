@@ -1,4 +1,6 @@
-"""What this process may use of the machine: cores, memory, GPU. A container's limits count, not the host's size."""
+"""What this process may use of the machine: cores, memory, GPU. A container's limits count, not the host's
+size.
+"""
 
 import os
 import subprocess
@@ -12,7 +14,7 @@ RENDERER_BYTES = 2_000_000_000  # one LIBERO process with a renderer holds 1.6 t
 def available_cores() -> int:
     """Cores this process may keep busy: its affinity mask, and the container's quota where there is one."""
     cores = len(os.sched_getaffinity(0))
-    quota, period = (_read(CGROUP / "cpu.max").split() + ["", ""])[:2]
+    quota, period = [*_read(CGROUP / "cpu.max").split(), "", ""][:2]
     if quota.isdigit() and period.isdigit():
         cores = min(cores, max(1, int(quota) // int(period)))
     return cores
@@ -30,12 +32,16 @@ def available_memory() -> int:
 
 
 def simulators_that_fit() -> int:
-    """How many simulator processes this machine runs at once: one a core, as far as the memory goes; at least 1."""
+    """How many simulator processes this machine runs at once: one a core, as far as the memory goes; at least
+    1.
+    """
     return max(1, min(available_cores(), available_memory() // RENDERER_BYTES))
 
 
 def gpus() -> list[dict[str, str]]:
-    """Name and driver of each NVIDIA GPU, asked of the driver's own tool so that torch need not be imported; [] if none."""
+    """Name and driver of each NVIDIA GPU, asked of the driver's own tool so that torch need not be imported;
+    [] if none.
+    """
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout

@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 
-SMALLEST_RANGE = (
-    1e-8  # added to q99 - q01, in the data set's units: a constant dimension would divide by zero
-)
+SMALLEST_RANGE = 1e-8  # added to q99 - q01, in the data set's units: a constant dimension would divide by zero
 
 
 def gripper_open_is_one(actions: np.ndarray) -> np.ndarray:
@@ -34,9 +32,7 @@ def _columns(values: np.ndarray) -> dict[str, list[float]]:
     }
 
 
-def action_statistics(
-    actions: np.ndarray, states: np.ndarray | None, num_trajectories: int
-) -> dict[str, Any]:
+def action_statistics(actions: np.ndarray, states: np.ndarray | None, num_trajectories: int) -> dict[str, Any]:
     """A data set's entry in dataset_statistics.json, JSON-ready, in the original's order of keys.
 
     `actions`: (N, D) float32 of *all* episodes after `gripper_open_is_one`, N ≥ 1. `states`: (N, K) float32,

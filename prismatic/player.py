@@ -1,7 +1,8 @@
 """What runs in a simulator process: one trial at a time in, its outcome out.
 
-What a trial gives depends on its id alone, not on the process, nor on the trials before it. A learned policy lives in
-the parent and is asked over the pipe; the expert and the controls ("zero", "random") act here, beside the simulator.
+What a trial gives depends on its id alone, not on the process, nor on the trials before it. A learned policy
+lives in the parent and is asked over the pipe; the expert and the controls ("zero", "random") act here,
+beside the simulator.
 """
 
 import contextlib
@@ -81,7 +82,9 @@ class _FromParent:
 
 
 class _Control:
-    """ "zero" holds still with the gripper open, "random" draws each of the 7 numbers uniformly: the floor of a score."""
+    """ "zero" holds still with the gripper open, "random" draws each of the 7 numbers uniformly: the floor of
+    a score.
+    """
 
     num_images = 0
 
@@ -147,7 +150,9 @@ def _play(simulator: Any, sim: Any, trial: Trial, setup: Setup, connection: Conn
 
 
 def serve(connection: Connection, setup: Setup) -> None:
-    """A simulator process: plays the trials it is sent until there are no more, the parent is gone or something breaks."""
+    """A simulator process: plays the trials it is sent until there are no more, the parent is gone or
+    something breaks.
+    """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     simulator = importlib.import_module(setup.simulator)
     cameras = ("agentview", "robot0_eye_in_hand")[: max(1, setup.num_images)]
@@ -161,9 +166,7 @@ def serve(connection: Connection, setup: Setup) -> None:
                     if sim is not None:
                         sim.close()
                     suite, task_id, env_seed = scene = trial.scene
-                    sim = simulator.Simulator(
-                        suite, task_id, cameras=cameras, env_seed=env_seed, quality=setup.quality
-                    )
+                    sim = simulator.Simulator(suite, task_id, cameras=cameras, env_seed=env_seed, quality=setup.quality)
                     connection.send(("built", None))
                 outcome = _play(simulator, sim, trial, setup, connection)
             except ConfigError as error:

@@ -24,6 +24,7 @@ from prismatic.image import Augmentation
 from prismatic.models.vla import IGNORE, VLAConfig
 
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
+IMAGE_MARK = "<image>"  # the original takes it out of recorded instructions, not of live ones
 MAX_LENGTH = 2048  # token ids; longer rows are cut, as the original's collator does
 DINO_MEAN, DINO_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)  # rounded to bfloat16 by OpenVLA's export
 SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -34,7 +35,7 @@ FORMAT = 1  # of processor.json
 class ProcessorConfig:
     """What processor.json holds. A folder that has one allows no override."""
 
-    unnorm_key: str  # which entry of dataset_statistics.json
+    unnorm_key: str | None  # which entry of dataset_statistics.json; None: it learnt from several, and acting has to name one
     center_crop: bool  # True if it learnt with random crops
     image_size: int = 224  # pixels a side
     num_images_in_input: int = 1  # 2: agentview and wrist
@@ -97,7 +98,7 @@ class Batch:
 
 
 class Processor:
-    """Frames and words in, tensors out; token ids in, actions out. `statistics` is the entry of config.unnorm_key."""
+    """Frames and words in, tensors out; token ids in, actions out. `statistics`: the content of dataset_statistics.json."""
 
     def __init__(self, config: ProcessorConfig, tokenizer: PreTrainedTokenizerFast, statistics: Mapping[str, Any]) -> None:
         self.config = config
@@ -105,9 +106,13 @@ class Processor:
         self.statistics = statistics
         self.action_tokenizer = ActionTokenizer(config.vocab_size, config.n_action_bins)
 
+    def action_statistics(self, dataset: str | None = None) -> Mapping[str, Any]:
+        """The "action" part of a data set's entry; of config.unnorm_key's if none is named."""
+        return self.statistics[dataset or str(self.config.unnorm_key)]["action"]
+
     @property
     def action_dim(self) -> int:
-        return len(self.statistics["action"]["q01"])
+        return len(self.action_statistics()["q01"])
 
     @cached_property
     def _pixel_constants(self) -> tuple[np.ndarray, np.ndarray]:
@@ -123,11 +128,13 @@ class Processor:
         pictures: Sequence[np.ndarray],
         instruction: str,
         action: np.ndarray,
+        *,
+        dataset: str | None = None,
         augmentation: Augmentation | None = None,
     ) -> Example:
-        """A training sample from recorded frames (H, W, 3) uint8 as the data set's JPEG decoded, and an action (D,) in its units."""
-        prompt = self.prompt_ids(instruction)
-        action_ids = self.action_tokenizer.encode(normalize.normalize(action, self.statistics["action"])).tolist()
+        """A training sample from recorded frames (H, W, 3) uint8 as the data set's JPEG decoded, and an action (D,) in that data set's units."""
+        prompt = self.prompt_ids(instruction.replace(IMAGE_MARK, ""))
+        action_ids = self.action_tokenizer.encode(normalize.normalize(action, self.action_statistics(dataset))).tolist()
         ids = [*prompt, *action_ids, self.config.eos_token_id]
         labels = [IGNORE] * len(prompt) + ids[len(prompt) :]
         pictures = [self._resized(picture) for picture in pictures]
@@ -149,7 +156,7 @@ class Processor:
 
     def actions(self, ids: np.ndarray) -> np.ndarray:
         """(..., D) action ids → (..., D) float64 actions in the data set's units, gripper 1 open … 0 close."""
-        return normalize.unnormalize(self.action_tokenizer.decode(ids), self.statistics["action"])
+        return normalize.unnormalize(self.action_tokenizer.decode(ids), self.action_statistics())
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Right-pad samples into a batch."""

@@ -1,4 +1,5 @@
-"""A rollout folder in (results.jsonl, summary.json), its report.html out: one file beside the videos, for offline reading.
+"""A rollout folder in (results.jsonl, summary.json), its report.html out: one file beside the videos, for
+offline reading.
 
 python -m prismatic.report FOLDER
 """
@@ -22,9 +23,7 @@ def build(folder: Path) -> Path:
     import jinja2
 
     if not (folder / SUMMARY).is_file():
-        raise ConfigError(
-            f"{folder} has no {SUMMARY}: give the folder that eval.py wrote, such as rollouts/EVAL-…"
-        )
+        raise ConfigError(f"{folder} has no {SUMMARY}: give the folder that eval.py wrote, such as rollouts/EVAL-…")
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     ordered = sorted(
         read_rows(folder), key=lambda row: (row["suite"], row["task_id"], row["init_state"], row["env_seed"])
@@ -43,10 +42,7 @@ def build(folder: Path) -> Path:
         summary=summary,
         judged=summary["successes"] + summary["failures"],
         protocol=_flat(summary["protocol"]),
-        sections=[
-            section | {"open": section["open"] or len(section["rows"]) <= OPEN_GALLERY}
-            for section in sections
-        ],
+        sections=[section | {"open": section["open"] or len(section["rows"]) <= OPEN_GALLERY} for section in sections],
     )
     temporary = folder / f".{PAGE}"
     temporary.write_text(page, encoding="utf-8")

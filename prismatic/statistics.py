@@ -1,7 +1,8 @@
 """Counted outcomes in, intervals and verdicts out: what a number of successes allows one to say.
 
-Rates are fractions from 0 to 1. Errors (crashes) are no outcomes and must be left out by the caller. Two runs over the
-same episodes are compared pair by pair, which resolves far smaller differences than two separate rates do.
+Rates are fractions from 0 to 1. Errors (crashes) are no outcomes and must be left out by the caller. Two runs
+over the same episodes are compared pair by pair, which resolves far smaller differences than two separate
+rates do.
 """
 
 import math
@@ -28,22 +29,24 @@ def wilson_interval(successes: int, episodes: int, confidence: float = CONFIDENC
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
-    """Two-sided exact p-value that A and B succeed equally often, from the episodes that only one of them solved."""
+    """Two-sided exact p-value that A and B succeed equally often, from the episodes that only one of them
+    solved.
+    """
     discordant = only_a + only_b
     return float(stats.binomtest(only_a, discordant, 0.5).pvalue) if discordant else 1.0
 
 
-def paired_interval(
-    only_a: int, only_b: int, episodes: int, confidence: float = CONFIDENCE
-) -> tuple[float, float]:
-    """Tango's (1998) score interval of rate(A) - rate(B) over the same episodes: right for few and for no differences."""
+def paired_interval(only_a: int, only_b: int, episodes: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Tango's (1998) score interval of rate(A) - rate(B) over the same episodes: right for few and for no
+    differences.
+    """
     if episodes < 1 or only_a < 0 or only_b < 0 or only_a + only_b > episodes:
         raise ValueError(f"{only_a} + {only_b} episodes differ of {episodes}")
     z = stats.norm.ppf(0.5 + confidence / 2)
 
     def score(difference: float) -> float:
         """How many standard errors the observed difference lies above `difference`."""
-        # The likeliest share of "only B" when the difference is fixed: the larger root of 2n q^2 + b q + c = 0.
+        # The likeliest share of "only B" for this difference: the larger root of 2n q^2 + b q + c = 0.
         b = -only_a - only_b + (2 * episodes - only_a + only_b) * difference
         c = -only_b * difference * (1 - difference)
         share_b = (math.sqrt(max(b * b - 8 * episodes * c, 0.0)) - b) / (4 * episodes)
@@ -69,9 +72,10 @@ def clustered_bootstrap(
 ) -> tuple[float, float, float]:
     """(mean, low, high) of the mean over suites of each suite's success rate.
 
-    outcomes: suite -> task -> its episodes' outcomes. Whole tasks are drawn with replacement within each suite, because
-    the episodes of one task resemble each other: a wider and more honest interval than counting episodes, as long as there
-    are enough tasks (with one task a suite it has no width, and says nothing).
+    outcomes: suite -> task -> its episodes' outcomes. Whole tasks are drawn with replacement within each
+    suite, because the episodes of one task resemble each other: a wider and more honest interval than
+    counting episodes, as long as there are enough tasks (with one task a suite it has no width, and says
+    nothing).
     """
     generator = np.random.default_rng(seed)
     means, draws = [], np.zeros(samples)
@@ -89,7 +93,9 @@ def clustered_bootstrap(
 
 
 def episodes_needed(rate: float, difference: float, *, power: float = POWER) -> int:
-    """Episodes for each of two separate runs so that `rate` against `rate + difference` is told apart (two-sided 5 %)."""
+    """Episodes for each of two separate runs so that `rate` against `rate + difference` is told apart
+    (two-sided 5 %).
+    """
     other = rate + difference
     if difference == 0 or not (0 <= rate <= 1 and 0 <= other <= 1):
         raise ValueError(f"no sample size for the rates {rate} and {other}")
@@ -100,7 +106,9 @@ def episodes_needed(rate: float, difference: float, *, power: float = POWER) -> 
 
 
 def paired_episodes_needed(discordant: float, difference: float, *, power: float = POWER) -> int:
-    """Shared episodes for a paired comparison, when a share `discordant` of them ends differently in the two runs."""
+    """Shared episodes for a paired comparison, when a share `discordant` of them ends differently in the two
+    runs.
+    """
     if difference == 0 or not abs(difference) <= discordant <= 1:
         raise ValueError(f"a difference of {difference} cannot come from {discordant} discordant episodes")
     under_null = stats.norm.ppf(1 - SIGNIFICANCE / 2) * math.sqrt(discordant)
@@ -128,7 +136,8 @@ class Comparison:
 
 
 def compare(a: Mapping[Any, bool], b: Mapping[Any, bool], *, margin: float = 0.05) -> Comparison:
-    """Compare run A with run B (episode id -> success) on the episodes they share. ValueError when they share none.
+    """Compare run A with run B (episode id -> success) on the episodes they share. ValueError when they share
+    none.
 
     margin: the largest loss that would still count as "not worse" (0.05 = 5 points). Fix it before looking.
     """
@@ -159,20 +168,21 @@ def compare(a: Mapping[Any, bool], b: Mapping[Any, bool], *, margin: float = 0.0
     )
 
 
-def _conclusion(
-    difference: float, interval: tuple[float, float], p_value: float, count: int, margin: float
-) -> str:
+def _conclusion(difference: float, interval: tuple[float, float], p_value: float, count: int, margin: float) -> str:
     """What may be said; "no significant difference" is never turned into "equal"."""
+    low, high = (f"{100 * limit:+.1f}" for limit in interval)
     numbers = (
-        f"{100 * difference:+.1f} points, 95 % interval {100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}, "
+        f"{100 * difference:+.1f} points, 95 % interval {low} to {high}, "
         f"exact McNemar p = {p_value:.2g}, {count} shared episodes"
     )
+    points = f"{100 * margin:g} points"
+    within = interval[0] > -margin
     if p_value < SIGNIFICANCE:
         verdict = f"A succeeds {'more' if difference > 0 else 'less'} often than B"
-        if difference < 0 and interval[0] > -margin:
-            verdict += f", but by less than the margin of {100 * margin:g} points"
-    elif interval[0] > -margin:
-        verdict = f"A is not worse than B by {100 * margin:g} points or more; no difference is shown"
+        if difference < 0 and within:
+            verdict += f", but by less than the margin of {points}"
+    elif within:
+        verdict = f"A is not worse than B by {points} or more; no difference is shown"
     else:
-        verdict = f"Nothing may be concluded: neither a difference nor that A is within {100 * margin:g} points of B is shown"
+        verdict = f"Nothing may be concluded: neither a difference nor that A is within {points} of B is shown"
     return f"{verdict} ({numbers})."

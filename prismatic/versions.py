@@ -21,6 +21,7 @@ SIMULATOR_PACKAGES = (
 )  # those whose version changes what happens in an episode
 REPOSITORY = Path(__file__).resolve().parent.parent
 WEIGHTS = (".safetensors", ".pt", ".bin")
+NOT_BEHAVIOUR = ("versions.json", "finetune.json")  # how the weights came about, not what they do
 SAMPLE_BYTES = 1 << 20
 SAMPLES = 8  # places at which a large file is read: a trained file differs everywhere
 
@@ -53,7 +54,9 @@ def _libero() -> str | None:
 
 
 def git_commit() -> str | None:
-    """Commit of this repository, with "+changes" when tracked files differ from it; None outside a git checkout."""
+    """Commit of this repository, with "+changes" when tracked files differ from it; None outside a git
+    checkout.
+    """
     try:
         commit = _git("rev-parse", "HEAD")
         return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
@@ -66,8 +69,9 @@ def _git(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
 
-def fingerprint(path: Path) -> str:
-    """16 hex digits of a checkpoint or adapter, a folder or a file: of its JSON files and weights, wherever it lies.
+def folder_fingerprint(path: Path) -> str:
+    """16 hex digits of a checkpoint or adapter, a folder or a file: of its JSON files and weights, wherever
+    it lies.
 
     Of a large file 8 MB are read, spread over its length, so that 15 GB take well under a second.
     """
@@ -90,4 +94,4 @@ def _files(path: Path) -> list[Path]:
         return [path]
     folders = [path, path / "checkpoints"]  # the second is where a native Prismatic folder keeps its .pt
     files = [file for folder in folders if folder.is_dir() for file in folder.iterdir() if file.is_file()]
-    return [file for file in files if file.suffix in WEIGHTS or file.suffix == ".json"]
+    return [file for file in files if file.suffix in (*WEIGHTS, ".json") and file.name not in NOT_BEHAVIOUR]

@@ -1,8 +1,8 @@
 """Simulator processes: trials in, outcomes out, in the order in which they end.
 
-Each process (spawned) has one simulator and plays whole trials; it keeps the simulator while its task stays the same.
-The policy answers all processes that wait as one batch. A process that dies, hangs or raises is replaced and its trial
-played again; after three attempts the trial is an error.
+Each process (spawned) has one simulator and plays whole trials; it keeps the simulator while its task stays
+the same. The policy answers all processes that wait as one batch. A process that dies, hangs or raises is
+replaced and its trial played again; after three attempts the trial is an error.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -21,16 +21,12 @@ from prismatic.errors import ConfigError
 from prismatic.player import Outcome, Setup, Trial, serve
 
 ATTEMPTS = 3  # the first and two repeats
-SILENCE_LIMIT = (
-    300.0  # s without a word from a process before it counts as hung; building a simulator takes ~10 s
-)
+SILENCE_LIMIT = 300.0  # s without a word from a process before it counts as hung; building a simulator takes ~10 s
 ONE_THREAD = {
     "LP_NUM_THREADS": "0",
     "OMP_NUM_THREADS": "1",
 }  # llvmpipe and BLAS, a process a core; the caller's own win
-_context = multiprocessing.get_context(
-    "spawn"
-)  # a forked child would inherit torch's and the renderer's threads
+_context = multiprocessing.get_context("spawn")  # a forked child would inherit torch's and the renderer's threads
 
 
 class _Worker:
@@ -41,8 +37,8 @@ class _Worker:
         self.process = _context.Process(target=serve, args=(theirs, setup), daemon=True)
         inherited = {name: os.environ.get(name) for name in ONE_THREAD}
         os.environ.update({name: value for name, value in ONE_THREAD.items() if inherited[name] is None})
-        # Ctrl-C goes to every process of the terminal: here it is held back for the child for good (the mask is
-        # inherited) and for the parent for a moment, so that the parent alone decides what stops.
+        # Ctrl-C reaches every process of the terminal. The mask is inherited: the child never sees the signal,
+        # the parent a moment later, so that the parent alone decides what stops.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self.process.start()
@@ -91,7 +87,7 @@ class _Pool:
         self.attempts: Counter[Trial] = Counter()
         self.any_built = False
 
-    def outcomes(self) -> Iterator[Outcome]:
+    def outcomes(self) -> Generator[Outcome, None, None]:
         try:
             while self.pending or any(worker.trial for worker in self.workers):
                 self._assign()
@@ -102,7 +98,9 @@ class _Pool:
                 worker.stop()
 
     def _next_trial(self, scene: tuple[str, int, int] | None) -> Trial:
-        """One of the same scene if there is any, else of the scene with the most trials left for each process on it."""
+        """One of the same scene if there is any, else of the scene with the most trials left for each process
+        on it.
+        """
         if scene not in self.pending:
             busy = Counter(worker.scene for worker in self.workers if worker.trial)
             scene = max(self.pending, key=lambda scene: len(self.pending[scene]) / (1 + busy[scene]))
@@ -122,26 +120,16 @@ class _Pool:
 
     def _listen(self) -> Iterator[Outcome]:
         """Hear whoever has something to say; wait only when nobody waits for an answer."""
-        busy = {
-            worker.connection: worker
-            for worker in self.workers
-            if worker.trial and worker.observation is None
-        }
+        busy = {worker.connection: worker for worker in self.workers if worker.trial and worker.observation is None}
         answers_due = any(worker.observation is not None for worker in self.workers)
-        patience = (
-            min((worker.heard for worker in busy.values()), default=0.0)
-            + self.silence_limit
-            - time.monotonic()
-        )
+        patience = min((worker.heard for worker in busy.values()), default=0.0) + self.silence_limit - time.monotonic()
         for connection in wait(list(busy), timeout=0 if answers_due else max(patience, 0)):
             outcome = self._hear(busy.pop(connection))  # type: ignore[arg-type]
             if outcome:
                 yield outcome
         for worker in busy.values():
             if time.monotonic() - worker.heard > self.silence_limit:
-                outcome = self._give_up(
-                    worker, f"the simulator hung: no sign of life for {self.silence_limit:g} s"
-                )
+                outcome = self._give_up(worker, f"the simulator hung: no sign of life for {self.silence_limit:g} s")
                 if outcome:
                     yield outcome
 
@@ -150,9 +138,7 @@ class _Pool:
             kind, content = worker.connection.recv()
         except (EOFError, OSError):
             worker.process.join(timeout=5)
-            return self._give_up(
-                worker, f"the simulator process died ({_exit_reason(worker.process.exitcode)})"
-            )
+            return self._give_up(worker, f"the simulator process died ({_exit_reason(worker.process.exitcode)})")
         worker.heard = time.monotonic()
         if kind == "observation":
             worker.observation = content
@@ -215,12 +201,13 @@ def play(
     num_workers: int = 1,
     one_by_one: bool = False,
     silence_limit: float = SILENCE_LIMIT,
-) -> Iterator[Outcome]:
-    """Play the trials in `num_workers` processes and yield their outcomes as they end; the order is not that of the trials.
+) -> Generator[Outcome, None, None]:
+    """Play the trials in `num_workers` processes and yield their outcomes as they end; the order is not that
+    of the trials.
 
     policy: needed when setup.policy is "parent"; `policy.batch(frames, instructions, wrists=None) -> (B, 7)`.
-    one_by_one: ask it row by row, so that not even rounding depends on who else waits (a matrix product changes in its
-    last digits with the batch size). ConfigError when a process refuses its configuration or none can ever be started.
-    Closing the generator kills the processes.
+    one_by_one: ask it row by row, so that not even rounding depends on who else waits (a matrix product
+    changes in its last digits with the batch size). ConfigError when a process refuses its configuration or
+    none can ever be started. Closing the generator kills the processes.
     """
     return _Pool(trials, setup, policy, num_workers, one_by_one, silence_limit).outcomes()

@@ -3,14 +3,34 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+EXCERPT = Path(__file__).resolve().parent / "reference"
+FULL = Path(os.environ.get("OPENVLA_REFERENCE", REPOSITORY / "../shared/reference"))
+
+torch.set_num_threads(1)  # the suite runs in parallel processes
 
 
 @pytest.fixture(scope="session")
 def reference() -> Path:
-    """Inputs and outputs of the original OpenVLA code; the tests that need them are skipped where they aren't."""
-    beside = Path(__file__).resolve().parents[1] / "../shared/reference"
-    folder = Path(os.environ.get("OPENVLA_REFERENCE", beside))
-    if not folder.is_dir():
+    """The full set of inputs and outputs of the original OpenVLA code; tests that need it are skipped elsewhere."""
+    if not FULL.is_dir():
         pytest.skip("set OPENVLA_REFERENCE to the folder of reference arrays")
-    return folder.resolve()
+    return FULL.resolve()
+
+
+@pytest.fixture(scope="session", params=["excerpt", "full"])
+def numbers(request: pytest.FixtureRequest) -> Path:
+    """Each of: the excerpt of the original's arrays that lives in this repository, and the full set where it is there."""
+    return EXCERPT if request.param == "excerpt" else request.getfixturevalue("reference")
+
+
+@pytest.fixture(scope="session")
+def batch(numbers: Path) -> dict[str, torch.Tensor]:
+    """The right-padded batch of three of forward.npz, as VLA.forward takes it."""
+    arrays = np.load(numbers / "forward.npz")
+    names = ("input_ids", "attention_mask", "pixel_values", "labels")
+    return {name: torch.from_numpy(arrays[name]) for name in names} | {"pixel_values": torch.from_numpy(arrays["pixel_values"]).float()}

@@ -1,8 +1,10 @@
-"""A simulator for fast tests, with prismatic.simulator's names: a point on a line that must be pushed to a goal.
+"""A simulator for fast tests, with prismatic.simulator's names: a point on a line that must be pushed to a
+goal.
 
-The start depends on (task, state, seed). action[0] > 0 moves it on; the frame's brightness says where it is. Trouble is
-ordered through a folder named by FAKE_TROUBLE: a file "<task>-<state>" holding "<kind> <times>" makes that many attempts
-at the episode "die", "hang" or "raise" in their third step ("die-build": while the simulator is being built).
+The start depends on (task, state, seed). action[0] > 0 moves it on; the frame's brightness says where it is.
+Trouble is ordered through a folder named by FAKE_TROUBLE: a file "<task>-<state>" holding "<kind> <times>"
+makes that many attempts at the episode "die", "hang" or "raise" in their third step ("die-build": while the
+simulator is being built).
 """
 
 import os
@@ -17,6 +19,10 @@ from prismatic.simulator import rollout as rollout  # the real loop
 
 STATES, TASKS, LIMIT, SIDE = 8, 3, 12, 32
 GOAL = 200.0
+
+
+def choose_renderer() -> str:
+    return "none"
 
 
 def num_tasks(suite: str) -> int:
@@ -54,7 +60,8 @@ class Simulator:
         log = os.environ.get("FAKE_LOG")
         if log:
             with open(log, "a") as stream:
-                stream.write(f"{os.getpid()} built {task_id}\n")
+                threads = [f"{name}={os.environ.get(name)}" for name in ("OMP_NUM_THREADS", "LP_NUM_THREADS")]
+                stream.write(f"{os.getpid()} built {task_id} {' '.join(threads)}\n")
         _trouble(task_id, None)
 
     def reset(self, init_state: int, *, settle: int = 10) -> None:

@@ -10,13 +10,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 from fake_simulator import BrightnessPolicy
 
-from prismatic import evaluation, workers
+from prismatic import evaluation
 from prismatic.errors import ConfigError
 from prismatic.player import Outcome, Setup, Trial
 
@@ -29,12 +28,8 @@ def plan(num_trials: int = 4, task_ids: tuple[int, ...] = (0, 1)) -> list[Trial]
 
 
 @contextlib.contextmanager
-def opened(
-    path: Path, identity: dict[str, Any] | None = None, rank: int = 0
-) -> Iterator[evaluation.RolloutFolder]:
-    folder = evaluation.RolloutFolder(
-        path, identity=identity or {"policy": "x"}, record={"command": "test"}, rank=rank
-    )
+def opened(path: Path, identity: dict[str, Any] | None = None, rank: int = 0) -> Iterator[evaluation.RolloutFolder]:
+    folder = evaluation.RolloutFolder(path, identity=identity or {"policy": "x"}, record={"command": "test"}, rank=rank)
     with folder:
         yield folder
 
@@ -53,23 +48,11 @@ def behaviour(path: Path) -> list[tuple[Any, ...]]:
     return sorted(tuple(row[name] for name in names) for row in evaluation.read_rows(path))
 
 
-@pytest.fixture
-def trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Folder in which a test orders crashes; also logs which process builds what."""
-    folder = tmp_path / "trouble"
-    folder.mkdir()
-    monkeypatch.setenv("FAKE_TROUBLE", str(folder))
-    monkeypatch.setenv("FAKE_LOG", str(folder / "log"))
-    return folder
-
-
-# --- the plan -------------------------------------------------------------------------------------------------------
+# --- the plan ------------------------------------------
 
 
 def test_plan_names_every_episode_by_what_it_is() -> None:
-    trials = evaluation.plan(
-        "fake", task_ids=(2, 0), num_trials=2, first_init_state=3, env_seed=5, simulator=FAKE
-    )
+    trials = evaluation.plan("fake", task_ids=(2, 0), num_trials=2, first_init_state=3, env_seed=5, simulator=FAKE)
     assert [trial.id for trial in trials] == [
         "fake/task0/state3/seed5",
         "fake/task0/state4/seed5",
@@ -80,7 +63,7 @@ def test_plan_names_every_episode_by_what_it_is() -> None:
 
 
 def test_plan_refuses_what_is_not_there() -> None:
-    with pytest.raises(ConfigError, match="8 stored initial states.*num_trials_per_task 9"):
+    with pytest.raises(ConfigError, match=r"8 stored initial states.*num_trials_per_task 9"):
         evaluation.plan("fake", num_trials=9, simulator=FAKE)
     with pytest.raises(ConfigError, match="from first_init_state 7 on asks for more"):
         evaluation.plan("fake", num_trials=2, first_init_state=7, simulator=FAKE)
@@ -92,121 +75,7 @@ def test_plan_refuses_what_is_not_there() -> None:
         evaluation.plan("fake", num_trials=0, simulator=FAKE)
 
 
-# --- the same, whoever plays ----------------------------------------------------------------------------------------
-
-
-def test_parallel_equals_sequential_and_batches(tmp_path: Path, trouble: Path) -> None:
-    alone, together = BrightnessPolicy(), BrightnessPolicy()
-    summary = evaluate(tmp_path / "one", plan(8), policy=alone)
-    evaluate(tmp_path / "three", plan(8), policy=together, num_workers=3)
-    assert behaviour(tmp_path / "one") == behaviour(tmp_path / "three")
-    assert set(alone.batch_sizes) == {1}
-    assert max(together.batch_sizes) > 1
-    assert sum(alone.batch_sizes) == sum(together.batch_sizes)
-    assert 0 < summary["failures"] < summary["episodes"] == 16
-    builds = [line.split()[2] for line in (trouble / "log").read_text().splitlines()]
-    assert builds[:2] == ["0", "1"]  # one process builds each task's simulator once
-    assert len(builds) <= 2 + 3 + 2
-
-
-def test_one_by_one_never_batches(tmp_path: Path) -> None:
-    policy = BrightnessPolicy()
-    evaluate(tmp_path, plan(), policy=policy, num_workers=3, one_by_one=True)
-    assert set(policy.batch_sizes) == {1}
-
-
-def test_a_policy_with_two_images_gets_the_wrist(tmp_path: Path) -> None:
-    assert evaluate(tmp_path, plan(1), policy=BrightnessPolicy(num_images=2))["episodes"] == 2
-
-
-def test_controls_act_in_the_worker_and_repeat_themselves(tmp_path: Path) -> None:
-    for run, num_workers in (("a", 1), ("b", 2)):
-        evaluate(
-            tmp_path / run,
-            plan(2),
-            setup=Setup(policy="random", simulator=FAKE, seed=3),
-            num_workers=num_workers,
-        )
-    assert behaviour(tmp_path / "a") == behaviour(tmp_path / "b")
-    assert len({row[3] for row in behaviour(tmp_path / "a")}) == 4  # another episode, other random actions
-    evaluate(tmp_path / "c", plan(2), setup=Setup(policy="random", simulator=FAKE, seed=4))
-    assert behaviour(tmp_path / "c") != behaviour(tmp_path / "a")
-    summary = evaluate(tmp_path / "zero", plan(2), setup=Setup(policy="zero", simulator=FAKE))
-    assert (summary["successes"], summary["failures"]) == (0, 4)
-
-
-# --- trouble --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["die", "raise", "hang"])
-def test_a_broken_simulator_is_replaced_and_its_episode_repeated(
-    tmp_path: Path, trouble: Path, kind: str
-) -> None:
-    (trouble / "0-1").write_text(f"{kind} 2")
-    summary = evaluate(tmp_path / "run", plan(), num_workers=2, silence_limit=2.0 if kind == "hang" else 60.0)
-    assert summary["errors"] == 0
-    assert (trouble / "0-1").read_text() == f"{kind} 0"
-    assert behaviour(tmp_path / "run") == _undisturbed(tmp_path)
-
-
-def test_the_third_crash_is_an_error_and_no_failure(tmp_path: Path, trouble: Path) -> None:
-    (trouble / "1-2").write_text("raise 3")
-    (trouble / "1-3").write_text("die 99")
-    summary = evaluate(tmp_path / "run", plan(), num_workers=2)
-    rows = {row["episode_id"]: row for row in evaluation.read_rows(tmp_path / "run")}
-    raised, died = rows["fake/task1/state2/seed0"], rows["fake/task1/state3/seed0"]
-    assert raised["success"] is None
-    assert raised["error"] == "ValueError: the physics exploded"
-    assert died["success"] is None
-    assert died["error"] == "the simulator process died (signal SIGKILL)"
-    assert (trouble / "1-3").read_text() == "die 96"  # three attempts
-    assert (summary["episodes"], summary["errors"]) == (8, 2)
-    assert summary["successes"] + summary["failures"] == 6
-    assert summary["success_rate"] == summary["successes"] / 6
-    undisturbed = {row[0]: row for row in _undisturbed(tmp_path)}
-    assert all(undisturbed[row[0]] == row for row in behaviour(tmp_path / "run") if row[1] is not None)
-    # An error stays recorded until it is asked to be played again; then the newer line counts.
-    assert evaluate(tmp_path / "run", plan())["errors"] == 2
-    (trouble / "1-3").unlink()
-    assert evaluate(tmp_path / "run", plan(), retry_errors=True)["errors"] == 0
-    assert behaviour(tmp_path / "run") == sorted(undisturbed.values())
-
-
-def test_a_simulator_that_never_starts_ends_the_run_in_a_sentence(tmp_path: Path, trouble: Path) -> None:
-    (trouble / "0-build").write_text("die 99")
-    with pytest.raises(ConfigError, match="cannot be started, nothing was evaluated: .*SIGKILL"):
-        evaluate(tmp_path / "run", plan(task_ids=(0,)))
-    assert evaluation.read_rows(tmp_path / "run") == []
-    assert (trouble / "0-build").read_text() == "die 96"
-
-
-def test_no_process_is_left_behind(tmp_path: Path) -> None:
-    outcomes = workers.play(plan(), setup=Setup(policy="zero", simulator=FAKE), num_workers=2)
-    next(outcomes)
-    before = _children()
-    assert len(before) >= 2
-    outcomes.close()
-    assert not [child for child in before if _is_alive(child)]
-
-
-def _undisturbed(tmp_path: Path) -> list[tuple[Any, ...]]:
-    with mock.patch.dict(os.environ):
-        os.environ.pop("FAKE_TROUBLE", None)
-        evaluate(tmp_path / "undisturbed", plan())
-    return behaviour(tmp_path / "undisturbed")
-
-
-def _children() -> list[int]:
-    text = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    return [int(child) for child in text if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
-
-
-def _is_alive(process: int) -> bool:
-    status = Path(f"/proc/{process}/status")
-    return status.exists() and "State:\tZ" not in status.read_text()
-
-
-# --- stopping and going on ------------------------------------------------------------------------------------------
+# --- stopping and going on ------------------------------------------
 
 
 def test_continues_where_it_stopped_and_drops_a_torn_line(tmp_path: Path) -> None:
@@ -227,10 +96,31 @@ def test_continues_where_it_stopped_and_drops_a_torn_line(tmp_path: Path) -> Non
     assert len({json.loads(line)["episode_id"] for line in lines}) == len(lines) == 8
     # Nothing left to do: the policy is not even loaded.
     with opened(tmp_path / "parts") as folder:
-        summary = evaluation.evaluate(
-            plan(), folder, setup=Setup(simulator=FAKE), load_policy=lambda: pytest.fail()
-        )
+        summary = evaluation.evaluate(plan(), folder, setup=Setup(simulator=FAKE), load_policy=lambda: pytest.fail())
     assert summary["episodes"] == 8
+
+
+def test_an_error_is_recorded_and_played_again_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trouble = tmp_path / "trouble"
+    trouble.mkdir()
+    monkeypatch.setenv("FAKE_TROUBLE", str(trouble))
+    (trouble / "1-2").write_text("raise 99")
+    summary = evaluate(tmp_path / "run", plan())
+    assert (summary["episodes"], summary["errors"]) == (8, 1)
+    assert summary["success_rate"] == summary["successes"] / 7
+    (row,) = [row for row in evaluation.read_rows(tmp_path / "run") if row["error"]]
+    assert (row["episode_id"], row["success"]) == ("fake/task1/state2/seed0", None)
+    assert row["error"] == "ValueError: the physics exploded"
+    assert row["video"] is None
+    (trouble / "1-2").unlink()
+    assert evaluate(tmp_path / "run", plan())["errors"] == 1  # not of itself
+    summary = evaluate(tmp_path / "run", plan(), retry_errors=True)  # the newer line counts
+    assert (summary["episodes"], summary["errors"]) == (8, 0)
+
+
+def _is_alive(process: int) -> bool:
+    status = Path(f"/proc/{process}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
 
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
@@ -241,17 +131,26 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
         evaluate(tmp_path, plan(1))
 
 
+def test_a_policy_that_cannot_be_loaded_leaves_no_trace(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise ConfigError("no weights")
+
+    (tmp_path / "mine.txt").write_text("")
+    for path in (tmp_path, tmp_path / "run"):
+        with pytest.raises(ConfigError, match="no weights"), opened(path) as folder:
+            evaluation.evaluate(plan(), folder, setup=Setup(simulator=FAKE), load_policy=fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
 def test_another_run_is_refused_the_folder(tmp_path: Path) -> None:
     with opened(tmp_path, {"policy": "x", "env_seed": 0}) as folder:
         evaluation.evaluate(plan(1), folder, setup=Setup(simulator=FAKE), load_policy=BrightnessPolicy)
-    with pytest.raises(
-        ConfigError, match="holds a run with env_seed 0, this one has 3: use another --run_id_note"
-    ):
+    with pytest.raises(ConfigError, match="holds a run with env_seed 0, this one has 3: use another --run_id_note"):
         evaluation.RolloutFolder(tmp_path, identity={"policy": "x", "env_seed": 3}, record={})
     with pytest.raises(ConfigError, match="holds a run with env_seed 0, this one has None"):
         evaluation.RolloutFolder(tmp_path, identity={"policy": "x"}, record={})
     (tmp_path / "run.json").unlink()
-    with pytest.raises(ConfigError, match="results of an unknown run"):
+    with pytest.raises(ConfigError, match="holds a run with policy None"):
         evaluation.RolloutFolder(tmp_path, identity={"policy": "x", "env_seed": 0}, record={})
 
 
@@ -272,7 +171,7 @@ def test_two_processes_cannot_write_to_one_folder(tmp_path: Path) -> None:
 
 def test_an_unwritable_folder_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot write to .*: choose another --local_log_dir"):
+    with pytest.raises(ConfigError, match=r"cannot write to .*: choose another --local_log_dir"):
         evaluation.RolloutFolder(tmp_path / "file" / "run", identity={}, record={})
 
 
@@ -309,17 +208,11 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(
-    ("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
-)
-def test_stopped_at_any_moment_it_loses_only_what_is_under_way(
-    tmp_path: Path, stop: signal.Signals, code: int
-) -> None:
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_stopped_at_any_moment_it_loses_only_what_is_under_way(tmp_path: Path, stop: signal.Signals, code: int) -> None:
     script, run = tmp_path / "script.py", tmp_path / "run"
     script.write_text(KILLED.format(repository=str(TESTS.parent), tests=str(TESTS), folder=str(run)))
-    process = subprocess.Popen(
-        [sys.executable, str(script)], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True, start_new_session=True)
     results = run / "results.jsonl"
     deadline = time.monotonic() + 30
     while not (results.exists() and results.read_bytes().count(b"\n") >= 3):
@@ -349,16 +242,14 @@ def test_stopped_at_any_moment_it_loses_only_what_is_under_way(
     assert not list(run.glob(".unfinished*"))
 
 
-# --- what is written ------------------------------------------------------------------------------------------------
+# --- what is written ------------------------------------------
 
 
 def test_a_line_a_video_and_a_summary(tmp_path: Path) -> None:
     import imageio.v3 as imageio
 
     summary = evaluate(tmp_path, plan(2), videos=True, num_workers=2)
-    row = next(
-        row for row in evaluation.read_rows(tmp_path) if row["episode_id"] == "fake/task1/state1/seed0"
-    )
+    row = next(row for row in evaluation.read_rows(tmp_path) if row["episode_id"] == "fake/task1/state1/seed0")
     assert row["suite"] == "fake"
     assert (row["task_id"], row["init_state"], row["env_seed"]) == (1, 1, 0)
     assert row["instruction"] == "push the point to the goal, 1."
@@ -385,24 +276,15 @@ def test_a_recorded_video_is_never_overwritten(tmp_path: Path) -> None:
         for content in (b"first", b"second"):
             video = folder.unfinished / "1.mp4"
             video.write_bytes(content)
-            outcome = Outcome(
-                trial=trial, success=True, steps=1, seconds=1.0, actions=np.zeros((1, 7)), video=video
-            )
+            outcome = Outcome(trial=trial, success=True, steps=1, seconds=1.0, actions=np.zeros((1, 7)), video=video)
             names.append(folder.add(outcome, instruction="go", number=1)["video"])
     assert names == ["episode=1--success=True--task=go.mp4", "episode=1--success=True--task=go--2.mp4"]
     assert [(tmp_path / name).read_bytes() for name in names] == [b"first", b"second"]
 
 
-def test_a_video_that_cannot_be_written_is_no_simulator_error(tmp_path: Path) -> None:
-    setup = Setup(policy="zero", simulator=FAKE, video_folder=tmp_path / "missing")
-    with pytest.raises(ConfigError, match="cannot write the video .*missing.*gone"):
-        list(workers.play(plan(1), setup=setup))
-
-
 def test_rates_leave_errors_out() -> None:
     rows = [
-        {"suite": "s", "task_id": 0, "instruction": "i", "success": success}
-        for success in (True, True, False, None)
+        {"suite": "s", "task_id": 0, "instruction": "i", "success": success} for success in (True, True, False, None)
     ]
     summary = evaluation.summarise(rows, protocol={})
     assert (summary["episodes"], summary["successes"], summary["failures"], summary["errors"]) == (4, 2, 1, 1)

@@ -1,4 +1,4 @@
-"""Gripper, statistics, normalising: worked examples, and the original's own results where they are at hand."""
+"""Gripper, statistics, normalising: worked examples, and the original's own results where at hand."""
 
 import json
 

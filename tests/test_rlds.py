@@ -1,47 +1,24 @@
 """RLDS written and read back, and what is said about damaged folders. TensorFlow's few starts are shared."""
 
 import json
-import resource
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from drawn_episodes import drawn_episode
 
 from prismatic.data import rlds
 from prismatic.data.frames import FrameCache
-from prismatic.data.staging import load_episode
 from prismatic.errors import ConfigError
-from prismatic.image import encode_jpeg
 
 NAME = "drawn_set"
 EPISODES = 5
-SILENT_EPISODE = 3  # the one without an instruction
-
-
-def drawn_jpeg(*numbers: int) -> bytes:
-    """A picture of its own for each tuple of numbers."""
-    frame = np.zeros((256, 256, 3), dtype=np.uint8)
-    for place, number in enumerate(numbers):
-        frame[60 * place : 60 * place + 50, 5 + 20 * number : 25 + 20 * number] = (250, 40 * place, 90)
-    return encode_jpeg(frame)
-
-
-def drawn_episode(number: int) -> dict:
-    steps = 2 + number
-    rng = np.random.default_rng(number)
-    action = rng.normal(size=(steps, 7)).astype(np.float32)
-    action[:, 6] = np.where(np.arange(steps) % 2, 1, -1)
-    return {
-        "images": [drawn_jpeg(number, t, 0) for t in range(steps)],
-        "wrist_images": [drawn_jpeg(number, t, 1) for t in range(steps)],
-        "state": rng.normal(size=(steps, 8)).astype(np.float32),
-        "joint_state": rng.normal(size=(steps, 7)).astype(np.float32),
-        "action": action,
-        "instruction": "" if number == SILENT_EPISODE else f"put block {number} on the plate",
-        "file_path": f"demo_{number}",
-    }
 
 
 @pytest.fixture(scope="session")
@@ -107,10 +84,13 @@ def test_written_folder_has_the_plain_layout(dataset):
 
 def test_written_json_equals_the_references(dataset, reference):
     theirs = reference / "rlds/libero_spatial_no_noops/1.0.0"
-    assert (dataset / "features.json").read_text() == (theirs / "features.json").read_text()
-    info, their_info = (
-        json.loads((folder / "dataset_info.json").read_text()) for folder in (dataset, theirs)
-    )
+
+    def both(file: str) -> list[dict]:
+        return [json.loads((folder / file).read_text()) for folder in (dataset, theirs)]
+
+    features, their_features = both("features.json")
+    assert features == their_features
+    info, their_info = both("dataset_info.json")
     for content in (info, their_info):
         for key in ("name", "releaseNotes"):
             content.pop(key)
@@ -160,55 +140,6 @@ def test_writing_nothing_is_refused(tmp_path, no_child):
         rlds.write_dataset(tmp_path, tmp_path / "rlds", "My-Set")
 
 
-# Staging
-
-
-def test_staging_refuses_fields_that_disagree(tmp_path):
-    episode = drawn_episode(1)
-    with pytest.raises(ValueError, match="3 images and 2 wrist images"):
-        rlds.stage_episode(tmp_path / "e.npz", **(episode | {"wrist_images": episode["wrist_images"][:2]}))
-    with pytest.raises(ValueError, match="0 images"):
-        rlds.stage_episode(tmp_path / "e.npz", **(episode | {"images": []}))
-
-
-def test_a_full_disk_leaves_no_half_episode(tmp_path):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # bytes a file may have: stands for a full disk
-    try:
-        with pytest.raises(ConfigError, match="can't write to .*: free space"):
-            rlds.stage_episode(tmp_path / "e.npz", **drawn_episode(1))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_damaged_staged_episode_is_named(staged, tmp_path):
-    whole = (staged / "episode_1.npz").read_bytes()
-    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ConfigError, match="cut.npz is damaged"):
-        load_episode(tmp_path / "cut.npz")
-
-
-# Finding
-
-
-def test_find_dataset_takes_the_newest_version(copy):
-    for version in ("1.9.0", "1.10.0"):
-        shutil.copytree(copy, copy.parent / version)
-    (copy.parent / "2.0.0.unfinished").mkdir()
-    assert rlds.find_dataset(copy.parents[1], NAME) == copy.parent / "1.10.0"
-
-
-def test_find_dataset_says_what_there_is(copy, tmp_path):
-    with pytest.raises(ConfigError, match=f"no RLDS data set 'absent'.*{NAME}"):
-        rlds.find_dataset(copy.parents[1], "absent")
-    with pytest.raises(ConfigError, match="data_root_dir .*missing doesn't exist"):
-        rlds.find_dataset(tmp_path / "missing", NAME)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="nor any other"):
-        rlds.find_dataset(tmp_path / "empty", NAME)
-
-
 # Reading
 
 
@@ -231,14 +162,12 @@ def test_own_validation_split_and_missing_optional_fields(copy, cache, tmp_path)
     lean = FrameCache(rlds.build_cache(copy, tmp_path / "cache"))
     assert lean.file_paths == cache.file_paths * 2
     assert lean.state is None and not lean.has_wrist
-    assert [lean.image_bytes(f) for f in range(len(cache))] == [
-        cache.image_bytes(f) for f in range(len(cache))
-    ]
+    assert [lean.image_bytes(f) for f in range(len(cache))] == [cache.image_bytes(f) for f in range(len(cache))]
     assert set(lean.episode[lean.train_indices()]) == {e for e in range(EPISODES) if cache.instructions[e]}
     assert set(lean.episode[lean.validation_indices()]) == {
         e + EPISODES for e in range(EPISODES) if cache.instructions[e]
     }
-    with pytest.raises(ConfigError, match="no wrist_image.*num_images_in_input"):
+    with pytest.raises(ConfigError, match=r"no wrist_image.*num_images_in_input"):
         lean.wrist_bytes(0)
 
 
@@ -249,34 +178,36 @@ def test_missing_fields_are_named_and_nothing_is_left(copy, tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_content_that_would_fail_in_training_is_refused():
+    episode = drawn_episode(1)
+    rlds._check_episode(episode["images"], episode["action"], "episode 1")
+    with pytest.raises(ConfigError, match=r"steps/observation of episode 1 .* no JPEG"):
+        rlds._check_episode([*episode["images"], b"\x89PNG"], episode["action"], "episode 1")
+    episode["action"][1, 2] = np.nan
+    with pytest.raises(ConfigError, match="steps/action of episode 1 holds NaN"):
+        rlds._check_episode(episode["images"], episode["action"], "episode 1")
+
+
 def test_a_changed_byte_is_found_by_the_checksum(copy, tmp_path):
     record = copy / f"{NAME}-train.tfrecord-00000-of-00001"
     content = bytearray(record.read_bytes())
     content[len(content) // 2] ^= 1
     record.write_bytes(content)
-    with pytest.raises(ConfigError, match="reading .* failed .*: download or collect the data set again"):
+    with pytest.raises(ConfigError, match=r"reading .* failed .*: download or collect the data set again"):
         rlds.build_cache(copy, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_damaged_folders_are_named_before_tensorflow_starts(copy, tmp_path, no_child):
     record = copy / f"{NAME}-train.tfrecord-00000-of-00001"
-    whole = record.read_bytes()
-    record.write_bytes(whole[:-1])
+    record.write_bytes(record.read_bytes()[:-1])
     with pytest.raises(ConfigError, match="tfrecord-00000-of-00001 is cut off"):
-        rlds.build_cache(copy, tmp_path / "cache")
-    record.unlink()
-    with pytest.raises(ConfigError, match=f"has 0 of the {EPISODES} episodes"):
-        rlds.build_cache(copy, tmp_path / "cache")
-    (copy / "dataset_info.json").write_text("{")
-    with pytest.raises(ConfigError, match="JSON files of .* are damaged"):
-        rlds.build_cache(copy, tmp_path / "cache")
-    (copy / "features.json").unlink()
-    (copy / "dataset_info.json").unlink()
-    with pytest.raises(ConfigError, match="has no dataset_info.json"):
         rlds.build_cache(copy, tmp_path / "cache")
     with pytest.raises(ConfigError, match="missing doesn't exist"):
         rlds.build_cache(tmp_path / "missing", tmp_path / "cache")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"no RLDS data set, as it has no dataset_info\.json"):
+        rlds.build_cache(tmp_path / "empty", tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
@@ -287,6 +218,32 @@ def test_a_process_that_dies_is_reported(copy, tmp_path, monkeypatch):
     monkeypatch.setattr(rlds.sys, "executable", str(killed))
     with pytest.raises(ConfigError, match="ended with code -9, perhaps for want of memory"):
         rlds.build_cache(copy, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_ends_the_child_and_leaves_nothing(copy, tmp_path, stop, code):
+    (tmp_path / "slow.sh").write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
+    (tmp_path / "slow.sh").chmod(0o755)
+    program = f"""
+import sys
+from pathlib import Path
+from prismatic.data import rlds
+from prismatic.errors import exit_codes
+sys.executable = "{tmp_path}/slow.sh"
+with exit_codes():
+    rlds.build_cache(Path("{copy}"), Path("{tmp_path}/cache"))
+"""
+    root = Path(rlds.__file__).parents[2]
+    run = subprocess.Popen([sys.executable, "-c", program], cwd=root, start_new_session=True)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(run.pid, stop) if stop == signal.SIGINT else run.send_signal(stop)  # Ctrl-C reaches both
+    assert run.wait(timeout=30) == code
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
     assert list((tmp_path / "cache").iterdir()) == []
 
 

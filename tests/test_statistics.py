@@ -25,9 +25,7 @@ from prismatic.statistics import (
         (1, 29, 0.0061, 0.1718),
     ],
 )
-def test_wilson_interval_equals_newcombes_table(
-    successes: int, episodes: int, low: float, high: float
-) -> None:
+def test_wilson_interval_equals_newcombes_table(successes: int, episodes: int, low: float, high: float) -> None:
     assert wilson_interval(successes, episodes) == pytest.approx((low, high), abs=6e-5)
 
 
@@ -39,7 +37,7 @@ def test_wilson_interval_at_the_ends() -> None:
 
 
 def test_mcnemar_exact_equals_published_value() -> None:
-    # Cavo et al. (2012) as in Fagerland, Lydersen & Laake, "Statistical Analysis of Contingency Tables", chapter 8
+    # Cavo et al. (2012) in Fagerland, Lydersen & Laake, "Statistical Analysis of Contingency Tables", ch. 8
     assert mcnemar_exact(6, 16) == pytest.approx(0.052479, abs=1e-6)
     assert mcnemar_exact(16, 6) == mcnemar_exact(6, 16)
     assert mcnemar_exact(0, 0) == 1.0
@@ -112,12 +110,7 @@ def test_clustered_bootstrap_averages_suites_and_repeats_itself() -> None:
 
 
 def _runs(both: int, only_a: int, only_b: int, neither: int) -> tuple[dict[int, bool], dict[int, bool]]:
-    pairs = (
-        [(True, True)] * both
-        + [(True, False)] * only_a
-        + [(False, True)] * only_b
-        + [(False, False)] * neither
-    )
+    pairs = [(True, True)] * both + [(True, False)] * only_a + [(False, True)] * only_b + [(False, False)] * neither
     return {i: a for i, (a, _) in enumerate(pairs)}, {i: b for i, (_, b) in enumerate(pairs)}
 
 

@@ -53,9 +53,7 @@ def check_whole(source: Path) -> None:
         json.loads((source / "features.json").read_text())
     except FileNotFoundError as error:
         missing = Path(error.filename).name
-        raise ConfigError(
-            f"{source} is no RLDS data set, as it has no {missing}: give a version folder"
-        ) from None
+        raise ConfigError(f"{source} is no RLDS data set, as it has no {missing}: give a version folder") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"the JSON files of {source} are damaged ({error!r}): {AGAIN}") from None
     found = 0

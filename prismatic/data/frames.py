@@ -21,6 +21,7 @@ from prismatic.errors import ConfigError
 from prismatic.normalize import action_statistics, gripper_open_is_one
 
 CACHE_FORMAT = 1  # a cache of another format is not read; rlds.build_cache makes a new one
+SHUFFLING_STREAM = 0  # keeps these random numbers apart from others that are drawn from a run's seed
 TRAIN_PERCENT = 95  # of the episodes, the first ones on disk; the rest is for validation
 
 
@@ -52,9 +53,9 @@ class FrameCache:
             with np.load(self.folder / "steps.npz", allow_pickle=False) as arrays:
                 steps = {key: arrays[key] for key in arrays.files}
             stored_bytes = (self.folder / "frames.bin").stat().st_size
-        except (OSError, ValueError) as error:
+        except Exception as error:  # zipfile, zlib, json and numpy each have their own for a damaged file
             raise ConfigError(f"{self.folder} is no frame cache ({error}): delete it and run again") from None
-        if meta["format"] != CACHE_FORMAT or stored_bytes != steps["offsets"][-1]:
+        if meta.get("format") != CACHE_FORMAT or stored_bytes != steps["offsets"][-1]:
             raise ConfigError(f"the frame cache {self.folder} is old or damaged: delete it and run again")
         self.name: str = meta["name"]
         self.fingerprint: str = meta["fingerprint"]  # of the content, the same on every machine
@@ -132,14 +133,13 @@ class FrameCache:
         return np.isin(self.episode, self.episode[said])
 
 
-@functools.lru_cache(maxsize=16)
-def _permutation(length: int, *key: int) -> np.ndarray:
-    return np.random.default_rng(key).permutation(length).astype(np.int32)
+@functools.lru_cache(maxsize=16)  # an epoch needs 1 to 3 a data set
+def _permutation(length: int, seed: int, *of: int) -> np.ndarray:
+    return np.random.default_rng((seed, SHUFFLING_STREAM, *of)).permutation(length).astype(np.int32)
 
 
 class Mixture:
-    """The training frames of one or more caches as an endless sequence: `mixture[p]` is the Step at draw p ≥
-    0.
+    """The training frames of one or more caches as an endless sequence: `mixture[p]` is the Step of draw p.
 
     An epoch, `len(mixture)` draws, takes round(weight · frames) of each data set (weight 1: each frame once),
     mixed anew by (seed, epoch). No frame of a data set comes again before all its others came. ConfigError
@@ -147,9 +147,7 @@ class Mixture:
     share a key).
     """
 
-    def __init__(
-        self, caches: Sequence[FrameCache], *, seed: int, weights: Sequence[float] | None = None
-    ) -> None:
+    def __init__(self, caches: Sequence[FrameCache], *, seed: int, weights: Sequence[float] | None = None) -> None:
         weights = [1.0] * len(caches) if weights is None else weights
         names = [cache.name for cache in caches]
         if len(weights) != len(caches) or not all(0 < weight < float("inf") for weight in weights):
@@ -161,11 +159,11 @@ class Mixture:
         self._frames = [cache.train_indices() for cache in caches]
         for cache, frames in zip(caches, self._frames, strict=True):
             if len(frames) == 0:
-                raise ConfigError(
-                    f"no training episode of {cache.name} has a language_instruction: leave it out"
-                )
-        shares = [max(1, round(w * len(frames))) for w, frames in zip(weights, self._frames, strict=True)]
-        self._ends = np.cumsum(shares)  # an epoch's slot belongs to the first data set whose end is above it
+                raise ConfigError(f"no training episode of {cache.name} has a language_instruction: leave it out")
+        self._shares = [
+            max(1, round(weight * len(frames))) for weight, frames in zip(weights, self._frames, strict=True)
+        ]
+        self._ends = np.cumsum(self._shares)  # an epoch's slot belongs to the first data set whose end is above it
 
     @property
     def statistics(self) -> dict[str, Any]:
@@ -184,7 +182,7 @@ class Mixture:
         epoch, place = divmod(draw, len(self))
         slot = _permutation(len(self), self.seed, 0, epoch)[place]
         dataset = int(np.searchsorted(self._ends, slot, side="right"))
-        share = np.diff(self._ends, prepend=0)[dataset]
+        share = self._shares[dataset]
         nth = epoch * share + slot - (self._ends[dataset] - share)  # of all draws from this data set so far
         frames = self._frames[dataset]
         times, place = divmod(int(nth), len(frames))

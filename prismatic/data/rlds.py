@@ -21,7 +21,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -51,7 +51,7 @@ def build_cache(rlds_dir: Path, cache_dir: Path) -> Path:
     A data set whose files changed since (name, size, time) gets a new one. ConfigError for a folder that is
     no such data set, is damaged, or lacks one of image, action and language_instruction.
     """
-    source, cache_dir = Path(rlds_dir).resolve(), Path(cache_dir).resolve()
+    source, cache_dir = Path(rlds_dir).absolute(), Path(cache_dir).absolute()  # a link keeps its own name
     if not source.is_dir():
         raise ConfigError(f"the RLDS data set {source} doesn't exist: give a version folder, such as …/1.0.0")
     key = hashlib.sha256(json.dumps([CACHE_FORMAT, listing(source.iterdir())]).encode()).hexdigest()
@@ -77,7 +77,7 @@ def write_dataset(episodes: Path, output: Path, name: str) -> Path:
     Their order on disk goes by a hash of the files' names, as always with tfds. What an earlier call wrote is
     replaced. ConfigError where there is no episode, or a data set from elsewhere in the way.
     """
-    episodes, target = Path(episodes).resolve(), Path(output).resolve() / name / VERSION
+    episodes, target = Path(episodes).absolute(), Path(output).absolute() / name / VERSION
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ConfigError(f"{name!r} can't name a data set: use small letters, digits and _, a letter first")
     note = json.dumps(listing(episodes.glob("*.npz")))
@@ -85,9 +85,7 @@ def write_dataset(episodes: Path, output: Path, name: str) -> Path:
         raise ConfigError(f"{episodes} holds no finished episode (*.npz): collect at least one first")
     if target.exists():
         if not (target / STAGED_NOTE).is_file():
-            raise ConfigError(
-                f"{target} is a data set from elsewhere and is kept: give another output or name"
-            )
+            raise ConfigError(f"{target} is a data set from elsewhere and is kept: give another output or name")
         if (target / STAGED_NOTE).read_text() == note:
             return target
     with _unfinished(target.parent) as folder:
@@ -125,19 +123,13 @@ def _in_child(doing: str, *arguments: str | Path) -> None:
     )
     if done.returncode != 0 or not done.stdout:
         hint = ", perhaps for want of memory" if done.returncode == -signal.SIGKILL else ""
-        raise ConfigError(
-            f"{doing} failed, its process ended with code {done.returncode}{hint}: start it again"
-        )
+        raise ConfigError(f"{doing} failed, its process ended with code {done.returncode}{hint}: start it again")
     answer = json.loads(done.stdout)
     if "config_error" in answer:
         raise ConfigError(answer["config_error"])
     if "failure" in answer:
-        remedy = next(
-            (do for sign, do in REMEDIES.items() if sign in answer["failure"]), "nothing was changed"
-        )
-        raise ConfigError(f"{doing} failed ({answer['failure']}): {remedy}") from RuntimeError(
-            answer["trace"]
-        )
+        remedy = next((do for sign, do in REMEDIES.items() if sign in answer["failure"]), "nothing was changed")
+        raise ConfigError(f"{doing} failed ({answer['failure']}): {remedy}") from RuntimeError(answer["trace"])
 
 
 # From here on: the child.
@@ -150,9 +142,9 @@ def _read(source: Path, folder: Path) -> None:
 
     builder: Any = tfds.builder_from_directory(source)
     views, has_state = _check_features(builder.info.features, source)
-    splits = {
-        name: split.num_examples for name, split in builder.info.splits.items() if name in ("train", "val")
-    }
+    splits = {name: split.num_examples for name, split in builder.info.splits.items() if name in ("train", "val")}
+    if "train" not in splits:
+        raise ConfigError(f"{source} has no split named train, only {list(builder.info.splits)}: rename one")
     as_stored = {"steps": tfds.decode.SkipDecoding()}  # an episode as arrays, its images as bytes
     in_order = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
 
@@ -165,9 +157,7 @@ def _read(source: Path, folder: Path) -> None:
     bar = tqdm(total=sum(splits.values()), desc=f"reading {dataset_name(source)}", unit="episode")
     with (folder / "frames.bin").open("wb") as frames, bar:
         for split in sorted(splits):  # train, then val
-            stored = builder.as_dataset(
-                split=split, shuffle_files=False, decoders=as_stored, read_config=in_order
-            )
+            stored = builder.as_dataset(split=split, shuffle_files=False, decoders=as_stored, read_config=in_order)
             for example in tfds.as_numpy(stored):
                 steps, observation = example["steps"], example["steps"]["observation"]
                 number, length = len(file_paths), len(steps["action"])
@@ -204,8 +194,8 @@ def _read(source: Path, folder: Path) -> None:
 
 def _check_features(features: Any, source: Path) -> tuple[list[str], bool]:
     """The views that there are, and whether there is a state; ConfigError names missing fields."""
-    steps = features["steps"] if "steps" in features else {}
-    observation = steps["observation"] if "observation" in steps else {}
+    steps = features["steps"] if "steps" in features else {}  # noqa: SIM401  (these have no get)
+    observation = steps["observation"] if "observation" in steps else {}  # noqa: SIM401
     needed = {"observation/image": "image" in observation}
     needed |= {field: field in steps for field in ("action", "language_instruction")}
     missing = ", ".join(f"steps/{field}" for field, there in needed.items() if not there)
@@ -235,7 +225,7 @@ def _write(episodes: Path, folder: Path, name: str) -> None:
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         name = dataset_name
         VERSION = tfds.core.Version(VERSION)
-        RELEASE_NOTES = {"1.0.0": "Initial release."}
+        RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "Initial release."}
 
         def _info(self) -> Any:
             return tfds.core.DatasetInfo(builder=self, features=_features(tfds))
@@ -314,7 +304,7 @@ def main() -> None:
     """The child: `read SOURCE FOLDER` or `write EPISODES FOLDER NAME`; answers one JSON object on stdout."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both: the parent ends us and tidies up
     answer_to = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not mix with the answer
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # tfds prints there that it is "downloading"
     answer: dict[str, str] = {}
     try:
         command, source, folder, *rest = sys.argv[1:]

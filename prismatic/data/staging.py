@@ -60,9 +60,7 @@ def stage_episode(
     shapes = [np.shape(values) for values in (state, joint_state, action)]
     expected = [(steps, STATE_SIZE), (steps, JOINTS), (steps, ACTION_SIZE)]
     if steps == 0 or len(wrist_images) != steps or shapes != expected:
-        raise ValueError(
-            f"an episode of {steps} images and {len(wrist_images)} wrist images, arrays {shapes}"
-        )
+        raise ValueError(f"an episode of {steps} images and {len(wrist_images)} wrist images, arrays {shapes}")
     content = {
         "image_jpeg": np.frombuffer(b"".join(images), dtype=np.uint8),
         "image_offsets": np.cumsum([0, *map(len, images)]),
@@ -92,9 +90,7 @@ def load_episode(path: Path) -> StagedEpisode:
             for view in ("image", "wrist")
         )
         numbers = (staged["state"], staged["joint_state"], staged["action"])
-        return StagedEpisode(
-            images, wrist_images, *numbers, str(staged["instruction"]), str(staged["file_path"])
-        )
+        return StagedEpisode(images, wrist_images, *numbers, str(staged["instruction"]), str(staged["file_path"]))
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
         raise ConfigError(f"the staged episode {path} is damaged ({error}): delete it and go on") from None
 

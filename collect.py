@@ -1,0 +1,180 @@
+"""Demonstrations by the scripted expert in LIBERO's simulator → an RLDS data set laid out as modified_libero_rlds is.
+
+    python collect.py --task_suite_name libero_spatial --task_ids 0 2 --num_demos_per_task 30
+
+Each successful episode is first a file of its own beside the data set; the same command goes on where it stopped. Start
+states are drawn at random from a range of seeds of their own: never one of the stored states that evaluation uses.
+"""
+
+import contextlib
+import json
+import signal
+from collections.abc import Iterator
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+from config import CollectConfig
+from prismatic.data.rlds import write_dataset
+from prismatic.data.staging import writing_to
+from prismatic.demonstration import Job, Worker, stop
+from prismatic.errors import ConfigError, exit_codes
+from prismatic.simulator import choose_renderer, instruction, num_tasks
+
+ATTEMPTS_PER_DEMO = 3  # a task is given up when so many attempts for each wanted episode,
+SPARE_ATTEMPTS = 10  # and so many more, were not enough
+STAGE_FORMAT = 1
+
+
+class Schedule:
+    """Which attempts are still to be made. Which are made in the end depends on outcomes alone, never on timing."""
+
+    def __init__(self, cfg: CollectConfig, stage: Path) -> None:
+        self._cfg, self._stage = cfg, stage
+        self._limit = cfg.num_demos_per_task * ATTEMPTS_PER_DEMO + SPARE_ATTEMPTS
+        self.tasks = list(cfg.task_ids or range(num_tasks(cfg.task_suite_name)))
+        self._next = dict.fromkeys(self.tasks, 0)
+        self.successes = dict.fromkeys(self.tasks, 0)
+        self.failures = dict.fromkeys(self.tasks, 0)
+        self._running = dict.fromkeys(self.tasks, 0)
+
+    @property
+    def total(self) -> int:
+        """Episodes wanted."""
+        return len(self.tasks) * self._cfg.num_demos_per_task
+
+    def found(self) -> int:
+        """How many of them earlier calls have left."""
+        left = [len(list(self._stage.glob(f"task{task_id:02d}-*.npz"))) for task_id in self.tasks]
+        return sum(min(count, self._cfg.num_demos_per_task) for count in left)
+
+    def next_job(self) -> Job | None:
+        """The next attempt that is needed, task after task; None while those under way may be enough."""
+        for task_id in self.tasks:
+            while self.successes[task_id] + self._running[task_id] < self._cfg.num_demos_per_task:
+                attempt = self._next[task_id]
+                if attempt >= self._limit:
+                    raise ConfigError(
+                        f"the expert solved task {task_id} of {self._cfg.task_suite_name} {self.successes[task_id]} "
+                        f"times in {attempt} attempts: leave it out of task_ids, or lower num_demos_per_task or "
+                        "perturbation"
+                    )
+                self._next[task_id] += 1
+                path = self._stage / f"task{task_id:02d}-{attempt:05d}.npz"
+                if path.is_file():  # an earlier call's
+                    self.successes[task_id] += 1
+                elif path.with_suffix(".failed").is_file():
+                    self.failures[task_id] += 1
+                else:
+                    self._running[task_id] += 1
+                    return self._job(task_id, attempt, path)
+        return None
+
+    def _job(self, task_id: int, attempt: int, path: Path) -> Job:
+        return Job(
+            suite=self._cfg.task_suite_name,
+            task_id=task_id,
+            attempt=attempt,
+            seed=self._cfg.seed,
+            perturbation=self._cfg.perturbation,
+            quality=self._cfg.render_quality,
+            path=path,
+        )
+
+    def finished(self, job: Job, *, success: bool) -> None:
+        """Take note of an outcome; a failure leaves an empty file, so that a later call doesn't repeat it."""
+        self._running[job.task_id] -= 1
+        if success:
+            self.successes[job.task_id] += 1
+        else:
+            self.failures[job.task_id] += 1
+            with writing_to(self._stage):
+                job.path.with_suffix(".failed").touch()
+
+
+@contextlib.contextmanager
+def worker_processes(number: int) -> Iterator[list[Worker]]:
+    """Worker processes that Ctrl-C doesn't reach (the parent decides) and that end with this block."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by what is spawned here
+    workers = [Worker() for _ in range(number)]
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        yield workers
+    finally:
+        stop(workers)
+
+
+def open_stage(cfg: CollectConfig) -> Path:
+    """The folder of finished episodes; ConfigError where it holds another collection's."""
+    stage = cfg.data_root_dir / f"{cfg.dataset_name}_staged"
+    same = {name: getattr(cfg, name) for name in ("task_suite_name", "seed", "perturbation", "render_quality")}
+    settings = {"format": STAGE_FORMAT, **same}
+    note = stage / "settings.json"
+    if not note.is_file():
+        with writing_to(stage):
+            stage.mkdir(parents=True, exist_ok=True)
+            unfinished = note.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(settings))
+            unfinished.replace(note)
+    before = json.loads(note.read_text())
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise ConfigError(
+                f"{stage} was collected with {name} {before.get(name)}, not {value}: "
+                "give the same, another dataset_name, or delete that folder"
+            )
+    return stage
+
+
+def run(schedule: Schedule, workers: list[Worker], bar: tqdm) -> None:
+    """Give out jobs and gather answers until every task has its episodes."""
+    succeeded = tried = 0
+    while True:
+        for worker in workers:
+            if worker.job is None and (job := schedule.next_job()):
+                worker.give(job)
+        busy = {worker.connection: worker for worker in workers if worker.job}
+        if not busy:
+            return
+        for connection in wait(list(busy)):
+            worker = busy[connection]  # type: ignore[index]
+            job, steps = worker.job, worker.answer()
+            assert job is not None
+            schedule.finished(job, success=steps > 0)
+            tried += 1
+            succeeded += steps > 0
+            bar.set_postfix_str(f"expert {succeeded} of {tried}, task {job.task_id}", refresh=False)
+            bar.update(int(steps > 0))
+
+
+def collect(cfg: CollectConfig) -> Path:
+    """Episodes as files, then the data set made of them; its version folder."""
+    choose_renderer()
+    for name in ("num_demos_per_task", "num_workers"):
+        if getattr(cfg, name) < 1:
+            raise ConfigError(f"{name} is {getattr(cfg, name)}: give at least 1")
+    for task_id in cfg.task_ids:
+        instruction(cfg.task_suite_name, task_id)  # a ConfigError for a task that isn't there
+    schedule = Schedule(cfg, stage := open_stage(cfg))
+    found = schedule.found()
+    with tqdm(total=schedule.total, initial=found, unit="episode", desc=cfg.task_suite_name) as bar:
+        if found < schedule.total:
+            with worker_processes(min(cfg.num_workers, schedule.total - found)) as workers:
+                run(schedule, workers, bar)
+    for task_id in schedule.tasks:
+        if schedule.failures[task_id]:
+            attempts = schedule.successes[task_id] + schedule.failures[task_id]
+            print(f"task {task_id}: the expert failed in {schedule.failures[task_id]} of {attempts} attempts")
+    return write_dataset(stage, cfg.data_root_dir, cfg.dataset_name)
+
+
+def main(cfg: CollectConfig) -> None:
+    """Collect and say where the data set is."""
+    print(f"data set: {collect(cfg)}")
+
+
+if __name__ == "__main__":
+    with exit_codes():
+        main(tyro.cli(CollectConfig, config=(tyro.conf.FlagConversionOff,), use_underscores=True))

@@ -1,0 +1,122 @@
+"""LIBERO's task suites: names, tasks, instructions, stored states, step limits. ConfigError for what isn't there.
+
+Any distribution that provides `libero.libero` works: the one that asks a question on its first import is answered, and
+stored states are read without running a pickle.
+"""
+
+import contextlib
+import io
+import unittest.mock
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prismatic.errors import ConfigError
+
+STEP_LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
+REWORDED = ("_lan", "_task")  # LIBERO-PRO suites whose instruction stands in the BDDL file only
+
+
+@cache
+def _benchmark() -> dict[str, list[Any]]:
+    """Suite name → its LIBERO tasks, for every suite whose files are there and whose step limit is known."""
+    try:
+        # The original LIBERO asks about folders on its first import ("n": keep the default), and prints as it loads.
+        with unittest.mock.patch("builtins.input", return_value="n"), contextlib.redirect_stdout(io.StringIO()):
+            from libero.libero import benchmark, get_libero_path
+
+            found = {name: suite().tasks for name, suite in benchmark.get_benchmark_dict().items() if _parent(name)}
+    except ImportError as error:
+        raise ConfigError(f"LIBERO is not installed ({error}): pip install -r requirements.txt") from error
+    bddl_files = Path(get_libero_path("bddl_files"))
+    return {
+        name: list(tasks)
+        for name, tasks in found.items()
+        if tasks and (bddl_files / tasks[0].problem_folder / tasks[0].bddl_file).is_file()
+    }
+
+
+def _parent(suite: str) -> str | None:
+    """The standard suite that a LIBERO-PRO suite varies (`libero_spatial_swap` → `libero_spatial`), or itself."""
+    return next((name for name in STEP_LIMITS if suite == name or suite.startswith(name + "_")), None)
+
+
+def suites() -> list[str]:
+    """Names of the task suites there are: LIBERO's own first, then LIBERO-PRO's."""
+    return sorted(_benchmark(), key=lambda name: (name not in STEP_LIMITS, name))
+
+
+def _tasks(suite: str) -> list[Any]:
+    if suite not in _benchmark():
+        raise ConfigError(f"unknown task suite {suite!r} (task_suite_name): there are {', '.join(suites())}")
+    return _benchmark()[suite]
+
+
+def _task(suite: str, task_id: int) -> Any:
+    tasks = _tasks(suite)
+    if not 0 <= task_id < len(tasks):
+        raise ConfigError(f"{suite} has no task {task_id} (task_ids): its tasks are 0 to {len(tasks) - 1}")
+    return tasks[task_id]
+
+
+def num_tasks(suite: str) -> int:
+    """How many tasks the suite has."""
+    return len(_tasks(suite))
+
+
+def step_limit(suite: str) -> int:
+    """Steps after which an episode has failed; a LIBERO-PRO suite takes its parent's."""
+    _tasks(suite)
+    return STEP_LIMITS[_parent(suite) or suite]
+
+
+def bddl_file(suite: str, task_id: int) -> Path:
+    """The file that describes the task's scene and goal."""
+    from libero.libero import get_libero_path
+
+    task = _task(suite, task_id)
+    return Path(get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
+
+
+def instruction(suite: str, task_id: int) -> str:
+    """The sentence for the policy: LIBERO's name of the task; in a reworded suite what the BDDL file says."""
+    task = _task(suite, task_id)
+    if not suite.endswith(REWORDED):
+        return task.language
+    text = bddl_file(suite, task_id).read_text()
+    return " ".join(text.split("(:language", 1)[1].split(")", 1)[0].split())
+
+
+@cache
+def init_states(suite: str, task_id: int) -> np.ndarray:
+    """The stored initial states (N, state size) float64: time, joint positions, joint velocities."""
+    from libero.libero import get_libero_path
+
+    task = _task(suite, task_id)
+    path = Path(get_libero_path("init_states")) / task.problem_folder / task.init_states_file
+    numpy_path = path.with_name(path.name + ".npz")
+    if numpy_path.is_file():
+        with np.load(numpy_path, allow_pickle=False) as archive:
+            return archive["states"]
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing: task {task_id} of {suite} has no stored initial states")
+    return _torch_array(path)
+
+
+def _torch_array(path: Path) -> np.ndarray:
+    """The NumPy array in a torch file, with NumPy's own constructors as the only code that may run."""
+    import torch
+
+    # NumPy 1 wrote its module's old name, NumPy 2 the new one
+    reconstruct: Any = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+    names = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
+    allowed: list[Any] = [(reconstruct, name) for name in names]
+    with torch.serialization.safe_globals([*allowed, np.ndarray, np.dtype, type(np.dtype(np.float64))]):
+        return np.asarray(torch.load(path, weights_only=True))
+
+
+def num_init_states(suite: str, task_id: int) -> int:
+    """How many stored initial states the task has (50 in LIBERO's suites)."""
+    return len(init_states(suite, task_id))

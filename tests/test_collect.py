@@ -1,0 +1,151 @@
+"""collect.py and demonstration.py: which attempts are made, what is kept, and the script itself in the real simulator."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from collect import ATTEMPTS_PER_DEMO, SPARE_ATTEMPTS, Schedule, open_stage
+from config import CollectConfig
+from prismatic.data.staging import load_episode
+from prismatic.demonstration import Pushes, is_no_op
+from prismatic.errors import ConfigError
+from prismatic.image import decode_jpeg
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def config(folder: Path, **options: object) -> CollectConfig:
+    return CollectConfig(**{"data_root_dir": folder, "dataset_name": "demo"} | options)  # type: ignore[arg-type]
+
+
+def pretend(cfg: CollectConfig, *, workers: int, seed: int) -> set[str]:
+    """Run a schedule with made-up outcomes that depend on the attempt, finishing in a random order."""
+    stage = open_stage(cfg)
+    schedule, order, running = Schedule(cfg, stage), random.Random(seed), []
+    while True:
+        while len(running) < workers and (job := schedule.next_job()):
+            running.append(job)
+        if not running:
+            break
+        job = running.pop(order.randrange(len(running)))
+        success = (job.task_id + job.attempt) % 3 != 0
+        if success:
+            job.path.touch()
+        schedule.finished(job, success=success)
+    return {path.name for path in stage.iterdir() if path.suffix != ".json"}
+
+
+def test_what_is_attempted_does_not_depend_on_timing(tmp_path: Path) -> None:
+    made = [
+        pretend(config(tmp_path / str(seed), task_ids=(0, 4), num_demos_per_task=5), workers=workers, seed=seed)
+        for seed, workers in enumerate((1, 2, 7))
+    ]
+    assert made[0] == made[1] == made[2]
+    assert sum(name.endswith(".npz") for name in made[0]) == 10
+
+
+def test_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    few = pretend(config(tmp_path, task_ids=(1,), num_demos_per_task=2), workers=2, seed=0)
+    schedule = Schedule(config(tmp_path, task_ids=(1,), num_demos_per_task=4), tmp_path / "demo_staged")
+    assert schedule.found() == 2
+    job = schedule.next_job()
+    assert job and f"{job.path.stem}.npz" not in few and f"{job.path.stem}.failed" not in few
+
+
+def test_a_hopeless_task_is_named(tmp_path: Path) -> None:
+    schedule = Schedule(config(tmp_path, task_ids=(3,), num_demos_per_task=2), open_stage(config(tmp_path)))
+    for _ in range(2 * ATTEMPTS_PER_DEMO + SPARE_ATTEMPTS):
+        job = schedule.next_job()
+        assert job
+        schedule.finished(job, success=False)
+    with pytest.raises(ConfigError, match=r"task 3 of libero_spatial 0 times in 16 attempts"):
+        schedule.next_job()
+
+
+def test_two_collections_are_not_mixed(tmp_path: Path) -> None:
+    open_stage(config(tmp_path))
+    open_stage(config(tmp_path, num_demos_per_task=7, task_ids=(2,)))  # more of the same is welcome
+    with pytest.raises(ConfigError, match=r"perturbation 0.5, not 0.1"):
+        open_stage(config(tmp_path, perturbation=0.1))
+
+
+def test_no_ops() -> None:
+    still, closing, moving = np.zeros(7), np.array([0, 0, 0, 0, 0, 0, 1.0]), np.array([0.1, 0, 0, 0, 0, 0, 0])
+    assert is_no_op(still, None) and is_no_op(closing, None)
+    assert is_no_op(still, still) and not is_no_op(closing, still)
+    assert not is_no_op(moving, None) and not is_no_op(moving, moving)
+
+
+def test_pushes_come_in_bursts_and_repeat_with_the_seed() -> None:
+    first, again = ([Pushes(np.random.default_rng(3), 0.5)() for _ in range(1)] for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    pushes = Pushes(np.random.default_rng(4), 0.5)
+    drawn = np.array([pushes() for _ in range(2000)])
+    pushed = drawn.any(axis=1)
+    assert 0.2 < pushed.mean() < 0.6
+    assert np.abs(drawn).max() <= 0.5
+    same = (drawn[1:] == drawn[:-1]).all(axis=1)
+    assert same[pushed[1:]].mean() > 0.7
+    calm = Pushes(np.random.default_rng(4), 0.0)
+    assert not np.any([calm() for _ in range(200)])
+
+
+def command(folder: Path, *options: str) -> list[str]:
+    places = ["--data_root_dir", str(folder), "--dataset_name", "demo", "--num_workers", "1"]
+    return [sys.executable, "collect.py", *places, *options]
+
+
+def test_the_script_makes_a_data_set_and_does_nothing_twice(tmp_path: Path) -> None:
+    one = command(tmp_path, "--task_ids", "0", "--num_demos_per_task", "1")
+    done = subprocess.run(one, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "demo/1.0.0/features.json").read_text())
+    [path] = (tmp_path / "demo_staged").glob("*.npz")
+    episode = load_episode(path)
+    assert 30 < len(episode.images) == len(episode.wrist_images) == len(episode.action) < 90
+    assert decode_jpeg(episode.images[0]).shape == decode_jpeg(episode.wrist_images[0]).shape == (256, 256, 3)
+    assert (episode.action[0, 6], set(episode.action[:, 6])) == (-1, {-1.0, 1.0})  # starts open; LIBERO's convention
+    assert episode.state[0, 6] > 0.03  # a finger's opening, m
+    assert episode.instruction.startswith("pick up the black bowl between")
+    kept = path.stat().st_mtime_ns
+    started = time.monotonic()
+    assert subprocess.run(one, cwd=ROOT, capture_output=True).returncode == 0
+    assert time.monotonic() - started < 10  # no simulator was built
+    assert path.stat().st_mtime_ns == kept
+
+
+def test_ctrl_c_ends_everything_with_130(tmp_path: Path) -> None:
+    many = command(tmp_path, "--task_ids", "0", "--num_demos_per_task", "9")
+    running = subprocess.Popen(many, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    time.sleep(6)  # its process is building a simulator
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+    _, said = running.communicate(timeout=30)
+    assert running.returncode == 130, said
+    assert "Traceback" not in said
+    with pytest.raises(ProcessLookupError):
+        os.killpg(running.pid, 0)  # nobody is left
+    assert not list((tmp_path / "demo_staged").glob(".unfinished*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--task_suite_name", "libero_spatal"], "unknown task suite 'libero_spatal'"),
+        (["--task_ids", "12"], "has no task 12"),
+        (["--num_workers", "0"], "num_workers is 0"),
+        (["--task_suite_name", "libero_goal", "--task_ids", "0"], "no scripted expert for task 0"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path: Path, options: list[str], sentence: str) -> None:
+    done = subprocess.run(command(tmp_path, *options), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,150 @@
+"""eval.py: flags, names and identities; whole runs with the fake simulator, and its exit codes."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import fake_simulator
+import pytest
+import tyro
+
+import eval as script
+from config import EvalConfig
+from prismatic.errors import ConfigError
+from prismatic.evaluation import read_rows
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "simulator", fake_simulator)
+
+
+def parse(*arguments: str) -> EvalConfig:
+    return tyro.cli(EvalConfig, args=arguments, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+
+
+def config(folder: Path, **changes: Any) -> EvalConfig:
+    base = EvalConfig(policy="zero", task_suite_name="fake", num_trials_per_task=1, local_log_dir=folder)
+    return dataclasses.replace(base, **{"num_workers": 1, **changes})
+
+
+def test_flags_as_people_type_them() -> None:
+    cfg = parse(
+        *("--model_family", "openvla", "--pretrained_checkpoint", "openvla/openvla-7b-finetuned-libero-goal"),
+        *("--task_suite_name", "libero_goal", "--center_crop", "True", "--task_ids", "0", "3"),
+        *("--workers", "auto", "--load_in_8bit", "True", "--local_log_dir", "logs"),
+    )
+    assert cfg.center_crop is True
+    assert cfg.task_ids == (0, 3)
+    assert cfg.num_workers == "auto"
+    assert cfg.local_log_dir == Path("logs")
+    assert parse("--center_crop", "False").center_crop is False
+    assert parse().center_crop is None
+    assert parse("--num_workers", "12").num_workers == 12
+    assert len(dataclasses.fields(EvalConfig)) <= 25
+
+
+def test_run_names(tmp_path: Path) -> None:
+    assert script.run_name(EvalConfig(policy="expert")) == "EVAL-libero_spatial-expert"
+    hub = EvalConfig(pretrained_checkpoint="openvla/openvla-7b", task_suite_name="libero_10", run_id_note="mine 2")
+    assert script.run_name(hub) == "EVAL-libero_10-openvla-7b--mine_2"
+    run = tmp_path / "openvla-7b+libero_spatial_no_noops+b16"
+    (run / "step-000200").mkdir(parents=True)
+    (run / "latest").symlink_to("step-000200")
+    lora = EvalConfig(pretrained_checkpoint="base", lora_checkpoint=run / "latest")
+    assert script.run_name(lora) == f"EVAL-libero_spatial-{run.name}-step-000200"
+    assert script.run_name(dataclasses.replace(lora, lora_checkpoint=run)) == f"EVAL-libero_spatial-{run.name}"
+
+
+def test_identity_follows_the_weights_and_not_the_workers(tmp_path: Path, fake: None) -> None:
+    (tmp_path / "config.json").write_text("1")
+    cfg = config(tmp_path, policy="checkpoint", pretrained_checkpoint=str(tmp_path))
+    before = script.identity(cfg, "osmesa")
+    assert (
+        script.identity(dataclasses.replace(cfg, num_workers=9, task_ids=(1,), save_videos=False), "osmesa") == before
+    )
+    for change in (
+        {"center_crop": True},
+        {"env_seed": 1},
+        {"render_quality": "fast"},
+        {"deterministic": True},
+    ):
+        assert script.identity(dataclasses.replace(cfg, **change), "osmesa") != before
+    assert script.identity(cfg, "egl") != before
+    (tmp_path / "config.json").write_text("2")
+    assert script.identity(cfg, "osmesa") != before
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"policy": "checkpoint"}, "pretrained_checkpoint is not set"),
+        (
+            {"policy": "checkpoint", "pretrained_checkpoint": "x", "lora_checkpoint": Path("no")},
+            "no is not a folder",
+        ),
+        ({"load_in_8bit": True, "load_in_4bit": True}, "exclude each other"),
+        ({"num_workers": 0}, "num_workers is 0"),
+        ({"num_steps_wait": -1}, "num_steps_wait is -1"),
+        ({"task_suite_name": "libero_spatal"}, "unknown suite 'libero_spatal'"),
+        ({"task_ids": (7,)}, "no task 7"),
+        ({"num_trials_per_task": 99}, "8 stored initial states"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, fake: None, changes: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        script.main(config(tmp_path / "rollouts", **changes))
+    assert not (tmp_path / "rollouts").exists()
+
+
+def test_a_run_and_what_it_prints(tmp_path: Path, fake: None, capsys: pytest.CaptureFixture[str]) -> None:
+    script.main(config(tmp_path, task_ids=(0, 2)))
+    folder = tmp_path / "EVAL-fake-zero"
+    rows = read_rows(folder)
+    assert len(rows) == 2
+    assert all((folder / row["video"]).is_file() for row in rows)
+    printed = capsys.readouterr().out
+    assert "0.0 % success, 95 % interval 0.0 to 65.8 % (0 of 2 episodes)" in printed
+    assert str(folder / "report.html") in printed
+    assert f"a failure: {folder / rows[0]['video']}" in printed
+    protocol = json.loads((folder / "summary.json").read_text())["protocol"]
+    assert (protocol["policy"], protocol["env_seed"], protocol["step_limit"]) == (
+        "zero",
+        0,
+        fake_simulator.LIMIT,
+    )
+    assert protocol["versions"]["mujoco"]
+    # More tasks join what is there; another configuration is refused.
+    script.main(config(tmp_path))
+    assert read_rows(folder)[:2] == rows
+    assert len(read_rows(folder)) == 3
+    assert "2 of 3 episodes are already in" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="holds a run with num_steps_wait 10, this one has 5"):
+        script.main(config(tmp_path, num_steps_wait=5))
+
+
+def test_a_mistyped_flag_or_value_exits_2(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(REPOSITORY / "eval.py"),
+        "--local_log_dir",
+        str(tmp_path),
+        "--policy",
+        "expert",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    mistyped = subprocess.run([*command, "--task_suit_name", "x"], env=environment, capture_output=True, text=True)
+    assert mistyped.returncode == 2
+    assert "--task_suite_name" in mistyped.stderr
+    unknown = subprocess.run([*command, "--task_suite_name", "x"], env=environment, capture_output=True, text=True)
+    assert unknown.returncode == 2
+    assert unknown.stderr.startswith("error: unknown task suite 'x'")
+    assert unknown.stderr.count("\n") == 1

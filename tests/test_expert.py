@@ -1,0 +1,81 @@
+"""expert.py: it solves tasks, and its answers are fit to be imitated. In a process of its own, without any rendering."""
+
+import multiprocessing
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prismatic.errors import ConfigError
+from prismatic.expert import Expert
+from prismatic.simulator import Simulator, step_limit
+
+LONGEST_REST = 3  # steps with the same answer "don't move": more would teach a policy to stop for ever
+
+
+def play(suite: str, task_id: int, states: list[int], push: float = 0.0) -> list[dict[str, Any]]:
+    """Episodes with their actions; `push` throws the hand off course in the middle of the way."""
+    sim, episodes = Simulator(suite, task_id), []
+    for state in states:
+        sim.reset(state)
+        expert, actions, agreed, done = Expert(sim), [], True, False
+        while not done and len(actions) < step_limit(suite):
+            action = expert(None, sim.instruction)
+            if len(actions) % 10 == 0:
+                agreed &= np.array_equal(action, Expert(sim)(None, "another expert, which knows nothing of the past"))
+            actions.append(action)
+            pushed = action.copy()
+            if 8 <= len(actions) < 14:
+                pushed[:3] = np.clip(pushed[:3] + push, -1, 1)
+            done = sim.step(pushed)
+        episodes.append({"success": done, "actions": np.array(actions), "agreed": agreed})
+    sim.close()
+    return episodes
+
+
+def measure() -> dict[str, Any]:
+    """Everything that the tests below look at."""
+    goal = Simulator("libero_goal", 0)  # open the drawer
+    with pytest.raises(ConfigError, match="no scripted expert for task 0 of libero_goal"):
+        Expert(goal)
+    return {
+        "bowl": play("libero_spatial", 0, [0, 1]),
+        "pushed": play("libero_spatial", 2, [0], push=0.8),
+        "box": play("libero_object", 6, [0]),
+    }
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure)
+
+
+def test_solves_its_tasks_in_few_steps(found: dict[str, Any]) -> None:
+    for name, limit in (("bowl", 70), ("pushed", 90), ("box", 120)):
+        for episode in found[name]:
+            assert episode["success"], name
+            assert len(episode["actions"]) <= limit, name
+
+
+def test_depends_on_the_present_state_alone(found: dict[str, Any]) -> None:
+    assert all(episode["agreed"] for episodes in found.values() for episode in episodes)
+
+
+def test_commands_are_few_and_in_range(found: dict[str, Any]) -> None:
+    for episodes in found.values():
+        for episode in episodes:
+            motion = episode["actions"][:, :6]
+            np.testing.assert_array_equal(motion, np.round(motion * 4) / 4)
+            assert np.abs(motion).max() <= 1
+            assert set(episode["actions"][:, 6]) <= {0.0, 1.0}
+
+
+def test_never_waits(found: dict[str, Any]) -> None:
+    for episodes in found.values():
+        for episode in episodes:
+            actions, rest = episode["actions"], 0
+            for before, now in zip(actions, actions[1:], strict=False):
+                still = not now[:6].any() and now[6] == before[6]
+                rest = rest + 1 if still else 0
+                assert rest < LONGEST_REST

@@ -1,0 +1,113 @@
+"""Pixels against TensorFlow's and PIL's own: JPEG, Lanczos, crop, normalisation, augmentation."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from prismatic import image
+from prismatic.image import Augmentation
+from prismatic.processor import DINO_MEAN, DINO_STD, SIGLIP_MEAN, SIGLIP_STD
+
+MEANS, STDS = np.array([DINO_MEAN, SIGLIP_MEAN]), np.array([DINO_STD, SIGLIP_STD])
+
+
+def pictures(folder: Path) -> dict[str, np.ndarray]:
+    names = np.load(folder / "image_path.npz")["names"]
+    return {str(name): np.asarray(Image.open(folder / "images" / f"{name}.png").convert("RGB")) for name in names}
+
+
+def digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def test_jpeg_round_trip_is_bit_equal_to_tensorflows(numbers: Path) -> None:
+    arrays = np.load(numbers / "image_path.npz")
+    for name, picture in pictures(numbers).items():
+        assert digest(image.jpeg_round_trip(picture)) == str(arrays[f"{name}__jpeg_decoded_sha256"])
+        assert digest(image.decode_jpeg(arrays[f"{name}__jpeg_bytes"].tobytes())) == str(arrays[f"{name}__jpeg_decoded_sha256"])
+
+
+def test_resize_differs_in_at_most_two_values_by_one(numbers: Path) -> None:
+    arrays = np.load(numbers / "image_path.npz")
+    for name, picture in pictures(numbers).items():
+        mine = image.resize_lanczos3(image.jpeg_round_trip(picture), 224)
+        difference = np.abs(mine.astype(int) - arrays[f"{name}__resize_224"])
+        assert difference.max() <= 1 and np.count_nonzero(difference) <= 2, name
+
+
+def test_a_turned_frame_equals_get_libero_image(reference: Path) -> None:
+    arrays = np.load(reference / "image_path.npz")
+    equal = 0
+    for name, picture in pictures(reference).items():
+        upright = np.ascontiguousarray(picture[::-1, ::-1])
+        mine = image.resize_lanczos3(image.jpeg_round_trip(upright), 224)
+        equal += digest(mine) == str(arrays[f"{name}__rotated_resize_sha256"])
+    assert equal >= 4  # of 6: the others differ in one or two values by one
+
+
+def test_center_crop_is_equal(numbers: Path) -> None:
+    arrays = np.load(numbers / "image_path.npz")
+    for name in pictures(numbers):
+        np.testing.assert_array_equal(image.center_crop(arrays[f"{name}__resize_224"]), arrays[f"{name}__center_crop_224"])
+
+
+def test_pixel_values_are_bit_equal(numbers: Path) -> None:
+    arrays = np.load(numbers / "image_path.npz")
+    for name in pictures(numbers):
+        values = image.normalize_pixels(arrays[f"{name}__center_crop_224"], MEANS, STDS)
+        assert digest(values) == str(arrays[f"{name}__pixel_values_sha256"])
+        table = arrays["pixel_value_lut"]  # (6, 256): value of each channel and level
+        expected = np.stack([table[c][arrays[f"{name}__center_crop_224"][..., c % 3]] for c in range(6)])
+        np.testing.assert_allclose(values, expected, atol=1e-6)
+
+
+def test_bicubic_squash_is_pils(numbers: Path) -> None:
+    arrays = np.load(numbers / "image_path.npz")
+    compared = 0
+    for name, picture in pictures(numbers).items():
+        if f"{name}__processor_bicubic_224" in arrays:
+            np.testing.assert_array_equal(image.resize_bicubic(picture, 224), arrays[f"{name}__processor_bicubic_224"])
+            compared += 1
+    assert compared
+
+
+def test_augmentation_with_the_originals_parameters(numbers: Path) -> None:
+    given = np.load(numbers / "augment.npz")
+    source = np.load(numbers / "image_path.npz")
+    for i, name in enumerate(given["names"]):
+        y1, x1, y2, x2 = given[f"{name}__crop_box"].tolist()
+        augmentation = Augmentation(
+            (y1, x1, y2, x2),
+            *(float(given[key][i]) for key in ("brightness_delta", "contrast_factor", "saturation_factor", "hue_delta")),
+        )
+        picture = source[f"{name}__resize_224"]
+        stages = np.stack([stage[::8, ::8] for stage in augmentation.stages(picture)])
+        np.testing.assert_allclose(stages, given[f"{name}__stages_every8"], atol=1e-5)
+        difference = np.abs(augmentation(picture).astype(int) - given[f"{name}__out"])
+        assert difference.max() <= 1 and np.mean(difference > 0) < 1e-3
+
+
+def test_random_parameters_keep_their_ranges_and_their_seed() -> None:
+    drawn = [Augmentation.draw(np.random.default_rng(seed)) for seed in range(400)]
+    boxes = np.array([a.crop_box for a in drawn])
+    np.testing.assert_allclose((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), image.CROP_AREA, rtol=1e-6)
+    assert boxes.min() >= 0 and boxes.max() <= 1 + 1e-7
+    assert abs(np.corrcoef(boxes[:, 0], boxes[:, 1])[0, 1]) < 0.2, "the two offsets must be independent"
+    for name, low, high in (("brightness", -0.2, 0.2), ("contrast", 0.8, 1.2), ("saturation", 0.8, 1.2), ("hue", -0.05, 0.05)):
+        values = np.array([getattr(a, name) for a in drawn])
+        assert low <= values.min() < low + 0.1 * (high - low) and high - 0.1 * (high - low) < values.max() <= high
+    assert Augmentation.draw(np.random.default_rng(3)) == drawn[3]
+
+
+def test_an_operation_left_out_does_not_move_the_others() -> None:
+    every = Augmentation.draw(np.random.default_rng(1))
+    crop = Augmentation.draw(np.random.default_rng(1), ("random_resized_crop",))
+    assert crop == Augmentation(crop_box=every.crop_box)
+
+
+def test_damaged_jpeg_is_an_error() -> None:
+    with pytest.raises(ValueError):
+        image.decode_jpeg(b"no picture")

@@ -1,0 +1,100 @@
+"""The waist: ids and labels of the original's sentences, prompts, batches, and that learning and acting see the same pixels."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from prismatic import image
+from prismatic.checkpoint import load_processor, load_tokenizer
+from prismatic.errors import ConfigError
+from prismatic.image import Augmentation
+from prismatic.models.tiny import TINY, tiny_tokenizer
+from prismatic.processor import IGNORE, Processor, ProcessorConfig
+
+ENTRY = {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "min": [-1.0] * 7, "max": [1.0] * 7, "mask": [True] * 7}}
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Processor:
+    config = ProcessorConfig.for_model(TINY, unnorm_key="demo", center_crop=True)
+    return Processor(config, tiny_tokenizer(["pick up the black bowl and place it on the plate"]), {"demo": ENTRY})
+
+
+def test_ids_and_labels_of_every_sentence(reference: Path) -> None:
+    plain = {"q01": [-1.0] * 7, "q99": [1.0 - 1e-8] * 7, "min": [-1.0] * 7, "max": [1.0] * 7, "mask": [False] * 7}
+    config = ProcessorConfig("plain", False)
+    processor = Processor(config, load_tokenizer(reference / "checkpoint"), {"plain": {"action": plain}})
+    picture = np.zeros((224, 224, 3), np.uint8)
+    for case in json.loads((reference / "train_text.json").read_text()):
+        example = processor.example([picture], case["instruction"], np.array(case["action_float32"], np.float32))
+        assert example.input_ids.tolist() == case["input_ids"], case["instruction"]
+        assert example.labels.tolist() == case["labels"], case["instruction"]
+        assert processor.tokenizer(case["eval_prompt"]).input_ids == case["eval_input_ids"]
+        prompt = processor.prompt_ids(case["instruction"])
+        assert (prompt == case["input_ids"][: len(prompt)]) == case["eval_plus_29871_is_prefix_of_train"]
+
+
+def test_prompts_of_predict_action(reference: Path) -> None:
+    for case in json.loads((reference / "generate.json").read_text()):
+        processor = load_processor(reference / "checkpoint", unnorm_key=case["unnorm_key"])
+        assert processor.tokenizer(case["prompt"]).input_ids == case["processor_input_ids"]
+        assert processor.prompt_ids(case["instruction"]) == case["ids_fed_to_generate"]
+        assert processor.action_dim == len(case["action"])
+
+
+def test_only_the_actions_and_the_end_are_learnt(tiny: Processor) -> None:
+    example = tiny.example([np.zeros((256, 256, 3), np.uint8)] * 2, "Pick up the BOWL", np.zeros(7, np.float32))
+    learnt = example.input_ids[example.labels != IGNORE]
+    assert len(learnt) == 8 and learnt[-1] == 2
+    assert example.labels[example.labels != IGNORE].tolist() == learnt.tolist()
+    assert example.input_ids[-9] == TINY.empty_token_id
+    assert tiny.prompt_ids("Pick up the BOWL") == example.input_ids[:-8].tolist() == tiny.prompt_ids("pick up the bowl")
+
+
+def test_learning_and_acting_see_the_same_pixels(tiny: Processor) -> None:
+    frame = np.random.default_rng(0).integers(0, 255, (256, 256, 3)).astype(np.uint8)
+    recorded = image.jpeg_round_trip(frame)
+    side = float(np.sqrt(np.float32(image.CROP_AREA)))
+    start = (1 - side) / 2
+    centre = Augmentation(crop_box=(start, start, start + side, start + side))
+    learnt = tiny.example([recorded, recorded], "go", np.zeros(7, np.float32), augmentation=centre).pixel_values
+    _, acted = tiny.inputs([frame, frame], "go")
+    assert learnt.shape == acted.shape == (12, 128, 128)
+    assert (learnt != acted).float().mean() < 1e-3  # a value on the edge between two levels may fall either way
+
+
+def test_batches_are_padded_on_the_right(tiny: Processor) -> None:
+    picture = [np.zeros((128, 128, 3), np.uint8)] * 2
+    examples = [tiny.example(picture, words, np.zeros(7, np.float32)) for words in ("go", "pick up the black bowl now")]
+    batch = tiny.collate(examples)
+    short = len(examples[0].input_ids)
+    assert (batch.input_ids[0, short:] == TINY.pad_token_id).all() and (batch.labels[0, short:] == IGNORE).all()
+    assert batch.attention_mask.sum(1).tolist() == [len(e.input_ids) for e in examples]
+    assert batch.pixel_values.shape == (2, 12, 128, 128)
+
+
+def test_actions_come_back_within_half_a_bin(tiny: Processor) -> None:
+    action = np.random.default_rng(0).uniform(-1, 1, (50, 7))
+    ids = tiny.action_tokenizer.encode(action)
+    assert np.abs(tiny.actions(ids) - action).max() <= 1 / 255 + 1e-6
+
+
+def test_config_survives_the_round_trip(tiny: Processor, tmp_path: Path) -> None:
+    (tmp_path / "processor.json").write_text(tiny.config.to_json())
+    assert ProcessorConfig.load(tmp_path / "processor.json") == tiny.config
+
+
+@pytest.mark.parametrize("text", ["{", '{"format": 99}', '{"format": 1, "means": 3}'])
+def test_a_damaged_processor_is_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "processor.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"processor\.json"):
+        ProcessorConfig.load(tmp_path / "processor.json")
+
+
+def test_words_it_never_saw_are_spelled_not_lost(tiny: Processor) -> None:
+    ids = tiny.prompt_ids("schraube die mutter fest €")
+    assert tiny.tokenizer.decode(ids[1:-1]) == "In: What action should the robot take to schraube die mutter fest €?\nOut:"
+    assert torch.tensor(ids).max() < TINY.vocab_size - 256

@@ -1,0 +1,228 @@
+"""simulator.py and suites.py. What needs a renderer runs once, in a process of its own: an osmesa context and torch don't mix."""
+
+import multiprocessing
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prismatic import simulator, suites
+from prismatic.errors import ConfigError
+from prismatic.simulator import SETTLE_ACTION, Simulator, choose_renderer, rollout
+
+SUITE, TASK, STATE = "libero_spatial", 0, 3
+ACTIONS = np.random.default_rng(0).uniform(-1, 1, (4, 7))
+
+
+def libero_reference() -> dict[str, Any]:
+    """The same episode in LIBERO's own environment, cameras and all."""
+    choose_renderer()
+    from libero.libero.envs import OffScreenRenderEnv
+    from robosuite.utils.transform_utils import quat2axisangle
+
+    file = str(suites.bddl_file(SUITE, TASK))
+    environment = OffScreenRenderEnv(bddl_file_name=file, camera_heights=256, camera_widths=256)
+    environment.seed(0)
+    environment.reset()
+    environment.set_init_state(suites.init_states(SUITE, TASK)[STATE])
+    observation: Any = None
+    seen = []
+    for action in [*[SETTLE_ACTION] * 10, *ACTIONS]:
+        command = np.array(action, dtype=np.float64)
+        if len(seen) >= 10:
+            command[6] = -1.0 if action[6] > 0.5 else 1.0
+        observation = environment.step(command)[0]
+        seen.append(observation)
+    hand = quat2axisangle(observation["robot0_eef_quat"])
+    return {
+        "frames": [step["agentview_image"][::-1, ::-1] for step in seen[9:]],
+        "wrists": [step["robot0_eye_in_hand_image"][::-1, ::-1] for step in seen[9:]],
+        "state": np.concatenate([observation["robot0_eef_pos"], hand, observation["robot0_gripper_qpos"]]),
+        "joints": observation["robot0_joint_pos"],
+        "physics": environment.sim.get_state().flatten(),
+    }
+
+
+def physics(sim: Simulator) -> np.ndarray:
+    return sim.environment.sim.get_state().flatten()
+
+
+class Broken:
+    num_images = 0
+
+    def __call__(self, frame: Any, text: str, wrist: Any = None) -> np.ndarray:
+        raise ZeroDivisionError("a bug")
+
+
+class Still:
+    num_images = 2
+
+    def __call__(self, frame: Any, text: str, wrist: Any = None) -> np.ndarray:
+        assert frame.shape == wrist.shape == (256, 256, 3)
+        return np.array([0, 0, 0, 0, 0, 0, 1.0])
+
+
+def measure() -> dict[str, Any]:
+    """Everything that the tests below look at."""
+    found: dict[str, Any] = {"reference": libero_reference()}
+    sim = Simulator(SUITE, TASK)
+    sim.reset(STATE)
+    found["rendered_unasked"] = sim.environment.sim._render_context_offscreen is not None
+    found["frames"], found["wrists"] = [sim.frame()], [sim.wrist()]
+    for action in ACTIONS:
+        sim.step(action)
+        found["frames"].append(sim.frame())
+        found["wrists"].append(sim.wrist())
+    found["state"], found["joints"] = sim.proprio()
+    found["physics"] = physics(sim)
+    sim.reset(STATE)
+    found["again"] = sim.frame()
+    found["broken"] = rollout(sim, Broken(), init_state=STATE, max_steps=5)
+    watched: list[tuple[int, tuple[int, ...]]] = []
+    found["still"] = rollout(
+        sim,
+        Still(),
+        init_state=STATE,
+        max_steps=3,
+        on_step=lambda step, frame, action: watched.append((step, frame.shape)),
+    )
+    found["watched"] = watched
+    sim.close()
+
+    fast = Simulator(SUITE, TASK, quality="fast")
+    fast.reset(STATE)
+    found["fast"] = fast.frame()
+    for gripper in (0.0, 1.0):
+        for _ in range(12):
+            fast.step(np.array([0, 0, 0, 0, 0, 0, gripper]))
+        found[f"fingers_{gripper:g}"] = float(np.abs(fast.proprio()[0][6:]).sum())
+    found["random"] = []
+    for seed in (5, 6, 5):
+        fast.reset(None, seed=seed)
+        found["random"].append(physics(fast))
+        for action in ACTIONS:
+            fast.step(action)
+    fast._fresh = False  # the same by the protocol's hard reset
+    fast.reset(None, seed=5)
+    found["random_hard"] = physics(fast)
+    with pytest.raises(ConfigError, match="num_trials_per_task"):
+        fast.reset(50)
+    for bad in (np.zeros(6), np.full(7, np.nan)):
+        with pytest.raises(ValueError, match="7 finite numbers"):
+            fast.step(bad)
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure)
+
+
+def test_frames_are_pixel_equal_to_liberos_own_cameras(found: dict[str, Any]) -> None:
+    for name in ("frames", "wrists"):
+        for ours, theirs in zip(found[name], found["reference"][name], strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_states_are_liberos(found: dict[str, Any]) -> None:
+    np.testing.assert_array_equal(found["physics"], found["reference"]["physics"])
+    np.testing.assert_allclose(found["state"], found["reference"]["state"], atol=1e-6)
+    np.testing.assert_allclose(found["joints"], found["reference"]["joints"], atol=1e-6)
+    assert found["state"].dtype == found["joints"].dtype == np.float32
+
+
+def test_nothing_is_rendered_unasked(found: dict[str, Any]) -> None:
+    assert not found["rendered_unasked"]
+
+
+def test_the_same_state_gives_the_same_frame_again(found: dict[str, Any]) -> None:
+    np.testing.assert_array_equal(found["again"], found["frames"][0])
+
+
+def test_frames_are_upright(found: dict[str, Any]) -> None:
+    """The wall behind the robot is grey and above, the wooden table warm and below."""
+    frame = found["frames"][0].astype(float)
+    warmth = frame[..., 0] - frame[..., 2]
+    assert warmth[:40].mean() < 10 < 30 < warmth[-40:].mean()
+
+
+def test_fast_quality_is_close_but_not_equal(found: dict[str, Any]) -> None:
+    difference = np.abs(found["fast"].astype(int) - found["again"])
+    assert 0 < difference.mean() < 4
+
+
+def test_gripper_convention(found: dict[str, Any]) -> None:
+    assert found["fingers_0"] < 0.01 < 0.07 < found["fingers_1"]
+
+
+def test_randomised_states_depend_on_the_seed_alone(found: dict[str, Any]) -> None:
+    first, other, again = found["random"]
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(first, found["random_hard"])
+    assert np.abs(first - other).max() > 1e-3
+    stored = suites.init_states(SUITE, TASK)
+    assert np.abs(stored[:, 1:] - first[1:]).max(axis=1).min() > 1e-3
+
+
+def test_a_crash_is_an_error_and_not_a_failure(found: dict[str, Any]) -> None:
+    assert found["broken"].error == "ZeroDivisionError: a bug"
+    assert found["still"].error is None
+
+
+def test_rollout_counts_what_the_policy_does(found: dict[str, Any]) -> None:
+    still = found["still"]
+    assert (still.success, still.steps, len(still.actions)) == (False, 3, 3)
+    assert found["watched"] == [(step, (256, 256, 3)) for step in range(3)]
+
+
+def test_suites_limits_and_instructions() -> None:
+    assert simulator.suites()[:5] == sorted(suites.STEP_LIMITS)
+    assert (simulator.num_tasks("libero_90"), simulator.num_init_states(SUITE, 0)) == (90, 50)
+    limits = {"libero_spatial": 220, "libero_object_swap": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
+    assert {suite: simulator.step_limit(suite) for suite in limits} == limits
+    black_bowl = "pick up the black bowl between the plate and the ramekin and place it on the plate"
+    assert simulator.instruction(SUITE, 0) == simulator.instruction("libero_spatial_swap", 0) == black_bowl
+    reworded = "lift the black bowl between the plate and ramekin and set it on the plate"
+    assert simulator.instruction("libero_spatial_lan", 0) == reworded
+
+
+def test_what_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"libero_spatal.*task_suite_name.*libero_spatial"):
+        simulator.step_limit("libero_spatal")
+    with pytest.raises(ConfigError, match=r"no task 10.*0 to 9"):
+        simulator.instruction(SUITE, 10)
+    with pytest.raises(ConfigError, match="render_quality"):
+        Simulator(SUITE, 0, quality="best")
+
+
+def test_torch_init_states_are_read_without_running_a_pickle(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    states = np.random.default_rng(0).normal(size=(3, 5))
+    torch.save(states, tmp_path / "good")
+    np.testing.assert_array_equal(suites._torch_array(tmp_path / "good"), states)
+    torch.save(Evil(tmp_path / "ran"), tmp_path / "evil")
+    with pytest.raises(pickle.UnpicklingError):
+        suites._torch_array(tmp_path / "evil")
+    assert not (tmp_path / "ran").exists()
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_no_renderer_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    with pytest.raises(ConfigError, match="apt-get install libosmesa6"):
+        choose_renderer()
+    monkeypatch.setenv("MUJOCO_GL", "glfw")
+    with pytest.raises(ConfigError, match="MUJOCO_GL=glfw"):
+        choose_renderer()

@@ -1,0 +1,59 @@
+"""versions.py: what is recorded, and when a folder of weights counts as another."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from prismatic import versions
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 50_000)  # 12.8 MB: sampled
+    (folder / "processor.json").write_text("{}")
+    (folder / "metrics.jsonl").write_text("")
+    return folder
+
+
+def test_versions_name_what_changes_scores() -> None:
+    found = versions.versions()
+    assert found["mujoco"] == versions.importlib.metadata.version("mujoco")
+    assert found["libero"] and found["torch"] and found["python"]
+    assert set(versions.SIMULATOR_PACKAGES) <= found.keys()
+    assert versions._version("no-such-package") is None
+
+
+def test_the_same_content_elsewhere_is_the_same(weights: Path) -> None:
+    before = versions.folder_fingerprint(weights)
+    copy = Path(shutil.copytree(weights, weights.with_name("b")))
+    (copy / "metrics.jsonl").write_text("more")
+    (copy / "versions.json").write_text("{}")
+    assert versions.folder_fingerprint(copy) == before
+    assert len(before) == 16
+
+
+@pytest.mark.parametrize("place", [0, 12_799_999])
+def test_a_changed_weight_is_another(weights: Path, place: int) -> None:
+    before = versions.folder_fingerprint(weights)
+    with (weights / "model.safetensors").open("r+b") as stream:
+        stream.seek(place)
+        stream.write(b"x")
+    assert versions.folder_fingerprint(weights) != before
+
+
+def test_a_changed_processor_is_another(weights: Path) -> None:
+    before = versions.folder_fingerprint(weights)
+    (weights / "processor.json").write_text('{"center_crop": true}')
+    assert versions.folder_fingerprint(weights) != before
+
+
+def test_native_checkpoints_lie_one_folder_down(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest.pt").write_bytes(b"one")
+    before = versions.folder_fingerprint(tmp_path)
+    (tmp_path / "checkpoints" / "latest.pt").write_bytes(b"two")
+    assert versions.folder_fingerprint(tmp_path) != before
+    assert versions.folder_fingerprint(tmp_path / "checkpoints" / "latest.pt")

@@ -1,0 +1,151 @@
+"""workers.py and player.py: real processes, a fake simulator."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_simulator import STATES, BrightnessPolicy
+
+from prismatic import workers
+from prismatic.errors import ConfigError
+from prismatic.player import Outcome, Setup, Trial
+
+FAKE = Setup(simulator="fake_simulator")
+CRASH_TIME = 60.0  # s of silence before a simulator counts as hung: far longer than any test takes
+
+
+def trials(tasks: int = 2, states: int = 4) -> list[Trial]:
+    return [
+        Trial(suite="fake", task_id=task, init_state=state, env_seed=0)
+        for task in range(tasks)
+        for state in range(states)
+    ]
+
+
+def play(played: list[Trial], **options: Any) -> list[Outcome]:
+    options = {"setup": FAKE, "policy": BrightnessPolicy(), "silence_limit": CRASH_TIME} | options
+    return list(workers.play(played, **options))
+
+
+def behaviour(outcomes: list[Outcome]) -> dict[str, tuple[Any, ...]]:
+    """What each trial gave, to the last bit of its actions; an error has none."""
+    assert len({outcome.trial for outcome in outcomes}) == len(outcomes)
+    return {
+        outcome.trial.id: (outcome.success, outcome.steps, outcome.actions.tobytes())
+        for outcome in outcomes
+        if outcome.actions is not None
+    }
+
+
+@pytest.fixture
+def trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder in which a test orders crashes; the fake simulator writes to `log` there who builds what."""
+    monkeypatch.setenv("FAKE_TROUBLE", str(tmp_path))
+    monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
+    return tmp_path
+
+
+def test_parallel_equals_sequential_and_batches(trouble: Path) -> None:
+    alone, together = BrightnessPolicy(), BrightnessPolicy()
+    sequential = play(trials(states=STATES), policy=alone)
+    assert [outcome.trial for outcome in sequential] == trials(states=STATES)
+    builds = (trouble / "log").read_text().splitlines()
+    assert [build.split()[2] for build in builds] == ["0", "1"]  # each task's simulator is built once
+    assert len({build.split()[0] for build in builds}) == 1
+    parallel = play(trials(states=STATES), policy=together, num_workers=3)
+    assert behaviour(parallel) == behaviour(sequential)
+    assert {outcome.success for outcome in parallel} == {True, False}
+    assert set(alone.batch_sizes) == {1}
+    assert max(together.batch_sizes) > 1
+    assert sum(alone.batch_sizes) == sum(together.batch_sizes)
+
+
+def test_one_by_one_never_batches() -> None:
+    policy = BrightnessPolicy()
+    play(trials(), policy=policy, num_workers=3, one_by_one=True)
+    assert set(policy.batch_sizes) == {1}
+
+
+def test_a_policy_with_two_images_gets_the_wrist() -> None:
+    setup = Setup(simulator="fake_simulator", num_images=2)
+    assert len(play(trials(states=1), setup=setup, policy=BrightnessPolicy(num_images=2))) == 2
+
+
+def test_controls_act_in_the_process_and_repeat_themselves() -> None:
+    def control(name: str, seed: int, num_workers: int = 1) -> dict[str, tuple[Any, ...]]:
+        setup = Setup(policy=name, seed=seed, simulator="fake_simulator")
+        return behaviour(play(trials(states=2), setup=setup, policy=None, num_workers=num_workers))
+
+    once = control("random", seed=3)
+    assert once == control("random", seed=3, num_workers=2)
+    assert once != control("random", seed=4)
+    assert len({actions for _, _, actions in once.values()}) == 4  # another episode, other actions
+    assert [success for success, _, _ in control("zero", seed=0).values()] == [False] * 4
+
+
+@pytest.mark.parametrize("kind", ["die", "raise", "hang"])
+def test_a_broken_simulator_is_replaced_and_its_trial_repeated(trouble: Path, kind: str) -> None:
+    undisturbed = play(trials())
+    (trouble / "0-1").write_text(f"{kind} 2")
+    disturbed = play(trials(), num_workers=2, silence_limit=2.0 if kind == "hang" else CRASH_TIME)
+    assert (trouble / "0-1").read_text() == f"{kind} 0"
+    assert behaviour(disturbed) == behaviour(undisturbed)
+    assert not [outcome for outcome in disturbed if outcome.error]
+
+
+def test_the_third_crash_is_an_error_and_no_failure(trouble: Path) -> None:
+    undisturbed = behaviour(play(trials()))
+    (trouble / "1-2").write_text("raise 3")
+    (trouble / "1-3").write_text("die 99")
+    outcomes = play(trials(), num_workers=2)
+    errors = {outcome.trial.init_state: outcome for outcome in outcomes if outcome.error}
+    assert {state: error.error for state, error in errors.items()} == {
+        2: "ValueError: the physics exploded",
+        3: "the simulator process died (signal SIGKILL)",
+    }
+    assert [error.success for error in errors.values()] == [None, None]
+    assert (trouble / "1-3").read_text() == "die 96"  # three attempts
+    good = behaviour(outcomes)
+    assert len(good) == 6
+    assert good == {name: undisturbed[name] for name in good}
+
+
+def test_a_simulator_that_never_starts_ends_in_a_sentence(trouble: Path) -> None:
+    (trouble / "0-build").write_text("die 99")
+    with pytest.raises(ConfigError, match=r"cannot be started, nothing was evaluated: .*SIGKILL"):
+        play(trials())
+    assert (trouble / "0-build").read_text() == "die 96"
+
+
+def test_one_task_that_cannot_be_built_leaves_the_others(trouble: Path) -> None:
+    (trouble / "1-build").write_text("die 99")
+    outcomes = play(trials(states=1))
+    assert [(outcome.trial.task_id, outcome.success is None) for outcome in outcomes] == [
+        (0, False),
+        (1, True),
+    ]
+
+
+def test_a_video_that_cannot_be_written_is_no_simulator_error(tmp_path: Path) -> None:
+    setup = Setup(policy="zero", simulator="fake_simulator", video_folder=tmp_path / "missing")
+    with pytest.raises(ConfigError, match=r"cannot write the video .*missing.*gone"):
+        play(trials(), setup=setup)
+
+
+def test_the_renderer_and_blas_get_one_thread_each(trouble: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("LP_NUM_THREADS", "7")  # asked otherwise
+    play(trials(1, 1))
+    assert (trouble / "log").read_text().split()[3:] == ["OMP_NUM_THREADS=1", "LP_NUM_THREADS=7"]
+    assert "OMP_NUM_THREADS" not in os.environ
+
+
+def test_closing_leaves_no_process_behind() -> None:
+    outcomes = workers.play(trials(), setup=FAKE, policy=BrightnessPolicy(), num_workers=2)
+    next(outcomes)
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    players = [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    assert len(players) == 2
+    outcomes.close()
+    assert not [player for player in players if Path(f"/proc/{player}").exists()]
