@@ -26,6 +26,8 @@ class FinetuneConfig:
     dataset_name: str = "libero_spatial_no_noops"
     # Folder of run folders; the adapters land in <run_root_dir>/<run>/step-…, the newest also under <run>/latest.
     run_root_dir: Path = WORKSPACE / "runs"
+    # Folder of frame caches: what was read from RLDS once, about as large as the data set.
+    cache_dir: Path = WORKSPACE / "cache"
     # Samples of one pass on one GPU.
     batch_size: int = 16
     # Passes added up before a step: the effective batch is batch_size x this x GPUs.
@@ -139,3 +141,17 @@ class CollectConfig:
     render_quality: Literal["standard", "fast"] = "fast"
     # Another seed gives other episodes.
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    # Checkpoint folder, native Prismatic folder, hub id, or an adapter folder (it knows its base).
+    checkpoint: str
+    # Folder to write: an OpenVLA checkpoint that loads by itself, here and in the original code.
+    output: Path
+    # Adapter folder to merge into the checkpoint.
+    adapter: Path | None = None
+    # Where the statistics have several entries: which one the exported policy acts with. None: it has to be named when it acts.
+    unnorm_key: str | None = None
+    # Number format of the weights. None: the checkpoint's own.
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None

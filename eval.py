@@ -2,8 +2,8 @@
 
     python eval.py --pretrained_checkpoint FOLDER --task_suite_name libero_spatial --num_trials_per_task 50
 
-Writes rollouts/EVAL-<suite>-<checkpoint>/. The same command continues where it was stopped; more trials or
-tasks are added to what is there. Without a GPU the policy computes on one thread, unless OMP_NUM_THREADS says otherwise.
+Writes rollouts/EVAL-<suite>-<checkpoint>/. The same command continues where it was stopped; more trials or tasks are
+added to what is there. Without a GPU the policy computes on one thread, unless OMP_NUM_THREADS says otherwise.
 `torchrun --nproc-per-node N eval.py …` shares the episodes among N GPUs.
 """
 

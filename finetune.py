@@ -17,7 +17,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from config import WORKSPACE, FinetuneConfig
+from config import FinetuneConfig
 from prismatic.checkpoint import load_tokenizer, load_vla, save_checkpoint
 from prismatic.data.dataset_folder import find_dataset
 from prismatic.data.examples import Examples, batches
@@ -32,7 +32,7 @@ from prismatic.run_folder import RunFolder
 from prismatic.training import Metrics, StopSignal, backward, learning_rate
 
 LOG_STEPS = 10  # steps between lines of metrics.jsonl
-MAY_CHANGE = ("max_steps", "save_steps", "keep", "num_workers", "resume", "shuffle_buffer_size", "run_root_dir")  # on resuming
+MAY_CHANGE = ("max_steps", "save_steps", "keep", "num_workers", "resume", "shuffle_buffer_size", "run_root_dir", "cache_dir")  # on resuming
 
 
 def main(cfg: FinetuneConfig) -> Path:
@@ -139,7 +139,7 @@ def open_mixture(cfg: FinetuneConfig) -> Mixture:
             shares.append(float(share or 1.0))
         except ValueError:
             raise ConfigError(f"--dataset_name {part!r}: {share!r} is no weight, write it like libero_spatial_no_noops:0.5") from None
-        caches.append(FrameCache(build_cache(find_dataset(root, name), WORKSPACE / "cache")))
+        caches.append(FrameCache(build_cache(find_dataset(root, name), cfg.cache_dir)))
     return Mixture(caches, seed=cfg.seed, weights=shares)
 
 

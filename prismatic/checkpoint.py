@@ -80,6 +80,14 @@ def load_statistics(folder: Path) -> dict[str, Any]:
     return norm_stats
 
 
+def base_statistics(folder: Path) -> dict[str, Any]:
+    """As load_statistics, but empty for a base model that has none."""
+    try:
+        return load_statistics(folder)
+    except ConfigError:
+        return {}
+
+
 def statistics_key(statistics: Mapping[str, Any], unnorm_key: str | None, folder: Path) -> str:
     """The entry that unnorm_key means: itself, or with `_no_noops`; the only one if None. ConfigError that lists the keys otherwise."""
     if unnorm_key is None and len(statistics) == 1:
@@ -151,12 +159,13 @@ def load_policy(
         "checkpoint": str(checkpoint),
         "checkpoint_fingerprint": weights.fingerprint(weights.stored_tensors(folder)),
         "adapter": None if adapter_folder is None else str(adapter_folder),
-        "adapter_fingerprint": None if adapter_folder is None else _adapter_fingerprint(adapter_folder),
+        "adapter_fingerprint": None if adapter_folder is None else adapter_fingerprint(adapter_folder),
     }
     return Policy(vla, processor, card)
 
 
-def _adapter_fingerprint(folder: Path) -> str:
+def adapter_fingerprint(folder: Path) -> str:
+    """Hash of an adapter's tensors, whatever else lies in its folder."""
     return weights.fingerprint(dict(weights.read_safetensors(folder / ADAPTER_WEIGHTS)))
 
 

@@ -38,8 +38,7 @@ def plan(
     env_seed: int = 0,
     simulator: str = "prismatic.simulator",
 ) -> list[Trial]:
-    """All trials of a run: for each task (none named: all) `num_trials` stored states from `first_init_state`
-    on.
+    """All trials of a run: of each task (none named: all) `num_trials` stored states from `first_init_state` on.
 
     ConfigError for an unknown suite or task, or for more trials than stored states.
     """
@@ -106,7 +105,8 @@ class RolloutFolder:
         run = self.path / RUN
         results = self.path / RESULTS
         if results.exists() and results.stat().st_size:
-            there = json.loads(run.read_text())["identity"] if run.is_file() else {}
+            old_run = json.loads(run.read_text()) if run.is_file() else {"identity": {}, "record": {}}
+            there, record = old_run["identity"], {**old_run["record"], **record}
             for name in [*identity, *there]:
                 old, new = there.get(name), identity.get(name)
                 if old != new:
@@ -161,10 +161,7 @@ class RolloutFolder:
                     raise OSError("the disk is full")
                 os.fsync(results.fileno())
         except OSError as error:
-            raise ConfigError(
-                f"cannot write {self.path / RESULTS} ({error.strerror or error}): make room; "
-                "the same command then continues"
-            ) from error
+            raise _no_room(self.path / RESULTS, error) from error
         return row
 
     def _keep_video(self, unfinished: Path, name: str) -> str | None:
@@ -203,9 +200,7 @@ class RolloutFolder:
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """The lines of a folder's results.jsonl, the last one of each episode; [] without the file. ConfigError
-    if damaged.
-    """
+    """The lines of results.jsonl, the last one of each episode; [] without the file. ConfigError if it is damaged."""
     path = folder / RESULTS
     lines = (
         path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
@@ -230,9 +225,7 @@ def video_name(number: int, success: bool, instruction: str) -> str:
 
 
 def summarise(rows: Sequence[Row], *, protocol: Row) -> Row:
-    """summary.json's content. episodes = successes + failures + errors; rates and intervals leave the errors
-    out.
-    """
+    """summary.json's content. episodes = successes + failures + errors; rates and intervals leave the errors out."""
     tasks: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         tasks.setdefault((row["suite"], row["task_id"]), []).append(row)
@@ -332,5 +325,14 @@ def _pretty(content: Row) -> str:
 def _write_whole(path: Path, text: str) -> None:
     """Replace the file at once, so that whoever reads or interrupts sees the old one or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _no_room(path, error) from error
+
+
+def _no_room(path: Path, error: OSError) -> ConfigError:
+    reason = error.strerror or error
+    return ConfigError(f"cannot write {path} ({reason}): make room; the same command then continues")

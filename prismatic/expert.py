@@ -35,10 +35,11 @@ MISSED = 0.004  # m, a finger opening at which nothing can be between the pads
 FINGER_RADIUS = 0.03  # m, room that an open finger needs around it
 OUT_OF_REACH = 0.75  # m before the robot's base, from where on the same holds
 HIGH = 0.2  # m above the table from where on the stretched arm hardly reaches the far half of an object
+HAND = (0.11, 0.035, 0.03)  # m, half sizes of the hand along and across the fingers, and its lowest above the rim
 HOVER = 0.1  # m above the grasp, while the hand is still far away
 CLEARANCE = 0.03  # m between the carried object and what it passes over
 DROP_RADIUS = 0.022  # m, lateral error at which the fingers open
-PLACED_RADIUS = 0.04  # m, closer to the target's axis than this an object that isn't held counts as placed
+ON_RADIUS, IN_RADIUS = 0.04, 0.06  # m, closer to the target's axis an object that isn't held counts as placed
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,9 @@ class Expert:
 
     def _placed(self) -> bool:
         offset = self._position - self._target_point()
-        return bool(np.linalg.norm(offset[:2]) < PLACED_RADIUS) and offset[2] < 0.08
+        if self._inside:  # it may be falling
+            return bool(np.linalg.norm(offset[:2]) < IN_RADIUS)
+        return bool(np.linalg.norm(offset[:2]) < ON_RADIUS) and offset[2] < 0.08
 
     # --- where to grasp ---------------------------------------------------------------------------------------------
 
@@ -162,11 +165,20 @@ class Expert:
         return Grasp(point=point, yaw=_yaw_along(np.append(side, 0.0)), top=top, closing=RIM_CLOSING, stop=RIM_STOP)
 
     def _is_free(self, side: np.ndarray, top: float, radius: float) -> bool:
+        """Whether nothing stands where the outer finger goes down, nor beside the hand here and at the target."""
+        centre, half = self._shapes.boxes(self._data, self._shapes.others(self._body))
+        height = centre[:, 2] + half[:, 2]
         finger = self._position[:2] + side * (radius + 0.045)
-        shapes = self._shapes.others(self._body)
-        centre, half = self._shapes.boxes(self._data, shapes)
         gap = np.maximum(np.abs(centre[:, :2] - finger) - half[:, :2], 0)
-        return not np.any((np.linalg.norm(gap, axis=1) < FINGER_RADIUS) & (centre[:, 2] + half[:, 2] > top - 0.02))
+        if np.any((np.linalg.norm(gap, axis=1) < FINGER_RADIUS) & (height > top - 0.02)):
+            return False
+        target = self._target_point()
+        for place, rim in ((self._position, top), (target, target[2] + top - self._bottom())):
+            hand = np.abs(side) * HAND[0] + (1 - np.abs(side)) * HAND[1]
+            beside = np.abs(centre[:, :2] - place[:2] - side * radius) < half[:, :2] + hand
+            if np.any(beside.all(axis=1) & (height > rim + HAND[2])):
+                return False
+        return True
 
     # --- moving -----------------------------------------------------------------------------------------------------
 

@@ -82,9 +82,7 @@ class _FromParent:
 
 
 class _Control:
-    """ "zero" holds still with the gripper open, "random" draws each of the 7 numbers uniformly: the floor of
-    a score.
-    """
+    """The floor of a score: "zero" holds still with the gripper open, "random" draws each number uniformly."""
 
     num_images = 0
 
@@ -150,9 +148,7 @@ def _play(simulator: Any, sim: Any, trial: Trial, setup: Setup, connection: Conn
 
 
 def serve(connection: Connection, setup: Setup) -> None:
-    """A simulator process: plays the trials it is sent until there are no more, the parent is gone or
-    something breaks.
-    """
+    """A simulator process: plays the trials it is sent, until the parent is gone or something breaks."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     simulator = importlib.import_module(setup.simulator)
     cameras = ("agentview", "robot0_eye_in_hand")[: max(1, setup.num_images)]

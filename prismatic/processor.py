@@ -49,6 +49,7 @@ class ProcessorConfig:
     empty_token_id: int = 29871
     base_model: str = ""  # id or folder of the weights it was made with
     base_fingerprint: str = ""
+    merged_adapter: str = ""  # fingerprint of the adapter that was folded into these weights
     format: int = FORMAT
 
     @classmethod

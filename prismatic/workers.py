@@ -98,9 +98,7 @@ class _Pool:
                 worker.stop()
 
     def _next_trial(self, scene: tuple[str, int, int] | None) -> Trial:
-        """One of the same scene if there is any, else of the scene with the most trials left for each process
-        on it.
-        """
+        """One of the same scene if there is any, else of the scene with the most trials left per process on it."""
         if scene not in self.pending:
             busy = Counter(worker.scene for worker in self.workers if worker.trial)
             scene = max(self.pending, key=lambda scene: len(self.pending[scene]) / (1 + busy[scene]))
@@ -202,8 +200,7 @@ def play(
     one_by_one: bool = False,
     silence_limit: float = SILENCE_LIMIT,
 ) -> Generator[Outcome, None, None]:
-    """Play the trials in `num_workers` processes and yield their outcomes as they end; the order is not that
-    of the trials.
+    """Play the trials in `num_workers` processes and yield their outcomes in the order in which they end.
 
     policy: needed when setup.policy is "parent"; `policy.batch(frames, instructions, wrists=None) -> (B, 7)`.
     one_by_one: ask it row by row, so that not even rounding depends on who else waits (a matrix product

@@ -98,6 +98,7 @@ def test_continues_where_it_stopped_and_drops_a_torn_line(tmp_path: Path) -> Non
     with opened(tmp_path / "parts") as folder:
         summary = evaluation.evaluate(plan(), folder, setup=Setup(simulator=FAKE), load_policy=lambda: pytest.fail())
     assert summary["episodes"] == 8
+    assert summary["protocol"]["policy_card"] == {"decode": "brightness"}
 
 
 def test_an_error_is_recorded_and_played_again_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,7 @@ def batches(examples: Examples, draws: DrawBatches, *, num_workers: int, pin_mem
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_one_thread,
+        generator=torch.Generator(),  # its own: it would draw from the model's random numbers, and a resumed run would part from a whole one
         multiprocessing_context="forkserver" if num_workers else None,
         prefetch_factor=2 if num_workers else None,
     )

@@ -1,0 +1,80 @@
+"""Write a checkpoint, with an adapter merged into it if one is given, as an OpenVLA folder that loads by itself.
+
+    python export.py --checkpoint openvla/openvla-7b --adapter runs/…/latest --output openvla-7b-mine
+
+The sum of base and adapter is formed in float32. An adapter that is in the weights already is refused.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+import tyro
+
+from config import ExportConfig
+from prismatic import checkpoint as files
+from prismatic.errors import ConfigError, exit_codes
+from prismatic.hub import resolve
+from prismatic.models import weights
+from prismatic.processor import Processor
+
+
+def main(cfg: ExportConfig) -> Path:
+    base, adapter = resolve(cfg.checkpoint), cfg.adapter
+    if (base / files.ADAPTER_CONFIG).exists():
+        if adapter is not None:
+            raise ConfigError(f"--checkpoint {base} is itself an adapter: give its base, or leave --adapter out")
+        base, adapter = resolve(files.adapter_base(base)), base
+    if cfg.output.exists() and any(cfg.output.iterdir()):
+        raise ConfigError(f"--output {cfg.output} is not empty: give a new folder")
+    if adapter is not None and not (adapter / files.ADAPTER_CONFIG).exists():
+        raise ConfigError(f"--adapter {adapter} has no {files.ADAPTER_CONFIG}: give the folder that finetune.py or peft wrote")
+    refuse_a_second_merge(base, adapter)
+    processor, statistics = exported_processor(cfg, base, adapter)
+    stored = weights.stored_tensors(base)
+    dtype = getattr(torch, cfg.dtype) if cfg.dtype else next(iter(stored.values())).read().dtype
+    vla = files.load_vla(base, adapter, dtype=dtype)
+    if adapter is not None:
+        from prismatic.models.lora import merge_lora
+
+        merge_lora(vla)
+    try:
+        files.save_checkpoint(cfg.output, vla, processor=processor, statistics=statistics, tokenizer_from=base, dtype=dtype)
+    except OSError as error:
+        raise ConfigError(f"--output {cfg.output} can't be written ({error}): free some space or give another folder") from None
+    print(f"{cfg.output}: {sum(p.numel() for p in vla.parameters()):,} parameters in {dtype}, statistics of {', '.join(statistics)}")
+    return cfg.output
+
+
+def refuse_a_second_merge(base: Path, adapter: Path | None) -> None:
+    """ConfigError if the adapter is in the base's weights already."""
+    if adapter is None or not (base / files.PROCESSOR).exists():
+        return
+    merged = files.ProcessorConfig.load(base / files.PROCESSOR).merged_adapter
+    if merged and merged == files.adapter_fingerprint(adapter):
+        raise ConfigError(f"{adapter} is merged into {base} already: use {base} as it is")
+
+
+def exported_processor(cfg: ExportConfig, base: Path, adapter: Path | None) -> tuple[Processor, dict]:
+    """The adapter's processor where there is one; statistics of both. A foreign checkpoint with several keys leaves the choice open."""
+    statistics = files.base_statistics(base)
+    if adapter is not None and (adapter / files.STATISTICS).exists():
+        statistics |= files.load_statistics(adapter)
+    known = any((folder / files.PROCESSOR).exists() for folder in (adapter, base) if folder is not None)
+    key = cfg.unnorm_key
+    if not known and key is None:
+        key = next(iter(statistics))  # to build a processor at all; taken out again below
+    processor = files.load_processor(base, adapter, unnorm_key=key)
+    config = dataclasses.replace(
+        processor.config,
+        unnorm_key=processor.config.unnorm_key if known or cfg.unnorm_key or len(statistics) == 1 else None,
+        base_model="",
+        base_fingerprint="",
+        merged_adapter=files.adapter_fingerprint(adapter) if adapter is not None else processor.config.merged_adapter,
+    )
+    return Processor(config, processor.tokenizer, statistics), statistics
+
+
+if __name__ == "__main__":
+    with exit_codes():
+        main(tyro.cli(ExportConfig, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True))

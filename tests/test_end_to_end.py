@@ -1,0 +1,77 @@
+"""The whole loop through the real scripts and the real simulator, with the smallest numbers: proves that each stage reads what the last wrote."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import pytest
+
+from tests.conftest import REPOSITORY
+
+BASE = REPOSITORY / "checkpoints" / "openvla-tiny"
+TASK = ["--task_suite_name", "libero_spatial", "--task_ids", "0"]
+
+
+def script(name: str, *flags: str | Path, code: int = 0) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "LP_NUM_THREADS": "0"}
+    done = subprocess.run(
+        [sys.executable, name, *map(str, flags)], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two demonstrations collected, and an adapter trained on them for a few steps."""
+    place = tmp_path_factory.mktemp("loop")
+    script("collect.py", *TASK, "--num_demos_per_task", 2, "--data_root_dir", place / "data", "--dataset_name", "two", "--num_workers", 1)
+    script(
+        "finetune.py", "--vla_path", BASE, "--data_root_dir", place / "data", "--dataset_name", "two", "--run_root_dir", place / "runs",
+        "--cache_dir", place / "cache", "--batch_size", 4, "--max_steps", 3, "--save_steps", 3, "--num_workers", 0,
+    )  # fmt: skip
+    return place
+
+
+def evaluate(place: Path, *flags: str | Path) -> tuple[str, Path]:
+    output = script("eval.py", *TASK, "--local_log_dir", place / "rollouts", "--render_quality", "fast", "--num_workers", 1, *flags)
+    (folder,) = (place / "rollouts").iterdir()
+    return output, folder
+
+
+def test_demonstrations_become_an_adapter_and_the_adapter_a_rollout(place: Path) -> None:
+    (adapter,) = (place / "runs").glob("*/latest")
+    flags = ("--pretrained_checkpoint", adapter, "--num_trials_per_task", 1)
+    _, folder = evaluate(place, *flags)
+    (row,) = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert row["error"] is None and row["instruction"].startswith("pick up the black bowl between")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["episodes"], summary["errors"]) == (1, 0)
+    video = iio.improps(folder / row["video"], plugin="FFMPEG")
+    assert video.shape[0] >= row["steps"] and row["video"].startswith("episode=") and "--task=" in row["video"]
+    assert row["video"] in (folder / "report.html").read_text()
+    again, _ = evaluate(place, *flags)
+    assert "1 of 1 episodes are already in" in again
+
+
+def test_the_data_set_is_rlds_as_the_public_one(place: Path, reference: Path) -> None:
+    name = "features.json"
+    ours = json.loads((place / "data" / "two" / "1.0.0" / name).read_text())
+    assert ours == json.loads((reference / "rlds" / "libero_spatial_no_noops" / "1.0.0" / name).read_text())
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--task_suite_name", "libero_spacial"), "libero_spatial"),
+        (("--task_ids", "10"), "10"),
+        (("--num_trials_per_task", "51"), "50 stored initial states"),
+    ],
+)
+def test_a_wrong_question_is_one_sentence_and_exit_2(tmp_path: Path, flags: tuple[str, ...], sentence: str) -> None:
+    output = script("eval.py", "--policy", "expert", "--local_log_dir", tmp_path, *flags, code=2)
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("error: ") and sentence in last and "Traceback" not in output

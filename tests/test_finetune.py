@@ -1,0 +1,166 @@
+"""The training script on a few drawn frames: it learns, what it saves acts, and a run that was stopped ends as if it had not been."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import finetune
+from config import FinetuneConfig
+from prismatic.checkpoint import load_policy, save_checkpoint
+from prismatic.data import rlds
+from prismatic.errors import ConfigError
+from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
+from prismatic.processor import Processor, ProcessorConfig
+from prismatic.training import learning_rate
+from tests.conftest import REPOSITORY
+from tests.drawn_episodes import drawn_episode
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model with random weights, and a data set of four drawn episodes."""
+    place = tmp_path_factory.mktemp("place")
+    words = tiny_tokenizer(["put block 1 on the plate"])
+    words.save_pretrained(place / "words")
+    processor = Processor(ProcessorConfig.for_model(TINY, unnorm_key=None, center_crop=True), words, {})
+    save_checkpoint(
+        place / "base", random_vla(TINY, seed=0), processor=processor, statistics={}, tokenizer_from=place / "words", dtype=torch.float32
+    )
+    (place / "staged").mkdir()
+    for number in range(4):
+        rlds.stage_episode(place / "staged" / f"episode_{number}.npz", **drawn_episode(number))
+    rlds.write_dataset(place / "staged", place / "data", "drawn")
+    return place
+
+
+@pytest.fixture
+def cfg(place: Path, tmp_path: Path) -> FinetuneConfig:
+    return FinetuneConfig(
+        vla_path=str(place / "base"),
+        data_root_dir=str(place / "data"),
+        dataset_name="drawn",
+        run_root_dir=tmp_path,
+        cache_dir=place / "cache",
+        batch_size=2,
+        grad_accumulation_steps=2,
+        lora_rank=4,
+        lora_dropout=0.1,
+        max_steps=4,
+        save_steps=2,
+        num_workers=0,
+    )
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def every_step_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "LOG_STEPS", 1)
+
+
+def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(cfg: FinetuneConfig) -> None:
+    whole = finetune.main(dataclasses.replace(cfg, run_id_note="whole"))
+    finetune.main(dataclasses.replace(cfg, run_id_note="halves", max_steps=2))
+    halves = finetune.main(dataclasses.replace(cfg, run_id_note="halves"))
+    assert losses(whole.parent) == losses(halves.parent) and len(losses(whole.parent)) == 4
+    mine, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (whole, halves))
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, theirs[name]), name
+    assert any((tensor != 0).any() for name, tensor in mine.items() if ".lora_B." in name)
+
+
+def test_the_number_of_loader_processes_changes_nothing(cfg: FinetuneConfig) -> None:
+    alone = finetune.main(dataclasses.replace(cfg, run_id_note="alone", max_steps=2))
+    helped = finetune.main(dataclasses.replace(cfg, run_id_note="helped", max_steps=2, num_workers=2))
+    assert losses(alone.parent) == losses(helped.parent)
+
+
+def test_an_adapter_acts_and_knows_its_base(cfg: FinetuneConfig, place: Path) -> None:
+    adapter = finetune.main(dataclasses.replace(cfg, max_steps=2))
+    frame = np.zeros((256, 256, 3), np.uint8)
+    policy = load_policy(adapter, device="cpu")
+    action = policy(frame, "put block 1 on the plate", wrist=frame)
+    assert action.shape == (7,) and action.dtype == np.float32 and np.isfinite(action).all()
+    np.testing.assert_array_equal(load_policy(place / "base", adapter, device="cpu")(frame, "put block 1 on the plate", frame), action)
+    assert policy.processor.config.unnorm_key == "drawn" and policy.processor.config.center_crop
+    with pytest.raises(ConfigError, match="contradicts"):
+        load_policy(adapter, center_crop=False, device="cpu")
+
+
+def test_all_of_a_small_model_can_be_trained(cfg: FinetuneConfig) -> None:
+    whole = dataclasses.replace(cfg, use_lora=False, learning_rate=1e-3, image_aug=False, max_steps=30, save_steps=30)
+    folder = finetune.main(whole)
+    history = losses(folder.parent)
+    assert np.mean(history[-5:]) < 0.5 * history[0]
+    policy = load_policy(folder, device="cpu")
+    assert not policy.processor.config.center_crop
+    assert not (folder / "adapter_config.json").exists()
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(cfg: FinetuneConfig) -> None:
+    flags = [f"--{f.name}={getattr(cfg, f.name)}" for f in dataclasses.fields(cfg) if f.name not in ("augment_order", "run_id_note", "shuffle_buffer_size")]
+    command = [sys.executable, "finetune.py", *flags, "--max_steps", "100000", "--save_steps", "100000"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+    run = cfg.run_root_dir / finetune.run_name(cfg)
+    deadline = time.monotonic() + 180
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on from there" in output
+    (saved,) = run.glob("step-*")
+    step = int(saved.name.removeprefix("step-"))
+    finetune.main(dataclasses.replace(cfg, max_steps=step + 1))
+    assert (run / f"step-{step + 1:06d}").is_dir()
+
+
+def test_an_option_that_changed_is_named(cfg: FinetuneConfig) -> None:
+    finetune.main(dataclasses.replace(cfg, max_steps=1))
+    with pytest.raises(ConfigError, match=r"begun with --seed 7, not 8.*--run_id_note"):
+        finetune.main(dataclasses.replace(cfg, seed=8))
+    with pytest.raises(ConfigError, match="--resume is never"):
+        finetune.main(dataclasses.replace(cfg, resume="never"))
+
+
+def test_only_the_newest_checkpoints_stay(cfg: FinetuneConfig) -> None:
+    latest = finetune.main(dataclasses.replace(cfg, save_steps=1, keep=2))
+    assert sorted(folder.name for folder in latest.parent.glob("step-*")) == ["step-000003", "step-000004"]
+    assert latest.resolve().name == "step-000004"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("batch_size", 0, "--batch_size must be at least 1"),
+        ("learning_rate", 3.0, "--learning_rate"),
+        ("lora_dropout", 1.0, "--lora_dropout"),
+        ("dataset_name", "missing", "drawn"),
+        ("dataset_name", "drawn:much", "is no weight"),
+        ("data_root_dir", "/nowhere/at/all", "/nowhere/at/all"),
+        ("vla_path", "/nowhere/at/all", "no folder, and no hub id"),
+    ],
+)
+def test_bad_input_is_one_sentence(cfg: FinetuneConfig, field: str, value: object, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        finetune.main(dataclasses.replace(cfg, **{field: value}))
+    assert "\n" not in str(caught.value)
+
+
+def test_schedules() -> None:
+    how = {"peak": 1.0, "warmup_steps": 10, "max_steps": 110}
+    assert learning_rate(0, schedule="constant", **how) == pytest.approx(0.1)
+    assert learning_rate(9, schedule="cosine", **how) == learning_rate(500, schedule="constant", **how) == 1.0
+    assert learning_rate(60, schedule="cosine", **how) == pytest.approx(0.5)
+    assert learning_rate(110, schedule="cosine", **how) == pytest.approx(0.0)
