@@ -155,3 +155,21 @@ class ExportConfig:
     unnorm_key: str | None = None
     # Number format of the weights. None: the checkpoint's own.
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    # Only count the parameters of a full-size model.
+    model: Literal["openvla-7b"] | None = None
+    # Checkpoint folder, adapter folder or hub id to look at.
+    checkpoint: str | None = None
+    # Adapter folder to go on top.
+    adapter: Path | None = None
+    # Key of the data set's statistics, where the checkpoint has several.
+    unnorm_key: str | None = None
+    # Folder of data sets to look at.
+    data_root_dir: Path | None = None
+    # Data set in it.
+    dataset_name: str = "libero_spatial_no_noops"
+    # Start the simulator: renderer, golden frame, and a bowl that must stay where it is (half a minute).
+    simulator: bool = True

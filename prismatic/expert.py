@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from prismatic.errors import ConfigError
+from prismatic.shapes import Shapes
 from prismatic.simulator import Simulator
+from prismatic.suites import init_states
 
 GAIN = 32.0  # command per metre of error: full speed (about 13 mm a step) from 3 cm on
 LOOK_AHEAD = 0.06  # s, how far ahead the hand's position is predicted: it coasts for about that long
@@ -32,13 +34,18 @@ BOX_STOP = -0.003  # m, the same for a box: fingers pressed on the table rub and
 FINGERTIP = 0.014  # m, lowest pads' centre above what a box stands on
 ALIGNED = 0.015  # m, lateral error that lets the hand sink and the fingers close
 MISSED = 0.004  # m, a finger opening at which nothing can be between the pads
-FINGER_RADIUS = 0.03  # m, room that an open finger needs around it
+FINGER_RADIUS = 0.03  # m, room that it needs around it
 OUT_OF_REACH = 0.75  # m before the robot's base, from where on the same holds
 HIGH = 0.2  # m above the table from where on the stretched arm hardly reaches the far half of an object
-HAND = (0.11, 0.035, 0.03)  # m, half sizes of the hand along and across the fingers, and its lowest above the rim
+HAND = (0.1, 0.035, 0.03)  # m, half sizes of the hand along and across the fingers, and its lowest above the rim
 HOVER = 0.1  # m above the grasp, while the hand is still far away
 CLEARANCE = 0.03  # m between the carried object and what it passes over
 DROP_RADIUS = 0.022  # m, lateral error at which the fingers open
+VOTERS = 10  # stored initial states that decide on which side a bowl is grasped
+DIAGONAL = float(np.sqrt(0.5))
+SIDES = [(0.0, -1.0), (0.0, 1.0), (1.0, 0.0), (-1.0, 0.0), (-DIAGONAL, DIAGONAL), (-DIAGONAL, -DIAGONAL)]
+FINGER_REACH = 0.045  # m, how far outside the rim an open finger comes down
+FINGER_DEPTH = 0.02  # m below the rim that it reaches
 ON_RADIUS, IN_RADIUS = 0.04, 0.06  # m, closer to the target's axis an object that isn't held counts as placed
 
 
@@ -95,14 +102,15 @@ class Expert:
 
     def _read(self) -> None:
         environment = self._sim.environment
-        self._data = environment.sim.data._data
-        if self._model is not environment.sim.model._model:
-            self._model = environment.sim.model._model
-            self._shapes = _collision_shapes(self._model)
-            self._body = environment.obj_body_id[self._object]
-            self._extent = _extent(self._model, self._body, self._shapes)
         robot = environment.robots[0]
-        self._base = np.array(robot.base_pos)  # (3,) at the table's height
+        self._data = environment.sim.data._data
+        if self._model is not environment.sim.model._model:  # a reset has built a new one
+            self._model = environment.sim.model._model
+            self._base = np.array(robot.base_pos)  # (3,) at the table's height
+            self._shapes = Shapes(self._model)
+            self._body = environment.obj_body_id[self._object]
+            self._extent = self._shapes.extent(self._body)
+            self._side = self._choose_side()
         fingers = self._data.qpos[robot._ref_gripper_joint_pos_indexes]
         parts = [robot.gripper.important_geoms[name] for name in ("left_finger", "right_finger")]
         self._fingers = [[self._model.geom(name).id for name in part] for part in parts]
@@ -115,11 +123,12 @@ class Expert:
         self._position = self._data.xpos[self._body].copy()
         self._rotation = self._data.xmat[self._body].reshape(3, 3)
 
-    def _target_point(self) -> np.ndarray:
-        environment = self._sim.environment
+    def _target_point(self, data: Any = None) -> np.ndarray:
+        """(3,) m: the target object's body, or the middle of the target region."""
+        environment, data = self._sim.environment, data or self._data
         if self._target in environment.obj_body_id:
-            return self._data.xpos[environment.obj_body_id[self._target]].copy()
-        return np.array(environment.sim.data.get_site_xpos(self._target))
+            return data.xpos[environment.obj_body_id[self._target]].copy()
+        return data.site_xpos[self._model.site(self._target).id].copy()
 
     def _held(self) -> bool:
         """Whether both fingers touch the object."""
@@ -154,29 +163,48 @@ class Expert:
         return Grasp(point=centre, yaw=yaw, top=top, closing=BOX_CLOSING, stop=BOX_STOP)
 
     def _rim_grasp(self, top: float, *, radius: float) -> Grasp:
-        """The side of the rim that faces the middle of the table, unless something stands where the outer finger goes."""
-        inward = -1.0 if self._position[1] > -0.04 else 1.0
-        sides = [(0.0, inward), (0.0, -inward), (1.0, 0.0), (-1.0, 0.0)]
-        if top > self._base[2] + HIGH or self._position[0] - self._base[0] > OUT_OF_REACH:
-            sides.insert(0, (-np.sqrt(0.5), inward * np.sqrt(0.5)))
-        free = [side for side in sides if self._is_free(np.array(side), top, radius)]
-        side = np.array(free[0] if free else sides[0])
+        side = self._side
         point = np.append(self._position[:2] + side * (radius - RIM_INSET), top - RIM_DEPTH)
-        return Grasp(point=point, yaw=_yaw_along(np.append(side, 0.0)), top=top, closing=RIM_CLOSING, stop=RIM_STOP)
+        yaw = _yaw_along(np.append(side, 0.0))
+        return Grasp(point=point, yaw=yaw, top=top, closing=RIM_CLOSING, stop=RIM_STOP)
 
-    def _is_free(self, side: np.ndarray, top: float, radius: float) -> bool:
+    def _choose_side(self) -> np.ndarray:
+        """(2,) direction from the bowl's centre to where its rim is grasped: the same for all states of a task.
+
+        It faces the middle of the table (or the robot, where the arm is stretched), unless something is in the way there
+        in most of the stored states. Choosing by the present state would teach a policy the mean of two sides.
+        """
+        import mujoco
+
+        scratch: Any = mujoco.MjData(self._model)  # pyright: ignore[reportAttributeAccessIssue]
+        states = init_states(self._sim.suite, self._sim.task_id)[:VOTERS, 1 : 1 + self._model.nq]
+        votes = []
+        for positions in states:
+            scratch.qpos[:] = positions
+            mujoco.mj_kinematics(self._model, scratch)  # pyright: ignore[reportAttributeAccessIssue]
+            votes.append([self._is_free(np.array(side), scratch) for side in SIDES])
+        free = np.mean(votes, axis=0)  # (sides,) share of the states
+        bowls = states[:, self._model.jnt_qposadr[self._model.body_jntadr[self._body]] + np.arange(3)]  # (states, 3)
+        x, y, z = np.median(bowls, axis=0) - self._base
+        inward = -1.0 if y > -0.04 else 1.0
+        wanted = [(0.0, inward), (0.0, -inward), (1.0, 0.0), (-1.0, 0.0)]
+        if z > HIGH or x > OUT_OF_REACH:
+            wanted.insert(0, (-DIAGONAL, inward * DIAGONAL))
+        clear = [side for side in wanted if free[SIDES.index(side)] > 0.5]
+        return np.array(clear[0] if clear else wanted[0])
+
+    def _is_free(self, side: np.ndarray, data: Any) -> bool:
         """Whether nothing stands where the outer finger goes down, nor beside the hand here and at the target."""
-        centre, half = self._shapes.boxes(self._data, self._shapes.others(self._body))
-        height = centre[:, 2] + half[:, 2]
-        finger = self._position[:2] + side * (radius + 0.045)
-        gap = np.maximum(np.abs(centre[:, :2] - finger) - half[:, :2], 0)
-        if np.any((np.linalg.norm(gap, axis=1) < FINGER_RADIUS) & (height > top - 0.02)):
+        bowl, target = data.xpos[self._body], self._target_point(data)
+        centre, half = self._shapes.boxes(data, self._shapes.others(self._body))
+        height, radius, rim = centre[:, 2] + half[:, 2], self._extent[1][0], self._extent[1][2]
+        gap = np.maximum(np.abs(centre[:, :2] - bowl[:2] - side * (radius + FINGER_REACH)) - half[:, :2], 0)
+        if np.any((np.linalg.norm(gap, axis=1) < FINGER_RADIUS) & (height > bowl[2] + rim - FINGER_DEPTH)):
             return False
-        target = self._target_point()
-        for place, rim in ((self._position, top), (target, target[2] + top - self._bottom())):
-            hand = np.abs(side) * HAND[0] + (1 - np.abs(side)) * HAND[1]
+        hand = np.abs(side) * HAND[0] + (1 - np.abs(side)) * HAND[1]
+        for place in (bowl, target):
             beside = np.abs(centre[:, :2] - place[:2] - side * radius) < half[:, :2] + hand
-            if np.any(beside.all(axis=1) & (height > rim + HAND[2])):
+            if np.any(beside.all(axis=1) & (height > place[2] + rim + HAND[2])):
                 return False
         return True
 
@@ -231,7 +259,7 @@ class Expert:
         return action
 
     def _bottom(self) -> float:
-        centre, half = self._shapes.boxes(self._data, self._shapes.owner == self._body)
+        centre, half = self._shapes.boxes(self._data, self._shapes.own(self._body))
         return float((centre[:, 2] - half[:, 2]).min())
 
     def _obstacle_top(self, target: np.ndarray) -> float:
@@ -241,52 +269,6 @@ class Expert:
         gap = np.linalg.norm(np.maximum(np.abs(centre[:, None, :2] - path) - half[:, None, :2], 0), axis=2)  # (n, 9)
         blocking = (gap.min(axis=1) < 0.06) & (gap.min(axis=1) < gap[:, 0])
         return float((centre[:, 2] + half[:, 2])[blocking].max(initial=target[2]))
-
-
-class _Shapes:
-    """The model's collision shapes as boxes; `owner` (ngeom,) is the object or fixture that each one belongs to."""
-
-    def __init__(self, model: Any) -> None:
-        top_body = np.arange(model.nbody)
-        for body in range(1, model.nbody):
-            parent = model.body_parentid[body]
-            top_body[body] = body if parent == 0 else top_body[parent]
-        names = [model.body(body).name for body in range(model.nbody)]
-        self._aabb = model.geom_aabb.copy()
-        self.owner = np.array([top_body[body] for body in model.geom_bodyid])
-        robot = {i for i, name in enumerate(names) if name.startswith(("robot0", "gripper0", "mount0"))}
-        solid = (model.geom_contype > 0) | (model.geom_conaffinity > 0)
-        sizes = self._aabb[:, 3:].max(axis=1)
-        self.solid = solid & np.array([body not in robot for body in model.geom_bodyid]) & (sizes < 0.4) & (model.geom_type > 0)
-
-    def others(self, body: int) -> np.ndarray:
-        """(ngeom,) bool: solid, not the robot's, not the table's, not this body's."""
-        return self.solid & (self.owner != body)
-
-    def boxes(self, data: Any, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Centres (n, 3) and half sizes (n, 3) of the chosen shapes' axis-aligned boxes in the world."""
-        rotation = data.geom_xmat[chosen].reshape(-1, 3, 3)
-        centre = data.geom_xpos[chosen] + np.einsum("nij,nj->ni", rotation, self._aabb[chosen, :3])
-        return centre, np.einsum("nij,nj->ni", np.abs(rotation), self._aabb[chosen, 3:])
-
-
-def _collision_shapes(model: Any) -> _Shapes:
-    return _Shapes(model)
-
-
-def _extent(model: Any, body: int, shapes: _Shapes) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper corner (3,) of a body's solid shapes in the body's own frame."""
-    import mujoco
-
-    lower, upper = np.full(3, np.inf), np.full(3, -np.inf)
-    for geom in np.flatnonzero(shapes.solid & (model.geom_bodyid == body)):
-        rotation = np.zeros(9)
-        mujoco.mju_quat2Mat(rotation, model.geom_quat[geom])
-        rotation = rotation.reshape(3, 3)
-        centre = model.geom_pos[geom] + rotation @ model.geom_aabb[geom, :3]
-        half = np.abs(rotation) @ model.geom_aabb[geom, 3:]
-        lower, upper = np.minimum(lower, centre - half), np.maximum(upper, centre + half)
-    return lower, upper
 
 
 def _wrap(angle: float) -> float:

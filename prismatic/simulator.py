@@ -12,7 +12,8 @@ Non-obvious behaviors
 - Success is LIBERO's `done`. It can hold for one step only (a bowl sliding across the plate), and it ends the episode.
 - `quality="fast"` (no anti-aliasing, no reflections) renders about three times faster on a CPU and changes pixels by
   about 1.5 of 255: for demonstrations and demos, never for a score to be compared with others.
-- A randomised reset (`reset(None, seed=…)`) keeps the model after the first time: 0.02 s instead of 1 s, same states.
+- Every reset builds the model anew (robosuite's hard reset, about 1 s). A soft one would place what belongs on a
+  fixture by where that fixture stood an episode ago: a bowl falls beside its cabinet.
 - torchvision and timm must be imported before the first osmesa context, else the process crashes.
 - CUDA's device numbers are not EGL's: choose the rendering device with MUJOCO_EGL_DEVICE_ID alone (default 0).
 """
@@ -127,7 +128,6 @@ class Simulator:
         self.renderer = choose_renderer()
         self._seen_model: Any = None
         self._env = self._make_env()
-        self._fresh = False  # whether the model was built by a hard reset (the protocol's) or only by the constructor
 
     def _make_env(self) -> Any:
         logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # it warns of a macro file that nobody needs
@@ -174,12 +174,8 @@ class Simulator:
         if init_state is None:
             if seed is None:
                 raise ValueError("a randomised reset needs a seed")
-            # The model need not be built anew to place objects at random: 0.1 s instead of 1 to 2 s.
-            self.environment.hard_reset = not self._fresh
             self._env.seed(seed)
             self._env.reset()
-            gripper = self.environment.robots[0].gripper
-            gripper.current_action = np.zeros(gripper.dof)  # survives a soft reset, and fingers start where it says
         else:
             states = init_states(self.suite, self.task_id)
             if not 0 <= init_state < len(states):
@@ -187,11 +183,9 @@ class Simulator:
                     f"task {self.task_id} of {self.suite} has no stored state {init_state} (num_trials_per_task, "
                     f"first_init_state): its states are 0 to {len(states) - 1}"
                 )
-            self.environment.hard_reset = True
             self._env.seed(self.env_seed)
             self._env.reset()
             self._env.set_init_state(states[init_state])
-        self._fresh = True
         for _ in range(settle):
             self._env.step(np.array(SETTLE_ACTION))
 

@@ -54,10 +54,14 @@ class Video:
     def close(self) -> None:
         """Finish the file."""
         writer, self._writer = self._writer, None
+        if writer is None:
+            return
         try:
-            if writer is not None:
-                writer.close()
+            writer.close()
+            if not _is_whole(self.path):  # ffmpeg runs on its own, and imageio doesn't ask how it ended
+                raise OSError("ffmpeg left it unfinished")
         except OSError as error:
+            self.path.unlink(missing_ok=True)
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> ConfigError:
@@ -82,3 +86,17 @@ class Video:
         with contextlib.suppress(ConfigError):  # what is already under way says more
             self.close()
         self.path.unlink(missing_ok=True)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an mp4's boxes (length and kind, 8 bytes, then content) fill the file and its index is among them."""
+    kinds, place, size = set(), 0, path.stat().st_size
+    with path.open("rb") as stream:
+        while place + 8 <= size:
+            stream.seek(place)
+            length, kind = int.from_bytes(stream.read(4), "big"), stream.read(4)
+            if length < 8:
+                return False
+            kinds.add(kind)
+            place += length
+    return place == size and b"moov" in kinds

@@ -1,0 +1,173 @@
+"""Is this machine ready, and would its scores be right? One line a check, with what to do; exit 1 if a score would be wrong.
+
+    python doctor.py                                   versions, pins, renderer, golden frame, GPU
+    python doctor.py --checkpoint FOLDER_OR_HUB_ID     also: does the checkpoint load, has it statistics, does it look at the picture
+    python doctor.py --model openvla-7b                counts of the full model and its adapter (no weights needed)
+"""
+
+import importlib.metadata
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision  # noqa: F401  (before the first osmesa context: afterwards it crashes)
+import tyro
+
+from config import DoctorConfig
+from prismatic import image, machine, simulator
+from prismatic.errors import ConfigError, exit_codes
+from prismatic.versions import versions
+
+PINS = {"mujoco": "3.2.3", "robosuite": "1.4.0"}  # another version changes scores
+GOLDEN_FRAME = Path(__file__).parent / "prismatic" / "golden_frame.png"  # libero_spatial task 0, state 0, after settling; osmesa
+GOLDEN_TOLERANCE = {"osmesa": 0.5, "egl": 3.0}  # mean |difference| of 255; drivers shade a little differently
+RAMEKIN_TASK, BOWL, RAMEKIN = 5, "akita_black_bowl_1", "glazed_rim_porcelain_ramekin_1"
+RAMEKIN_RADIUS = 0.05  # m: a bowl that fell off lies farther away
+OLDEST_CUDA_13_DRIVER = 580  # major version of NVIDIA's driver
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line. `good`: True, False (a score would be wrong, or nothing would run), or None for a fact."""
+
+    good: bool | None
+    text: str
+    remedy: str = ""
+
+
+def main(cfg: DoctorConfig) -> int:
+    bad = 0
+    for check in checks(cfg):
+        mark = {True: "ok  ", False: "BAD ", None: "    "}[check.good]
+        print(mark + check.text + (f": {check.remedy}" if check.good is False and check.remedy else ""), flush=True)
+        bad += check.good is False
+    print(f"{bad} checks failed" if bad else "all checks passed")
+    return 1 if bad else 0
+
+
+def checks(cfg: DoctorConfig) -> Iterator[Check]:
+    """Those that cfg asks for, in order of cost."""
+    if cfg.model:
+        yield from model_counts()
+        return
+    yield from libraries()
+    yield from gpus()
+    if cfg.data_root_dir:
+        yield from data(cfg)
+    if cfg.checkpoint:
+        yield from policy(cfg)
+    if cfg.simulator:
+        yield from scenes()
+
+
+def libraries() -> Iterator[Check]:
+    known = versions()
+    yield Check(None, ", ".join(f"{name} {known[name]}" for name in ("python", "torch", "torchvision", "timm", "transformers", "peft", "numpy", "libero")))
+    for name, pinned in PINS.items():
+        found = known[name]
+        yield Check(found == pinned, f"{name} {found}, pinned {pinned}", f"scores differ with another version; pip install {name}=={pinned}")
+    needs = [need for need in importlib.metadata.requires("torchvision") or [] if need.split("=")[0].strip() == "torch"]
+    pair = needs[0].partition("==")[2] if needs else ""
+    same = not pair or str(known["torch"]).split("+")[0] == pair
+    yield Check(same, f"torchvision {known['torchvision']} belongs to torch {pair or 'any'}", "install both from the same index")
+
+
+def gpus() -> Iterator[Check]:
+    found = machine.gpus()
+    if not found:
+        yield Check(None, "no GPU: training and acting run on the CPU (a small model only)")
+        return
+    for gpu in found:
+        yield Check(None, f"GPU {gpu}")
+    driver = str(found[0].get("driver", "0")).split(".")[0]
+    cuda = torch.version.cuda or "none"
+    old = cuda.startswith("13") and driver.isdigit() and int(driver) < OLDEST_CUDA_13_DRIVER
+    yield Check(torch.cuda.is_available() and not old, f"torch was built for CUDA {cuda}, driver {driver}", "take torch and torchvision of a cu12x index, or a newer driver")
+    yield Check(None, "CUDA's and EGL's device numbers differ: MUJOCO_EGL_DEVICE_ID chooses where frames are drawn, CUDA_VISIBLE_DEVICES where the model runs")
+
+
+def data(cfg: DoctorConfig) -> Iterator[Check]:
+    from prismatic.data.dataset_folder import check_whole, find_dataset
+
+    try:
+        version = find_dataset(Path(str(cfg.data_root_dir)), cfg.dataset_name)
+        check_whole(version)
+        yield Check(True, f"data set {version} is whole")
+    except ConfigError as error:
+        yield Check(False, str(error))
+
+
+def policy(cfg: DoctorConfig) -> Iterator[Check]:
+    from prismatic.checkpoint import load_policy
+
+    try:
+        loaded = load_policy(cfg.checkpoint, adapter=cfg.adapter, unnorm_key=cfg.unnorm_key)
+    except ConfigError as error:
+        yield Check(False, str(error))
+        return
+    yield Check(True, f"{cfg.checkpoint} loads, statistics {loaded.processor.config.unnorm_key}")
+    ids = torch.tensor([loaded.processor.prompt_ids("pick up the black bowl")], device=loaded.device)
+    size, channels = loaded.processor.config.image_size, 6 * loaded.num_images
+    with torch.inference_mode():
+        black, white = (
+            loaded.vla(ids, None, torch.full((1, channels, size, size), level, device=loaded.device, dtype=loaded.dtype)).logits[0, -1]
+            for level in (-2.0, 2.0)
+        )
+    change = (black - white).abs().max().item()
+    yield Check(change > 1e-3, f"a black and a white picture change the logits by up to {change:.3g}", "the picture is ignored: the vision weights are wrong")
+
+
+def scenes() -> Iterator[Check]:
+    try:
+        renderer = simulator.choose_renderer()
+    except ConfigError as error:
+        yield Check(False, str(error))
+        return
+    yield Check(True, f"renderer {renderer}")
+    frame = golden_frame()
+    expected = np.asarray(image.Image.open(GOLDEN_FRAME))
+    difference = float(np.abs(frame.astype(int) - expected).mean())
+    limit = GOLDEN_TOLERANCE[renderer]
+    yield Check(difference <= limit, f"golden frame differs by {difference:.3f} of 255 (at most {limit})", "another mujoco, driver or asset: do not compare scores")
+    sim = simulator.Simulator("libero_spatial", RAMEKIN_TASK)
+    sim.reset(0)
+    bodies, positions = sim.environment.obj_body_id, sim.environment.sim.data.body_xpos
+    bowl, ramekin = positions[bodies[BOWL]], positions[bodies[RAMEKIN]]
+    on = bool(np.linalg.norm(bowl[:2] - ramekin[:2]) < RAMEKIN_RADIUS and bowl[2] > ramekin[2])
+    yield Check(on, f"LIBERO-Spatial task 5 settles with the bowl {'on' if on else 'beside'} the ramekin", "mujoco's version: pip install mujoco==3.2.3")
+    sim.close()
+
+
+def golden_frame() -> np.ndarray:
+    """The frame that prismatic/golden_frame.png holds."""
+    sim = simulator.Simulator("libero_spatial", 0)
+    sim.reset(0)
+    frame = sim.frame()
+    sim.close()
+    return frame
+
+
+def model_counts() -> Iterator[Check]:
+    from prismatic.models.lora import add_lora, lora_layers
+    from prismatic.models.vla import VLA, VLAConfig
+
+    with torch.device("meta"):
+        vla = VLA(VLAConfig())
+        tensors, parameters = len(vla.state_dict()), sum(p.numel() for p in vla.parameters())
+        add_lora(vla, rank=32)
+    trainable = sum(p.numel() for p in vla.parameters() if p.requires_grad)
+    every = sum(p.numel() for p in vla.parameters())
+    yield Check(parameters == 7_541_237_184, f"{parameters:,} parameters in {tensors} tensors", "openvla-7b has 7,541,237,184")
+    yield Check(
+        (trainable, every) == (110_828_288, 7_652_065_472),
+        f"with LoRA r=32: {trainable:,} trainable of {every:,}, in {len(list(lora_layers(vla)))} modules",
+        "openvla-7b has 110,828,288 of 7,652,065,472",
+    )
+
+
+if __name__ == "__main__":
+    with exit_codes():
+        sys.exit(main(tyro.cli(DoctorConfig, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True)))
