@@ -34,7 +34,7 @@ class ActionTokenizer:
             raise ValueError("an action is NaN: it has no token")
         return self.vocab_size - np.digitize(np.clip(values, -1.0, 1.0), self.edges).astype(np.int64)
 
-    def decode(self, ids: np.ndarray) -> np.ndarray:
+    def decode(self, ids: np.ndarray | int) -> np.ndarray:
         """(..., D) ids → (..., D) float64 bin centres in [-0.996, 0.996]; ids outside the action range take the nearest end."""
         bins = self.vocab_size - np.asarray(ids, dtype=np.int64) - 1
         return self.centers[np.clip(bins, 0, len(self.centers) - 1)]

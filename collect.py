@@ -1,9 +1,10 @@
-"""Demonstrations by the scripted expert in LIBERO's simulator → an RLDS data set laid out as modified_libero_rlds is.
+"""Demonstrations in LIBERO's simulator → an RLDS data set laid out as modified_libero_rlds is.
 
-    python collect.py --task_suite_name libero_spatial --task_ids 0 2 --num_demos_per_task 30
+    python collect.py --task_suite_name libero_spatial --task_ids 0 2 --num_demos_per_task 30   # by the scripted expert
+    python collect.py --task_suite_name libero_spatial --from_hdf5 FOLDER                       # LIBERO's own, replayed
 
-Each successful episode is first a file of its own beside the data set; the same command goes on where it stopped. Start
-states are drawn at random from a range of seeds of their own: never one of the stored states that evaluation uses.
+Each successful episode is first a file of its own beside the data set; the same command goes on where it stopped. The
+expert starts at random, from a range of seeds of its own: never in one of the stored states that evaluation uses.
 """
 
 import contextlib
@@ -19,8 +20,9 @@ from tqdm import tqdm
 from config import CollectConfig
 from prismatic.data.rlds import write_dataset
 from prismatic.data.staging import writing_to
-from prismatic.demonstration import Job, Worker, stop
+from prismatic.demonstration import Demonstration, Job, Worker, stop
 from prismatic.errors import ConfigError, exit_codes
+from prismatic.replay import Replays, find_replays
 from prismatic.simulator import choose_renderer, instruction, num_tasks
 
 ATTEMPTS_PER_DEMO = 3  # a task is given up when so many attempts for each wanted episode,
@@ -30,6 +32,8 @@ STAGE_FORMAT = 1
 
 class Schedule:
     """Which attempts are still to be made. Which are made in the end depends on outcomes alone, never on timing."""
+
+    actor = "expert"
 
     def __init__(self, cfg: CollectConfig, stage: Path) -> None:
         self._cfg, self._stage = cfg, stage
@@ -50,7 +54,7 @@ class Schedule:
         left = [len(list(self._stage.glob(f"task{task_id:02d}-*.npz"))) for task_id in self.tasks]
         return sum(min(count, self._cfg.num_demos_per_task) for count in left)
 
-    def next_job(self) -> Job | None:
+    def next_job(self) -> Demonstration | None:
         """The next attempt that is needed, task after task; None while those under way may be enough."""
         for task_id in self.tasks:
             while self.successes[task_id] + self._running[task_id] < self._cfg.num_demos_per_task:
@@ -72,8 +76,8 @@ class Schedule:
                     return self._job(task_id, attempt, path)
         return None
 
-    def _job(self, task_id: int, attempt: int, path: Path) -> Job:
-        return Job(
+    def _job(self, task_id: int, attempt: int, path: Path) -> Demonstration:
+        return Demonstration(
             suite=self._cfg.task_suite_name,
             task_id=task_id,
             attempt=attempt,
@@ -83,8 +87,11 @@ class Schedule:
             path=path,
         )
 
-    def finished(self, job: Job, *, success: bool) -> None:
-        """Take note of an outcome; a failure leaves an empty file, so that a later call doesn't repeat it."""
+    def finished(self, job: Job, *, success: bool) -> int:
+        """Take note of an outcome; a failure leaves an empty file, so that a later call doesn't repeat it.
+
+        How many episodes nearer to the end that is.
+        """
         self._running[job.task_id] -= 1
         if success:
             self.successes[job.task_id] += 1
@@ -92,6 +99,15 @@ class Schedule:
             self.failures[job.task_id] += 1
             with writing_to(self._stage):
                 job.path.with_suffix(".failed").touch()
+        return int(success)
+
+    def report(self) -> list[str]:
+        """Sentences about the expert's failures."""
+        return [
+            f"task {task_id}: the expert failed in {failures} of {self.successes[task_id] + failures} attempts"
+            for task_id, failures in self.failures.items()
+            if failures
+        ]
 
 
 @contextlib.contextmanager
@@ -106,11 +122,19 @@ def worker_processes(number: int) -> Iterator[list[Worker]]:
         stop(workers)
 
 
+def stage_folder(cfg: CollectConfig) -> Path:
+    """Where finished episodes go, a file each."""
+    return cfg.data_root_dir / f"{cfg.dataset_name}_staged"
+
+
 def open_stage(cfg: CollectConfig) -> Path:
     """The folder of finished episodes; ConfigError where it holds another collection's."""
-    stage = cfg.data_root_dir / f"{cfg.dataset_name}_staged"
-    same = {name: getattr(cfg, name) for name in ("task_suite_name", "seed", "perturbation", "render_quality")}
-    settings = {"format": STAGE_FORMAT, **same}
+    stage = stage_folder(cfg)
+    settings = {"format": STAGE_FORMAT, "from_hdf5": None, "task_suite_name": cfg.task_suite_name}
+    if cfg.from_hdf5:
+        settings["from_hdf5"] = str(cfg.from_hdf5.resolve())
+    else:
+        settings |= {name: getattr(cfg, name) for name in ("seed", "perturbation", "render_quality")}
     note = stage / "settings.json"
     if not note.is_file():
         with writing_to(stage):
@@ -128,8 +152,8 @@ def open_stage(cfg: CollectConfig) -> Path:
     return stage
 
 
-def run(schedule: Schedule, workers: list[Worker], bar: tqdm) -> None:
-    """Give out jobs and gather answers until every task has its episodes."""
+def run(schedule: Schedule | Replays, workers: list[Worker], bar: tqdm) -> None:
+    """Give out jobs and gather answers until there are none left."""
     succeeded = tried = 0
     while True:
         for worker in workers:
@@ -142,11 +166,21 @@ def run(schedule: Schedule, workers: list[Worker], bar: tqdm) -> None:
             worker = busy[connection]  # type: ignore[index]
             job, steps = worker.job, worker.answer()
             assert job is not None
-            schedule.finished(job, success=steps > 0)
+            done = schedule.finished(job, success=steps > 0)
             tried += 1
             succeeded += steps > 0
-            bar.set_postfix_str(f"expert {succeeded} of {tried}, task {job.task_id}", refresh=False)
-            bar.update(int(steps > 0))
+            bar.set_postfix_str(f"{schedule.actor} {succeeded} of {tried}, task {job.task_id}", refresh=False)
+            bar.update(done)
+
+
+def make_schedule(cfg: CollectConfig) -> Schedule | Replays:
+    """What is to be recorded, and the folder for it."""
+    if not cfg.from_hdf5:
+        return Schedule(cfg, open_stage(cfg))
+    suite, task_ids = cfg.task_suite_name, cfg.task_ids or range(num_tasks(cfg.task_suite_name))
+    jobs = find_replays(cfg.from_hdf5, suite, task_ids, stage=stage_folder(cfg), limit=cfg.num_demos_per_task)
+    open_stage(cfg)
+    return Replays(jobs)
 
 
 def collect(cfg: CollectConfig) -> Path:
@@ -157,17 +191,15 @@ def collect(cfg: CollectConfig) -> Path:
             raise ConfigError(f"{name} is {getattr(cfg, name)}: give at least 1")
     for task_id in cfg.task_ids:
         instruction(cfg.task_suite_name, task_id)  # a ConfigError for a task that isn't there
-    schedule = Schedule(cfg, stage := open_stage(cfg))
+    schedule = make_schedule(cfg)
     found = schedule.found()
     with tqdm(total=schedule.total, initial=found, unit="episode", desc=cfg.task_suite_name) as bar:
         if found < schedule.total:
             with worker_processes(min(cfg.num_workers, schedule.total - found)) as workers:
                 run(schedule, workers, bar)
-    for task_id in schedule.tasks:
-        if schedule.failures[task_id]:
-            attempts = schedule.successes[task_id] + schedule.failures[task_id]
-            print(f"task {task_id}: the expert failed in {schedule.failures[task_id]} of {attempts} attempts")
-    return write_dataset(stage, cfg.data_root_dir, cfg.dataset_name)
+    for line in schedule.report():
+        print(line)
+    return write_dataset(stage_folder(cfg), cfg.data_root_dir, cfg.dataset_name)
 
 
 def main(cfg: CollectConfig) -> None:

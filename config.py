@@ -127,7 +127,10 @@ class CollectConfig:
     task_suite_name: str = "libero_spatial"
     # Tasks of the suite, such as `--task_ids 0 3`; none means all.
     task_ids: tuple[int, ...] = ()
-    # Successful episodes wanted of each task.
+    # Folder of LIBERO's own demonstrations, <task name>_demo.hdf5: they are played again, with LIBERO's own pixels, and
+    # perturbation, render_quality and seed play no part. None: the scripted expert makes new ones.
+    from_hdf5: Path | None = None
+    # Successful episodes wanted of each task; with from_hdf5, how many of each file are played.
     num_demos_per_task: int = 50
     # Folder of data sets; the new one is data_root_dir/dataset_name/1.0.0.
     data_root_dir: Path = WORKSPACE / "datasets"

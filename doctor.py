@@ -1,8 +1,8 @@
 """Is this machine ready, and would its scores be right? One line a check, with what to do; exit 1 if a score would be wrong.
 
-    python doctor.py                                   versions, pins, renderer, golden frame, GPU
-    python doctor.py --checkpoint FOLDER_OR_HUB_ID     also: does the checkpoint load, has it statistics, does it look at the picture
-    python doctor.py --model openvla-7b                counts of the full model and its adapter (no weights needed)
+python doctor.py                                   versions, pins, renderer, golden frame, GPU
+python doctor.py --checkpoint FOLDER_OR_HUB_ID     also: does the checkpoint load, has it statistics, does it look at the picture
+python doctor.py --model openvla-7b                counts of the full model and its adapter (no weights needed)
 """
 
 import importlib.metadata
@@ -22,7 +22,9 @@ from prismatic.errors import ConfigError, exit_codes
 from prismatic.versions import versions
 
 PINS = {"mujoco": "3.2.3", "robosuite": "1.4.0"}  # another version changes scores
-GOLDEN_FRAME = Path(__file__).parent / "prismatic" / "golden_frame.png"  # libero_spatial task 0, state 0, after settling; osmesa
+GOLDEN_FRAME = (
+    Path(__file__).parent / "prismatic" / "golden_frame.png"
+)  # libero_spatial task 0, state 0, after settling; osmesa
 GOLDEN_TOLERANCE = {"osmesa": 0.5, "egl": 3.0}  # mean |difference| of 255; drivers shade a little differently
 RAMEKIN_TASK, BOWL, RAMEKIN = 5, "akita_black_bowl_1", "glazed_rim_porcelain_ramekin_1"
 RAMEKIN_RADIUS = 0.05  # m: a bowl that fell off lies farther away
@@ -65,14 +67,26 @@ def checks(cfg: DoctorConfig) -> Iterator[Check]:
 
 def libraries() -> Iterator[Check]:
     known = versions()
-    yield Check(None, ", ".join(f"{name} {known[name]}" for name in ("python", "torch", "torchvision", "timm", "transformers", "peft", "numpy", "libero")))
+    yield Check(
+        None,
+        ", ".join(
+            f"{name} {known[name]}"
+            for name in ("python", "torch", "torchvision", "timm", "transformers", "peft", "numpy", "libero")
+        ),
+    )
     for name, pinned in PINS.items():
         found = known[name]
-        yield Check(found == pinned, f"{name} {found}, pinned {pinned}", f"scores differ with another version; pip install {name}=={pinned}")
+        yield Check(
+            found == pinned,
+            f"{name} {found}, pinned {pinned}",
+            f"scores differ with another version; pip install {name}=={pinned}",
+        )
     needs = [need for need in importlib.metadata.requires("torchvision") or [] if need.split("=")[0].strip() == "torch"]
     pair = needs[0].partition("==")[2] if needs else ""
     same = not pair or str(known["torch"]).split("+")[0] == pair
-    yield Check(same, f"torchvision {known['torchvision']} belongs to torch {pair or 'any'}", "install both from the same index")
+    yield Check(
+        same, f"torchvision {known['torchvision']} belongs to torch {pair or 'any'}", "install both from the same index"
+    )
 
 
 def gpus() -> Iterator[Check]:
@@ -85,8 +99,15 @@ def gpus() -> Iterator[Check]:
     driver = str(found[0].get("driver", "0")).split(".")[0]
     cuda = torch.version.cuda or "none"
     old = cuda.startswith("13") and driver.isdigit() and int(driver) < OLDEST_CUDA_13_DRIVER
-    yield Check(torch.cuda.is_available() and not old, f"torch was built for CUDA {cuda}, driver {driver}", "take torch and torchvision of a cu12x index, or a newer driver")
-    yield Check(None, "CUDA's and EGL's device numbers differ: MUJOCO_EGL_DEVICE_ID chooses where frames are drawn, CUDA_VISIBLE_DEVICES where the model runs")
+    yield Check(
+        torch.cuda.is_available() and not old,
+        f"torch was built for CUDA {cuda}, driver {driver}",
+        "take torch and torchvision of a cu12x index, or a newer driver",
+    )
+    yield Check(
+        None,
+        "CUDA's and EGL's device numbers differ: MUJOCO_EGL_DEVICE_ID chooses where frames are drawn, CUDA_VISIBLE_DEVICES where the model runs",
+    )
 
 
 def data(cfg: DoctorConfig) -> Iterator[Check]:
@@ -104,7 +125,7 @@ def policy(cfg: DoctorConfig) -> Iterator[Check]:
     from prismatic.checkpoint import load_policy
 
     try:
-        loaded = load_policy(cfg.checkpoint, adapter=cfg.adapter, unnorm_key=cfg.unnorm_key)
+        loaded = load_policy(str(cfg.checkpoint), adapter=cfg.adapter, unnorm_key=cfg.unnorm_key)
     except ConfigError as error:
         yield Check(False, str(error))
         return
@@ -113,11 +134,17 @@ def policy(cfg: DoctorConfig) -> Iterator[Check]:
     size, channels = loaded.processor.config.image_size, 6 * loaded.num_images
     with torch.inference_mode():
         black, white = (
-            loaded.vla(ids, None, torch.full((1, channels, size, size), level, device=loaded.device, dtype=loaded.dtype)).logits[0, -1]
+            loaded.vla(
+                ids, None, torch.full((1, channels, size, size), level, device=loaded.device, dtype=loaded.dtype)
+            ).logits[0, -1]
             for level in (-2.0, 2.0)
         )
     change = (black - white).abs().max().item()
-    yield Check(change > 1e-3, f"a black and a white picture change the logits by up to {change:.3g}", "the picture is ignored: the vision weights are wrong")
+    yield Check(
+        change > 1e-3,
+        f"a black and a white picture change the logits by up to {change:.3g}",
+        "the picture is ignored: the vision weights are wrong",
+    )
 
 
 def scenes() -> Iterator[Check]:
@@ -131,13 +158,21 @@ def scenes() -> Iterator[Check]:
     expected = np.asarray(image.Image.open(GOLDEN_FRAME))
     difference = float(np.abs(frame.astype(int) - expected).mean())
     limit = GOLDEN_TOLERANCE[renderer]
-    yield Check(difference <= limit, f"golden frame differs by {difference:.3f} of 255 (at most {limit})", "another mujoco, driver or asset: do not compare scores")
+    yield Check(
+        difference <= limit,
+        f"golden frame differs by {difference:.3f} of 255 (at most {limit})",
+        "another mujoco, driver or asset: do not compare scores",
+    )
     sim = simulator.Simulator("libero_spatial", RAMEKIN_TASK)
     sim.reset(0)
     bodies, positions = sim.environment.obj_body_id, sim.environment.sim.data.body_xpos
     bowl, ramekin = positions[bodies[BOWL]], positions[bodies[RAMEKIN]]
     on = bool(np.linalg.norm(bowl[:2] - ramekin[:2]) < RAMEKIN_RADIUS and bowl[2] > ramekin[2])
-    yield Check(on, f"LIBERO-Spatial task 5 settles with the bowl {'on' if on else 'beside'} the ramekin", "mujoco's version: pip install mujoco==3.2.3")
+    yield Check(
+        on,
+        f"LIBERO-Spatial task 5 settles with the bowl {'on' if on else 'beside'} the ramekin",
+        "mujoco's version: pip install mujoco==3.2.3",
+    )
     sim.close()
 
 
@@ -160,7 +195,9 @@ def model_counts() -> Iterator[Check]:
         add_lora(vla, rank=32)
     trainable = sum(p.numel() for p in vla.parameters() if p.requires_grad)
     every = sum(p.numel() for p in vla.parameters())
-    yield Check(parameters == 7_541_237_184, f"{parameters:,} parameters in {tensors} tensors", "openvla-7b has 7,541,237,184")
+    yield Check(
+        parameters == 7_541_237_184, f"{parameters:,} parameters in {tensors} tensors", "openvla-7b has 7,541,237,184"
+    )
     yield Check(
         (trainable, every) == (110_828_288, 7_652_065_472),
         f"with LoRA r=32: {trainable:,} trainable of {every:,}, in {len(list(lora_layers(vla)))} modules",
@@ -170,4 +207,8 @@ def model_counts() -> Iterator[Check]:
 
 if __name__ == "__main__":
     with exit_codes():
-        sys.exit(main(tyro.cli(DoctorConfig, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True)))
+        sys.exit(
+            main(
+                tyro.cli(DoctorConfig, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+            )
+        )

@@ -28,7 +28,9 @@ def main(cfg: ExportConfig) -> Path:
     if cfg.output.exists() and any(cfg.output.iterdir()):
         raise ConfigError(f"--output {cfg.output} is not empty: give a new folder")
     if adapter is not None and not (adapter / files.ADAPTER_CONFIG).exists():
-        raise ConfigError(f"--adapter {adapter} has no {files.ADAPTER_CONFIG}: give the folder that finetune.py or peft wrote")
+        raise ConfigError(
+            f"--adapter {adapter} has no {files.ADAPTER_CONFIG}: give the folder that finetune.py or peft wrote"
+        )
     refuse_a_second_merge(base, adapter)
     processor, statistics = exported_processor(cfg, base, adapter)
     stored = weights.stored_tensors(base)
@@ -39,10 +41,16 @@ def main(cfg: ExportConfig) -> Path:
 
         merge_lora(vla)
     try:
-        files.save_checkpoint(cfg.output, vla, processor=processor, statistics=statistics, tokenizer_from=base, dtype=dtype)
+        files.save_checkpoint(
+            cfg.output, vla, processor=processor, statistics=statistics, tokenizer_from=base, dtype=dtype
+        )
     except OSError as error:
-        raise ConfigError(f"--output {cfg.output} can't be written ({error}): free some space or give another folder") from None
-    print(f"{cfg.output}: {sum(p.numel() for p in vla.parameters()):,} parameters in {dtype}, statistics of {', '.join(statistics)}")
+        raise ConfigError(
+            f"--output {cfg.output} can't be written ({error}): free some space or give another folder"
+        ) from None
+    print(
+        f"{cfg.output}: {sum(p.numel() for p in vla.parameters()):,} parameters in {dtype}, statistics of {', '.join(statistics)}"
+    )
     return cfg.output
 
 

@@ -32,7 +32,16 @@ from prismatic.run_folder import RunFolder
 from prismatic.training import Metrics, StopSignal, backward, learning_rate
 
 LOG_STEPS = 10  # steps between lines of metrics.jsonl
-MAY_CHANGE = ("max_steps", "save_steps", "keep", "num_workers", "resume", "shuffle_buffer_size", "run_root_dir", "cache_dir")  # on resuming
+MAY_CHANGE = (
+    "max_steps",
+    "save_steps",
+    "keep",
+    "num_workers",
+    "resume",
+    "shuffle_buffer_size",
+    "run_root_dir",
+    "cache_dir",
+)  # on resuming
 
 
 def main(cfg: FinetuneConfig) -> Path:
@@ -51,7 +60,9 @@ def main(cfg: FinetuneConfig) -> Path:
     first_step = 0
     if resumed is not None:
         first_step = restore(run.load_state(resumed), optimizer)
-    print(f"{run.path}: {sum(p.numel() for p in trainable):,} of {sum(p.numel() for p in vla.parameters()):,} parameters are trained")
+    print(
+        f"{run.path}: {sum(p.numel() for p in trainable):,} of {sum(p.numel() for p in vla.parameters()):,} parameters are trained"
+    )
     print(f"{len(mixture):,} frames a pass over the data; steps {first_step} to {cfg.max_steps} on {device}")
     train(cfg, vla, optimizer, mixture, processor, run, first_step)
     return run.path / "latest"
@@ -74,11 +85,22 @@ def train(
     stop = StopSignal()
     started, samples = time.monotonic(), 0
     vla.train()
-    bar = tqdm(range(first_step, cfg.max_steps), initial=first_step, total=cfg.max_steps, unit="step", desc="finetune", smoothing=0.05)
+    bar = tqdm(
+        range(first_step, cfg.max_steps),
+        initial=first_step,
+        total=cfg.max_steps,
+        unit="step",
+        desc="finetune",
+        smoothing=0.05,
+    )
     saved = first_step
     for step in bar:
         rate = learning_rate(
-            step, peak=cfg.learning_rate, schedule=cfg.lr_schedule, warmup_steps=cfg.warmup_steps, max_steps=cfg.max_steps
+            step,
+            peak=cfg.learning_rate,
+            schedule=cfg.lr_schedule,
+            warmup_steps=cfg.warmup_steps,
+            max_steps=cfg.max_steps,
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -101,13 +123,25 @@ def train(
 
 
 def report(
-    bar: tqdm, run: RunFolder, step: int, metrics: Metrics, *, rate: float, samples_per_second: float, cfg: FinetuneConfig
+    bar: tqdm,
+    run: RunFolder,
+    step: int,
+    metrics: Metrics,
+    *,
+    rate: float,
+    samples_per_second: float,
+    cfg: FinetuneConfig,
 ) -> None:
     """Progress bar at every step, a line of metrics.jsonl at some."""
     numbers = dataclasses.asdict(metrics)
-    bar.set_postfix({"loss": f"{metrics.loss:.3f}", "acc": f"{metrics.action_accuracy:.3f}", "l1": f"{metrics.l1_loss:.3f}"}, refresh=False)
+    bar.set_postfix(
+        {"loss": f"{metrics.loss:.3f}", "acc": f"{metrics.action_accuracy:.3f}", "l1": f"{metrics.l1_loss:.3f}"},
+        refresh=False,
+    )
     if (step + 1) % LOG_STEPS == 0 or step + 1 == cfg.max_steps:
-        run.log({"step": step + 1, **numbers, "learning_rate": rate, "samples_per_second": round(samples_per_second, 3)})
+        run.log(
+            {"step": step + 1, **numbers, "learning_rate": rate, "samples_per_second": round(samples_per_second, 3)}
+        )
 
 
 def check(cfg: FinetuneConfig) -> None:
@@ -131,14 +165,18 @@ def seed_everything(seed: int) -> None:
 
 def open_mixture(cfg: FinetuneConfig) -> Mixture:
     """The frame caches of dataset_name (a name, or name:weight,name:weight), built from RLDS where they aren't there yet."""
-    root = resolve(cfg.data_root_dir, kind="dataset") if not Path(cfg.data_root_dir).exists() else Path(cfg.data_root_dir)
+    root = (
+        resolve(cfg.data_root_dir, kind="dataset") if not Path(cfg.data_root_dir).exists() else Path(cfg.data_root_dir)
+    )
     caches, shares = [], []
     for part in cfg.dataset_name.split(","):
         name, _, share = part.strip().partition(":")
         try:
             shares.append(float(share or 1.0))
         except ValueError:
-            raise ConfigError(f"--dataset_name {part!r}: {share!r} is no weight, write it like libero_spatial_no_noops:0.5") from None
+            raise ConfigError(
+                f"--dataset_name {part!r}: {share!r} is no weight, write it like libero_spatial_no_noops:0.5"
+            ) from None
         caches.append(FrameCache(build_cache(find_dataset(root, name), cfg.cache_dir)))
     return Mixture(caches, seed=cfg.seed, weights=shares)
 
@@ -149,7 +187,9 @@ def build_processor(cfg: FinetuneConfig, base: Path, mixture: Mixture) -> Proces
     if model.num_images_in_input == 2:
         for cache in mixture.caches:
             if not cache.has_wrist:
-                raise ConfigError(f"{cfg.vla_path} looks at two pictures, but data set {cache.name} has no wrist_image: take another data set")
+                raise ConfigError(
+                    f"{cfg.vla_path} looks at two pictures, but data set {cache.name} has no wrist_image: take another data set"
+                )
     names = [cache.name for cache in mixture.caches]
     config = ProcessorConfig.for_model(
         model,
@@ -207,7 +247,12 @@ def save(
             save_adapter(folder, vla, processor=processor, statistics=statistics, options=dataclasses.asdict(cfg))
         else:
             save_checkpoint(
-                folder, vla, processor=processor, statistics=statistics, tokenizer_from=resolve(cfg.vla_path), dtype=torch.float32
+                folder,
+                vla,
+                processor=processor,
+                statistics=statistics,
+                tokenizer_from=resolve(cfg.vla_path),
+                dtype=torch.float32,
             )
 
     state = {"step": step, "optimizer": optimizer.state_dict(), "torch_rng": torch.get_rng_state()}

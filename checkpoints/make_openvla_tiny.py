@@ -1,6 +1,6 @@
 """The first step of the recipe in train_openvla_tiny.sh: a checkpoint folder like openvla-7b's with random weights and a tokenizer of its own.
 
-    python checkpoints/make_openvla_tiny.py FOLDER
+python checkpoints/make_openvla_tiny.py FOLDER
 """
 
 import sys
@@ -15,7 +15,13 @@ from prismatic.checkpoint import save_checkpoint
 from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
 from prismatic.processor import Processor, ProcessorConfig
 
-SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")  # whose sentences the words come from
+SUITES = (
+    "libero_spatial",
+    "libero_object",
+    "libero_goal",
+    "libero_10",
+    "libero_90",
+)  # whose sentences the words come from
 SEED = 7
 
 
@@ -26,7 +32,12 @@ def main(folder: Path) -> None:
     tokenizer.save_pretrained(words)
     processor = Processor(ProcessorConfig.for_model(TINY, unnorm_key=None, center_crop=True), tokenizer, {})
     save_checkpoint(
-        folder, random_vla(TINY, seed=SEED), processor=processor, statistics={}, tokenizer_from=words, dtype=torch.float32
+        folder,
+        random_vla(TINY, seed=SEED),
+        processor=processor,
+        statistics={},
+        tokenizer_from=words,
+        dtype=torch.float32,
     )
 
 

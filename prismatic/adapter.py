@@ -29,7 +29,16 @@ PLAIN_FIELDS = {  # fields of adapter_config.json that peft 0.11.1 knows and tha
     "megatron_config": None, "megatron_core": "megatron.core", "modules_to_save": None, "peft_type": "LORA", "rank_pattern": {},
     "revision": None, "task_type": None, "use_dora": False, "use_rslora": False,
 }  # fmt: skip
-MUST_BE_PLAIN = ("peft_type", "bias", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora")
+MUST_BE_PLAIN = (
+    "peft_type",
+    "bias",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_dora",
+    "use_rslora",
+)
 
 
 def save_adapter(
@@ -74,9 +83,15 @@ def load_adapter(vla: VLA, folder: Path, *, dtype: torch.dtype) -> VLA:
         if ".base_layer." not in name
     }
     if "lora_A" in "".join(name for name, _ in vla.named_parameters()):
-        raise ConfigError(f"{folder} can't go onto a model that has an adapter already: merge that one first with export.py")
-    lora = lora_config(rank=config["r"], alpha=config["lora_alpha"], dropout=config["lora_dropout"])
-    lora.target_modules = set(config["target_modules"])
+        raise ConfigError(
+            f"{folder} can't go onto a model that has an adapter already: merge that one first with export.py"
+        )
+    lora = lora_config(
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config["lora_dropout"],
+        target_modules=config["target_modules"],
+    )
     expected = _expected_shapes(vla, lora)
     weights.check_names(expected, stored, folder)
     vla.requires_grad_(False)
@@ -93,9 +108,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     config = json.loads((folder / ADAPTER_CONFIG).read_text())
     for name in MUST_BE_PLAIN:
         if config.get(name) and config[name] != PLAIN_FIELDS[name]:
-            raise ConfigError(f"{folder / ADAPTER_CONFIG}: {name} is {config[name]!r}, but only plain LoRA ({PLAIN_FIELDS[name]!r}) is built here")
+            raise ConfigError(
+                f"{folder / ADAPTER_CONFIG}: {name} is {config[name]!r}, but only plain LoRA ({PLAIN_FIELDS[name]!r}) is built here"
+            )
     if not isinstance(config.get("target_modules"), list):
-        raise ConfigError(f"{folder / ADAPTER_CONFIG}: target_modules must be a list of module names, as the original writes it")
+        raise ConfigError(
+            f"{folder / ADAPTER_CONFIG}: target_modules must be a list of module names, as the original writes it"
+        )
     return config
 
 

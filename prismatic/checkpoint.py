@@ -22,15 +22,26 @@ from prismatic.models.vla import VLA, VLAConfig
 from prismatic.policy import Policy
 from prismatic.processor import Processor, ProcessorConfig
 
-CONFIG, PROCESSOR, STATISTICS, PREPROCESSOR = "config.json", "processor.json", "dataset_statistics.json", "preprocessor_config.json"
+CONFIG, PROCESSOR, STATISTICS, PREPROCESSOR = (
+    "config.json",
+    "processor.json",
+    "dataset_statistics.json",
+    "preprocessor_config.json",
+)
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "tokenizer.model", "added_tokens.json")
-NO_NOOPS = "_no_noops"  # a data set's name with and without its still steps: the statistics of either serve a suite's name
+NO_NOOPS = (
+    "_no_noops"  # a data set's name with and without its still steps: the statistics of either serve a suite's name
+)
 
 
 def load_vla(
-    checkpoint: str | Path, adapter: str | Path | None = None, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    checkpoint: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> VLA:
     """A model from a checkpoint folder or hub id, with an adapter on it if one is given (then only the adapter is trainable).
 
@@ -60,13 +71,17 @@ def _check_base(adapter: Path, base: Path, stored: Mapping[str, weights.StoredTe
         return
     remembered = ProcessorConfig.load(adapter / PROCESSOR)
     if remembered.base_fingerprint and remembered.base_fingerprint != weights.fingerprint(dict(stored)):
-        raise ConfigError(f"{adapter} was trained on other weights ({remembered.base_model}) than {base}: give that base")
+        raise ConfigError(
+            f"{adapter} was trained on other weights ({remembered.base_model}) than {base}: give that base"
+        )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a checkpoint folder, from tokenizer.json alone: library updates can't reinterpret it."""
     if not (folder / TOKENIZER).exists():
-        raise ConfigError(f"{folder / TOKENIZER} is missing: copy it from the checkpoint, or for a native Prismatic folder from openvla-7b")
+        raise ConfigError(
+            f"{folder / TOKENIZER} is missing: copy it from the checkpoint, or for a native Prismatic folder from openvla-7b"
+        )
     return PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER))
 
 
@@ -76,7 +91,9 @@ def load_statistics(folder: Path) -> dict[str, Any]:
         return json.loads((folder / STATISTICS).read_text())
     norm_stats = json.loads((folder / CONFIG).read_text()).get("norm_stats") if (folder / CONFIG).exists() else None
     if not norm_stats:
-        raise ConfigError(f"{folder} has no {STATISTICS} (and no norm_stats in {CONFIG}): copy it from the run that made the weights")
+        raise ConfigError(
+            f"{folder} has no {STATISTICS} (and no norm_stats in {CONFIG}): copy it from the run that made the weights"
+        )
     return norm_stats
 
 
@@ -111,11 +128,17 @@ def load_processor(
         if config.unnorm_key is None:
             config = dataclasses.replace(config, unnorm_key=statistics_key(statistics, unnorm_key, statistics_home))
         elif unnorm_key is not None and statistics_key(statistics, unnorm_key, statistics_home) != config.unnorm_key:
-            raise ConfigError(f"--unnorm_key {unnorm_key} contradicts {home / PROCESSOR}, which says {config.unnorm_key}: leave it out")
+            raise ConfigError(
+                f"--unnorm_key {unnorm_key} contradicts {home / PROCESSOR}, which says {config.unnorm_key}: leave it out"
+            )
         if center_crop is not None and center_crop != config.center_crop:
-            raise ConfigError(f"--center_crop {center_crop} contradicts {home / PROCESSOR}, which says {config.center_crop}: leave it out")
+            raise ConfigError(
+                f"--center_crop {center_crop} contradicts {home / PROCESSOR}, which says {config.center_crop}: leave it out"
+            )
         if config.unnorm_key not in statistics:
-            raise ConfigError(f"{statistics_home / STATISTICS} has no entry {config.unnorm_key}, which {home / PROCESSOR} names")
+            raise ConfigError(
+                f"{statistics_home / STATISTICS} has no entry {config.unnorm_key}, which {home / PROCESSOR} names"
+            )
     else:
         key = statistics_key(statistics, unnorm_key, statistics_home)
         model = VLAConfig.from_json(checkpoint / CONFIG)
@@ -147,12 +170,16 @@ def load_policy(
     folder = resolve(checkpoint)
     if (folder / ADAPTER_CONFIG).exists():
         if adapter is not None:
-            raise ConfigError(f"{folder} is itself an adapter: give its base as the checkpoint, or leave the second adapter out")
+            raise ConfigError(
+                f"{folder} is itself an adapter: give its base as the checkpoint, or leave the second adapter out"
+            )
         folder, adapter = resolve(adapter_base(folder)), folder
     adapter_folder = None if adapter is None else resolve(adapter)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     processor = load_processor(folder, adapter_folder, unnorm_key=unnorm_key, center_crop=center_crop)
-    vla = load_vla(folder, adapter_folder, dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32, device=device)
+    vla = load_vla(
+        folder, adapter_folder, dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32, device=device
+    )
     if processor.config.num_images_in_input != vla.config.num_images_in_input:
         raise ConfigError(f"{folder / CONFIG} and its processor.json disagree about num_images_in_input")
     card = {
@@ -177,7 +204,13 @@ def adapter_base(folder: Path) -> str:
 
 
 def save_checkpoint(
-    folder: Path, vla: VLA, *, processor: Processor, statistics: Mapping[str, Any], tokenizer_from: Path, dtype: torch.dtype
+    folder: Path,
+    vla: VLA,
+    *,
+    processor: Processor,
+    statistics: Mapping[str, Any],
+    tokenizer_from: Path,
+    dtype: torch.dtype,
 ) -> None:
     """Write a checkpoint folder in OpenVLA's form from a model without adapters. The folder appears whole or not at all."""
     partial = folder.with_name(folder.name + ".partial")

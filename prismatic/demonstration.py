@@ -29,15 +29,29 @@ DISPLACEMENT_STEPS = (5, 16)
 
 @dataclass(frozen=True)
 class Job:
-    """What decides a demonstration, and the file it goes to."""
+    """An episode to be recorded: where, and the file it goes to."""
 
     suite: str
     task_id: int
+    quality: str
+    path: Path
+
+    def record(self, sim: Simulator) -> int:
+        """Record it into `path`; the number of recorded steps, or 0 (and no file) where it was no success."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Demonstration(Job):
+    """What decides an episode of the expert."""
+
     attempt: int
     seed: int
     perturbation: float  # largest push, in units of the full command
-    quality: str
-    path: Path
+
+    def record(self, sim: Simulator) -> int:
+        """As Job says; 0 where the expert failed."""
+        return demonstrate(sim, self)
 
 
 class Pushes:
@@ -70,38 +84,63 @@ def is_no_op(action: np.ndarray, last_kept: np.ndarray | None) -> bool:
     return still and (last_kept is None or action[6] == last_kept[6])
 
 
-def demonstrate(sim: Simulator, job: Job) -> int:
+class Recording:
+    """The steps of an episode but for its no-ops: what the simulator shows, and the action that follows."""
+
+    def __init__(self, sim: Simulator) -> None:
+        self._sim = sim
+        self._images: list[bytes] = []
+        self._wrist_images: list[bytes] = []
+        self._states: list[np.ndarray] = []
+        self._joints: list[np.ndarray] = []
+        self._actions: list[np.ndarray] = []
+
+    def __len__(self) -> int:
+        return len(self._actions)
+
+    def note(self, action: np.ndarray) -> bool:
+        """Keep the present moment with an action (7,) in LIBERO's convention; False, and nothing kept, for a no-op."""
+        if is_no_op(action, self._actions[-1] if self._actions else None):
+            return False
+        state, joint_state = self._sim.proprio()
+        self._images.append(encode_jpeg(self._sim.frame()))
+        self._wrist_images.append(encode_jpeg(self._sim.wrist()))
+        self._states.append(state)
+        self._joints.append(joint_state)
+        self._actions.append(action)
+        return True
+
+    def stage(self, path: Path, *, file_path: str) -> None:
+        """Write what was kept as a staged episode."""
+        stage_episode(
+            path,
+            images=self._images,
+            wrist_images=self._wrist_images,
+            state=np.array(self._states),
+            joint_state=np.array(self._joints),
+            action=np.array(self._actions, dtype=np.float32),
+            instruction=self._sim.instruction,
+            file_path=file_path,
+        )
+
+
+def demonstrate(sim: Simulator, job: Demonstration) -> int:
     """Record one episode into `job.path`; the number of recorded steps, or 0 (and no file) where the expert failed."""
     generator = np.random.default_rng([job.seed, job.task_id, job.attempt])
     pushes = Pushes(generator, job.perturbation)
     sim.reset(None, seed=int(generator.integers(FIRST_ENV_SEED, 2**31)))
     expert = Expert(sim)
-    images, wrist_images, states, joints, actions = [], [], [], [], []
+    recording = Recording(sim)
     for _ in range(step_limit(job.suite)):
         action = expert(None, sim.instruction)
         recorded = action.copy()
         recorded[6] = 1.0 - 2.0 * action[6]  # LIBERO's convention: -1 open, +1 close
-        if not is_no_op(recorded, actions[-1] if actions else None):
-            state, joint_state = sim.proprio()
-            images.append(encode_jpeg(sim.frame()))
-            wrist_images.append(encode_jpeg(sim.wrist()))
-            states.append(state)
-            joints.append(joint_state)
-            actions.append(recorded)
+        recording.note(recorded)
         executed = action.copy()
         executed[:3] = np.clip(action[:3] + pushes(), -1, 1)
         if sim.step(executed):
-            stage_episode(
-                job.path,
-                images=images,
-                wrist_images=wrist_images,
-                state=np.array(states),
-                joint_state=np.array(joints),
-                action=np.array(actions, dtype=np.float32),
-                instruction=sim.instruction,
-                file_path=f"{job.suite}/task{job.task_id}/seed{job.seed}/attempt{job.attempt}",
-            )
-            return len(actions)
+            recording.stage(job.path, file_path=f"{job.suite}/task{job.task_id}/seed{job.seed}/attempt{job.attempt}")
+            return len(recording)
     return 0
 
 
@@ -116,7 +155,7 @@ def serve(connection: Connection) -> None:
                     if sim:
                         sim.close()
                     sim = Simulator(job.suite, job.task_id, cameras=(FRONT, WRIST), quality=job.quality)
-                connection.send(demonstrate(sim, job))
+                connection.send(job.record(sim))
             except ConfigError as error:
                 connection.send(error)
             except Exception:
@@ -142,7 +181,7 @@ class Worker:
         self.connection.send(job)
 
     def answer(self) -> int:
-        """Steps of the finished job (0: the expert failed). Raises what the process raised."""
+        """Recorded steps of the finished job (0: it was no success). Raises what the process raised."""
         try:
             answer = self.connection.recv()
         except (EOFError, ConnectionResetError):

@@ -6,6 +6,7 @@ answer, commands are multiples of `rounding`, and nothing waits: the fingers clo
 centimetres, and the lift starts at the first touch of both pads.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ RIM_INSET = 0.003  # m, aim this far inside a bowl's outer radius
 RIM_DEPTH = 0.024  # m, pads' centre below the rim when the fingers are shut
 BOX_DEPTH = 0.028  # m, the same for the top of a box, can or bottle
 RIM_CLOSING = 0.036  # m above the grasp at which the fingers start to close: they need ten steps to a bowl's rim
-BOX_CLOSING = 0.012  # m, the same for a box, which they reach sooner and must not close above
+BOX_CLOSING = 0.018  # m, the same for a box, which they reach sooner and must not close above
 CLOSING_SPEED = -0.25  # command at which the hand sinks while the fingers close
 STEADY = 0.008  # m, lateral error that is left alone while the fingers close
 RIM_STOP = 0.004  # m below the grasp point, where it sinks no further
@@ -34,24 +35,26 @@ BOX_STOP = -0.003  # m, the same for a box: fingers pressed on the table rub and
 FINGERTIP = 0.014  # m, lowest pads' centre above what a box stands on
 ALIGNED = 0.015  # m, lateral error that lets the hand sink and the fingers close
 MISSED = 0.004  # m, a finger opening at which nothing can be between the pads
-FINGER_RADIUS = 0.03  # m, room that it needs around it
-OUT_OF_REACH = 0.75  # m before the robot's base, from where on the same holds
 HIGH = 0.2  # m above the table from where on the stretched arm hardly reaches the far half of an object
+OUT_OF_REACH = 0.75  # m before the robot's base, from where on the same holds
+FINGER_REACH = 0.045  # m, how far outside the rim an open finger comes down
+FINGER_DEPTH = 0.02  # m below the rim that it reaches
+FINGER_RADIUS = 0.03  # m, room that it needs around it
 HAND = (0.1, 0.035, 0.03)  # m, half sizes of the hand along and across the fingers, and its lowest above the rim
 HOVER = 0.1  # m above the grasp, while the hand is still far away
 CLEARANCE = 0.03  # m between the carried object and what it passes over
 DROP_RADIUS = 0.022  # m, lateral error at which the fingers open
+PLACES = ("contain_region", "cook_region", "top_side")  # regions that are open to above; drawers and racks aren't
 VOTERS = 10  # stored initial states that decide on which side a bowl is grasped
+NEARLY_ALL = 0.95  # of them must agree, so that a fixture's jitter doesn't turn the decision
 DIAGONAL = float(np.sqrt(0.5))
 SIDES = [(0.0, -1.0), (0.0, 1.0), (1.0, 0.0), (-1.0, 0.0), (-DIAGONAL, DIAGONAL), (-DIAGONAL, -DIAGONAL)]
-FINGER_REACH = 0.045  # m, how far outside the rim an open finger comes down
-FINGER_DEPTH = 0.02  # m below the rim that it reaches
 ON_RADIUS, IN_RADIUS = 0.04, 0.06  # m, closer to the target's axis an object that isn't held counts as placed
 
 
 @dataclass(frozen=True)
 class Grasp:
-    """Where the fingers shall shut, `closing` metres above which they start to and `stop` metres below which the hand doesn't go."""
+    """Where the fingers shall shut; they start to `closing` m above, and the hand sinks to `stop` m below."""
 
     point: np.ndarray  # (3,) m
     yaw: float  # of the finger axis from world y, rad
@@ -70,10 +73,11 @@ class Expert:
         environment = sim.environment
         goals = environment.parsed_problem["goal_state"]
         predicate, *names = goals[0]
-        supported = len(goals) == 1 and predicate in ("on", "in") and names[0] in environment.objects_dict
-        if not supported or names[1].startswith("main_table") or "region" in names[1].replace("contain_region", "").replace("cook_region", ""):
+        pick_and_place = len(goals) == 1 and predicate in ("on", "in") and names[0] in environment.objects_dict
+        if not pick_and_place or not (names[1] in environment.objects_dict or names[1].endswith(PLACES)):
             raise ConfigError(
-                f"no scripted expert for task {sim.task_id} of {sim.suite} ({sim.instruction}): it only puts one object on or in another"
+                f"no scripted expert for task {sim.task_id} of {sim.suite} ({sim.instruction}): "
+                "it only puts one object on or in another"
             )
         self._object, self._target = names
         self._inside = predicate == "in"
@@ -116,7 +120,8 @@ class Expert:
         self._fingers = [[self._model.geom(name).id for name in part] for part in parts]
         axis = self._data.geom_xpos[self._fingers[1][-1]] - self._data.geom_xpos[self._fingers[0][-1]]
         self._hand = self._data.site_xpos[robot.eef_site_id].copy()
-        self._ahead = LOOK_AHEAD * np.array(environment.sim.data.get_site_xvelp(robot.gripper.important_sites["grip_site"]))
+        velocity = environment.sim.data.get_site_xvelp(robot.gripper.important_sites["grip_site"])
+        self._ahead = LOOK_AHEAD * np.array(velocity)
         self._opening = float(fingers[0] - fingers[1])
         self._yaw = float(np.arctan2(-axis[0], axis[1]))  # 0: the fingers open along world y
         self._palm = self._data.site_xmat[robot.eef_site_id].reshape(3, 3)[:, 2].copy()  # (3,) where the fingers point
@@ -147,7 +152,7 @@ class Expert:
 
     def _grasp(self) -> Grasp:
         lower, upper = self._extent
-        corners = np.array([[x, y, z] for x in (lower[0], upper[0]) for y in (lower[1], upper[1]) for z in (lower[2], upper[2])])
+        corners = np.array(list(itertools.product(*zip(lower, upper, strict=True))))  # (8, 3)
         world = self._position + corners @ self._rotation.T
         top = float(world[:, 2].max())
         if "bowl" in self._object:
@@ -171,8 +176,8 @@ class Expert:
     def _choose_side(self) -> np.ndarray:
         """(2,) direction from the bowl's centre to where its rim is grasped: the same for all states of a task.
 
-        It faces the middle of the table (or the robot, where the arm is stretched), unless something is in the way there
-        in most of the stored states. Choosing by the present state would teach a policy the mean of two sides.
+        It faces the middle of the table (or the robot, where the arm is stretched), unless something is in the way
+        there in some of the stored states. Choosing by the present state would teach a policy the mean of two sides.
         """
         import mujoco
 
@@ -190,7 +195,7 @@ class Expert:
         wanted = [(0.0, inward), (0.0, -inward), (1.0, 0.0), (-1.0, 0.0)]
         if z > HIGH or x > OUT_OF_REACH:
             wanted.insert(0, (-DIAGONAL, inward * DIAGONAL))
-        clear = [side for side in wanted if free[SIDES.index(side)] > 0.5]
+        clear = [side for side in wanted if free[SIDES.index(side)] > NEARLY_ALL]
         return np.array(clear[0] if clear else wanted[0])
 
     def _is_free(self, side: np.ndarray, data: Any) -> bool:

@@ -29,4 +29,6 @@ def resolve(name: str | Path, *, kind: Literal["model", "dataset"] = "model") ->
         return Path(snapshot_download(str(name), repo_type=kind, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{name} is no folder here and can't be fetched from the hub ({first}): give a path, or log in and try again") from None
+        raise ConfigError(
+            f"{name} is no folder here and can't be fetched from the hub ({first}): give a path, or log in and try again"
+        ) from None

@@ -164,7 +164,9 @@ class Augmentation:
     def draw(cls, rng: np.random.Generator, operations: Sequence[str] = AUGMENTATIONS) -> "Augmentation":
         """Random parameters for the named operations. All are drawn always, so that a seed means the same crop whatever is switched on."""
         side = float(np.sqrt(np.float32(CROP_AREA)))
-        y, x = rng.uniform(0.0, 1.0 - side, size=2)  # the original's two offsets share a seed and are always equal; here they are independent
+        y, x = rng.uniform(
+            0.0, 1.0 - side, size=2
+        )  # the original's two offsets share a seed and are always equal; here they are independent
         drawn = {
             "random_resized_crop": (float(y), float(x), float(y) + side, float(x) + side),
             "random_brightness": float(rng.uniform(-BRIGHTNESS, BRIGHTNESS)),

@@ -34,7 +34,9 @@ class Policy:
     ) -> np.ndarray:
         """B frames and instructions of any length → (B, 7) float32, equal to B single calls."""
         if self.num_images == 2 and wrists is None:
-            raise ConfigError("this policy learnt with two pictures (num_images_in_input 2): pass the wrist camera's frame as wrist=")
+            raise ConfigError(
+                "this policy learnt with two pictures (num_images_in_input 2): pass the wrist camera's frame as wrist="
+            )
         return self.processor.actions(self.action_ids(frames, instructions, wrists)).astype(np.float32)
 
     def action_ids(
@@ -70,4 +72,3 @@ class Policy:
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-

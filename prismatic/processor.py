@@ -26,7 +26,10 @@ from prismatic.models.vla import IGNORE, VLAConfig
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 IMAGE_MARK = "<image>"  # the original takes it out of recorded instructions, not of live ones
 MAX_LENGTH = 2048  # token ids; longer rows are cut, as the original's collator does
-DINO_MEAN, DINO_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)  # rounded to bfloat16 by OpenVLA's export
+DINO_MEAN, DINO_STD = (
+    (0.484375, 0.455078125, 0.40625),
+    (0.228515625, 0.2236328125, 0.224609375),
+)  # rounded to bfloat16 by OpenVLA's export
 SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 FORMAT = 1  # of processor.json
 
@@ -35,7 +38,9 @@ FORMAT = 1  # of processor.json
 class ProcessorConfig:
     """What processor.json holds. A folder that has one allows no override."""
 
-    unnorm_key: str | None  # which entry of dataset_statistics.json; None: it learnt from several, and acting has to name one
+    unnorm_key: (
+        str | None
+    )  # which entry of dataset_statistics.json; None: it learnt from several, and acting has to name one
     center_crop: bool  # True if it learnt with random crops
     image_size: int = 224  # pixels a side
     num_images_in_input: int = 1  # 2: agentview and wrist
@@ -64,7 +69,9 @@ class ProcessorConfig:
         try:
             raw = json.loads(path.read_text())
             if raw.get("format") != FORMAT:
-                raise ConfigError(f"{path} has format {raw.get('format')}, this version reads {FORMAT}: update the repository")
+                raise ConfigError(
+                    f"{path} has format {raw.get('format')}, this version reads {FORMAT}: update the repository"
+                )
             for name in ("means", "stds"):
                 raw[name] = tuple(tuple(row) for row in raw[name])
             return cls(**raw)
@@ -101,7 +108,9 @@ class Batch:
 class Processor:
     """Frames and words in, tensors out; token ids in, actions out. `statistics`: the content of dataset_statistics.json."""
 
-    def __init__(self, config: ProcessorConfig, tokenizer: PreTrainedTokenizerFast, statistics: Mapping[str, Any]) -> None:
+    def __init__(
+        self, config: ProcessorConfig, tokenizer: PreTrainedTokenizerFast, statistics: Mapping[str, Any]
+    ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.statistics = statistics

@@ -60,7 +60,9 @@ class RunFolder:
             unfinished.rename(folder)
         except OSError as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            raise ConfigError(f"{folder} can't be saved ({error}): free some space; what was saved before is whole") from None
+            raise ConfigError(
+                f"{folder} can't be saved ({error}): free some space; what was saved before is whole"
+            ) from None
         link = self.path / ".latest"
         link.unlink(missing_ok=True)
         link.symlink_to(folder.name)

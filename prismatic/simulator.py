@@ -169,25 +169,31 @@ class Simulator:
         """robosuite's environment itself, for privileged readers such as the scripted expert."""
         return self._env.env
 
-    def reset(self, init_state: int | None, *, seed: int | None = None, settle: int = 10) -> None:
-        """Start an episode from a stored state, or (init_state None) from a randomised one drawn from `seed`."""
+    def reset(self, init_state: int | np.ndarray | None, *, seed: int | None = None, settle: int = 10) -> None:
+        """Start an episode from a stored state (its number), from a given one (as `init_states` has them), or
+        (init_state None) from a randomised one drawn from `seed`.
+        """
         if init_state is None:
             if seed is None:
                 raise ValueError("a randomised reset needs a seed")
             self._env.seed(seed)
             self._env.reset()
         else:
-            states = init_states(self.suite, self.task_id)
-            if not 0 <= init_state < len(states):
-                raise ConfigError(
-                    f"task {self.task_id} of {self.suite} has no stored state {init_state} (num_trials_per_task, "
-                    f"first_init_state): its states are 0 to {len(states) - 1}"
-                )
+            state = init_state if isinstance(init_state, np.ndarray) else self._stored_state(init_state)
             self._env.seed(self.env_seed)
             self._env.reset()
-            self._env.set_init_state(states[init_state])
+            self._env.set_init_state(state)
         for _ in range(settle):
             self._env.step(np.array(SETTLE_ACTION))
+
+    def _stored_state(self, number: int) -> np.ndarray:
+        states = init_states(self.suite, self.task_id)
+        if not 0 <= number < len(states):
+            raise ConfigError(
+                f"task {self.task_id} of {self.suite} has no stored state {number} (num_trials_per_task, "
+                f"first_init_state): its states are 0 to {len(states) - 1}"
+            )
+        return states[number]
 
     def step(self, action: np.ndarray) -> bool:
         """One control step (1/20 s). action: (7,), gripper 1 open … 0 close. Returns whether the task is solved now."""

@@ -61,6 +61,11 @@ def _task(suite: str, task_id: int) -> Any:
     return tasks[task_id]
 
 
+def task_name(suite: str, task_id: int) -> str:
+    """LIBERO's name of the task, with which the names of its files begin."""
+    return _task(suite, task_id).name
+
+
 def num_tasks(suite: str) -> int:
     """How many tasks the suite has."""
     return len(_tasks(suite))

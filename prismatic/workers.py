@@ -21,7 +21,8 @@ from prismatic.errors import ConfigError
 from prismatic.player import Outcome, Setup, Trial, serve
 
 ATTEMPTS = 3  # the first and two repeats
-SILENCE_LIMIT = 300.0  # s without a word from a process before it counts as hung; building a simulator takes ~10 s
+SILENCE_LIMIT = 180.0  # s without a word from a process at play before it counts as hung; a step takes 0.1 s
+START_LIMIT = 600.0  # s for starting and building a simulator (~10 s), which many processes do at once
 ONE_THREAD = {
     "LP_NUM_THREADS": "0",
     "OMP_NUM_THREADS": "1",
@@ -49,10 +50,12 @@ class _Worker:
         theirs.close()
         self.trial: Trial | None = None
         self.scene: tuple[str, int, int] | None = None
+        self.built = False
         self.observation: tuple[np.ndarray, str, np.ndarray | None] | None = None
         self.started = self.heard = time.monotonic()
 
     def give(self, trial: Trial) -> None:
+        self.built = self.built and self.scene == trial.scene
         self.trial, self.scene, self.observation = trial, trial.scene, None
         self.started = self.heard = time.monotonic()
         self.tell(trial)
@@ -120,16 +123,21 @@ class _Pool:
         """Hear whoever has something to say; wait only when nobody waits for an answer."""
         busy = {worker.connection: worker for worker in self.workers if worker.trial and worker.observation is None}
         answers_due = any(worker.observation is not None for worker in self.workers)
-        patience = min((worker.heard for worker in busy.values()), default=0.0) + self.silence_limit - time.monotonic()
+        deadlines = [worker.heard + self._limit(worker) for worker in busy.values()]
+        patience = min(deadlines, default=0.0) - time.monotonic()
         for connection in wait(list(busy), timeout=0 if answers_due else max(patience, 0)):
             outcome = self._hear(busy.pop(connection))  # type: ignore[arg-type]
             if outcome:
                 yield outcome
         for worker in busy.values():
-            if time.monotonic() - worker.heard > self.silence_limit:
-                outcome = self._give_up(worker, f"the simulator hung: no sign of life for {self.silence_limit:g} s")
+            limit = self._limit(worker)
+            if time.monotonic() - worker.heard > limit:
+                outcome = self._give_up(worker, f"the simulator hung: no sign of life for {limit:g} s")
                 if outcome:
                     yield outcome
+
+    def _limit(self, worker: _Worker) -> float:
+        return self.silence_limit if worker.built else START_LIMIT
 
     def _hear(self, worker: _Worker) -> Outcome | None:
         try:
@@ -141,7 +149,7 @@ class _Pool:
         if kind == "observation":
             worker.observation = content
         elif kind == "built":
-            self.any_built = True
+            self.any_built = worker.built = True
         elif kind == "outcome":
             worker.trial = None
             return content
@@ -204,7 +212,8 @@ def play(
 
     policy: needed when setup.policy is "parent"; `policy.batch(frames, instructions, wrists=None) -> (B, 7)`.
     one_by_one: ask it row by row, so that not even rounding depends on who else waits (a matrix product
-    changes in its last digits with the batch size). ConfigError when a process refuses its configuration or
+    changes in its last digits with the batch size). silence_limit: seconds after which a silent process counts
+    as hung. ConfigError when a process refuses its configuration or
     none can ever be started. Closing the generator kills the processes.
     """
     return _Pool(trials, setup, policy, num_workers, one_by_one, silence_limit).outcomes()

@@ -1,8 +1,9 @@
 """The README's table "How close to the original": largest differences from the original's arrays, printed as Markdown.
 
-    OPENVLA_REFERENCE=FOLDER python -m tests.closeness        (without the variable: the excerpt in tests/reference)
+OPENVLA_REFERENCE=FOLDER python -m tests.closeness        (without the variable: the excerpt in tests/reference)
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,29 +34,54 @@ def model(folder: Path) -> Iterator[Row]:
     batch["pixel_values"] = batch["pixel_values"].float()
     vla = load_vla(folder / "checkpoint")
     with torch.inference_mode():
-        towers = (vla.vision_backbone.featurizer, batch["pixel_values"][:, :3]), (vla.vision_backbone.fused_featurizer, batch["pixel_values"][:, 3:])
+        towers = (
+            (vla.vision_backbone.featurizer, batch["pixel_values"][:, :3]),
+            (vla.vision_backbone.fused_featurizer, batch["pixel_values"][:, 3:]),
+        )
         yield "DINOv2 patch features", largest(patch_features(*towers[0]), arrays["dino_patches"]), "1e-4"
         yield "SigLIP patch features", largest(patch_features(*towers[1]), arrays["siglip_patches"]), "1e-4"
-        yield "projector", largest(vla.projector(vla.vision_backbone(batch["pixel_values"])), arrays["projector_features"]), "5e-5"
+        yield (
+            "projector",
+            largest(vla.projector(vla.vision_backbone(batch["pixel_values"])), arrays["projector_features"]),
+            "5e-5",
+        )
         out = vla(**batch, all_logits=True)
     valid = arrays["valid_mask"]
-    yield "logits of the action words", largest(out.logits.numpy()[..., 31744:32000][valid], arrays["logits_action"][valid]), "3e-4"
+    yield (
+        "logits of the action words",
+        largest(out.logits.numpy()[..., 31744:32000][valid], arrays["logits_action"][valid]),
+        "3e-4",
+    )
     assert out.loss is not None
     yield "loss (against float64)", largest(out.loss.item(), arrays["loss_float64"]), "1e-4"
     loss = vla(**batch).loss
     assert loss is not None
     loss.backward()
     norms = {name: p.grad.norm().item() for name, p in vla.named_parameters() if p.grad is not None}
-    relative = max(abs(norms[name] - norm) / norm for name, norm in zip(arrays["grad_names"].tolist(), arrays["grad_norms"].tolist(), strict=True) if norm > 1e-6)
+    relative = max(
+        abs(norms[name] - norm) / norm
+        for name, norm in zip(arrays["grad_names"].tolist(), arrays["grad_norms"].tolist(), strict=True)
+        if norm > 1e-6
+    )
     yield f"gradient norm of each of {len(norms)} parameters, relative", f"{relative:.1e}", "1e-3"
     given = np.load(folder / "lora.npz")
     adapted = load_vla(folder / "checkpoint", folder / "lora_adapter")
-    yield "logits with an adapter of the original", largest(last_nine(adapted, batch, folder)[1], given["logits_last9_action"]), "3e-4"
-    yield "the same, merged", largest(last_nine(merge_lora(adapted), batch, folder)[1], given["logits_merged_last9_action"]), "3e-4"
+    yield (
+        "logits with an adapter of the original",
+        largest(last_nine(adapted, batch, folder)[1], given["logits_last9_action"]),
+        "3e-4",
+    )
+    yield (
+        "the same, merged",
+        largest(last_nine(merge_lora(adapted), batch, folder)[1], given["logits_merged_last9_action"]),
+        "3e-4",
+    )
     answers, expected = np.load(folder / "generate.npz"), cases(folder)
     statistics, wrong, off = load_statistics(folder / "checkpoint"), 0, 0.0
     for number, (case, pixels) in enumerate(expected):
-        ids = vla.generate_action_ids(torch.tensor([case["processor_input_ids"]]), pixels[None], len(case["generated_ids"]))[0].numpy()
+        ids = vla.generate_action_ids(
+            torch.tensor([case["processor_input_ids"]]), pixels[None], len(case["generated_ids"])
+        )[0].numpy()
         wrong += int((ids != answers[f"generated_ids_{number}"]).sum())
         action = normalize.unnormalize(ActionTokenizer().decode(ids), statistics[case["unnorm_key"]]["action"])
         off = max(off, float(np.abs(action - answers[f"action_{number}"]).max()))
@@ -67,18 +93,30 @@ def pixels(folder: Path) -> Iterator[Row]:
     arrays = np.load(folder / "image_path.npz")
     names = [str(name) for name in arrays["names"]]
     frames = {name: np.asarray(Image.open(folder / "images" / f"{name}.png").convert("RGB")) for name in names}
-    resized = [np.abs(image.resize_lanczos3(image.jpeg_round_trip(frames[n]), 224).astype(int) - arrays[f"{n}__resize_224"]) for n in names]
+    resized = [
+        np.abs(image.resize_lanczos3(image.jpeg_round_trip(frames[n]), 224).astype(int) - arrays[f"{n}__resize_224"])
+        for n in names
+    ]
     yield "JPEG + Lanczos: values off by one, the worst picture", str(max(int((d > 0).sum()) for d in resized)), "2"
-    crops = [np.abs(image.center_crop(arrays[f"{n}__resize_224"]).astype(int) - arrays[f"{n}__center_crop_224"]) for n in names]
+    crops = [
+        np.abs(image.center_crop(arrays[f"{n}__resize_224"]).astype(int) - arrays[f"{n}__center_crop_224"])
+        for n in names
+    ]
     yield "centre crop: values that differ", str(sum(int((d > 0).sum()) for d in crops)), "0"
     lut = arrays["pixel_value_lut"]
     crop = [arrays[f"{n}__center_crop_224"] for n in names]
     expected = [np.stack([lut[c][picture[..., c % 3]] for c in range(6)]) for picture in crop]
-    yield "pixel_values", max(largest(image.normalize_pixels(p, MEANS, STDS), e) for p, e in zip(crop, expected, strict=True)), "1e-6"
+    yield (
+        "pixel_values",
+        max(largest(image.normalize_pixels(p, MEANS, STDS), e) for p, e in zip(crop, expected, strict=True)),
+        "1e-6",
+    )
     given, share = np.load(folder / "augment.npz"), 0.0
     for i, name in enumerate(given["names"]):
         y1, x1, y2, x2 = given[f"{name}__crop_box"].tolist()
-        rest = (float(given[key][i]) for key in ("brightness_delta", "contrast_factor", "saturation_factor", "hue_delta"))
+        rest = (
+            float(given[key][i]) for key in ("brightness_delta", "contrast_factor", "saturation_factor", "hue_delta")
+        )
         mine = image.Augmentation((y1, x1, y2, x2), *rest)(arrays[f"{name}__resize_224"])
         share = max(share, float(np.mean(mine != given[f"{name}__out"])))
     yield "augmentation: share of values off by one", f"{share:.1e}", "1e-3"
@@ -90,17 +128,11 @@ def numbers(folder: Path) -> Iterator[Row]:
     wrong = int((tokenizer.encode(arrays["value64"][known]) != arrays["token_id_from_float64"][known]).sum())
     yield f"wrong ids of {int(known.sum())} action values at the bins' edges", str(wrong), "0"
     given = np.load(folder / "rlds_pipeline.npz")
-    statistics = load_statistics_of_the_data(folder)
-    kept = given["raw_action"][: len(given["train_action"])]
-    mine = normalize.normalize(normalize.gripper_open_is_one(kept), statistics)
-    yield "normalised actions of the RLDS set", largest(mine, given["train_action"]), "0"
-
-
-def load_statistics_of_the_data(folder: Path) -> dict:
-    import json
-
     (entry,) = json.loads((folder / "rlds_dataset_statistics.json").read_text()).values()
-    return entry["action"]
+    said = json.loads((folder / "rlds_pipeline.json").read_text())["episode_instructions_in_order"]
+    kept = given["raw_action"][np.repeat([text != "" for text in said], given["episode_lengths"])]
+    mine = normalize.normalize(normalize.gripper_open_is_one(kept), entry["action"])
+    yield "normalised actions of the RLDS set", largest(mine, given["train_action"]), "0"
 
 
 if __name__ == "__main__":

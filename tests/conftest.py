@@ -33,4 +33,6 @@ def batch(numbers: Path) -> dict[str, torch.Tensor]:
     """The right-padded batch of three of forward.npz, as VLA.forward takes it."""
     arrays = np.load(numbers / "forward.npz")
     names = ("input_ids", "attention_mask", "pixel_values", "labels")
-    return {name: torch.from_numpy(arrays[name]) for name in names} | {"pixel_values": torch.from_numpy(arrays["pixel_values"]).float()}
+    return {name: torch.from_numpy(arrays[name]) for name in names} | {
+        "pixel_values": torch.from_numpy(arrays["pixel_values"]).float()
+    }

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,9 @@ def last_nine(vla: VLA, batch: dict[str, torch.Tensor], numbers: Path) -> tuple[
     return out.loss.item(), torch.stack([out.logits[b, positions[b]] for b in range(3)])[..., 31744:32000].numpy()
 
 
-def test_an_adapter_of_the_original_gives_its_logits_and_loss(adapted: VLA, batch: dict, arrays: dict, numbers: Path) -> None:
+def test_an_adapter_of_the_original_gives_its_logits_and_loss(
+    adapted: VLA, batch: dict, arrays: dict, numbers: Path
+) -> None:
     loss, logits = last_nine(adapted, batch, numbers)
     np.testing.assert_allclose(logits, arrays["logits_last9_action"], atol=3e-4)
     assert abs(loss - arrays["loss_adapter"]) < 2e-4
@@ -59,7 +62,9 @@ def test_merging_gives_the_originals_merged_model(adapted: VLA, batch: dict, arr
     assert abs(loss - arrays["loss_merged"]) < 2e-4
 
 
-def test_eight_steps_of_adamw_land_where_the_originals_did(adapted: VLA, batch: dict, arrays: dict, numbers: Path) -> None:
+def test_eight_steps_of_adamw_land_where_the_originals_did(
+    adapted: VLA, batch: dict, arrays: dict, numbers: Path
+) -> None:
     trainable = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=5e-4, weight_decay=0.01)
     adapted.train()
@@ -135,10 +140,11 @@ def test_an_adapter_that_does_not_fit_names_the_tensor(numbers: Path, tmp_path: 
 
 def test_an_adapter_remembers_its_base(numbers: Path, tmp_path: Path) -> None:
     folder = copied(numbers, tmp_path)
-    config = {"base_model": "openvla/openvla-7b", "base_fingerprint": weights.fingerprint(weights.stored_tensors(numbers / "checkpoint"))}
-    (folder / "processor.json").write_text(ProcessorConfig("x", True, **config).to_json())
+    known = weights.fingerprint(weights.stored_tensors(numbers / "checkpoint"))
+    config = ProcessorConfig("x", True, base_model="openvla/openvla-7b", base_fingerprint=known)
+    (folder / "processor.json").write_text(config.to_json())
     load_vla(numbers / "checkpoint", folder)
-    (folder / "processor.json").write_text(ProcessorConfig("x", True, **(config | {"base_fingerprint": "0" * 16})).to_json())
+    (folder / "processor.json").write_text(replace(config, base_fingerprint="0" * 16).to_json())
     with pytest.raises(ConfigError, match="trained on other weights"):
         load_vla(numbers / "checkpoint", folder)
 

@@ -57,7 +57,9 @@ def test_each_library_has_its_room(path: Path) -> None:
     if path.name not in SIMULATOR_ROOMS:
         assert not found & {"libero", "robosuite", "mujoco"}
     if path.parent.name == "models":
-        assert not any(name.startswith(("prismatic.data", "prismatic.simulator", "prismatic.policy")) for name in imports(path))
+        assert not any(
+            name.startswith(("prismatic.data", "prismatic.simulator", "prismatic.policy")) for name in imports(path)
+        )
 
 
 def test_the_waist_is_the_only_way_to_a_pixel_or_an_action() -> None:
@@ -73,7 +75,9 @@ def test_nothing_downloads_or_runs_foreign_code() -> None:
                 assert not (node.arg == "shell" and getattr(node.value, "value", None) is True), path
                 assert not (node.arg == "allow_pickle" and getattr(node.value, "value", None) is True), path
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
-                assert any(k.arg == "weights_only" and getattr(k.value, "value", None) is True for k in node.keywords), path
+                assert any(
+                    k.arg == "weights_only" and getattr(k.value, "value", None) is True for k in node.keywords
+                ), path
 
 
 def test_sizes() -> None:

@@ -16,7 +16,9 @@ from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
 from prismatic.processor import Processor, ProcessorConfig
 from tests.conftest import EXCERPT
 
-ENTRY = {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "min": [-1.0] * 7, "max": [1.0] * 7, "mask": [True] * 6 + [False]}}
+ENTRY = {
+    "action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "min": [-1.0] * 7, "max": [1.0] * 7, "mask": [True] * 6 + [False]}
+}
 
 
 @pytest.fixture
@@ -92,7 +94,9 @@ def test_a_wrong_vocabulary_is_named(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["vocab_size"] = 32000
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"embed_tokens\.weight has shape \[32064, 32\], but config\.json makes it \[32000, 32\]"):
+    with pytest.raises(
+        ConfigError, match=r"embed_tokens\.weight has shape \[32064, 32\], but config\.json makes it \[32000, 32\]"
+    ):
         load_vla(folder)
 
 
@@ -130,7 +134,9 @@ def test_shards_are_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     weights.save_weights(state, tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     stored = weights.stored_tensors(tmp_path)
-    assert {name: tensor.shape for name, tensor in stored.items()} == {name: tuple(t.shape) for name, t in state.items()}
+    assert {name: tensor.shape for name, tensor in stored.items()} == {
+        name: tuple(t.shape) for name, t in state.items()
+    }
 
 
 @pytest.mark.parametrize("asked", ["libero_spatial", "libero_spatial_no_noops"])

@@ -1,4 +1,4 @@
-"""collect.py and demonstration.py: which attempts are made, what is kept, and the script itself in the real simulator."""
+"""collect.py and demonstration.py: which attempts are made, what is kept, and the script in the real simulator."""
 
 import json
 import os
@@ -92,7 +92,7 @@ def test_pushes_come_in_bursts_and_repeat_with_the_seed() -> None:
     pushed = drawn.any(axis=1)
     assert 0.2 < pushed.mean() < 0.6
     assert np.abs(drawn).max() <= 0.5
-    same = (drawn[1:] == drawn[:-1]).all(axis=1)
+    same = np.all(drawn[1:] == drawn[:-1], axis=1)
     assert same[pushed[1:]].mean() > 0.7
     calm = Pushes(np.random.default_rng(4), 0.0)
     assert not np.any([calm() for _ in range(200)])

@@ -15,10 +15,15 @@ BASE = REPOSITORY / "checkpoints" / "openvla-tiny"
 TASK = ["--task_suite_name", "libero_spatial", "--task_ids", "0"]
 
 
-def script(name: str, *flags: str | Path, code: int = 0) -> str:
+def script(name: str, *flags: str | Path | int, code: int = 0) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "LP_NUM_THREADS": "0"}
     done = subprocess.run(
-        [sys.executable, name, *map(str, flags)], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=500
+        [sys.executable, name, *map(str, flags)],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -28,7 +33,18 @@ def script(name: str, *flags: str | Path, code: int = 0) -> str:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two demonstrations collected, and an adapter trained on them for a few steps."""
     place = tmp_path_factory.mktemp("loop")
-    script("collect.py", *TASK, "--num_demos_per_task", 2, "--data_root_dir", place / "data", "--dataset_name", "two", "--num_workers", 1)
+    script(
+        "collect.py",
+        *TASK,
+        "--num_demos_per_task",
+        2,
+        "--data_root_dir",
+        place / "data",
+        "--dataset_name",
+        "two",
+        "--num_workers",
+        1,
+    )
     script(
         "finetune.py", "--vla_path", BASE, "--data_root_dir", place / "data", "--dataset_name", "two", "--run_root_dir", place / "runs",
         "--cache_dir", place / "cache", "--batch_size", 4, "--max_steps", 3, "--save_steps", 3, "--num_workers", 0,
@@ -36,8 +52,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def evaluate(place: Path, *flags: str | Path) -> tuple[str, Path]:
-    output = script("eval.py", *TASK, "--local_log_dir", place / "rollouts", "--render_quality", "fast", "--num_workers", 1, *flags)
+def evaluate(place: Path, *flags: str | Path | int) -> tuple[str, Path]:
+    output = script(
+        "eval.py", *TASK, "--local_log_dir", place / "rollouts", "--render_quality", "fast", "--num_workers", 1, *flags
+    )
     (folder,) = (place / "rollouts").iterdir()
     return output, folder
 

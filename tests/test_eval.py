@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import fake_simulator
 import pytest
 import tyro
 
@@ -16,6 +15,7 @@ import eval as script
 from config import EvalConfig
 from prismatic.errors import ConfigError
 from prismatic.evaluation import read_rows
+from tests import fake_simulator
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

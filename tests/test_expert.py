@@ -1,6 +1,8 @@
-"""expert.py: it solves tasks, and its answers are fit to be imitated. In a process of its own, without any rendering."""
+"""expert.py: it solves tasks, and its answers are fit to be imitated. In a process of its own, without rendering."""
 
+import itertools
 import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -47,8 +49,8 @@ def measure() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure).result()
 
 
 def test_solves_its_tasks_in_few_steps(found: dict[str, Any]) -> None:
@@ -75,7 +77,7 @@ def test_never_waits(found: dict[str, Any]) -> None:
     for episodes in found.values():
         for episode in episodes:
             actions, rest = episode["actions"], 0
-            for before, now in zip(actions, actions[1:], strict=False):
+            for before, now in itertools.pairwise(actions):
                 still = not now[:6].any() and now[6] == before[6]
                 rest = rest + 1 if still else 0
                 assert rest < LONGEST_REST

@@ -16,7 +16,9 @@ from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
 from prismatic.processor import Processor, ProcessorConfig
 from tests.conftest import EXCERPT
 
-ENTRY = {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "min": [-1.0] * 7, "max": [1.0] * 7, "mask": [True] * 6 + [False]}}
+ENTRY = {
+    "action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "min": [-1.0] * 7, "max": [1.0] * 7, "mask": [True] * 6 + [False]}
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ProcessorConfig.for_model(TINY, unnorm_key="base", center_crop=True)
     processor = Processor(config, words, {"base": ENTRY})
     vla = random_vla(TINY, seed=0)
-    save_checkpoint(place / "base", vla, processor=processor, statistics={"base": ENTRY}, tokenizer_from=place / "words", dtype=torch.float32)
+    save_checkpoint(
+        place / "base",
+        vla,
+        processor=processor,
+        statistics={"base": ENTRY},
+        tokenizer_from=place / "words",
+        dtype=torch.float32,
+    )
     add_lora(vla, rank=4)
     torch.manual_seed(0)
     for name, parameter in vla.named_parameters():
@@ -40,7 +49,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             torch.nn.init.normal_(parameter, std=0.3)
     print_of_base = weights.fingerprint(weights.stored_tensors(place / "base"))
     learnt = dataclasses.replace(config, unnorm_key="mine", base_model="base", base_fingerprint=print_of_base)
-    save_adapter(place / "adapter", vla, processor=Processor(learnt, words, {"mine": ENTRY}), statistics={"mine": ENTRY}, options={})
+    save_adapter(
+        place / "adapter",
+        vla,
+        processor=Processor(learnt, words, {"mine": ENTRY}),
+        statistics={"mine": ENTRY},
+        options={},
+    )
     return place
 
 
@@ -51,13 +66,15 @@ def test_merged_answers_as_base_and_adapter(place: Path, tmp_path: Path) -> None
     frames = list(rng.integers(0, 255, (4, 256, 256, 3)).astype(np.uint8))
     words = ["put it on the plate", "go", "put it there", "stop"]
     np.testing.assert_array_equal(merged.batch(frames, words, frames), together.batch(frames, words, frames))
-    assert not np.array_equal(merged.batch(frames, words, frames), load_policy(place / "base", device="cpu").batch(frames, words, frames))
+    assert not np.array_equal(
+        merged.batch(frames, words, frames), load_policy(place / "base", device="cpu").batch(frames, words, frames)
+    )
     assert merged.processor.config.unnorm_key == "mine" and set(merged.processor.statistics) == {"base", "mine"}
 
 
 def test_an_adapter_is_not_merged_twice(place: Path, tmp_path: Path) -> None:
     merged = export.main(ExportConfig(str(place / "base"), tmp_path / "merged", adapter=place / "adapter"))
-    with pytest.raises(ConfigError, match="merged into .* already"):
+    with pytest.raises(ConfigError, match=r"merged into .* already"):
         export.main(ExportConfig(str(merged), tmp_path / "twice", adapter=place / "adapter"))
     with pytest.raises(ConfigError, match="trained on other weights"):
         load_vla(merged, place / "adapter")
@@ -73,7 +90,15 @@ def test_the_originals_keys_and_numbers_come_out_again(tmp_path: Path) -> None:
     vla = load_vla(EXCERPT / "checkpoint", dtype=torch.bfloat16)
     written = vla.config.to_json()
     original = json.loads((EXCERPT / "checkpoint" / "config.json").read_text())
-    for key in ("arch_specifier", "image_sizes", "timm_model_ids", "pad_to_multiple_of", "tiny_timm_kwargs", "vision_backbone_id", "llm_backbone_id"):
+    for key in (
+        "arch_specifier",
+        "image_sizes",
+        "timm_model_ids",
+        "pad_to_multiple_of",
+        "tiny_timm_kwargs",
+        "vision_backbone_id",
+        "llm_backbone_id",
+    ):
         assert json.loads(json.dumps(written[key])) == original[key], key
     for key, value in original["text_config"].items():
         if key != "torch_dtype":
@@ -88,7 +113,9 @@ def test_a_published_folder_goes_out_bit_equal(reference: Path, tmp_path: Path) 
     with pytest.raises(ConfigError, match="unnorm_key is needed"):
         load_policy(folder, device="cpu")
     config = json.loads((folder / "config.json").read_text())
-    assert config["torch_dtype"] == "bfloat16" and set(config["norm_stats"]) == set(json.loads((reference / "checkpoint" / "config.json").read_text())["norm_stats"])
+    assert config["torch_dtype"] == "bfloat16" and set(config["norm_stats"]) == set(
+        json.loads((reference / "checkpoint" / "config.json").read_text())["norm_stats"]
+    )
 
 
 def test_the_native_layout_becomes_a_folder(reference: Path, tmp_path: Path) -> None:

@@ -34,7 +34,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words.save_pretrained(place / "words")
     processor = Processor(ProcessorConfig.for_model(TINY, unnorm_key=None, center_crop=True), words, {})
     save_checkpoint(
-        place / "base", random_vla(TINY, seed=0), processor=processor, statistics={}, tokenizer_from=place / "words", dtype=torch.float32
+        place / "base",
+        random_vla(TINY, seed=0),
+        processor=processor,
+        statistics={},
+        tokenizer_from=place / "words",
+        dtype=torch.float32,
     )
     (place / "staged").mkdir()
     for number in range(4):
@@ -93,7 +98,9 @@ def test_an_adapter_acts_and_knows_its_base(cfg: FinetuneConfig, place: Path) ->
     policy = load_policy(adapter, device="cpu")
     action = policy(frame, "put block 1 on the plate", wrist=frame)
     assert action.shape == (7,) and action.dtype == np.float32 and np.isfinite(action).all()
-    np.testing.assert_array_equal(load_policy(place / "base", adapter, device="cpu")(frame, "put block 1 on the plate", frame), action)
+    np.testing.assert_array_equal(
+        load_policy(place / "base", adapter, device="cpu")(frame, "put block 1 on the plate", frame), action
+    )
     assert policy.processor.config.unnorm_key == "drawn" and policy.processor.config.center_crop
     with pytest.raises(ConfigError, match="contradicts"):
         load_policy(adapter, center_crop=False, device="cpu")
@@ -110,9 +117,15 @@ def test_all_of_a_small_model_can_be_trained(cfg: FinetuneConfig) -> None:
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(cfg: FinetuneConfig) -> None:
-    flags = [f"--{f.name}={getattr(cfg, f.name)}" for f in dataclasses.fields(cfg) if f.name not in ("augment_order", "run_id_note", "shuffle_buffer_size")]
+    flags = [
+        f"--{f.name}={getattr(cfg, f.name)}"
+        for f in dataclasses.fields(cfg)
+        if f.name not in ("augment_order", "run_id_note", "shuffle_buffer_size")
+    ]
     command = [sys.executable, "finetune.py", *flags, "--max_steps", "100000", "--save_steps", "100000"]
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True
+    )
     run = cfg.run_root_dir / finetune.run_name(cfg)
     deadline = time.monotonic() + 180
     while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:

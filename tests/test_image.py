@@ -27,7 +27,9 @@ def test_jpeg_round_trip_is_bit_equal_to_tensorflows(numbers: Path) -> None:
     arrays = np.load(numbers / "image_path.npz")
     for name, picture in pictures(numbers).items():
         assert digest(image.jpeg_round_trip(picture)) == str(arrays[f"{name}__jpeg_decoded_sha256"])
-        assert digest(image.decode_jpeg(arrays[f"{name}__jpeg_bytes"].tobytes())) == str(arrays[f"{name}__jpeg_decoded_sha256"])
+        assert digest(image.decode_jpeg(arrays[f"{name}__jpeg_bytes"].tobytes())) == str(
+            arrays[f"{name}__jpeg_decoded_sha256"]
+        )
 
 
 def test_resize_differs_in_at_most_two_values_by_one(numbers: Path) -> None:
@@ -51,7 +53,9 @@ def test_a_turned_frame_equals_get_libero_image(reference: Path) -> None:
 def test_center_crop_is_equal(numbers: Path) -> None:
     arrays = np.load(numbers / "image_path.npz")
     for name in pictures(numbers):
-        np.testing.assert_array_equal(image.center_crop(arrays[f"{name}__resize_224"]), arrays[f"{name}__center_crop_224"])
+        np.testing.assert_array_equal(
+            image.center_crop(arrays[f"{name}__resize_224"]), arrays[f"{name}__center_crop_224"]
+        )
 
 
 def test_pixel_values_are_bit_equal(numbers: Path) -> None:
@@ -81,7 +85,10 @@ def test_augmentation_with_the_originals_parameters(numbers: Path) -> None:
         y1, x1, y2, x2 = given[f"{name}__crop_box"].tolist()
         augmentation = Augmentation(
             (y1, x1, y2, x2),
-            *(float(given[key][i]) for key in ("brightness_delta", "contrast_factor", "saturation_factor", "hue_delta")),
+            *(
+                float(given[key][i])
+                for key in ("brightness_delta", "contrast_factor", "saturation_factor", "hue_delta")
+            ),
         )
         picture = source[f"{name}__resize_224"]
         stages = np.stack([stage[::8, ::8] for stage in augmentation.stages(picture)])
@@ -96,7 +103,12 @@ def test_random_parameters_keep_their_ranges_and_their_seed() -> None:
     np.testing.assert_allclose((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), image.CROP_AREA, rtol=1e-6)
     assert boxes.min() >= 0 and boxes.max() <= 1 + 1e-7
     assert abs(np.corrcoef(boxes[:, 0], boxes[:, 1])[0, 1]) < 0.2, "the two offsets must be independent"
-    for name, low, high in (("brightness", -0.2, 0.2), ("contrast", 0.8, 1.2), ("saturation", 0.8, 1.2), ("hue", -0.05, 0.05)):
+    for name, low, high in (
+        ("brightness", -0.2, 0.2),
+        ("contrast", 0.8, 1.2),
+        ("saturation", 0.8, 1.2),
+        ("hue", -0.05, 0.05),
+    ):
         values = np.array([getattr(a, name) for a in drawn])
         assert low <= values.min() < low + 0.1 * (high - low) and high - 0.1 * (high - low) < values.max() <= high
     assert Augmentation.draw(np.random.default_rng(3)) == drawn[3]

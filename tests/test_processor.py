@@ -96,5 +96,7 @@ def test_a_damaged_processor_is_one_sentence(tmp_path: Path, text: str) -> None:
 
 def test_words_it_never_saw_are_spelled_not_lost(tiny: Processor) -> None:
     ids = tiny.prompt_ids("schraube die mutter fest €")
-    assert tiny.tokenizer.decode(ids[1:-1]) == "In: What action should the robot take to schraube die mutter fest €?\nOut:"
+    assert (
+        tiny.tokenizer.decode(ids[1:-1]) == "In: What action should the robot take to schraube die mutter fest €?\nOut:"
+    )
     assert torch.tensor(ids).max() < TINY.vocab_size - 256

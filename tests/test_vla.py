@@ -50,7 +50,11 @@ def test_lora_at_full_size_adapts_the_originals_modules() -> None:
 
 def test_the_converters_defaults_are_ours() -> None:
     with_defaults = VLAConfig.from_json(EXCERPT / "checkpoint" / "config.json").text_config
-    assert (with_defaults.rms_norm_eps, with_defaults.max_position_embeddings, with_defaults.rope_theta) == (1e-6, 2048, 1e4)
+    assert (with_defaults.rms_norm_eps, with_defaults.max_position_embeddings, with_defaults.rope_theta) == (
+        1e-6,
+        2048,
+        1e4,
+    )
 
 
 def test_features_of_each_tower(vla: VLA, arrays: dict[str, np.ndarray], batch: dict[str, torch.Tensor]) -> None:
@@ -74,7 +78,9 @@ def test_logits_and_loss(vla: VLA, arrays: dict[str, np.ndarray], batch: dict[st
     two = np.sort(logits, axis=-1)[..., -2:]
     clear = valid & (two[..., 1] - two[..., 0] > 1e-3)
     np.testing.assert_array_equal(logits.argmax(-1)[clear], arrays["logits_argmax"][clear])
-    np.testing.assert_allclose(np.log(np.exp(logits.astype(np.float64)).sum(-1))[valid], arrays["logits_logsumexp"][valid], atol=1e-4)
+    np.testing.assert_allclose(
+        np.log(np.exp(logits.astype(np.float64)).sum(-1))[valid], arrays["logits_logsumexp"][valid], atol=1e-4
+    )
     assert abs(out.loss.item() - float(arrays["loss_float64"])) < 1e-4
 
 
@@ -122,7 +128,8 @@ def test_it_looks_and_it_reads(vla: VLA, batch: dict[str, torch.Tensor]) -> None
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("image_resize_strategy", None), ("arch_specifier", "linear"), ("use_fused_vision_backbone", False)]
+    ("key", "value"),
+    [("image_resize_strategy", None), ("arch_specifier", "linear"), ("use_fused_vision_backbone", False)],
 )
 def test_another_architecture_is_refused(tmp_path: Path, key: str, value: object) -> None:
     config = json.loads((EXCERPT / "checkpoint" / "config.json").read_text())

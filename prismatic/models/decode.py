@@ -35,7 +35,11 @@ def action_logits(head: nn.Module, hidden: torch.Tensor, first_id: int, last_id:
 
 
 def greedy_action_ids(
-    vla: "VLA", input_ids: torch.Tensor, pixel_values: torch.Tensor, action_dim: int, attention_mask: torch.Tensor | None
+    vla: "VLA",
+    input_ids: torch.Tensor,
+    pixel_values: torch.Tensor,
+    action_dim: int,
+    attention_mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """See VLA.generate_action_ids."""
     config, model = vla.config, vla.language_model

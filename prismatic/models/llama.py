@@ -57,7 +57,9 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
-def rotary(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary(
+    positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """positions (B, T) → cos, sin (B, 1, T, head_dim) of rotate-half RoPE, computed in float32."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions[:, None, :, None].float() * (1.0 / theta**exponents)
@@ -142,7 +144,9 @@ class Llama(nn.Module):
     def forward(self, embeddings: torch.Tensor, positions: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """embeddings (B, T, H), positions (B, T) → normed hidden states (B, T, H). With a cache, attends to every slot up to its position."""
         config = self.config
-        cos_sin = rotary(positions, config.hidden_size // config.num_attention_heads, config.rope_theta, embeddings.dtype)
+        cos_sin = rotary(
+            positions, config.hidden_size // config.num_attention_heads, config.rope_theta, embeddings.dtype
+        )
         x = embeddings
         for layer in self.model.layers:
             x = layer(x, cos_sin, positions, cache)

@@ -4,7 +4,8 @@ Surprising: OpenVLA's "all-linear" meant every module whose *last name* is one o
 convolution), `lm_head` and parts the forward never reads; today's peft reads "all-linear" differently, so the names are written out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import peft
 import torch
@@ -19,13 +20,15 @@ ADAPTER = "default"  # peft's name of the only adapter
 FILE_PREFIX = "base_model.model."  # what peft puts before every name in adapter_model.safetensors
 
 
-def lora_config(*, rank: int, alpha: int | None = None, dropout: float = 0.0) -> peft.LoraConfig:
+def lora_config(
+    *, rank: int, alpha: int | None = None, dropout: float = 0.0, target_modules: Sequence[str] = TARGET_MODULES
+) -> peft.LoraConfig:
     """OpenVLA's configuration: alpha defaults to min(rank, 16); A ~ N(0, 1/rank), B = 0."""
     return peft.LoraConfig(
         r=rank,
         lora_alpha=min(rank, 16) if alpha is None else alpha,
         lora_dropout=dropout,
-        target_modules=list(TARGET_MODULES),
+        target_modules=list(target_modules),
         init_lora_weights="gaussian",
     )
 
@@ -37,8 +40,8 @@ def add_lora(vla: VLA, *, rank: int = 32, alpha: int | None = None, dropout: flo
     return vla
 
 
-def lora_layers(vla: nn.Module) -> Iterator[tuple[str, "peft.tuners.lora.LoraLayer"]]:
-    """(name, layer) of every adapted module."""
+def lora_layers(vla: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, peft's LoraLayer) of every adapted module."""
     for name, module in vla.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
             yield name, module

@@ -41,14 +41,19 @@ def tiny_tokenizer(sentences: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=WORDS, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=WORDS,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator((PROMPT.format(instruction=sentence.lower()) for sentence in sentences), trainer)
     tokenizer.add_tokens([f"<unused_{i}>" for i in range(WORDS - tokenizer.get_vocab_size())])
     tokenizer.add_tokens([AddedToken(f"<action_{i}>", normalized=False) for i in range(ACTIONS)])
     tokenizer.add_special_tokens(["<PAD>"])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<PAD>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<PAD>"
+    )
 
 
 def random_vla(config: VLAConfig, *, seed: int) -> VLA:

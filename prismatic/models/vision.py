@@ -9,7 +9,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import LayerScale as TimmLayerScale
 from torch import nn
 
 CHANNELS = 3  # of one picture; each tower sees it normalised its own way
@@ -55,7 +54,7 @@ def build_tower(timm_id: str, *, image_size: int, stem: Sequence[int] = (), **ti
     )
     for block in tower.blocks:
         for name in ("ls1", "ls2"):
-            if isinstance(getattr(block, name), TimmLayerScale):
+            if hasattr(getattr(block, name), "gamma"):
                 setattr(block, name, LayerScale(tower.embed_dim))
     if stem:
         tower.patch_embed = ConvStem(stem, tower.patch_embed.patch_size[0], tower.embed_dim)
@@ -74,7 +73,12 @@ class VisionBackbone(nn.Module):
     """`featurizer` (DINOv2) and `fused_featurizer` (SigLIP) side by side over every image of the input."""
 
     def __init__(
-        self, timm_ids: Sequence[str], timm_kwargs: Mapping[str, Mapping[str, Any]], *, image_size: int, stem: Sequence[int] = ()
+        self,
+        timm_ids: Sequence[str],
+        timm_kwargs: Mapping[str, Mapping[str, Any]],
+        *,
+        image_size: int,
+        stem: Sequence[int] = (),
     ) -> None:
         super().__init__()
         dino, siglip = timm_ids

@@ -66,7 +66,9 @@ class VLAConfig:
             raise ConfigError(f"{path} is not valid JSON ({error}): copy it again from the checkpoint") from None
         native = isinstance(raw.get("vla"), dict)
         if native and "dinosiglip-224px+7b" not in str(raw["vla"].get("base_vlm")):
-            raise ConfigError(f"{path}: base_vlm {raw['vla'].get('base_vlm')!r} is not prism-dinosiglip-224px+7b, the only one built here")
+            raise ConfigError(
+                f"{path}: base_vlm {raw['vla'].get('base_vlm')!r} is not prism-dinosiglip-224px+7b, the only one built here"
+            )
         if not native:
             _check_architecture(raw, path)
         text = {**raw.get("text_config", {}), **raw.get("tiny_text_config", {})}
@@ -82,7 +84,11 @@ class VLAConfig:
     def to_json(self) -> dict[str, Any]:
         """config.json as OpenVLA's own code reads it; what differs from openvla-7b's sizes stands under this project's names."""
         defaults = VLAConfig()
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("image_size", "text_config")}
+        own = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in ("image_size", "text_config")
+        }
         always = ("timm_model_ids", "pad_to_multiple_of", "n_action_bins", "pad_token_id")
         return {
             "architectures": ["OpenVLAForActionPrediction"],
@@ -97,7 +103,11 @@ class VLAConfig:
             "use_fused_vision_backbone": True,
             "llm_max_length": 2048,
             "output_projector_states": False,
-            "text_config": {"model_type": "llama", "pad_token_id": self.pad_token_id, **dataclasses.asdict(self.text_config)},
+            "text_config": {
+                "model_type": "llama",
+                "pad_token_id": self.pad_token_id,
+                **dataclasses.asdict(self.text_config),
+            },
             **{name: value for name, value in own.items() if name in always or value != getattr(defaults, name)},
         }
 

@@ -49,7 +49,9 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     elif native := sorted((folder / "checkpoints").glob("*.pt")):
         return _native_tensors(next((path for path in native if path.name == "latest-checkpoint.pt"), native[-1]))
     else:
-        raise ConfigError(f"{folder} holds no weights: expected {SINGLE_FILE}, {INDEX_FILE} with its shards, or checkpoints/*.pt")
+        raise ConfigError(
+            f"{folder} holds no weights: expected {SINGLE_FILE}, {INDEX_FILE} with its shards, or checkpoints/*.pt"
+        )
     return {name: tensor for path in files for name, tensor in read_safetensors(path)}
 
 
@@ -61,7 +63,7 @@ def read_safetensors(path: Path) -> Iterable[tuple[str, StoredTensor]]:
         raise ConfigError(f"{path} is missing, though the index names it: copy the checkpoint again") from None
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path} is damaged or truncated ({error}): copy it again") from None
-    for name in handle.keys():
+    for name in handle.keys():  # noqa: SIM118  (no dict: it can't be iterated itself)
         shape = tuple(handle.get_slice(name).get_shape())
         yield name, StoredTensor(path, shape, lambda name=name: handle.get_tensor(name))
 
@@ -71,11 +73,15 @@ def _native_tensors(path: Path) -> dict[str, StoredTensor]:
     try:
         parts = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["model"]
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
-        raise ConfigError(f"{path} is no readable Prismatic checkpoint ({str(error).splitlines()[0]}): copy it again") from None
+        raise ConfigError(
+            f"{path} is no readable Prismatic checkpoint ({str(error).splitlines()[0]}): copy it again"
+        ) from None
     found = {}
     for part, tensors in parts.items():
         for name, tensor in tensors.items():
-            found[_published_name(f"{part}.{name}")] = StoredTensor(path, tuple(tensor.shape), lambda tensor=tensor: tensor)
+            found[_published_name(f"{part}.{name}")] = StoredTensor(
+                path, tuple(tensor.shape), lambda tensor=tensor: tensor
+            )
     return found
 
 
@@ -90,7 +96,9 @@ def check_names(expected: dict[str, tuple[int, ...]], stored: dict[str, StoredTe
     """ConfigError that names the first missing, surplus or mis-shaped tensor and its file."""
     for name, shape in expected.items():
         if name not in stored:
-            raise ConfigError(f"{folder}: tensor {name} is missing: config.json describes another model, or a shard was lost")
+            raise ConfigError(
+                f"{folder}: tensor {name} is missing: config.json describes another model, or a shard was lost"
+            )
         if stored[name].shape != shape:
             raise ConfigError(
                 f"{stored[name].file}: tensor {name} has shape {list(stored[name].shape)}, but config.json makes it {list(shape)}"
