@@ -117,6 +117,8 @@ class EvalConfig:
     local_log_dir: Path = Path("rollouts")
     # Is added to the rollout folder's name.
     run_id_note: str | None = None
+    # Play nothing: compare two rollout folders over the episodes that they share.
+    compare: tuple[Path, Path] | None = None
     # Accepted because OpenVLA's command lines have it.
     model_family: Literal["openvla"] = "openvla"
 
@@ -176,3 +178,13 @@ class DoctorConfig:
     dataset_name: str = "libero_spatial_no_noops"
     # Start the simulator: renderer, golden frame, and a bowl that must stay where it is (half a minute).
     simulator: bool = True
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    # What to measure.
+    what: tyro.conf.Positional[Literal["load"]]
+    # Checkpoint folder or hub id; none makes one of full size with random weights below WORKSPACE.
+    checkpoint: str | None = None
+    # Also write the table here.
+    json: Path | None = None

@@ -18,7 +18,7 @@ import tyro
 from tqdm import tqdm
 
 from config import EvalConfig
-from prismatic import evaluation, machine, report, simulator
+from prismatic import evaluation, machine, report, simulator, statistics
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.player import Setup
 from prismatic.versions import SIMULATOR_PACKAGES, folder_fingerprint, versions
@@ -30,6 +30,9 @@ RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE",
 
 
 def main(cfg: EvalConfig) -> None:
+    if cfg.compare:
+        compare(*cfg.compare)
+        return
     check(cfg)
     trials = evaluation.plan(
         cfg.task_suite_name,
@@ -49,7 +52,8 @@ def main(cfg: EvalConfig) -> None:
             if folder.rows():
                 with folder.locked():
                     report.build(folder.path)
-    if RANK == 0:
+    ended = {row["episode_id"] for row in evaluation.read_rows(folder.path)}
+    if RANKS == 1 or ended >= {trial.id for trial in trials}:  # of several ranks, the last one has the whole result
         print_result(cfg, folder.path, summary)
 
 
@@ -185,6 +189,26 @@ def record(cfg: EvalConfig) -> dict[str, Any]:
         "ranks": RANKS,
         "versions": versions(),
     }
+
+
+def compare(before: Path, after: Path) -> None:
+    """Two rollout folders, episode by episode: both rates with intervals, and what may be concluded. ConfigError if they share none."""
+    outcomes = []
+    for folder in (before, after):
+        rows = [row for row in evaluation.read_rows(folder) if row["success"] is not None]
+        outcomes.append({row["episode_id"]: bool(row["success"]) for row in rows})
+        wins = sum(outcomes[-1].values())
+        low, high = (100 * limit for limit in statistics.wilson_interval(wins, len(rows)))
+        print(f"{folder.name}: {wins} of {len(rows)} episodes, 95 % interval {low:.0f} to {high:.0f} %")
+        print(f"    {folder / report.PAGE}")
+        for success, label in ((True, "success"), (False, "failure")):
+            for row in [row for row in rows if row["success"] is success and row["video"]][:1]:
+                print(f"    a {label}: {folder / row['video']}")
+    if not outcomes[0].keys() & outcomes[1].keys():
+        raise ConfigError(
+            f"--compare: {before} and {after} share no episode that ended: give two runs of the same trials"
+        )
+    print(f"second against first: {statistics.compare(outcomes[1], outcomes[0]).sentence}")
 
 
 def print_result(cfg: EvalConfig, folder: Path, summary: evaluation.Row) -> None:

@@ -28,7 +28,7 @@ from prismatic.hub import resolve
 from prismatic.models import weights
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.processor import Processor, ProcessorConfig
-from prismatic.run_folder import RunFolder
+from prismatic.run_folder import STEP_FOLDER, RunFolder
 from prismatic.training import Metrics, StopSignal, backward, learning_rate
 
 LOG_STEPS = 10  # steps between lines of metrics.jsonl
@@ -195,7 +195,7 @@ def build_processor(cfg: FinetuneConfig, base: Path, mixture: Mixture) -> Proces
         model,
         unnorm_key=names[0] if len(names) == 1 else None,
         center_crop=cfg.image_aug and "random_resized_crop" in cfg.augment_order,
-        base_model=str(cfg.vla_path),
+        base_model=str(base.resolve()) if Path(cfg.vla_path).is_dir() else cfg.vla_path,
         base_fingerprint=weights.fingerprint(weights.stored_tensors(base)) if cfg.use_lora else "",
     )
     return Processor(config, load_tokenizer(base), mixture.statistics)
@@ -206,7 +206,7 @@ def build_model(cfg: FinetuneConfig, base: Path, resumed: Path | None, device: s
     dtype = torch.bfloat16 if device == "cuda" and cfg.use_lora else torch.float32
     if not cfg.use_lora:
         return load_vla(resumed or base, dtype=dtype, device=device)
-    vla = load_vla(base, resumed, dtype=dtype, device=device)
+    vla = load_vla(base, resumed, dtype=dtype, device=device, adapter_dtype=torch.float32)
     if resumed is None:
         from prismatic.models.lora import add_lora
 
@@ -272,7 +272,9 @@ def restore(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> int:
 
 def run_name(cfg: FinetuneConfig) -> str:
     """OpenVLA's run id: model, data, effective batch, learning rate, adapter, note."""
-    name = f"{Path(cfg.vla_path).name}+{cfg.dataset_name.replace(',', '_').replace(':', '-')}"
+    base = Path(cfg.vla_path)
+    base = base.parent if STEP_FOLDER.fullmatch(base.name) else base
+    name = f"{base.name}+{cfg.dataset_name.replace(',', '_').replace(':', '-')}"
     name += f"+b{cfg.batch_size * cfg.grad_accumulation_steps}+lr-{cfg.learning_rate:g}"
     if cfg.use_lora:
         name += f"+lora-r{cfg.lora_rank}+dropout-{cfg.lora_dropout:g}"

@@ -42,12 +42,16 @@ def load_vla(
     *,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    adapter_dtype: torch.dtype | None = None,
 ) -> VLA:
     """A model from a checkpoint folder or hub id, with an adapter on it if one is given (then only the adapter is trainable).
+
+    adapter_dtype: None means dtype. Training keeps its adapter in float32 on a bfloat16 base.
 
     ConfigError, before anything is loaded, for a missing, surplus or mis-shaped tensor, a truncated file, or an adapter of another base.
     """
     folder = resolve(checkpoint)
+    adapter = None if adapter is None else resolve(adapter)
     if (folder / ADAPTER_CONFIG).exists():
         raise ConfigError(f"{folder} is an adapter: give its base as the checkpoint and this folder as the adapter")
     config = VLAConfig.from_json(folder / CONFIG)
@@ -56,12 +60,12 @@ def load_vla(
         vla = VLA(config)
     weights.check_names({name: tuple(tensor.shape) for name, tensor in vla.state_dict().items()}, stored, folder)
     if adapter is not None:
-        _check_base(Path(adapter), folder, stored)
+        _check_base(adapter, folder, stored)
     weights.fill(vla, stored, dtype=dtype, device=device)
     if adapter is not None:
         from prismatic.adapter import load_adapter  # here, because peft takes seconds to import
 
-        load_adapter(vla, Path(adapter), dtype=dtype)
+        load_adapter(vla, adapter, dtype=adapter_dtype or dtype)
     return vla
 
 
@@ -199,8 +203,10 @@ def adapter_fingerprint(folder: Path) -> str:
 def adapter_base(folder: Path) -> str:
     """The base model's folder or id that an adapter names; a relative folder is looked for beside the adapter, then from here."""
     name = json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise ConfigError(f"{folder} was trained on {name}, which is not there any more: give the base and --lora_checkpoint {folder}")
     beside = folder.parent / name
-    return str(beside) if beside.is_dir() and not Path(name).is_absolute() else name
+    return str(beside) if beside.is_dir() else name
 
 
 def save_checkpoint(

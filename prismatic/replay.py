@@ -143,7 +143,7 @@ def find_replays(folder: Path, suite: str, task_ids: Iterable[int], *, stage: Pa
 def _lengths(path: Path, *, state_size: int) -> list[tuple[int, int]]:
     """Number and steps of each demonstration in a file, once all of them are seen to be in LIBERO's layout."""
     with _data(path) as data:
-        numbers = sorted(int(name[5:]) for name in data if re.fullmatch(r"demo_\d+", name))
+        numbers = sorted(int(name[5:]) for name in map(str, data.keys()) if re.fullmatch(r"demo_\d+", name))
         if not numbers:
             raise ConfigError(
                 f"{path} (from_hdf5) holds no demonstration (data/demo_0 …): it is not a file of LIBERO's"

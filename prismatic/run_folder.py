@@ -18,11 +18,12 @@ import torch
 
 from prismatic.errors import ConfigError
 
+STEP_FOLDER = re.compile(r"latest|step-\d+")  # names within a run: the run's own name says more
 STATE, METRICS, LATEST, OPTIONS = "training_state.pt", "metrics.jsonl", "latest", "finetune.json"
 
 
 class RunFolder:
-    """One run's folder; `options` are those that must not change when it is resumed."""
+    """One run's folder, made if it isn't there; the `keep` newest step folders stay."""
 
     def __init__(self, path: Path, *, keep: int) -> None:
         self.path, self.keep = path, keep
@@ -30,7 +31,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Step folders, oldest first."""
-        return sorted(folder for folder in self.path.glob("step-*") if re.fullmatch(r"step-\d+", folder.name))
+        return sorted(folder for folder in self.path.glob("step-*") if STEP_FOLDER.fullmatch(folder.name))
 
     def check_options(self, options: Mapping[str, Any], *, may_change: tuple[str, ...]) -> None:
         """Remember the options of the run; ConfigError that names the first one that differs from what it began with."""

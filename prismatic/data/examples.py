@@ -3,6 +3,7 @@
 Surprising: the augmentation of draw p depends on the seed and p alone, so neither the number of workers nor a resumed run changes a pixel.
 """
 
+import signal
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -36,8 +37,9 @@ class Examples(Dataset[Example]):
         return example(self.mixture[draw], self.processor, augmentation)
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent saves and then ends us
 
 
 def batches(examples: Examples, draws: DrawBatches, *, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
@@ -48,7 +50,7 @@ def batches(examples: Examples, draws: DrawBatches, *, num_workers: int, pin_mem
         collate_fn=examples.processor.collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         generator=torch.Generator(),  # its own: it would draw from the model's random numbers, and a resumed run would part from a whole one
         multiprocessing_context="forkserver" if num_workers else None,
         prefetch_factor=2 if num_workers else None,

@@ -1,0 +1,274 @@
+"""replay.py: HDF5 files in LIBERO's layout, made by the scripted expert, become staged episodes and a data set.
+
+What needs the simulator runs in processes of its own: osmesa and torch don't mix.
+"""
+
+import json
+import multiprocessing
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, cast
+
+import h5py
+import numpy as np
+import pytest
+
+from collect import open_stage
+from config import CollectConfig
+from prismatic.data.staging import load_episode
+from prismatic.errors import ConfigError
+from prismatic.expert import Expert
+from prismatic.image import decode_jpeg, encode_jpeg
+from prismatic.replay import Replay, Replays, find_replays
+from prismatic.simulator import Simulator, choose_renderer
+from prismatic.suites import bddl_file, init_states, task_name
+
+ROOT = Path(__file__).resolve().parents[1]
+SUITE, TASK = "libero_spatial", 0
+FILE = f"{task_name(SUITE, TASK)}_demo.hdf5"
+STATE_SIZE = init_states(SUITE, TASK).shape[1]
+WAVE = 12  # step at which the hand stands still and shuts its fingers: no motion, and not a no-op
+LOOKS = (WAVE, WAVE + 1, 40)  # kept steps whose pictures are compared
+
+
+def write_libero_file(path: Path, demos: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    """(states, actions) of each demonstration as LIBERO's create_dataset.py lays them out, without the pictures."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        data.attrs["env_name"] = "Libero_Tabletop_Manipulation"
+        data.attrs["num_demos"] = len(demos)
+        for number, (states, actions) in enumerate(demos):
+            group = data.create_group(f"demo_{number}")
+            group.attrs["num_samples"] = len(actions)
+            group.attrs["init_state"] = states[0]
+            last = np.eye(1, len(actions), len(actions) - 1, dtype=np.uint8)[0]
+            arrays = {"states": states, "actions": actions, "rewards": last, "dones": last}
+            for name, array in arrays.items():
+                group.create_dataset(name, data=array)
+            group.create_group("obs").create_dataset("joint_states", data=np.zeros((len(actions), 7)))
+
+
+def libero_frames(first_state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What LIBERO's own environment shows of a state after ten settling steps, turned by 180 degrees."""
+    from libero.libero.envs import OffScreenRenderEnv
+
+    environment = OffScreenRenderEnv(bddl_file_name=str(bddl_file(SUITE, TASK)), camera_heights=256, camera_widths=256)
+    environment.seed(0)
+    environment.reset()
+    environment.set_init_state(first_state)
+    observation: Any = None
+    for _ in range(10):
+        observation = environment.step([0, 0, 0, 0, 0, 0, -1])[0]
+    environment.close()
+    return observation["agentview_image"][::-1, ::-1], observation["robot0_eye_in_hand_image"][::-1, ::-1]
+
+
+def expert_demonstration() -> dict[str, Any]:
+    """An episode of the expert: at each step state, action in LIBERO's convention and proprioception; some pictures."""
+    choose_renderer()
+    sim = Simulator(SUITE, TASK)
+    sim.reset(2)
+    first_state = sim.environment.sim.get_state().flatten()
+    sim.reset(first_state)
+    expert = Expert(sim)
+    states, actions, proprio, seen = [first_state], [], [], {}
+    solved = False
+    while not solved and len(actions) < 120:
+        proprio.append(sim.proprio())
+        if len(actions) in LOOKS:
+            seen[len(actions)] = sim.frame(), sim.wrist()
+        action = expert(None, sim.instruction) if len(actions) != WAVE else np.zeros(7)
+        solved = sim.step(action)
+        actions.append([*action[:6], 1 - 2 * action[6]])
+        states.append(sim.environment.sim.get_state().flatten())
+    assert solved
+    sim.close()
+    seen[0] = libero_frames(first_state)
+    return {"states": np.array(states[:-1]), "actions": np.array(actions), "proprio": proprio, "seen": seen}
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, Any]:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(expert_demonstration).result()
+
+
+def with_no_ops(recorded: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """States and actions with steps put in that hold still: at the start, twice on the way, with shut fingers, at the end."""
+    states, actions = recorded["states"], recorded["actions"]
+    places = [0, 5, 5, int(np.flatnonzero(actions[:, 6] > 0)[-1]), len(actions)]
+    still = np.zeros((len(places), 7))
+    still[:, 0] = 5e-5  # below the threshold
+    still[0, 6] = 1.0  # at the first step the gripper doesn't count
+    still[1:, 6] = [actions[place - 1, 6] for place in places[1:]]
+    states = np.insert(states, places, states[[min(place, len(states) - 1) for place in places]], axis=0)
+    return states, np.insert(actions, places, still, axis=0)
+
+
+def test_the_script_replays_what_ends_in_success(recorded: dict[str, Any], tmp_path: Path) -> None:
+    states, actions = with_no_ops(recorded)
+    abandoned = slice(None, 9)  # ends long before the bowl is reached
+    idle = np.zeros((3, 7))
+    write_libero_file(
+        tmp_path / "hdf5" / FILE,
+        [(states, actions), (states[abandoned], actions[abandoned]), (states[:3], idle), (states, actions)],
+    )
+    places = ["--data_root_dir", str(tmp_path), "--dataset_name", "replayed", "--from_hdf5", str(tmp_path / "hdf5")]
+    options = ["--task_suite_name", SUITE, "--task_ids", str(TASK), "--num_demos_per_task", "3", "--num_workers", "1"]
+    command = [sys.executable, "collect.py", *places, *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "task 0: 2 of 3 demonstrations dropped" in done.stdout
+    assert f"1 of 3 demonstrations kept; 5 of their {len(actions)} steps are no-ops" in done.stdout
+    assert json.loads((tmp_path / "replayed/1.0.0/features.json").read_text())
+
+    stage = tmp_path / "replayed_staged"
+    names = ["settings.json", "task00-00000.npz", "task00-00001.failed", "task00-00002.failed"]
+    assert sorted(path.name for path in stage.iterdir()) == names
+    episode = load_episode(stage / names[1])
+    np.testing.assert_array_equal(episode.action, recorded["actions"].astype(np.float32))
+    np.testing.assert_array_equal(episode.state, [state for state, _ in recorded["proprio"]])
+    np.testing.assert_array_equal(episode.joint_state, [joints for _, joints in recorded["proprio"]])
+    assert episode.instruction.startswith("pick up the black bowl between")
+    assert episode.file_path == f"{FILE}/demo_0"
+    for step, (frame, wrist) in recorded["seen"].items():
+        assert episode.images[step] == encode_jpeg(frame), step
+        assert episode.wrist_images[step] == encode_jpeg(wrist), step
+
+    kept = (stage / names[1]).stat().st_mtime_ns
+    started = time.monotonic()
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert time.monotonic() - started < 15  # nothing was played
+    assert again.stdout == done.stdout
+    assert (stage / names[1]).stat().st_mtime_ns == kept
+
+
+# --- without a simulator --------------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """A simulator that says after each step what it was told to say."""
+
+    suite, task_id, instruction = SUITE, TASK, "wait"
+
+    def __init__(self, *answers: bool) -> None:
+        self.answers, self.commands = list(answers), []
+
+    def reset(self, state: np.ndarray) -> None:
+        self.started_from = state
+
+    def step(self, action: np.ndarray) -> bool:
+        self.commands.append(action)
+        return self.answers[len(self.commands) - 1]
+
+    def frame(self) -> np.ndarray:
+        return np.full((256, 256, 3), 20 * len(self.commands), np.uint8)
+
+    wrist = frame
+
+    def proprio(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros(8, np.float32), np.zeros(7, np.float32)
+
+
+def small_demo(folder: Path, actions: np.ndarray, name: str = FILE) -> Replay:
+    write_libero_file(folder / name, [(np.full((len(actions), STATE_SIZE), 0.5), actions)])
+    [job] = find_replays(folder, SUITE, [TASK], stage=folder / "staged", limit=50)
+    return job
+
+
+def test_the_last_step_decides_and_a_no_op_is_not_executed(tmp_path: Path) -> None:
+    actions = np.zeros((5, 7))
+    actions[:, 6] = [-1, -1, 1, 1, 0]
+    actions[[0, 4], 2] = 0.3
+    job = small_demo(tmp_path, actions)
+    assert job.steps == 5
+    sim = Scripted(True, True, True)
+    assert job.record(cast(Simulator, sim)) == 3
+    assert (sim.started_from == 0.5).all()
+    # steps 1 and 3 hold still with the fingers as before; LIBERO's -1 is the policy's 1, and 0 (hold) stays in between
+    np.testing.assert_allclose([command[2] for command in sim.commands], [0.3, 0, 0.3])
+    np.testing.assert_allclose([command[6] for command in sim.commands], [1, 0, 0.5])
+    episode = load_episode(job.path)
+    np.testing.assert_array_equal(episode.action[:, 6], [-1, 1, 0])
+    assert [decode_jpeg(image).max() for image in episode.images] == [0, 20, 40]  # each before its action
+    job.path.unlink()
+    assert job.record(cast(Simulator, Scripted(True, True, False))) == 0  # solved on the way, not in the end
+    assert not job.path.exists()
+
+
+def test_demonstrations_come_in_their_numbers_order_and_once(tmp_path: Path) -> None:
+    state, action = np.zeros((2, STATE_SIZE)), np.ones((2, 7))
+    write_libero_file(tmp_path / FILE, [(state, action)] * 12)
+    jobs = find_replays(tmp_path, SUITE, [TASK], stage=tmp_path / "staged", limit=11)
+    assert [job.demo for job in jobs] == [f"demo_{number}" for number in range(11)]
+    assert [job.quality for job in jobs] == ["standard"] * 11
+    assert [job.path.name for job in jobs] == sorted(job.path.name for job in jobs)
+    (tmp_path / "staged").mkdir()
+    jobs[0].path.touch()
+    schedule = Replays(jobs)
+    first = schedule.next_job()
+    assert first == jobs[1]
+    assert schedule.finished(jobs[1], success=False) == 1
+    assert (schedule.total, schedule.found()) == (11, 2)
+    assert [schedule.next_job() for _ in range(10)] == [*jobs[2:], None]
+    assert Replays(jobs).next_job() == jobs[2]  # neither the kept nor the failed one again
+
+
+def test_no_success_at_all_is_an_error(tmp_path: Path) -> None:
+    schedule = Replays([small_demo(tmp_path, np.ones((2, 7)))])
+    with pytest.raises(ConfigError, match=r"none of the 1 demonstrations in .* ends in success"):
+        schedule.report()
+
+
+def test_replays_and_the_experts_episodes_are_not_mixed(tmp_path: Path) -> None:
+    replayed = CollectConfig(data_root_dir=tmp_path, dataset_name="a", from_hdf5=tmp_path)
+    open_stage(replayed)
+    open_stage(
+        CollectConfig(data_root_dir=tmp_path, dataset_name="a", from_hdf5=tmp_path, seed=3)
+    )  # means nothing here
+    with pytest.raises(ConfigError, match=f"collected with from_hdf5 {tmp_path}, not None"):
+        open_stage(CollectConfig(data_root_dir=tmp_path, dataset_name="a"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        ("no folder", "there is no folder"),
+        ("no file", rf"lacks {FILE} \(task 0\)"),
+        ("truncated", r"can't be read \(.*truncated"),
+        ("no data", "has no group named data"),
+        ("empty", "holds no demonstration"),
+        ("six numbers", r"data/demo_0/actions of .* should be \(steps, 7\) and is \(4, 6\)"),
+        ("no states", rf"data/demo_0/states of .* should be \(steps, {STATE_SIZE}\) and is missing"),
+        ("another task's states", rf"data/demo_0/states of .* and is \(4, {STATE_SIZE + 1}\)"),
+        ("not a number", "data/demo_0 of .* not finite"),
+    ],
+)
+def test_bad_files_are_one_sentence(tmp_path: Path, damage: str, sentence: str) -> None:
+    folder, actions = tmp_path / "hdf5", np.ones((4, 7))
+    path = folder / FILE
+    if damage != "no folder":
+        small_demo(folder, actions)
+    if damage == "no file":
+        path.rename(folder / "other_demo.hdf5")
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-500])
+    elif damage == "six numbers":
+        write_libero_file(path, [(np.zeros((4, STATE_SIZE)), actions[:, :6])])
+    elif damage == "another task's states":
+        write_libero_file(path, [(np.zeros((4, STATE_SIZE + 1)), actions)])
+    elif damage in ("no data", "empty", "no states"):
+        with h5py.File(path, "r+") as file:
+            del file[{"no data": "data", "empty": "data/demo_0", "no states": "data/demo_0/states"}[damage]]
+    elif damage == "not a number":
+        actions[2, 1] = np.nan
+        small_demo(folder, actions)
+    with pytest.raises(ConfigError, match=sentence):
+        for job in find_replays(folder, SUITE, [TASK], stage=tmp_path / "staged", limit=50):
+            job.record(cast(Simulator, Scripted()))
+    assert not (tmp_path / "staged").exists()
