@@ -29,6 +29,7 @@ BOX_DEPTH = 0.028  # m, the same for the top of a box, can or bottle
 RIM_CLOSING = 0.036  # m above the grasp at which the fingers start to close: they need ten steps to a bowl's rim
 BOX_CLOSING = 0.018  # m, the same for a box, which they reach sooner and must not close above
 CLOSING_SPEED = -0.25  # command at which the hand sinks while the fingers close
+STRETCHED_SPEED = -0.5  # the same where the arm is stretched and follows only half
 STEADY = 0.008  # m, lateral error that is left alone while the fingers close
 RIM_STOP = 0.004  # m below the grasp point, where it sinks no further
 BOX_STOP = -0.003  # m, the same for a box: fingers pressed on the table rub and don't close
@@ -42,6 +43,7 @@ FINGER_DEPTH = 0.02  # m below the rim that it reaches
 FINGER_RADIUS = 0.03  # m, room that it needs around it
 HAND = (0.1, 0.035, 0.03)  # m, half sizes of the hand along and across the fingers, and its lowest above the rim
 HOVER = 0.1  # m above the grasp, while the hand is still far away
+PASSING = 0.06  # m from the carried object's path, nearer than which it passes over something
 CLEARANCE = 0.03  # m between the carried object and what it passes over
 DROP_RADIUS = 0.022  # m, lateral error at which the fingers open
 PLACES = ("contain_region", "cook_region", "top_side")  # regions that are open to above; drawers and racks aren't
@@ -228,7 +230,9 @@ class Expert:
             action[3:5] = TURN_GAIN * np.cross(self._palm, (0.0, 0.0, -1.0))[:2]
         if aligned and -error[2] < grasp.closing and self._opening > MISSED:
             action[:2] *= np.abs(error[:2]) > STEADY
-            action[2] = CLOSING_SPEED if error[2] < grasp.stop else 0.0
+            stretched = grasp.point[0] - self._base[0] > FAR or grasp.top > self._base[2] + HIGH
+            speed = STRETCHED_SPEED if stretched else CLOSING_SPEED
+            action[2] = speed if error[2] < grasp.stop else 0.0
             action[6] = CLOSE
             return action
         if self._opening < 0.06:  # the fingers closed on nothing, or haven't opened yet: above the object first
@@ -268,12 +272,14 @@ class Expert:
         return float((centre[:, 2] - half[:, 2]).min())
 
     def _obstacle_top(self, target: np.ndarray) -> float:
-        """Height of what the object gets closer to on its way to the target (m)."""
+        """Height of what the object is above, or gets closer to on its way to the target (m)."""
         centre, half = self._shapes.boxes(self._data, self._shapes.others(self._body))
         path = np.linspace(self._position[:2], target[:2], 9)  # (9, 2)
         gap = np.linalg.norm(np.maximum(np.abs(centre[:, None, :2] - path) - half[:, None, :2], 0), axis=2)  # (n, 9)
-        blocking = (gap.min(axis=1) < 0.06) & (gap.min(axis=1) < gap[:, 0])
-        return float((centre[:, 2] + half[:, 2])[blocking].max(initial=target[2]))
+        top = centre[:, 2] + half[:, 2]
+        below = top < self._bottom() + 0.01
+        blocking = (gap.min(axis=1) < PASSING) & (below | (gap.min(axis=1) < gap[:, 0]))
+        return float(top[blocking].max(initial=target[2]))
 
 
 def _wrap(angle: float) -> float:
