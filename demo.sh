@@ -39,7 +39,7 @@ stage "the base policy before" .venv/bin/python eval.py --pretrained_checkpoint 
     --task_suite_name libero_spatial --task_ids $task --num_trials_per_task $trials --render_quality $quality --run_id_note "$name-before"
 stage "LoRA fine-tuning" .venv/bin/python finetune.py --vla_path $base \
     --data_root_dir "workspace/$name/datasets" --dataset_name libero_spatial_task$task --run_root_dir "$run" --cache_dir "workspace/$name/cache" \
-    --batch_size 16 --learning_rate 1e-3 --lr_schedule cosine --warmup_steps 50 --max_grad_norm 1.0 --max_steps $steps --save_steps 500 \
+    --batch_size 16 --learning_rate 2e-3 --lr_schedule cosine --warmup_steps 50 --max_grad_norm 1.0 --max_steps $steps --save_steps 500 \
     --num_workers 1 --augment_order random_resized_crop --run_id_note "$name"
 adapter=$(echo "$run"/*/latest)
 stage "the adapter after" .venv/bin/python eval.py --pretrained_checkpoint "$adapter" \
