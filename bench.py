@@ -1,7 +1,7 @@
 """Measure: `python bench.py load` (host memory while a checkpoint loads). One table, and the same as JSON with --json FILE.
 
-    python bench.py load                              a full-size folder with random weights (15 GB of disk, 16 GB of memory)
-    python bench.py load --checkpoint FOLDER          a folder of yours
+python bench.py load                              a full-size folder with random weights (15 GB of disk, 16 GB of memory)
+python bench.py load --checkpoint FOLDER          a folder of yours
 """
 
 import json

@@ -5,7 +5,6 @@ python doctor.py --checkpoint FOLDER_OR_HUB_ID     also: does the checkpoint loa
 python doctor.py --model openvla-7b                counts of the full model and its adapter (no weights needed)
 """
 
-import importlib.metadata
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,12 +80,10 @@ def libraries() -> Iterator[Check]:
             f"{name} {found}, pinned {pinned}",
             f"scores differ with another version; pip install {name}=={pinned}",
         )
-    needs = [need for need in importlib.metadata.requires("torchvision") or [] if need.split("=")[0].strip() == "torch"]
-    pair = needs[0].partition("==")[2] if needs else ""
-    same = not pair or str(known["torch"]).split("+")[0] == pair
-    yield Check(
-        same, f"torchvision {known['torchvision']} belongs to torch {pair or 'any'}", "install both from the same index"
-    )
+    paired = hasattr(
+        torch.ops.torchvision, "nms"
+    )  # a torchvision built for another torch imports without its operators, or not at all
+    yield Check(paired, "torch and torchvision belong together", "install both from the same index")
 
 
 def gpus() -> Iterator[Check]:

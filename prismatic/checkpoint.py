@@ -204,7 +204,9 @@ def adapter_base(folder: Path) -> str:
     """The base model's folder or id that an adapter names; a relative folder is looked for beside the adapter, then from here."""
     name = json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
     if Path(name).is_absolute() and not Path(name).is_dir():
-        raise ConfigError(f"{folder} was trained on {name}, which is not there any more: give the base and --lora_checkpoint {folder}")
+        raise ConfigError(
+            f"{folder} was trained on {name}, which is not there any more: give the base and --lora_checkpoint {folder}"
+        )
     beside = folder.parent / name
     return str(beside) if beside.is_dir() else name
 
