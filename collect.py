@@ -209,4 +209,4 @@ def main(cfg: CollectConfig) -> None:
 
 if __name__ == "__main__":
     with exit_codes():
-        main(tyro.cli(CollectConfig, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
+        main(tyro.cli(CollectConfig, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True))

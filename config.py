@@ -28,9 +28,9 @@ class FinetuneConfig:
     run_root_dir: Path = WORKSPACE / "runs"
     # Folder of frame caches: what was read from RLDS once, about as large as the data set.
     cache_dir: Path = WORKSPACE / "cache"
-    # Samples of one pass on one GPU.
+    # Samples of one pass.
     batch_size: int = 16
-    # Passes added up before a step: the effective batch is batch_size x this x GPUs.
+    # Passes added up before a step: the effective batch is batch_size x this.
     grad_accumulation_steps: int = 1
     # Of AdamW.
     learning_rate: float = 5e-4
@@ -158,6 +158,8 @@ class ExportConfig:
     adapter: Path | None = None
     # Where the statistics have several entries: which one the exported policy acts with. None: it has to be named when it acts.
     unnorm_key: str | None = None
+    # For a checkpoint without processor.json: whether it was trained with random crops. None: yes.
+    center_crop: bool | None = None
     # Number format of the weights. None: the checkpoint's own.
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
 

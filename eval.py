@@ -19,13 +19,17 @@ from tqdm import tqdm
 
 from config import EvalConfig
 from prismatic import evaluation, machine, report, simulator, statistics
-from prismatic.errors import ConfigError, exit_codes
+from prismatic.errors import ConfigError, exit_codes, read_json
 from prismatic.player import Setup
 from prismatic.versions import SIMULATOR_PACKAGES, folder_fingerprint, versions
 
 # Nothing here may import torch at the top: each simulator process imports this file once more.
 
-STEP_FOLDER = re.compile(r"latest|step-\d+")  # within a training run: the run's name says more
+STEP_FOLDER = re.compile(
+    r"latest|step-\d+"
+)  # within a training run (run_folder.py, which needs torch): the run's name says more
+# What two runs must have in common for a comparison to mean the policies.
+SAME_PROTOCOL = ("step_limit", "num_steps_wait", "env_seed", "renderer", "render_quality", *SIMULATOR_PACKAGES)
 RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
 
 
@@ -126,6 +130,14 @@ def check(cfg: EvalConfig) -> None:
         raise ConfigError(f"lora_checkpoint {cfg.lora_checkpoint} is not a folder: --lora_checkpoint FOLDER")
     if cfg.load_in_8bit and cfg.load_in_4bit:
         raise ConfigError("load_in_8bit and load_in_4bit exclude each other: set one of them")
+    for name in ("load_in_8bit", "load_in_4bit"):
+        if getattr(cfg, name):
+            raise ConfigError(
+                f"--{name} is accepted but not built yet: leave it out (bfloat16 on a GPU, float32 on a CPU)"
+            )
+    for name in ("env_seed", "seed"):
+        if getattr(cfg, name) < 0:
+            raise ConfigError(f"--{name} must not be negative, it is {getattr(cfg, name)}")
     if cfg.num_workers != "auto" and cfg.num_workers < 1:
         raise ConfigError(f"num_workers is {cfg.num_workers}: it must be at least 1, or auto")
     if cfg.num_steps_wait < 0:
@@ -193,8 +205,12 @@ def record(cfg: EvalConfig) -> dict[str, Any]:
 
 def compare(before: Path, after: Path) -> None:
     """Two rollout folders, episode by episode: both rates with intervals, and what may be concluded. ConfigError if they share none."""
-    outcomes = []
+    outcomes, protocols = [], []
     for folder in (before, after):
+        if not (folder / evaluation.RESULTS).exists():
+            raise ConfigError(f"--compare: {folder} has no {evaluation.RESULTS}: give two rollout folders")
+        identity = read_json(folder / evaluation.RUN).get("identity", {})
+        protocols.append({name: identity.get(name) for name in SAME_PROTOCOL})
         rows = [row for row in evaluation.read_rows(folder) if row["success"] is not None]
         outcomes.append({row["episode_id"]: bool(row["success"]) for row in rows})
         wins = sum(outcomes[-1].values())
@@ -208,7 +224,10 @@ def compare(before: Path, after: Path) -> None:
         raise ConfigError(
             f"--compare: {before} and {after} share no episode that ended: give two runs of the same trials"
         )
-    print(f"second against first: {statistics.compare(outcomes[1], outcomes[0]).sentence}")
+    for name in SAME_PROTOCOL:
+        if protocols[0][name] != protocols[1][name]:
+            print(f"beware: {name} is {protocols[0][name]} in the first and {protocols[1][name]} in the second")
+    print(f"A is the second, B the first. {statistics.compare(outcomes[1], outcomes[0]).sentence}")
 
 
 def print_result(cfg: EvalConfig, folder: Path, summary: evaluation.Row) -> None:

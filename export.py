@@ -25,8 +25,8 @@ def main(cfg: ExportConfig) -> Path:
         if adapter is not None:
             raise ConfigError(f"--checkpoint {base} is itself an adapter: give its base, or leave --adapter out")
         base, adapter = resolve(files.adapter_base(base)), base
-    if cfg.output.exists() and any(cfg.output.iterdir()):
-        raise ConfigError(f"--output {cfg.output} is not empty: give a new folder")
+    if cfg.output.exists() and (not cfg.output.is_dir() or any(cfg.output.iterdir())):
+        raise ConfigError(f"--output {cfg.output} is not an empty folder: give a new one")
     if adapter is not None and not (adapter / files.ADAPTER_CONFIG).exists():
         raise ConfigError(
             f"--adapter {adapter} has no {files.ADAPTER_CONFIG}: give the folder that finetune.py or peft wrote"
@@ -35,7 +35,7 @@ def main(cfg: ExportConfig) -> Path:
     processor, statistics = exported_processor(cfg, base, adapter)
     stored = weights.stored_tensors(base)
     dtype = getattr(torch, cfg.dtype) if cfg.dtype else next(iter(stored.values())).read().dtype
-    vla = files.load_vla(base, adapter, dtype=dtype)
+    vla = files.load_vla(base, adapter, dtype=dtype, adapter_dtype=torch.float32)
     if adapter is not None:
         from prismatic.models.lora import merge_lora
 
@@ -69,10 +69,12 @@ def exported_processor(cfg: ExportConfig, base: Path, adapter: Path | None) -> t
     if adapter is not None and (adapter / files.STATISTICS).exists():
         statistics |= files.load_statistics(adapter)
     known = any((folder / files.PROCESSOR).exists() for folder in (adapter, base) if folder is not None)
+    if not statistics:
+        files.load_statistics(base)  # says what is missing
     key = cfg.unnorm_key
     if not known and key is None:
         key = next(iter(statistics))  # to build a processor at all; taken out again below
-    processor = files.load_processor(base, adapter, unnorm_key=key)
+    processor = files.load_processor(base, adapter, unnorm_key=key, center_crop=cfg.center_crop)
     config = dataclasses.replace(
         processor.config,
         unnorm_key=processor.config.unnorm_key if known or cfg.unnorm_key or len(statistics) == 1 else None,

@@ -6,6 +6,7 @@ Writes <run_root_dir>/<run>/latest, which eval.py takes as --pretrained_checkpoi
 """
 
 import dataclasses
+import os
 import random
 import signal
 import time
@@ -25,6 +26,7 @@ from prismatic.data.frames import DrawBatches, FrameCache, Mixture
 from prismatic.data.rlds import build_cache
 from prismatic.errors import ConfigError, Terminated, exit_codes
 from prismatic.hub import resolve
+from prismatic.image import AUGMENTATIONS
 from prismatic.models import weights
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.processor import Processor, ProcessorConfig
@@ -52,14 +54,17 @@ def main(cfg: FinetuneConfig) -> Path:
     base = resolve(cfg.vla_path)
     processor = build_processor(cfg, base, mixture)
     run = RunFolder(cfg.run_root_dir / run_name(cfg), keep=cfg.keep)
-    run.check_options(dataclasses.asdict(cfg), may_change=MAY_CHANGE)
     resumed = last_checkpoint(cfg, run)
+    data = {cache.name: cache.fingerprint for cache in mixture.caches}
+    run.check_options(dataclasses.asdict(cfg) | {"data": data}, may_change=MAY_CHANGE)
     vla = build_model(cfg, base, resumed, device)
     trainable = [parameter for parameter in vla.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
     first_step = 0
     if resumed is not None:
         first_step = restore(run.load_state(resumed), optimizer)
+    else:
+        run.cut_metrics(None)
     print(
         f"{run.path}: {sum(p.numel() for p in trainable):,} of {sum(p.numel() for p in vla.parameters()):,} parameters are trained"
     )
@@ -149,6 +154,14 @@ def check(cfg: FinetuneConfig) -> None:
     for name in ("batch_size", "grad_accumulation_steps", "max_steps", "save_steps", "keep", "lora_rank"):
         if getattr(cfg, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, not {getattr(cfg, name)}")
+    for name in ("seed", "num_workers", "warmup_steps", "weight_decay", "max_grad_norm"):
+        if getattr(cfg, name) < 0:
+            raise ConfigError(f"--{name} must not be negative, it is {getattr(cfg, name)}")
+    unknown = set(cfg.augment_order) - set(AUGMENTATIONS)
+    if unknown:
+        raise ConfigError(f"--augment_order: there is no {sorted(unknown)[0]!r}, only {', '.join(AUGMENTATIONS)}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("finetune.py trains in one process so far: start it with python, not torchrun")
     if not 0 < cfg.learning_rate < 1:
         raise ConfigError(f"--learning_rate must lie between 0 and 1, not {cfg.learning_rate}")
     if not 0 <= cfg.lora_dropout < 1:
@@ -165,9 +178,11 @@ def seed_everything(seed: int) -> None:
 
 def open_mixture(cfg: FinetuneConfig) -> Mixture:
     """The frame caches of dataset_name (a name, or name:weight,name:weight), built from RLDS where they aren't there yet."""
-    root = (
-        resolve(cfg.data_root_dir, kind="dataset") if not Path(cfg.data_root_dir).exists() else Path(cfg.data_root_dir)
-    )
+    if cfg.data_root_dir == FinetuneConfig.data_root_dir and not Path(cfg.data_root_dir).is_dir():
+        raise ConfigError(
+            f"data_root_dir {cfg.data_root_dir} isn't there: put the data sets there, or give --data_root_dir"
+        )
+    root = resolve(cfg.data_root_dir, kind="dataset")
     caches, shares = [], []
     for part in cfg.dataset_name.split(","):
         name, _, share = part.strip().partition(":")

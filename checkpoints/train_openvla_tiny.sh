@@ -12,6 +12,7 @@ $python collect.py --task_suite_name libero_spatial --task_ids 1 2 3 8 --num_dem
 $python finetune.py --vla_path $work/random --data_root_dir $work/datasets --dataset_name libero_spatial_base --use_lora False \
     --run_root_dir $work/runs --cache_dir $work/cache --batch_size 16 --learning_rate 1e-3 --lr_schedule cosine --warmup_steps 100 \
     --max_grad_norm 1.0 --max_steps 5000 --save_steps 500 --num_workers 1 --augment_order random_resized_crop
-rm -rf checkpoints/openvla-tiny
-$python export.py --checkpoint "$(echo $work/runs/*/latest)" --output checkpoints/openvla-tiny --dtype float32
+rm -rf $work/openvla-tiny
+$python export.py --checkpoint "$(ls -td $work/runs/*/latest | head -n 1)" --output $work/openvla-tiny --dtype float32
+rm -rf checkpoints/openvla-tiny && mv $work/openvla-tiny checkpoints/openvla-tiny
 $python eval.py --pretrained_checkpoint checkpoints/openvla-tiny --task_ids 1 2 3 8 --num_trials_per_task 10

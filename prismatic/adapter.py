@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from prismatic.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROCESSOR, STATISTICS
-from prismatic.errors import ConfigError
+from prismatic.errors import ConfigError, read_json
 from prismatic.models import weights
 from prismatic.models.lora import ADAPTER, FILE_PREFIX, lora_config, lora_layers, lora_state_dict
 from prismatic.models.vla import VLA
@@ -89,7 +89,7 @@ def load_adapter(vla: VLA, folder: Path, *, dtype: torch.dtype) -> VLA:
     lora = lora_config(
         rank=config["r"],
         alpha=config["lora_alpha"],
-        dropout=config["lora_dropout"],
+        dropout=config.get("lora_dropout", 0.0),
         target_modules=config["target_modules"],
     )
     expected = _expected_shapes(vla, lora)
@@ -105,12 +105,15 @@ def load_adapter(vla: VLA, folder: Path, *, dtype: torch.dtype) -> VLA:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    config = read_json(folder / ADAPTER_CONFIG)
     for name in MUST_BE_PLAIN:
         if config.get(name) and config[name] != PLAIN_FIELDS[name]:
             raise ConfigError(
                 f"{folder / ADAPTER_CONFIG}: {name} is {config[name]!r}, but only plain LoRA ({PLAIN_FIELDS[name]!r}) is built here"
             )
+    for name in ("r", "lora_alpha"):
+        if not isinstance(config.get(name), int):
+            raise ConfigError(f"{folder / ADAPTER_CONFIG}: {name} is {config.get(name)!r}, not a whole number")
     if not isinstance(config.get("target_modules"), list):
         raise ConfigError(
             f"{folder / ADAPTER_CONFIG}: target_modules must be a list of module names, as the original writes it"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from prismatic.errors import ConfigError
+from prismatic.errors import ConfigError, read_json
 from prismatic.hub import resolve
 from prismatic.models import weights
 from prismatic.models.vla import VLA, VLAConfig
@@ -86,14 +86,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise ConfigError(
             f"{folder / TOKENIZER} is missing: copy it from the checkpoint, or for a native Prismatic folder from openvla-7b"
         )
-    return PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER))
+    try:
+        return PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ConfigError(f"{folder / TOKENIZER} is damaged ({error}): copy it again from the checkpoint") from None
 
 
 def load_statistics(folder: Path) -> dict[str, Any]:
     """All entries of a folder's statistics: dataset_statistics.json, else `norm_stats` of config.json."""
     if (folder / STATISTICS).exists():
-        return json.loads((folder / STATISTICS).read_text())
-    norm_stats = json.loads((folder / CONFIG).read_text()).get("norm_stats") if (folder / CONFIG).exists() else None
+        return read_json(folder / STATISTICS)
+    norm_stats = read_json(folder / CONFIG).get("norm_stats") if (folder / CONFIG).exists() else None
     if not norm_stats:
         raise ConfigError(
             f"{folder} has no {STATISTICS} (and no norm_stats in {CONFIG}): copy it from the run that made the weights"
@@ -148,7 +151,19 @@ def load_processor(
         model = VLAConfig.from_json(checkpoint / CONFIG)
         crop = True if center_crop is None else center_crop
         config = ProcessorConfig.for_model(model, unnorm_key=key, center_crop=crop, **_preprocessor(checkpoint))
+    if config.unnorm_key is not None:
+        _check_entry(statistics[config.unnorm_key], f"{statistics_home / STATISTICS}, {config.unnorm_key}")
     return Processor(config, load_tokenizer(checkpoint), statistics)
+
+
+def _check_entry(entry: Any, where: str) -> None:
+    """ConfigError unless an entry of the statistics has what un-normalising needs."""
+    action = entry.get("action") if isinstance(entry, dict) else None
+    for name in ("q01", "q99"):
+        if not isinstance(action, dict) or not action.get(name):
+            raise ConfigError(
+                f"{where}: action.{name} is missing: copy the statistics from the run that made the weights"
+            )
 
 
 def _preprocessor(folder: Path) -> dict[str, Any]:
@@ -156,7 +171,11 @@ def _preprocessor(folder: Path) -> dict[str, Any]:
     path = folder / PREPROCESSOR
     if not path.exists():
         return {}
-    towers = json.loads(path.read_text())["tvf_normalize_params"]
+    towers = read_json(path).get("tvf_normalize_params", [])
+    if len(towers) != 2:
+        raise ConfigError(
+            f"{path}: tvf_normalize_params must hold the constants of two towers: copy it again from the checkpoint"
+        )
     return {"means": tuple(tuple(t["mean"]) for t in towers), "stds": tuple(tuple(t["std"]) for t in towers)}
 
 
@@ -202,7 +221,11 @@ def adapter_fingerprint(folder: Path) -> str:
 
 def adapter_base(folder: Path) -> str:
     """The base model's folder or id that an adapter names; a relative folder is looked for beside the adapter, then from here."""
-    name = json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+    name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not name:
+        raise ConfigError(
+            f"{folder / ADAPTER_CONFIG} names no base model: give the base and --lora_checkpoint {folder}"
+        )
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise ConfigError(
             f"{folder} was trained on {name}, which is not there any more: give the base and --lora_checkpoint {folder}"

@@ -93,15 +93,15 @@ class Slip:
         happens = generator.random() < SLIP_SHARE and size > 0
         self._steps = range(begins, begins + lasts) if happens else range(0)
         self._drift = drift
-        self._fingers: float | None = None
+        self._fingers: list[float] = []  # of the slip, once it has begun
 
     def __call__(self, step: int, action: np.ndarray) -> np.ndarray:
         """The action (7,), or during the slip the wrong one: where the hand drifts, with the fingers the other way."""
         if step not in self._steps:
             return action
-        if self._fingers is None:
-            self._fingers = 1.0 - action[6]
-        return np.concatenate([self._drift, action[3:6], [self._fingers]])
+        if not self._fingers:
+            self._fingers = [1.0 - float(action[6])]
+        return np.concatenate([self._drift, action[3:6], self._fingers])
 
 
 def is_no_op(action: np.ndarray, last_kept: np.ndarray | None) -> bool:

@@ -19,7 +19,13 @@ def resolve(name: str | Path, *, kind: Literal["model", "dataset"] = "model") ->
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if not HUB_ID.fullmatch(str(name)) or str(name).startswith("."):
+    local = (
+        folder.is_absolute()
+        or folder.parts[0] in (".", "..")
+        or Path(folder.parts[0]).exists()
+        or len(folder.parts) != 2
+    )
+    if local or not HUB_ID.fullmatch(str(name)):
         raise ConfigError(f"{name} is no folder, and no hub id such as openvla/openvla-7b: check the path")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from action_tokenizer import ActionTokenizer
 from prismatic import image, normalize
-from prismatic.errors import ConfigError
+from prismatic.errors import ConfigError, read_json
 from prismatic.image import Augmentation
 from prismatic.models.vla import IGNORE, VLAConfig
 
@@ -67,7 +67,7 @@ class ProcessorConfig:
     def load(cls, path: Path) -> "ProcessorConfig":
         """Read processor.json; ConfigError if it is damaged or of a later format."""
         try:
-            raw = json.loads(path.read_text())
+            raw = read_json(path)
             if raw.get("format") != FORMAT:
                 raise ConfigError(
                     f"{path} has format {raw.get('format')}, this version reads {FORMAT}: update the repository"
@@ -75,7 +75,7 @@ class ProcessorConfig:
             for name in ("means", "stds"):
                 raw[name] = tuple(tuple(row) for row in raw[name])
             return cls(**raw)
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
+        except (TypeError, KeyError) as error:
             raise ConfigError(f"{path} is damaged ({error}): restore it from a copy of the adapter") from None
 
     def to_json(self) -> str:

@@ -7,7 +7,9 @@
 Surprising: on resuming, metrics.jsonl is cut back to the checkpoint, so that no step stands in it twice.
 """
 
+import fcntl
 import json
+import pickle
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -15,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from prismatic.errors import ConfigError
+from prismatic.errors import ConfigError, read_json
 
 STEP_FOLDER = re.compile(r"latest|step-\d+")  # names within a run: the run's own name says more
 STATE, METRICS, LATEST, OPTIONS = "training_state.pt", "metrics.jsonl", "latest", "finetune.json"
@@ -27,24 +30,36 @@ class RunFolder:
 
     def __init__(self, path: Path, *, keep: int) -> None:
         self.path, self.keep = path, keep
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = (path / ".lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{path} is being trained by another process: wait, or give a --run_id_note") from None
+        except OSError as error:
+            raise ConfigError(
+                f"--run_root_dir {path.parent} can't be written ({error.strerror}): give another"
+            ) from None
 
     def checkpoints(self) -> list[Path]:
         """Step folders, oldest first."""
-        return sorted(folder for folder in self.path.glob("step-*") if STEP_FOLDER.fullmatch(folder.name))
+        folders = [folder for folder in self.path.glob("step-*") if STEP_FOLDER.fullmatch(folder.name)]
+        return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
 
     def check_options(self, options: Mapping[str, Any], *, may_change: tuple[str, ...]) -> None:
         """Remember the options of the run; ConfigError that names the first one that differs from what it began with."""
         path = self.path / OPTIONS
         if path.exists():
-            before = json.loads(path.read_text())
+            before = read_json(path)
             for name, value in json.loads(json.dumps(options, default=str)).items():
                 if name not in may_change and name in before and before[name] != value:
                     raise ConfigError(
                         f"{self.path} was begun with --{name} {before[name]}, not {value}: "
                         "give that, or a --run_id_note to begin another run"
                     )
-        path.write_text(json.dumps(options, indent=2, default=str))
+        unfinished = self.path / f".unfinished-{OPTIONS}"
+        unfinished.write_text(json.dumps(options, indent=2, default=str))
+        unfinished.replace(path)
 
     def save(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any]) -> Path:
         """Make step-<step> from what `write` puts into a folder, add the state, then link it and delete the oldest."""
@@ -59,11 +74,13 @@ class RunFolder:
             if folder.exists():
                 shutil.rmtree(folder)
             unfinished.rename(folder)
-        except OSError as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        except (OSError, SafetensorError, RuntimeError) as error:  # the last two: safetensors and torch on a full disk
             raise ConfigError(
                 f"{folder} can't be saved ({error}): free some space; what was saved before is whole"
             ) from None
+        finally:
+            for left in self.path.glob(f"{unfinished.name}*"):
+                shutil.rmtree(left, ignore_errors=True)
         link = self.path / ".latest"
         link.unlink(missing_ok=True)
         link.symlink_to(folder.name)
@@ -73,11 +90,22 @@ class RunFolder:
         return folder
 
     def load_state(self, folder: Path) -> dict[str, Any]:
-        """The training state of a step folder; also cuts metrics.jsonl back to it."""
-        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-        if (folder / METRICS).exists():
-            shutil.copyfile(folder / METRICS, self.path / METRICS)
+        """The training state of a step folder; also cuts metrics.jsonl back to it. ConfigError if the state is damaged."""
+        try:
+            state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            first = (str(error) or type(error).__name__).splitlines()[0]
+            raise ConfigError(
+                f"{folder / STATE} is damaged ({first}): delete {folder} to go on from the one before"
+            ) from None
+        self.cut_metrics(folder)
         return state
+
+    def cut_metrics(self, folder: Path | None) -> None:
+        """Take metrics.jsonl back to what a step folder holds; None: to nothing."""
+        (self.path / METRICS).unlink(missing_ok=True)
+        if folder is not None and (folder / METRICS).exists():
+            shutil.copyfile(folder / METRICS, self.path / METRICS)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from action_tokenizer import ActionTokenizer
+from prismatic.errors import Terminated
 from prismatic.models.vla import IGNORE, VLA
 from prismatic.processor import Batch
 
@@ -71,6 +72,6 @@ class StopSignal:
 
     def _receive(self, number: int, frame: object) -> None:
         if self.received is not None:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated
         self.received = number
         print("\nstopping after this step and saving (once more: stop at once)", flush=True)

@@ -21,7 +21,7 @@ SIMULATOR_PACKAGES = (
 )  # those whose version changes what happens in an episode
 REPOSITORY = Path(__file__).resolve().parent.parent
 WEIGHTS = (".safetensors", ".pt", ".bin")
-NOT_BEHAVIOUR = ("versions.json", "finetune.json")  # how the weights came about, not what they do
+NOT_BEHAVIOUR = ("training_state.pt", "versions.json", "finetune.json")  # how the weights came about, not what they do
 SAMPLE_BYTES = 1 << 20
 SAMPLES = 8  # places at which a large file is read: a trained file differs everywhere
 

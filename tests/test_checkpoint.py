@@ -167,6 +167,25 @@ def test_a_folder_with_a_processor_allows_no_override(tiny: Path) -> None:
         load_policy(tiny, unnorm_key="bridge", device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "[]"),
+        ("config.json", "{"),
+        ("dataset_statistics.json", "{"),
+        ("dataset_statistics.json", '{"demo": {}}'),
+        ("processor.json", "[]"),
+        ("tokenizer.json", "{}"),
+    ],
+)
+def test_a_damaged_file_is_named(tiny: Path, tmp_path: Path, name: str, content: str) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "damaged"))
+    (folder / name).write_text(content)
+    with pytest.raises(ConfigError, match=name.replace(".", r"\.")) as caught:
+        load_policy(folder, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
 def test_tokenizer_is_read_from_its_own_file(tiny: Path) -> None:
     ids = load_tokenizer(tiny)("In: What action should the robot take to pick up the black bowl?\nOut:").input_ids
     assert ids[0] == 1 and max(ids) < TINY.vocab_size - 256

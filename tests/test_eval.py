@@ -90,6 +90,8 @@ def test_identity_follows_the_weights_and_not_the_workers(tmp_path: Path, fake: 
             "no is not a folder",
         ),
         ({"load_in_8bit": True, "load_in_4bit": True}, "exclude each other"),
+        ({"load_in_8bit": True}, "--load_in_8bit is accepted but not built yet"),
+        ({"env_seed": -1}, "--env_seed must not be negative"),
         ({"num_workers": 0}, "num_workers is 0"),
         ({"num_steps_wait": -1}, "num_steps_wait is -1"),
         ({"task_suite_name": "libero_spatal"}, "unknown suite 'libero_spatal'"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import export
 from config import ExportConfig
 from prismatic.checkpoint import load_policy, load_vla, save_checkpoint
 from prismatic.errors import ConfigError
+from prismatic.models.lora import merge_lora
 from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
 from prismatic.processor import Processor, ProcessorConfig
 from tests.conftest import EXCERPT
@@ -70,6 +72,17 @@ def test_merged_answers_as_base_and_adapter(place: Path, tmp_path: Path) -> None
         merged.batch(frames, words, frames), load_policy(place / "base", device="cpu").batch(frames, words, frames)
     )
     assert merged.processor.config.unnorm_key == "mine" and set(merged.processor.statistics) == {"base", "mine"}
+
+
+def test_the_sum_is_formed_in_float32_also_for_a_bfloat16_base(place: Path, tmp_path: Path) -> None:
+    half = export.main(ExportConfig(str(place / "base"), tmp_path / "half", dtype="bfloat16"))
+    shutil.copytree(place / "adapter", tmp_path / "adapter")
+    learnt = json.loads((tmp_path / "adapter" / "processor.json").read_text()) | {"base_fingerprint": ""}
+    (tmp_path / "adapter" / "processor.json").write_text(json.dumps(learnt))
+    merged = load_vla(export.main(ExportConfig(str(half), tmp_path / "merged", adapter=tmp_path / "adapter")))
+    exact = merge_lora(load_vla(half, tmp_path / "adapter"))
+    for (name, mine), theirs in zip(merged.state_dict().items(), exact.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs.bfloat16().float()), name
 
 
 def test_an_adapter_is_not_merged_twice(place: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from prismatic.data import rlds
 from prismatic.errors import ConfigError
 from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
 from prismatic.processor import Processor, ProcessorConfig
+from prismatic.run_folder import RunFolder
 from prismatic.training import learning_rate
 from tests.conftest import REPOSITORY
 from tests.drawn_episodes import drawn_episode
@@ -147,6 +148,51 @@ def test_an_option_that_changed_is_named(cfg: FinetuneConfig) -> None:
         finetune.main(dataclasses.replace(cfg, resume="never"))
 
 
+def test_data_that_changed_is_named(cfg: FinetuneConfig, place: Path, tmp_path: Path) -> None:
+    finetune.main(dataclasses.replace(cfg, max_steps=1))
+    rlds.stage_episode(place / "staged" / "episode_9.npz", **drawn_episode(5))
+    try:
+        rlds.write_dataset(place / "staged", tmp_path / "data", "drawn")
+    finally:
+        (place / "staged" / "episode_9.npz").unlink()
+    with pytest.raises(ConfigError, match="begun with --data"):
+        finetune.main(dataclasses.replace(cfg, data_root_dir=cfg.data_root_dir.replace(str(place), str(tmp_path))))
+
+
+def test_a_damaged_state_names_the_way_out(cfg: FinetuneConfig) -> None:
+    latest = finetune.main(dataclasses.replace(cfg, max_steps=2, save_steps=1))
+    state = latest.resolve() / "training_state.pt"
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(ConfigError, match=r"step-000002/training_state\.pt is damaged.*delete"):
+        finetune.main(cfg)
+
+
+def test_a_full_disk_leaves_what_was_saved_and_no_rubbish(cfg: FinetuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*anything: object, **more: object) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
+
+    finetune.main(dataclasses.replace(cfg, max_steps=1))
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ConfigError, match="No space left"):
+        finetune.main(dataclasses.replace(cfg, max_steps=2))
+    run = cfg.run_root_dir / finetune.run_name(cfg)
+    assert [folder.name for folder in run.glob("step-*")] == ["step-000001"] and not list(run.glob(".unfinished*"))
+
+
+def test_checkpoints_are_in_order_past_a_million(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, keep=2)
+    for step in (999_000, 1_000_000, 1_001_000):
+        run.save(step, Path.mkdir, {})
+    assert [folder.name for folder in run.checkpoints()] == ["step-1000000", "step-1001000"]
+
+
+def test_one_process_a_run(cfg: FinetuneConfig) -> None:
+    run = RunFolder(cfg.run_root_dir / finetune.run_name(cfg), keep=2)
+    with pytest.raises(ConfigError, match="another process"):
+        finetune.main(cfg)
+    del run
+
+
 def test_only_the_newest_checkpoints_stay(cfg: FinetuneConfig) -> None:
     latest = finetune.main(dataclasses.replace(cfg, save_steps=1, keep=2))
     assert sorted(folder.name for folder in latest.parent.glob("step-*")) == ["step-000003", "step-000004"]
@@ -158,6 +204,8 @@ def test_only_the_newest_checkpoints_stay(cfg: FinetuneConfig) -> None:
     [
         ("batch_size", 0, "--batch_size must be at least 1"),
         ("learning_rate", 3.0, "--learning_rate"),
+        ("seed", -1, "--seed"),
+        ("augment_order", ("random_resize_crop",), "random_resize_crop"),
         ("lora_dropout", 1.0, "--lora_dropout"),
         ("dataset_name", "missing", "drawn"),
         ("dataset_name", "drawn:much", "is no weight"),

@@ -39,7 +39,8 @@ class Examples(Dataset[Example]):
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent saves and then ends us
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the parent saves and then ends us
+        signal.signal(number, signal.SIG_IGN)
 
 
 def batches(examples: Examples, draws: DrawBatches, *, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
@@ -52,7 +53,7 @@ def batches(examples: Examples, draws: DrawBatches, *, num_workers: int, pin_mem
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # its own: it would draw from the model's random numbers, and a resumed run would part from a whole one
-        multiprocessing_context="forkserver" if num_workers else None,
+        multiprocessing_context="spawn" if num_workers else None,  # forkserver's workers outlive a killed trainer
         prefetch_factor=2 if num_workers else None,
     )
     return iter(loader)

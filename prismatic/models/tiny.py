@@ -1,4 +1,4 @@
-"""The smallest member of the family: the same classes as openvla-7b, 1.4 M parameters, with a tokenizer of its own. What the demo runs on.
+"""The smallest member of the family: the same classes as openvla-7b, 2.1 M parameters, with a tokenizer of its own. What the demo runs on.
 
 In: sentences that its words are taken from. Out: a VLAConfig, a tokenizer, random weights from a seed.
 """

@@ -5,7 +5,6 @@ labels are (8 of ~290 positions) unless asked, because a full (B, 290, 32064) ta
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from prismatic.errors import ConfigError
+from prismatic.errors import ConfigError, read_json
 from prismatic.models import decode
 from prismatic.models.llama import Llama, LlamaConfig
 from prismatic.models.projector import Projector
@@ -58,12 +57,7 @@ class VLAConfig:
     @classmethod
     def from_json(cls, path: Path) -> "VLAConfig":
         """Read config.json of an OpenVLA folder or of the native Prismatic layout. ConfigError for an architecture that this is not."""
-        try:
-            raw = json.loads(Path(path).read_text())
-        except FileNotFoundError:
-            raise ConfigError(f"{path} is missing: a checkpoint folder needs its config.json") from None
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path} is not valid JSON ({error}): copy it again from the checkpoint") from None
+        raw = read_json(Path(path))
         native = isinstance(raw.get("vla"), dict)
         if native and "dinosiglip-224px+7b" not in str(raw["vla"].get("base_vlm")):
             raise ConfigError(
@@ -79,7 +73,11 @@ class VLAConfig:
                 values[name] = tuple(values[name])
         if "image_sizes" in raw:
             values["image_size"] = raw["image_sizes"][0]
-        return cls(text_config=LlamaConfig(**{k: v for k, v in text.items() if k in known}), **values)
+        sizes = {name: value for name, value in text.items() if name in known}
+        for name, value in sizes.items():
+            if not isinstance(value, int | float):
+                raise ConfigError(f"{path}: text_config.{name} is {value!r}, not a number")
+        return cls(text_config=LlamaConfig(**sizes), **values)
 
     def to_json(self) -> dict[str, Any]:
         """config.json as OpenVLA's own code reads it; what differs from openvla-7b's sizes stands under this project's names."""

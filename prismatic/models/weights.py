@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from prismatic.errors import ConfigError
+from prismatic.errors import ConfigError, read_json
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # a shard that export writes is at most this large
@@ -42,7 +42,7 @@ class StoredTensor:
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint folder under its published name, read lazily. ConfigError for a missing or truncated file."""
     if (folder / INDEX_FILE).exists():
-        names = json.loads((folder / INDEX_FILE).read_text())["weight_map"].values()
+        names = read_json(folder / INDEX_FILE).get("weight_map", {}).values()
         files = [folder / name for name in sorted(set(names))]
     elif (folder / SINGLE_FILE).exists():
         files = [folder / SINGLE_FILE]
