@@ -26,7 +26,7 @@ def main(cfg: ExportConfig) -> Path:
             raise ConfigError(f"--checkpoint {base} is itself an adapter: give its base, or leave --adapter out")
         base, adapter = resolve(files.adapter_base(base)), base
     if cfg.output.exists() and (not cfg.output.is_dir() or any(cfg.output.iterdir())):
-        raise ConfigError(f"--output {cfg.output} is not an empty folder: give a new one")
+        raise ConfigError(f"--output {cfg.output} is not empty: give a new folder")
     if adapter is not None and not (adapter / files.ADAPTER_CONFIG).exists():
         raise ConfigError(
             f"--adapter {adapter} has no {files.ADAPTER_CONFIG}: give the folder that finetune.py or peft wrote"
