@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-demos=40 steps=1200 trials=20 quality=fast name=demo task=0
+demos=40 steps=1000 trials=20 quality=fast name=demo task=0
 for option in "$@"; do
     case "$option" in
         --quick) demos=6 steps=60 trials=2 name=demo_quick ;;

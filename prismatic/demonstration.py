@@ -25,9 +25,6 @@ BURST_SHARE = 0.07  # chance that a push starts at a step
 BURST_STEPS = (3, 9)
 DISPLACEMENT_SHARE = 0.5  # of the episodes start with a long push
 DISPLACEMENT_STEPS = (5, 16)
-SLIP_SHARE = 0.6  # of the episodes have a slip
-SLIP_BEGIN = (5, 50)  # step
-SLIP_STEPS = (8, 20)
 
 
 @dataclass(frozen=True)
@@ -81,29 +78,6 @@ class Pushes:
         return self._push
 
 
-class Slip:
-    """At most one wrong move of the fingers an episode: they close on nothing, or let go, while the hand is carried off.
-
-    Without it a policy that missed its grasp has never seen an empty hand, and carries nothing to the plate.
-    """
-
-    def __init__(self, generator: np.random.Generator, size: float) -> None:
-        begins, lasts = int(generator.integers(*SLIP_BEGIN)), int(generator.integers(*SLIP_STEPS))
-        drift = generator.uniform((-1, -1, 0), (1, 1, 1)) * min(2 * size, 1.0)
-        happens = generator.random() < SLIP_SHARE and size > 0
-        self._steps = range(begins, begins + lasts) if happens else range(0)
-        self._drift = drift
-        self._fingers: list[float] = []  # of the slip, once it has begun
-
-    def __call__(self, step: int, action: np.ndarray) -> np.ndarray:
-        """The action (7,), or during the slip the wrong one: where the hand drifts, with the fingers the other way."""
-        if step not in self._steps:
-            return action
-        if not self._fingers:
-            self._fingers = [1.0 - float(action[6])]
-        return np.concatenate([self._drift, action[3:6], self._fingers])
-
-
 def is_no_op(action: np.ndarray, last_kept: np.ndarray | None) -> bool:
     """Whether a recorded action (7,) changes nothing: no motion, and the gripper as in the last kept action."""
     still = bool(np.linalg.norm(action[:6]) < NO_OP_NORM)
@@ -153,17 +127,17 @@ class Recording:
 def demonstrate(sim: Simulator, job: Demonstration) -> int:
     """Record one episode into `job.path`; the number of recorded steps, or 0 (and no file) where the expert failed."""
     generator = np.random.default_rng([job.seed, job.task_id, job.attempt])
-    pushes, slip = Pushes(generator, job.perturbation), Slip(generator, job.perturbation)
+    pushes = Pushes(generator, job.perturbation)
     sim.reset(None, seed=int(generator.integers(FIRST_ENV_SEED, 2**31)))
     expert = Expert(sim)
     recording = Recording(sim)
-    for step in range(step_limit(job.suite)):
+    for _ in range(step_limit(job.suite)):
         action = expert(None, sim.instruction)
         recorded = action.copy()
         recorded[6] = 1.0 - 2.0 * action[6]  # LIBERO's convention: -1 open, +1 close
         recording.note(recorded)
-        executed = slip(step, action).copy()
-        executed[:3] = np.clip(executed[:3] + pushes(), -1, 1)
+        executed = action.copy()
+        executed[:3] = np.clip(action[:3] + pushes(), -1, 1)
         if sim.step(executed):
             recording.stage(job.path, file_path=f"{job.suite}/task{job.task_id}/seed{job.seed}/attempt{job.attempt}")
             return len(recording)

@@ -15,7 +15,7 @@ import pytest
 from collect import ATTEMPTS_PER_DEMO, SPARE_ATTEMPTS, Schedule, open_stage
 from config import CollectConfig
 from prismatic.data.staging import load_episode
-from prismatic.demonstration import SLIP_STEPS, Pushes, Slip, is_no_op
+from prismatic.demonstration import Pushes, is_no_op
 from prismatic.errors import ConfigError
 from prismatic.image import decode_jpeg
 
@@ -96,22 +96,6 @@ def test_pushes_come_in_bursts_and_repeat_with_the_seed() -> None:
     assert np.mean(same & pushed[1:]) > 0.7 * np.mean(pushed[1:])
     calm = Pushes(np.random.default_rng(4), 0.0)
     assert not np.any([calm() for _ in range(200)])
-
-
-def test_a_slip_turns_the_fingers_once_and_then_lets_go() -> None:
-    wanted = np.array([0.5, 0, -1, 0, 0, 0, 1.0])
-    slips = 0
-    for seed in range(200):
-        slip = Slip(np.random.default_rng(seed), 0.5)
-        done = np.stack([slip(step, wanted) for step in range(100)])
-        wrong = np.flatnonzero((done != wanted).any(axis=1))
-        slips += len(wrong) > 0
-        if len(wrong):
-            assert len(wrong) == wrong[-1] - wrong[0] + 1 and SLIP_STEPS[0] <= len(wrong) < SLIP_STEPS[1]
-            assert (done[wrong, 6] == 0).all() and np.ptp(done[wrong, :3], axis=0).max() == 0
-    assert 0.45 < slips / 200 < 0.75
-    calm = Slip(np.random.default_rng(0), 0.0)
-    assert all((calm(step, wanted) == wanted).all() for step in range(100))
 
 
 def command(folder: Path, *options: str) -> list[str]:
