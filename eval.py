@@ -7,6 +7,7 @@ added to what is there. Without a GPU the policy computes on one thread, unless 
 `torchrun --nproc-per-node N eval.py …` shares the episodes among N GPUs.
 """
 
+import json
 import os
 import re
 import shlex
@@ -30,6 +31,7 @@ STEP_FOLDER = re.compile(
 )  # within a training run (run_folder.py, which needs torch): the run's name says more
 # What two runs must have in common for a comparison to mean the policies.
 SAME_PROTOCOL = ("step_limit", "num_steps_wait", "env_seed", "renderer", "render_quality", *SIMULATOR_PACKAGES)
+VERSIONS = "versions.json"  # as beside an adapter
 RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
 
 
@@ -50,6 +52,8 @@ def main(cfg: EvalConfig) -> None:
     with evaluation.RolloutFolder(
         cfg.local_log_dir / run_name(cfg), identity=identity(cfg, renderer), record=record(cfg), rank=RANK
     ) as folder:
+        with folder.locked():
+            (folder.path / VERSIONS).write_text(json.dumps(versions(), indent=2))
         try:
             summary = evaluate(cfg, trials, folder)
         finally:
