@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_episodes import drawn_episode
 
 from prismatic.data import rlds
 from prismatic.data.frames import FrameCache
 from prismatic.errors import ConfigError
+from tests.drawn_episodes import drawn_episode
 
 NAME = "drawn_set"
 EPISODES = 5

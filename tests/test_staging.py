@@ -4,10 +4,10 @@ import resource
 from typing import Any
 
 import pytest
-from drawn_episodes import drawn_episode
 
 from prismatic.data.staging import load_episode, stage_episode
 from prismatic.errors import ConfigError
+from tests.drawn_episodes import drawn_episode
 
 
 def test_staging_refuses_fields_that_disagree(tmp_path):
