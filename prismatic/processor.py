@@ -34,6 +34,9 @@ SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 FORMAT = 1  # of processor.json
 
 
+_OPENVLA_7B = VLAConfig()  # the numbers below are the model's: they stand there, once
+
+
 @dataclass(frozen=True)
 class ProcessorConfig:
     """What processor.json holds. A folder that has one allows no override."""
@@ -42,16 +45,16 @@ class ProcessorConfig:
         str | None
     )  # which entry of dataset_statistics.json; None: it learnt from several, and acting has to name one
     center_crop: bool  # True if it learnt with random crops
-    image_size: int = 224  # pixels a side
-    num_images_in_input: int = 1  # 2: agentview and wrist
+    image_size: int = _OPENVLA_7B.image_size  # pixels a side
+    num_images_in_input: int = _OPENVLA_7B.num_images_in_input  # 2: agentview and wrist
     means: tuple[tuple[float, ...], ...] = (DINO_MEAN, SIGLIP_MEAN)
     stds: tuple[tuple[float, ...], ...] = (DINO_STD, SIGLIP_STD)
-    vocab_size: int = 32000
-    n_action_bins: int = 256
-    bos_token_id: int = 1
-    eos_token_id: int = 2
-    pad_token_id: int = 32000
-    empty_token_id: int = 29871
+    vocab_size: int = _OPENVLA_7B.vocab_size
+    n_action_bins: int = _OPENVLA_7B.n_action_bins
+    bos_token_id: int = _OPENVLA_7B.bos_token_id
+    eos_token_id: int = _OPENVLA_7B.eos_token_id
+    pad_token_id: int = _OPENVLA_7B.pad_token_id
+    empty_token_id: int = _OPENVLA_7B.empty_token_id
     base_model: str = ""  # id or folder of the weights it was made with
     base_fingerprint: str = ""
     merged_adapter: str = ""  # fingerprint of the adapter that was folded into these weights
