@@ -5,18 +5,31 @@ python bench.py load --checkpoint FOLDER          a folder of yours
 """
 
 import json
+from typing import Annotated, Any
 
 import tyro
 
-from config import WORKSPACE, BenchConfig
+from config import WORKSPACE, BenchLoadConfig
 from prismatic.errors import exit_codes
 from prismatic.hub import resolve
 
+Rows = list[dict[str, Any]]
 
-def main(cfg: BenchConfig) -> None:
+
+def load(cfg: BenchLoadConfig) -> Rows:
+    """Host memory while a checkpoint loads."""
     from prismatic.bench import load
 
-    rows = load.run(resolve(cfg.checkpoint) if cfg.checkpoint else None, WORKSPACE)
+    return load.run(resolve(cfg.checkpoint) if cfg.checkpoint else None, WORKSPACE)
+
+
+BENCHES = {BenchLoadConfig: load}
+Config = Annotated[BenchLoadConfig, tyro.conf.subcommand("load")]  # one a bench, joined by |
+
+
+def main(cfg: BenchLoadConfig) -> None:
+    """Measure, print one table, and write it as JSON where asked."""
+    rows = BENCHES[type(cfg)](cfg)
     names = list(rows[0])
     print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
     for row in rows:
@@ -27,4 +40,5 @@ def main(cfg: BenchConfig) -> None:
 
 if __name__ == "__main__":
     with exit_codes():
-        main(tyro.cli(BenchConfig, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
+        flags = (tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes)
+        main(tyro.cli(Config, description=__doc__, config=flags, use_underscores=True))  # type: ignore[arg-type]

@@ -183,9 +183,7 @@ class DoctorConfig:
 
 
 @dataclass(frozen=True)
-class BenchConfig:
-    # What to measure.
-    what: tyro.conf.Positional[Literal["load"]]
+class BenchLoadConfig:
     # Checkpoint folder or hub id; none makes one of full size with random weights below WORKSPACE.
     checkpoint: str | None = None
     # Also write the table here.

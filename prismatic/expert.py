@@ -1,9 +1,9 @@
 """A scripted pick-and-place policy that reads the simulator's state: what a demonstration is made of.
 
 It is called like any policy, and its answer depends on the present state alone (no memory), so it can also label states
-that it would never reach itself. Made to be imitated from pictures by arg-max: the same state always gets the same
-answer, commands are multiples of `rounding`, and nothing waits: the fingers close while the hand still sinks the last
-centimetres, and the lift starts at the first touch of both pads.
+that it would never reach itself. Made to be imitated from pictures by arg-max: the same picture always gets the same
+answer (velocities, which no picture shows, play no part), commands are multiples of `rounding`, and nothing waits: the
+fingers close while the hand still sinks the last centimetres, and the lift starts at the first touch of both pads.
 """
 
 import itertools
@@ -18,7 +18,6 @@ from prismatic.simulator import Simulator
 from prismatic.suites import init_states
 
 GAIN = 32.0  # command per metre of error: full speed (about 13 mm a step) from 3 cm on
-LOOK_AHEAD = 0.06  # s, how far ahead the hand's position is predicted: it coasts for about that long
 TURN_GAIN = 2.5  # command per radian of error
 FAR = 0.7  # m before the robot's base, from where on the arm is so stretched that the hand leans more and more
 OPEN, CLOSE = 1.0, 0.0
@@ -122,8 +121,6 @@ class Expert:
         self._fingers = [[self._model.geom(name).id for name in part] for part in parts]
         axis = self._data.geom_xpos[self._fingers[1][-1]] - self._data.geom_xpos[self._fingers[0][-1]]
         self._hand = self._data.site_xpos[robot.eef_site_id].copy()
-        velocity = environment.sim.data.get_site_xvelp(robot.gripper.important_sites["grip_site"])
-        self._ahead = LOOK_AHEAD * np.array(velocity)
         self._opening = float(fingers[0] - fingers[1])
         self._yaw = float(np.arctan2(-axis[0], axis[1]))  # 0: the fingers open along world y
         self._palm = self._data.site_xmat[robot.eef_site_id].reshape(3, 3)[:, 2].copy()  # (3,) where the fingers point
@@ -219,12 +216,11 @@ class Expert:
 
     def _reach(self, grasp: Grasp) -> np.ndarray:
         error = grasp.point - self._hand
-        ahead = error - self._ahead
         lateral = float(np.linalg.norm(error[:2]))
         turn = _wrap(grasp.yaw - self._yaw)
         aligned = lateral < ALIGNED and abs(turn) < 0.15
         action = np.zeros(7)
-        action[:2] = np.clip(GAIN * ahead[:2], -1, 1)
+        action[:2] = np.clip(GAIN * error[:2], -1, 1)
         action[5] = np.clip(TURN_GAIN * turn, -1, 1)
         if grasp.point[0] - self._base[0] > FAR:
             action[3:5] = TURN_GAIN * np.cross(self._palm, (0.0, 0.0, -1.0))[:2]
@@ -242,7 +238,7 @@ class Expert:
             height = grasp.point[2] + grasp.closing - 0.015 + slope
             if not aligned:
                 height = max(height, grasp.top + 0.02)
-        rise = height - self._hand[2] - self._ahead[2]
+        rise = height - self._hand[2]
         action[2] = np.clip(GAIN * rise, -1, 1)
         action[:2] *= np.clip(1.5 - rise / 0.03, 0, 1)  # first up, then across
         action[6] = OPEN
@@ -252,13 +248,12 @@ class Expert:
         target = self._target_point()
         error = target[:2] - self._position[:2]
         lateral = float(np.linalg.norm(error))
-        error = error - self._ahead[:2]
         bottom = self._bottom()
         place = target[2] + (0.10 if self._inside else 0.0)
         over = max(self._obstacle_top(target), place) + CLEARANCE
         approach = np.clip((lateral - 0.012) / 0.04, 0, 1)
         height = place + approach * (over - place) if lateral < 0.06 else over
-        rise = height - bottom - self._ahead[2]
+        rise = height - bottom
         action = np.zeros(7)
         action[:2] = np.clip(GAIN * error, -1, 1) * np.clip(1.4 - rise / 0.03, 0, 1)
         action[2] = np.clip(GAIN * rise, -1, 1)
