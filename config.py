@@ -42,6 +42,8 @@ class FinetuneConfig:
     weight_decay: float = 0.01
     # Gradient norm above which gradients are scaled down; 0 never (the recipe of record).
     max_grad_norm: float = 0.0
+    # Matrix products in bfloat16. auto: on a GPU only; it pays on a CPU that has instructions for it (lscpu: avx512_bf16, amx).
+    autocast: Literal["auto", "bfloat16", "none"] = "auto"
     # Steps after which to stop.
     max_steps: int = 200_000
     # Steps between checkpoints.

@@ -86,6 +86,7 @@ def train(
     examples = Examples(mixture, processor, augmentations=cfg.augment_order if cfg.image_aug else (), seed=cfg.seed)
     draws = DrawBatches(batch_size=cfg.batch_size, first_step=first_step * cfg.grad_accumulation_steps)
     on_gpu = next(vla.parameters()).is_cuda
+    autocast = cfg.autocast == "bfloat16" or (cfg.autocast == "auto" and on_gpu)
     stream = batches(examples, draws, num_workers=cfg.num_workers, pin_memory=on_gpu)
     stop = StopSignal()
     started, samples = time.monotonic(), 0
@@ -110,7 +111,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate
         passes = [next(stream) for _ in range(cfg.grad_accumulation_steps)]
-        metrics = backward(vla, passes, processor.action_tokenizer, autocast=on_gpu)
+        metrics = backward(vla, passes, processor.action_tokenizer, autocast=autocast)
         if cfg.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(vla.parameters(), cfg.max_grad_norm)
         optimizer.step()

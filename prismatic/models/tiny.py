@@ -57,13 +57,15 @@ def tiny_tokenizer(sentences: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def random_vla(config: VLAConfig, *, seed: int) -> VLA:
-    """A model to train from scratch: linear maps and tables ~ N(0, 0.02), LayerScale 1 (at timm's 1e-5 a small tower learns nothing)."""
+    """A model to train from scratch: the decoder's matrices ~ N(0, 1 / inputs) (the usual 0.02 is for widths of thousands),
+    LayerScale 1 (at timm's 1e-5 a small tower learns nothing).
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         vla = VLA(config)
         for name, parameter in vla.language_model.named_parameters():
             if "norm" not in name:
-                torch.nn.init.normal_(parameter, std=0.02)
+                torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
         for name, parameter in vla.vision_backbone.named_parameters():
             if name.endswith("scale_factor"):
                 torch.nn.init.ones_(parameter)
