@@ -3,8 +3,9 @@
     python collect.py --task_suite_name libero_spatial --task_ids 0 2 --num_demos_per_task 30   # by the scripted expert
     python collect.py --task_suite_name libero_spatial --from_hdf5 FOLDER                       # LIBERO's own, replayed
 
-Each successful episode is first a file of its own beside the data set; the same command goes on where it stopped. The
-expert starts at random, from a range of seeds of its own: never in one of the stored states that evaluation uses.
+Each successful episode is first a file of its own beside the data set; the same command goes on where it stopped, and
+another one of the same dataset_name adds to it. The expert starts at random, from a range of seeds of its own: never in
+one of the stored states that evaluation uses.
 """
 
 import contextlib
@@ -18,12 +19,13 @@ import tyro
 from tqdm import tqdm
 
 from config import CollectConfig
-from prismatic.data.rlds import write_dataset
+from prismatic.data.rlds import check_name, write_dataset
 from prismatic.data.staging import writing_to
 from prismatic.demonstration import Demonstration, Job, Worker, stop
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.replay import Replays, find_replays
 from prismatic.simulator import choose_renderer, instruction, num_tasks
+from prismatic.versions import folder_fingerprint
 
 ATTEMPTS_PER_DEMO = 3  # a task is given up when so many attempts for each wanted episode,
 SPARE_ATTEMPTS = 10  # and so many more, were not enough
@@ -37,6 +39,7 @@ class Schedule:
 
     def __init__(self, cfg: CollectConfig, stage: Path) -> None:
         self._cfg, self._stage = cfg, stage
+        self._after = f"after-{folder_fingerprint(cfg.policy_checkpoint)[:6]}-" if cfg.policy_checkpoint else ""
         self._limit = cfg.num_demos_per_task * ATTEMPTS_PER_DEMO + SPARE_ATTEMPTS
         self.tasks = list(cfg.task_ids or range(num_tasks(cfg.task_suite_name)))
         self._next = dict.fromkeys(self.tasks, 0)
@@ -51,8 +54,11 @@ class Schedule:
 
     def found(self) -> int:
         """How many of them earlier calls have left."""
-        left = [len(list(self._stage.glob(f"task{task_id:02d}-*.npz"))) for task_id in self.tasks]
+        left = [len(list(self._stage.glob(f"{self._stem(task_id)}[0-9]*.npz"))) for task_id in self.tasks]
         return sum(min(count, self._cfg.num_demos_per_task) for count in left)
+
+    def _stem(self, task_id: int) -> str:
+        return f"task{task_id:02d}-{self._after}"  # episodes that a policy begins lie beside the expert's
 
     def next_job(self) -> Demonstration | None:
         """The next attempt that is needed, task after task; None while those under way may be enough."""
@@ -66,7 +72,7 @@ class Schedule:
                         "perturbation"
                     )
                 self._next[task_id] += 1
-                path = self._stage / f"task{task_id:02d}-{attempt:05d}.npz"
+                path = self._stage / f"{self._stem(task_id)}{attempt:05d}.npz"
                 if path.is_file():  # an earlier call's
                     self.successes[task_id] += 1
                 elif path.with_suffix(".failed").is_file():
@@ -85,6 +91,7 @@ class Schedule:
             perturbation=self._cfg.perturbation,
             quality=self._cfg.render_quality,
             path=path,
+            policy=str(self._cfg.policy_checkpoint or ""),
         )
 
     def finished(self, job: Job, *, success: bool) -> int:
@@ -186,9 +193,12 @@ def make_schedule(cfg: CollectConfig) -> Schedule | Replays:
 def collect(cfg: CollectConfig) -> Path:
     """Episodes as files, then the data set made of them; its version folder."""
     choose_renderer()
+    check_name(cfg.dataset_name)
     for name in ("num_demos_per_task", "num_workers"):
         if getattr(cfg, name) < 1:
             raise ConfigError(f"{name} is {getattr(cfg, name)}: give at least 1")
+    if cfg.policy_checkpoint and not cfg.policy_checkpoint.is_dir():
+        raise ConfigError(f"policy_checkpoint {cfg.policy_checkpoint} isn't there: give a checkpoint or adapter folder")
     for task_id in cfg.task_ids:
         instruction(cfg.task_suite_name, task_id)  # a ConfigError for a task that isn't there
     schedule = make_schedule(cfg)

@@ -144,6 +144,9 @@ class CollectConfig:
     num_workers: int = 2
     # Largest random push while the expert acts, in units of a full command; 0 for none. Its own answers are what is recorded.
     perturbation: float = 0.5
+    # Checkpoint or adapter folder of a policy that acts first, for a random number of steps; the expert's answers are recorded all
+    # the same, so the data shows the way back from that policy's own mistakes (DAgger). None: the expert acts alone.
+    policy_checkpoint: Path | None = None
     # fast: three times faster on a CPU, pixels differ by about 1.5 of 255. standard: LIBERO's own pixels.
     render_quality: Literal["standard", "fast"] = "fast"
     # Another seed gives other episodes.

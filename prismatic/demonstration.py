@@ -1,15 +1,19 @@
 """One demonstration: the scripted expert acts from a randomised state, now and then pushed off course.
 
 Recorded is what the expert answers, not the pushes: so the data holds, for states beside the expert's own path, the
-action that leads back. Left out, as in the public data sets, are failures and no-ops.
+action that leads back. With a policy that already learnt, that policy acts first, for a random number of steps, and the
+expert says what it should have done (DAgger: Ross, Gordon and Bagnell, 2011). Left out, as in the public data sets, are
+failures and no-ops.
 """
 
+import functools
 import multiprocessing
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +29,7 @@ BURST_SHARE = 0.07  # chance that a push starts at a step
 BURST_STEPS = (3, 9)
 DISPLACEMENT_SHARE = 0.5  # of the episodes start with a long push
 DISPLACEMENT_STEPS = (5, 16)
+POLICY_STEPS = (5, 80)  # of an episode, where a policy acts first
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,9 @@ class Job:
     task_id: int
     quality: str
     path: Path
+
+    def prepare(self) -> None:
+        """What has to come before the first picture is rendered: torchvision crashes when it is imported after that."""
 
     def record(self, sim: Simulator) -> int:
         """Record it into `path`; the number of recorded steps, or 0 (and no file) where it was no success."""
@@ -48,6 +56,12 @@ class Demonstration(Job):
     attempt: int
     seed: int
     perturbation: float  # largest push, in units of the full command
+    policy: str = ""  # checkpoint or adapter folder that acts first; none if empty
+
+    def prepare(self) -> None:
+        """Load the policy that acts first, if there is one."""
+        if self.policy:
+            learnt_policy(self.policy)
 
     def record(self, sim: Simulator) -> int:
         """As Job says; 0 where the expert failed."""
@@ -98,13 +112,17 @@ class Recording:
     def __len__(self) -> int:
         return len(self._actions)
 
-    def note(self, action: np.ndarray) -> bool:
-        """Keep the present moment with an action (7,) in LIBERO's convention; False, and nothing kept, for a no-op."""
+    def note(self, action: np.ndarray, pictures: tuple[np.ndarray, np.ndarray] | None = None) -> bool:
+        """Keep the present moment with an action (7,) in LIBERO's convention; False, and nothing kept, for a no-op.
+
+        pictures: its frame and wrist frame, where they have been rendered already.
+        """
         if is_no_op(action, self._actions[-1] if self._actions else None):
             return False
         state, joint_state = self._sim.proprio()
-        self._images.append(encode_jpeg(self._sim.frame()))
-        self._wrist_images.append(encode_jpeg(self._sim.wrist()))
+        frame, wrist = pictures or (self._sim.frame(), self._sim.wrist())
+        self._images.append(encode_jpeg(frame))
+        self._wrist_images.append(encode_jpeg(wrist))
         self._states.append(state)
         self._joints.append(joint_state)
         self._actions.append(action)
@@ -124,22 +142,43 @@ class Recording:
         )
 
 
+@functools.cache
+def learnt_policy(folder: str) -> Any:
+    """Once a process, on one thread and without a GPU: several simulator processes each have their own."""
+    import torch
+
+    from prismatic.checkpoint import load_policy
+
+    torch.set_num_threads(1)
+    return load_policy(folder, device="cpu")
+
+
 def demonstrate(sim: Simulator, job: Demonstration) -> int:
     """Record one episode into `job.path`; the number of recorded steps, or 0 (and no file) where the expert failed."""
-    generator = np.random.default_rng([job.seed, job.task_id, job.attempt])
+    generator = np.random.default_rng([job.seed, job.task_id, job.attempt, *([1] if job.policy else [])])
     pushes = Pushes(generator, job.perturbation)
     sim.reset(None, seed=int(generator.integers(FIRST_ENV_SEED, 2**31)))
     expert = Expert(sim)
+    policy = learnt_policy(job.policy) if job.policy else None
+    policy_steps = int(generator.integers(*POLICY_STEPS)) if policy else 0
     recording = Recording(sim)
-    for _ in range(step_limit(job.suite)):
+    for step in range(step_limit(job.suite)):
         action = expert(None, sim.instruction)
         recorded = action.copy()
         recorded[6] = 1.0 - 2.0 * action[6]  # LIBERO's convention: -1 open, +1 close
-        recording.note(recorded)
-        executed = action.copy()
-        executed[:3] = np.clip(action[:3] + pushes(), -1, 1)
+        if policy and step < policy_steps:
+            frame, wrist = sim.frame(), sim.wrist()
+            recording.note(recorded, (frame, wrist))
+            executed = policy(frame, sim.instruction, wrist if policy.num_images == 2 else None)
+        else:
+            recording.note(recorded)
+            executed = action.copy()
+            executed[:3] = np.clip(action[:3] + pushes(), -1, 1)
         if sim.step(executed):
-            recording.stage(job.path, file_path=f"{job.suite}/task{job.task_id}/seed{job.seed}/attempt{job.attempt}")
+            begun_by = "/policy" if job.policy else ""
+            recording.stage(
+                job.path, file_path=f"{job.suite}/task{job.task_id}/seed{job.seed}/attempt{job.attempt}{begun_by}"
+            )
             return len(recording)
     return 0
 
@@ -151,6 +190,7 @@ def serve(connection: Connection) -> None:
         while True:
             job: Job = connection.recv()
             try:
+                job.prepare()
                 if sim is None or (sim.suite, sim.task_id) != (job.suite, job.task_id):
                     if sim:
                         sim.close()

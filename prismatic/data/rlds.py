@@ -70,6 +70,14 @@ def build_cache(rlds_dir: Path, cache_dir: Path) -> Path:
     return cache
 
 
+def check_name(name: str) -> None:
+    """ConfigError where tfds would not take it as a data set's name."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ConfigError(
+            f"{name!r} can't name a data set (dataset_name): use small letters, digits and _, a letter first"
+        )
+
+
 def write_dataset(episodes: Path, output: Path, name: str) -> Path:
     """The staged episodes (`*.npz` in a folder) as RLDS data set `output/name/1.0.0`, unless it holds just
     these.
@@ -78,8 +86,7 @@ def write_dataset(episodes: Path, output: Path, name: str) -> Path:
     replaced. ConfigError where there is no episode, or a data set from elsewhere in the way.
     """
     episodes, target = Path(episodes).absolute(), Path(output).absolute() / name / VERSION
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise ConfigError(f"{name!r} can't name a data set: use small letters, digits and _, a letter first")
+    check_name(name)
     note = json.dumps(listing(episodes.glob("*.npz")))
     if note == "[]":
         raise ConfigError(f"{episodes} holds no finished episode (*.npz): collect at least one first")
