@@ -27,7 +27,7 @@ from prismatic.versions import SIMULATOR_PACKAGES, folder_fingerprint, versions
 # Nothing here may import torch at the top: each simulator process imports this file once more.
 
 STEP_FOLDER = re.compile(
-    r"latest|step-\d+"
+    r"latest|best|step-\d+"
 )  # within a training run (run_folder.py, which needs torch): the run's name says more
 # What two runs must have in common for a comparison to mean the policies.
 SAME_PROTOCOL = ("step_limit", "num_steps_wait", "env_seed", "renderer", "render_quality", *SIMULATOR_PACKAGES)

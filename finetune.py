@@ -10,6 +10,8 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,15 @@ from tqdm import tqdm
 
 from config import FinetuneConfig
 from prismatic.checkpoint import load_tokenizer, load_vla, save_checkpoint
-from prismatic.data.dataset_folder import find_dataset
 from prismatic.data.examples import Examples, batches
-from prismatic.data.frames import DrawBatches, FrameCache, Mixture
-from prismatic.data.rlds import build_cache
+from prismatic.data.frames import DrawBatches, Mixture
+from prismatic.data.mixture import open_mixture
 from prismatic.errors import ConfigError, Terminated, exit_codes
 from prismatic.hub import resolve
 from prismatic.image import AUGMENTATIONS
 from prismatic.models import weights
 from prismatic.models.vla import VLA, VLAConfig
-from prismatic.processor import Processor, ProcessorConfig
+from prismatic.processor import Batch, Processor, ProcessorConfig
 from prismatic.run_folder import STEP_FOLDER, RunFolder
 from prismatic.training import Metrics, StopSignal, backward, learning_rate
 
@@ -46,11 +47,31 @@ MAY_CHANGE = (
 )  # on resuming
 
 
+@dataclass
+class Job:
+    """What the loop works on."""
+
+    cfg: FinetuneConfig
+    mixture: Mixture
+    processor: Processor
+    run: RunFolder
+    vla: VLA
+    optimizer: torch.optim.Optimizer
+    first_step: int  # to go on with; 0 in a new run
+
+
 def main(cfg: FinetuneConfig) -> Path:
     check(cfg)
+    job = prepare(cfg)
+    train(job)
+    return job.run.path / "latest"
+
+
+def prepare(cfg: FinetuneConfig) -> Job:
+    """Data, model and optimizer, as the run's last checkpoint left them if there is one."""
     seed_everything(cfg.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    mixture = open_mixture(cfg)
+    mixture = open_mixture(find_data(cfg), cfg.dataset_name, cache_dir=cfg.cache_dir, seed=cfg.seed)
     base = resolve(cfg.vla_path)
     processor = build_processor(cfg, base, mixture)
     run = RunFolder(cfg.run_root_dir / run_name(cfg), keep=cfg.keep)
@@ -69,58 +90,40 @@ def main(cfg: FinetuneConfig) -> Path:
         f"{run.path}: {sum(p.numel() for p in trainable):,} of {sum(p.numel() for p in vla.parameters()):,} parameters are trained"
     )
     print(f"{len(mixture):,} frames a pass over the data; steps {first_step} to {cfg.max_steps} on {device}")
-    train(cfg, vla, optimizer, mixture, processor, run, first_step)
-    return run.path / "latest"
+    return Job(cfg, mixture, processor, run, vla, optimizer, first_step)
 
 
-def train(
-    cfg: FinetuneConfig,
-    vla: VLA,
-    optimizer: torch.optim.Optimizer,
-    mixture: Mixture,
-    processor: Processor,
-    run: RunFolder,
-    first_step: int,
-) -> None:
+def train(job: Job) -> None:
     """The loop. A step is grad_accumulation_steps passes; a stop signal ends it after the present step, saved."""
-    examples = Examples(mixture, processor, augmentations=cfg.augment_order if cfg.image_aug else (), seed=cfg.seed)
-    draws = DrawBatches(batch_size=cfg.batch_size, first_step=first_step * cfg.grad_accumulation_steps)
+    cfg, vla = job.cfg, job.vla
+    stream = open_stream(job)
     on_gpu = next(vla.parameters()).is_cuda
     autocast = cfg.autocast == "bfloat16" or (cfg.autocast == "auto" and on_gpu)
-    stream = batches(examples, draws, num_workers=cfg.num_workers, pin_memory=on_gpu)
     stop = StopSignal()
     started, samples = time.monotonic(), 0
     vla.train()
     bar = tqdm(
-        range(first_step, cfg.max_steps),
-        initial=first_step,
+        range(job.first_step, cfg.max_steps),
+        initial=job.first_step,
         total=cfg.max_steps,
         unit="step",
         desc="finetune",
         smoothing=0.05,
     )
-    saved = first_step
+    saved = job.first_step
     for step in bar:
-        rate = learning_rate(
-            step,
-            peak=cfg.learning_rate,
-            schedule=cfg.lr_schedule,
-            warmup_steps=cfg.warmup_steps,
-            max_steps=cfg.max_steps,
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        rate = set_learning_rate(cfg, job.optimizer, step)
         passes = [next(stream) for _ in range(cfg.grad_accumulation_steps)]
-        metrics = backward(vla, passes, processor.action_tokenizer, autocast=autocast)
+        metrics = backward(vla, passes, job.processor.action_tokenizer, autocast=autocast)
         if cfg.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(vla.parameters(), cfg.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        job.optimizer.step()
+        job.optimizer.zero_grad(set_to_none=True)
         samples += cfg.batch_size * cfg.grad_accumulation_steps
-        report(bar, run, step, metrics, rate=rate, samples_per_second=samples / (time.monotonic() - started), cfg=cfg)
+        report(job, bar, step, metrics, rate=rate, samples_per_second=samples / (time.monotonic() - started))
         done = step + 1
         if done % cfg.save_steps == 0 or done == cfg.max_steps or stop.received:
-            save(cfg, done, vla, optimizer, mixture, processor, run)
+            save(job, done)
             saved = done
         if stop.received:
             bar.close()
@@ -128,26 +131,39 @@ def train(
             raise KeyboardInterrupt if stop.received == signal.SIGINT else Terminated
 
 
-def report(
-    bar: tqdm,
-    run: RunFolder,
-    step: int,
-    metrics: Metrics,
-    *,
-    rate: float,
-    samples_per_second: float,
-    cfg: FinetuneConfig,
-) -> None:
+def open_stream(job: Job) -> Iterator[Batch]:
+    """Batches from the first step on."""
+    cfg = job.cfg
+    augmentations = cfg.augment_order if cfg.image_aug else ()
+    examples = Examples(job.mixture, job.processor, augmentations=augmentations, seed=cfg.seed)
+    draws = DrawBatches(batch_size=cfg.batch_size, first_step=job.first_step * cfg.grad_accumulation_steps)
+    on_gpu = next(job.vla.parameters()).is_cuda
+    return batches(examples, draws, num_workers=cfg.num_workers, pin_memory=on_gpu)
+
+
+def set_learning_rate(cfg: FinetuneConfig, optimizer: torch.optim.Optimizer, step: int) -> float:
+    rate = learning_rate(
+        step,
+        peak=cfg.learning_rate,
+        schedule=cfg.lr_schedule,
+        warmup_steps=cfg.warmup_steps,
+        max_steps=cfg.max_steps,
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def report(job: Job, bar: tqdm, step: int, metrics: Metrics, *, rate: float, samples_per_second: float) -> None:
     """Progress bar at every step, a line of metrics.jsonl at some."""
     numbers = dataclasses.asdict(metrics)
     bar.set_postfix(
         {"loss": f"{metrics.loss:.3f}", "acc": f"{metrics.action_accuracy:.3f}", "l1": f"{metrics.l1_loss:.3f}"},
         refresh=False,
     )
-    if (step + 1) % LOG_STEPS == 0 or step + 1 == cfg.max_steps:
-        run.log(
-            {"step": step + 1, **numbers, "learning_rate": rate, "samples_per_second": round(samples_per_second, 3)}
-        )
+    if (step + 1) % LOG_STEPS == 0 or step + 1 == job.cfg.max_steps:
+        row = {"step": step + 1, **numbers, "learning_rate": rate, "samples_per_second": round(samples_per_second, 3)}
+        job.run.log(row)
 
 
 def check(cfg: FinetuneConfig) -> None:
@@ -177,24 +193,13 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def open_mixture(cfg: FinetuneConfig) -> Mixture:
-    """The frame caches of dataset_name (a name, or name:weight,name:weight), built from RLDS where they aren't there yet."""
+def find_data(cfg: FinetuneConfig) -> Path:
+    """The folder of data sets, downloaded if it is a hub id."""
     if cfg.data_root_dir == FinetuneConfig.data_root_dir and not Path(cfg.data_root_dir).is_dir():
         raise ConfigError(
             f"data_root_dir {cfg.data_root_dir} isn't there: put the data sets there, or give --data_root_dir"
         )
-    root = resolve(cfg.data_root_dir, kind="dataset")
-    caches, shares = [], []
-    for part in cfg.dataset_name.split(","):
-        name, _, share = part.strip().partition(":")
-        try:
-            shares.append(float(share or 1.0))
-        except ValueError:
-            raise ConfigError(
-                f"--dataset_name {part!r}: {share!r} is no weight, write it like libero_spatial_no_noops:0.5"
-            ) from None
-        caches.append(FrameCache(build_cache(find_dataset(root, name), cfg.cache_dir)))
-    return Mixture(caches, seed=cfg.seed, weights=shares)
+    return resolve(cfg.data_root_dir, kind="dataset")
 
 
 def build_processor(cfg: FinetuneConfig, base: Path, mixture: Mixture) -> Processor:
@@ -244,37 +249,23 @@ def last_checkpoint(cfg: FinetuneConfig, run: RunFolder) -> Path | None:
     return there[-1]
 
 
-def save(
-    cfg: FinetuneConfig,
-    step: int,
-    vla: VLA,
-    optimizer: torch.optim.Optimizer,
-    mixture: Mixture,
-    processor: Processor,
-    run: RunFolder,
-) -> None:
+def save(job: Job, step: int) -> None:
     """A step folder with everything that a resumed run needs."""
-    statistics: dict[str, Any] = mixture.statistics
+    cfg, vla = job.cfg, job.vla
+    given: dict[str, Any] = {"processor": job.processor, "statistics": job.mixture.statistics}
 
     def write(folder: Path) -> None:
         if cfg.use_lora:
             from prismatic.adapter import save_adapter
 
-            save_adapter(folder, vla, processor=processor, statistics=statistics, options=dataclasses.asdict(cfg))
+            save_adapter(folder, vla, options=dataclasses.asdict(cfg), **given)
         else:
-            save_checkpoint(
-                folder,
-                vla,
-                processor=processor,
-                statistics=statistics,
-                tokenizer_from=resolve(cfg.vla_path),
-                dtype=torch.float32,
-            )
+            save_checkpoint(folder, vla, tokenizer_from=resolve(cfg.vla_path), dtype=torch.float32, **given)
 
-    state = {"step": step, "optimizer": optimizer.state_dict(), "torch_rng": torch.get_rng_state()}
+    state = {"step": step, "optimizer": job.optimizer.state_dict(), "torch_rng": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda_rng"] = torch.cuda.get_rng_state()
-    run.save(step, write, state)
+    job.run.save(step, write, state)
 
 
 def restore(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> int:

@@ -2,6 +2,7 @@
 
     <run>/step-001000/   an adapter folder (or a checkpoint folder), training_state.pt, metrics.jsonl up to there
     <run>/latest         a link to the newest step folder
+    <run>/best           a link to the one that validated best, best.json its step and value; it is never deleted
     <run>/metrics.jsonl  a line a logged step
 
 Surprising: on resuming, metrics.jsonl is cut back to the checkpoint, so that no step stands in it twice.
@@ -14,19 +15,27 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 
 from prismatic.errors import ConfigError, read_json
 
-STEP_FOLDER = re.compile(r"latest|step-\d+")  # names within a run: the run's own name says more
+STEP_FOLDER = re.compile(r"latest|best|step-\d+")  # names within a run: the run's own name says more
 STATE, METRICS, LATEST, OPTIONS = "training_state.pt", "metrics.jsonl", "latest", "finetune.json"
+BEST, BEST_VALUE = "best", "best.json"
+
+
+class Best(NamedTuple):
+    """The checkpoint that validated best."""
+
+    step: int
+    value: float
 
 
 class RunFolder:
-    """One run's folder, made if it isn't there; the `keep` newest step folders stay."""
+    """One run's folder, made if it isn't there; the `keep` newest step folders stay, and the best."""
 
     def __init__(self, path: Path, *, keep: int) -> None:
         self.path, self.keep = path, keep
@@ -57,13 +66,11 @@ class RunFolder:
                         f"{self.path} was begun with --{name} {before[name]}, not {value}: "
                         "give that, or a --run_id_note to begin another run"
                     )
-        unfinished = self.path / f".unfinished-{OPTIONS}"
-        unfinished.write_text(json.dumps(options, indent=2, default=str))
-        unfinished.replace(path)
+        self._replace(OPTIONS, json.dumps(options, indent=2, default=str))
 
     def save(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any]) -> Path:
         """Make step-<step> from what `write` puts into a folder, add the state, then link it and delete the oldest."""
-        folder = self.path / f"step-{step:06d}"
+        folder = self.folder(step)
         unfinished = self.path / f".unfinished-{folder.name}"
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
@@ -81,13 +88,48 @@ class RunFolder:
         finally:
             for left in self.path.glob(f"{unfinished.name}*"):
                 shutil.rmtree(left, ignore_errors=True)
-        link = self.path / ".latest"
+        self._link(LATEST, folder)
+        self._delete_old()
+        return folder
+
+    def _link(self, name: str, folder: Path) -> None:
+        link = self.path / f".{name}"
         link.unlink(missing_ok=True)
         link.symlink_to(folder.name)
-        link.replace(self.path / LATEST)
+        link.replace(self.path / name)
+
+    def _delete_old(self) -> None:
+        best = self.best()
         for old in self.checkpoints()[: -self.keep]:
-            shutil.rmtree(old)
-        return folder
+            if best is None or old != self.folder(best.step):
+                shutil.rmtree(old)
+
+    def mark_best(self, step: int, value: float) -> None:
+        """Keep the saved step folder of `step` for its value on validation; the one that was best till now goes the usual way."""
+        folder = self.folder(step)
+        if not folder.is_dir():
+            raise ValueError(f"step {step} is not saved: save it, then mark it")
+        self._replace(BEST_VALUE, json.dumps({"step": step, "value": value}))
+        self._link(BEST, folder)
+        self._delete_old()
+
+    def best(self) -> Best | None:
+        """What mark_best was last told; None where nothing is marked, or the folder is gone."""
+        path = self.path / BEST_VALUE
+        if not path.exists():
+            return None
+        best = Best(**read_json(path))
+        return best if self.folder(best.step).is_dir() else None
+
+    def folder(self, step: int) -> Path:
+        """Where a step is saved."""
+        return self.path / f"step-{step:06d}"
+
+    def _replace(self, name: str, text: str) -> None:
+        """A file that is there whole, new or old, at any moment."""
+        unfinished = self.path / f".unfinished-{name}"
+        unfinished.write_text(text)
+        unfinished.replace(self.path / name)
 
     def load_state(self, folder: Path) -> dict[str, Any]:
         """The training state of a step folder; also cuts metrics.jsonl back to it. ConfigError if the state is damaged."""
