@@ -28,9 +28,9 @@ class FinetuneConfig:
     run_root_dir: Path = WORKSPACE / "runs"
     # Folder of frame caches: what was read from RLDS once, about as large as the data set.
     cache_dir: Path = WORKSPACE / "cache"
-    # Samples of one pass.
+    # Samples of one pass of one process.
     batch_size: int = 16
-    # Passes added up before a step: the effective batch is batch_size x this.
+    # Passes added up before a step: the effective batch is batch_size x this x the number of processes (torchrun).
     grad_accumulation_steps: int = 1
     # Of AdamW.
     learning_rate: float = 5e-4
@@ -44,14 +44,18 @@ class FinetuneConfig:
     max_grad_norm: float = 0.0
     # Matrix products in bfloat16. auto: on a GPU only; it pays on a CPU that has instructions for it (lscpu: avx512_bf16, amx).
     autocast: Literal["auto", "bfloat16", "none"] = "auto"
+    # Steps in a row whose loss or gradient is not finite, after which the run ends; each is skipped and reported.
+    max_bad_steps: int = 10
     # Steps after which to stop.
     max_steps: int = 200_000
     # Steps between checkpoints.
     save_steps: int = 5000
-    # Checkpoints to keep; the oldest are deleted.
+    # Checkpoints to keep, beside the best on validation; the oldest are deleted.
     keep: int = 2
     # Train a LoRA adapter; False trains every weight (a small model, or a large machine).
     use_lora: bool = True
+    # With use_lora False and torchrun: every process holds a share of weights, gradients and optimizer (FSDP2), not all of them.
+    shard: bool = False
     # Rank r of the adapter's matrices; alpha is min(r, 16).
     lora_rank: int = 32
     # Dropout in front of the adapter (0.05 in the reproduction this project starts from).

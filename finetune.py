@@ -3,19 +3,18 @@
     python finetune.py --vla_path openvla/openvla-7b --data_root_dir datasets --dataset_name libero_spatial_no_noops
 
 Writes <run_root_dir>/<run>/latest, which eval.py takes as --pretrained_checkpoint. Ctrl-C saves; the same command goes on from there.
+Several GPUs: torchrun --nproc-per-node N finetune.py …
 """
 
 import dataclasses
-import os
-import random
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import tyro
 from tqdm import tqdm
@@ -25,26 +24,22 @@ from prismatic.checkpoint import load_tokenizer, load_vla, save_checkpoint
 from prismatic.data.examples import Examples, batches
 from prismatic.data.frames import DrawBatches, Mixture
 from prismatic.data.mixture import open_mixture
+from prismatic.distributed import Ranks, joined, shard
 from prismatic.errors import ConfigError, Terminated, exit_codes
 from prismatic.hub import resolve
 from prismatic.image import AUGMENTATIONS
 from prismatic.models import weights
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.processor import Batch, Processor, ProcessorConfig
-from prismatic.run_folder import STEP_FOLDER, RunFolder
-from prismatic.training import Metrics, StopSignal, backward, learning_rate
+from prismatic.run_folder import SKIPPED, STEP_FOLDER, RunFolder
+from prismatic.training import Metrics, StopSignal, backward, clip_gradients, learning_rate
+from prismatic.training_state import Progress, capture, restore, seed_everything
 
 LOG_STEPS = 10  # steps between lines of metrics.jsonl
-MAY_CHANGE = (
-    "max_steps",
-    "save_steps",
-    "keep",
-    "num_workers",
-    "resume",
-    "shuffle_buffer_size",
-    "run_root_dir",
-    "cache_dir",
-)  # on resuming
+MAY_CHANGE = (  # on resuming; batch_size and passes as far as their product, the effective batch, stays
+    "max_steps", "save_steps", "max_bad_steps", "keep", "num_workers", "resume", "shuffle_buffer_size", "run_root_dir", "cache_dir",
+    "batch_size", "grad_accumulation_steps", "shard",
+)  # fmt: skip
 
 
 @dataclass
@@ -52,123 +47,171 @@ class Job:
     """What the loop works on."""
 
     cfg: FinetuneConfig
+    ranks: Ranks
     mixture: Mixture
     processor: Processor
     run: RunFolder
     vla: VLA
     optimizer: torch.optim.Optimizer
-    first_step: int  # to go on with; 0 in a new run
+    progress: Progress
+    batch_size: int  # samples of a pass of this process
+    passes: int  # of a step
 
 
 def main(cfg: FinetuneConfig) -> Path:
-    check(cfg)
-    job = prepare(cfg)
-    train(job)
-    return job.run.path / "latest"
+    with joined() as ranks:
+        ranks.on_first(lambda: check(cfg, ranks))
+        job = prepare(cfg, ranks)
+        train(job)
+        return job.run.path / "latest"
 
 
-def prepare(cfg: FinetuneConfig) -> Job:
+def prepare(cfg: FinetuneConfig, ranks: Ranks) -> Job:
     """Data, model and optimizer, as the run's last checkpoint left them if there is one."""
-    seed_everything(cfg.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    mixture = open_mixture(find_data(cfg), cfg.dataset_name, cache_dir=cfg.cache_dir, seed=cfg.seed)
-    base = resolve(cfg.vla_path)
+    seed_everything(cfg.seed)  # the same on all ranks, which have to draw the same adapter
+    mixture = ranks.first_then_all(
+        lambda: open_mixture(find_data(cfg), cfg.dataset_name, cache_dir=cfg.cache_dir, seed=cfg.seed)
+    )
+    base = ranks.first_then_all(lambda: resolve(cfg.vla_path))
     processor = build_processor(cfg, base, mixture)
-    run = RunFolder(cfg.run_root_dir / run_name(cfg), keep=cfg.keep)
-    resumed = last_checkpoint(cfg, run)
+    run = RunFolder(cfg.run_root_dir / run_name(cfg), keep=cfg.keep, ranks=ranks)
+    resumed = ranks.on_first(lambda: last_checkpoint(cfg, run))
+    state = run.load_state(resumed) if resumed else None
+    effective_batch = cfg.batch_size * cfg.grad_accumulation_steps * ranks.size
+    progress = Progress(state["effective_batch"] if state else effective_batch)
+    batch_size, passes = progress.passes(ranks, cfg.batch_size)
+    if progress.effective_batch != effective_batch:
+        print(
+            f"this run's steps have {progress.effective_batch} samples: {passes} x {batch_size} on each of {ranks.size}"
+        )
     data = {cache.name: cache.fingerprint for cache in mixture.caches}
-    run.check_options(dataclasses.asdict(cfg) | {"data": data}, may_change=MAY_CHANGE)
-    vla = build_model(cfg, base, resumed, device)
+    ranks.on_first(lambda: run.check_options(dataclasses.asdict(cfg) | {"data": data}, may_change=MAY_CHANGE))
+    ranks.on_first(lambda: run.cut_metrics(resumed))
+    vla = build_model(cfg, base, resumed, ranks)
     trainable = [parameter for parameter in vla.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
-    first_step = 0
-    if resumed is not None:
-        first_step = restore(run.load_state(resumed), optimizer)
-    else:
-        run.cut_metrics(None)
+    if state:
+        progress = restore(state, optimizer, ranks, seed=cfg.seed)
+    elif not ranks.is_first:
+        seed_everything(cfg.seed, rank=ranks.rank)  # from here on each has its own: dropout must differ
     print(
         f"{run.path}: {sum(p.numel() for p in trainable):,} of {sum(p.numel() for p in vla.parameters()):,} parameters are trained"
     )
-    print(f"{len(mixture):,} frames a pass over the data; steps {first_step} to {cfg.max_steps} on {device}")
-    return Job(cfg, mixture, processor, run, vla, optimizer, first_step)
+    print(
+        f"{len(mixture):,} frames a pass over the data; steps {progress.step} to {cfg.max_steps}, {progress.effective_batch} samples each, "
+        f"on {ranks.device}" + f" x {ranks.size}" * (ranks.size > 1)
+    )
+    return Job(cfg, ranks, mixture, processor, run, vla, optimizer, progress, batch_size, passes)
 
 
 def train(job: Job) -> None:
-    """The loop. A step is grad_accumulation_steps passes; a stop signal ends it after the present step, saved."""
-    cfg, vla = job.cfg, job.vla
+    """The loop. A stop signal ends it after the present step, saved."""
+    cfg, ranks, progress, vla = job.cfg, job.ranks, job.progress, job.vla
+    model = ranks.parallel(vla)
     stream = open_stream(job)
-    on_gpu = next(vla.parameters()).is_cuda
-    autocast = cfg.autocast == "bfloat16" or (cfg.autocast == "auto" and on_gpu)
+    autocast = cfg.autocast == "bfloat16" or (cfg.autocast == "auto" and ranks.device != "cpu")
     stop = StopSignal()
-    started, samples = time.monotonic(), 0
+    started, first_step = time.monotonic(), progress.step
     vla.train()
     bar = tqdm(
-        range(job.first_step, cfg.max_steps),
-        initial=job.first_step,
+        range(first_step, cfg.max_steps),
+        initial=first_step,
         total=cfg.max_steps,
         unit="step",
         desc="finetune",
         smoothing=0.05,
+        disable=not ranks.is_first,
     )
-    saved = job.first_step
     for step in bar:
-        rate = set_learning_rate(cfg, job.optimizer, step)
-        passes = [next(stream) for _ in range(cfg.grad_accumulation_steps)]
-        metrics = backward(vla, passes, job.processor.action_tokenizer, autocast=autocast)
-        if cfg.max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(vla.parameters(), cfg.max_grad_norm)
-        job.optimizer.step()
+        set_learning_rate(job)
+        passes = [next(stream) for _ in range(job.passes)]
+        metrics = backward(model, passes, job.processor.action_tokenizer, autocast=autocast, ranks=ranks)
+        metrics.grad_norm = clip_gradients(vla.parameters(), cfg.max_grad_norm)
+        progress.step = step + 1
+        if metrics.is_finite():
+            job.optimizer.step()
+            progress.bad_steps = 0
+            seconds = time.monotonic() - started
+            report(
+                job, bar, metrics, samples_per_second=(progress.step - first_step) * progress.effective_batch / seconds
+            )
+        else:
+            report_skipped(job, metrics)
         job.optimizer.zero_grad(set_to_none=True)
-        samples += cfg.batch_size * cfg.grad_accumulation_steps
-        report(job, bar, step, metrics, rate=rate, samples_per_second=samples / (time.monotonic() - started))
-        done = step + 1
-        if done % cfg.save_steps == 0 or done == cfg.max_steps or stop.received:
-            save(job, done)
-            saved = done
-        if stop.received:
+        stopped = stop.agreed(ranks)
+        given_up = progress.bad_steps >= cfg.max_bad_steps
+        if progress.step % cfg.save_steps == 0 or progress.step == cfg.max_steps or stopped or given_up:
+            save(job)
+        if given_up:
+            raise ConfigError(
+                f"{progress.bad_steps} steps in a row had a loss or gradient that is not finite: {job.run.path / SKIPPED} names their frames; "
+                "give a lower --learning_rate or a --max_grad_norm, and a --run_id_note"
+            )
+        if stopped:
             bar.close()
-            print(f"saved step {saved}: the same command goes on from there")
-            raise KeyboardInterrupt if stop.received == signal.SIGINT else Terminated
+            print(f"saved step {progress.step}: the same command goes on from there")
+            raise KeyboardInterrupt if stopped == signal.SIGINT else Terminated
 
 
 def open_stream(job: Job) -> Iterator[Batch]:
-    """Batches from the first step on."""
-    cfg = job.cfg
+    """This rank's batches from the first step on: each pass of all ranks together is what one process would draw."""
+    cfg, ranks = job.cfg, job.ranks
     augmentations = cfg.augment_order if cfg.image_aug else ()
     examples = Examples(job.mixture, job.processor, augmentations=augmentations, seed=cfg.seed)
-    draws = DrawBatches(batch_size=cfg.batch_size, first_step=job.first_step * cfg.grad_accumulation_steps)
-    on_gpu = next(job.vla.parameters()).is_cuda
-    return batches(examples, draws, num_workers=cfg.num_workers, pin_memory=on_gpu)
+    first = job.progress.step * job.passes
+    draws = DrawBatches(batch_size=job.batch_size, first_step=first, rank=ranks.rank, world_size=ranks.size)
+    return batches(examples, draws, num_workers=cfg.num_workers, pin_memory=ranks.device != "cpu")
 
 
-def set_learning_rate(cfg: FinetuneConfig, optimizer: torch.optim.Optimizer, step: int) -> float:
-    rate = learning_rate(
-        step,
+def set_learning_rate(job: Job) -> None:
+    cfg = job.cfg
+    job.progress.learning_rate = learning_rate(
+        job.progress.step,
         peak=cfg.learning_rate,
         schedule=cfg.lr_schedule,
         warmup_steps=cfg.warmup_steps,
         max_steps=cfg.max_steps,
     )
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
+    for group in job.optimizer.param_groups:
+        group["lr"] = job.progress.learning_rate
 
 
-def report(job: Job, bar: tqdm, step: int, metrics: Metrics, *, rate: float, samples_per_second: float) -> None:
+def report(job: Job, bar: tqdm, metrics: Metrics, *, samples_per_second: float) -> None:
     """Progress bar at every step, a line of metrics.jsonl at some."""
-    numbers = dataclasses.asdict(metrics)
+    step = job.progress.step
     bar.set_postfix(
         {"loss": f"{metrics.loss:.3f}", "acc": f"{metrics.action_accuracy:.3f}", "l1": f"{metrics.l1_loss:.3f}"},
         refresh=False,
     )
-    if (step + 1) % LOG_STEPS == 0 or step + 1 == job.cfg.max_steps:
-        row = {"step": step + 1, **numbers, "learning_rate": rate, "samples_per_second": round(samples_per_second, 3)}
-        job.run.log(row)
+    if job.ranks.is_first and (step % LOG_STEPS == 0 or step == job.cfg.max_steps):
+        rates = {"learning_rate": job.progress.learning_rate, "samples_per_second": round(samples_per_second, 3)}
+        job.run.log({"step": step, **dataclasses.asdict(metrics), **rates})
 
 
-def check(cfg: FinetuneConfig) -> None:
+def report_skipped(job: Job, metrics: Metrics) -> None:
+    """Say which frames were in a step whose loss or gradient is not finite."""
+    progress = job.progress
+    progress.bad_steps += 1
+    draws = range(progress.draws - progress.effective_batch, progress.draws)
+    origins = [job.mixture.origin(draw) for draw in draws]
+    frames = ", ".join(f"{dataset} episode {episode} frame {frame}" for dataset, episode, frame in origins)
+    numbers = f"loss {metrics.loss}, gradient norm {metrics.grad_norm}"
+    if job.ranks.is_first:
+        tqdm.write(f"step {progress.step} skipped: {numbers}; its batch: {frames}", file=sys.stderr)
+        job.run.log({"step": progress.step, "reason": numbers, "frames": origins}, SKIPPED)
+
+
+def check(cfg: FinetuneConfig, ranks: Ranks) -> None:
     """Values that can't work, before anything is opened."""
-    for name in ("batch_size", "grad_accumulation_steps", "max_steps", "save_steps", "keep", "lora_rank"):
+    for name in (
+        "batch_size",
+        "grad_accumulation_steps",
+        "max_steps",
+        "save_steps",
+        "keep",
+        "lora_rank",
+        "max_bad_steps",
+    ):
         if getattr(cfg, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, not {getattr(cfg, name)}")
     for name in ("seed", "num_workers", "warmup_steps", "weight_decay", "max_grad_norm"):
@@ -177,20 +220,16 @@ def check(cfg: FinetuneConfig) -> None:
     unknown = set(cfg.augment_order) - set(AUGMENTATIONS)
     if unknown:
         raise ConfigError(f"--augment_order: there is no {sorted(unknown)[0]!r}, only {', '.join(AUGMENTATIONS)}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("finetune.py trains in one process so far: start it with python, not torchrun")
+    if cfg.shard and cfg.use_lora:
+        raise ConfigError("--shard is for --use_lora False: an adapter's base is not trained, so leave --shard out")
+    if cfg.shard and ranks.size == 1:
+        print("notice: --shard has nobody to share with: start it with torchrun --nproc-per-node")
     if not 0 < cfg.learning_rate < 1:
         raise ConfigError(f"--learning_rate must lie between 0 and 1, not {cfg.learning_rate}")
     if not 0 <= cfg.lora_dropout < 1:
         raise ConfigError(f"--lora_dropout must lie in [0, 1), not {cfg.lora_dropout}")
     if cfg.shuffle_buffer_size is not None:
         print("notice: --shuffle_buffer_size is no longer needed: frames are read in random order from disk")
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def find_data(cfg: FinetuneConfig) -> Path:
@@ -222,11 +261,13 @@ def build_processor(cfg: FinetuneConfig, base: Path, mixture: Mixture) -> Proces
     return Processor(config, load_tokenizer(base), mixture.statistics)
 
 
-def build_model(cfg: FinetuneConfig, base: Path, resumed: Path | None, device: str) -> VLA:
+def build_model(cfg: FinetuneConfig, base: Path, resumed: Path | None, ranks: Ranks) -> VLA:
     """Base with adapter, or all of a model; from the run's last checkpoint if there is one. The adapter's weights are float32."""
-    dtype = torch.bfloat16 if device == "cuda" and cfg.use_lora else torch.float32
+    device = ranks.device
+    dtype = torch.bfloat16 if device != "cpu" and cfg.use_lora else torch.float32
     if not cfg.use_lora:
-        return load_vla(resumed or base, dtype=dtype, device=device)
+        cut = (lambda vla: shard(vla, ranks)) if cfg.shard and ranks.size > 1 else None
+        return load_vla(resumed or base, dtype=dtype, device=device, shard=cut)
     vla = load_vla(base, resumed, dtype=dtype, device=device, adapter_dtype=torch.float32)
     if resumed is None:
         from prismatic.models.lora import add_lora
@@ -240,41 +281,31 @@ def build_model(cfg: FinetuneConfig, base: Path, resumed: Path | None, device: s
 
 def last_checkpoint(cfg: FinetuneConfig, run: RunFolder) -> Path | None:
     """The step folder to go on from."""
-    there = run.checkpoints()
-    if not there:
-        return None
-    if cfg.resume == "never":
+    if run.checkpoints() and cfg.resume == "never":
         raise ConfigError(f"{run.path} exists and --resume is never: give a --run_id_note, or delete it")
-    print(f"going on from {there[-1]}")
-    return there[-1]
+    folder = run.newest_whole()
+    if folder is not None:
+        print(f"going on from {folder}")
+    return folder
 
 
-def save(job: Job, step: int) -> None:
-    """A step folder with everything that a resumed run needs."""
-    cfg, vla = job.cfg, job.vla
+def save(job: Job) -> None:
+    """A step folder with everything that a resumed run needs, written by rank 0."""
+    cfg, ranks, step = job.cfg, job.ranks, job.progress.step
     given: dict[str, Any] = {"processor": job.processor, "statistics": job.mixture.statistics}
+    tensors = ranks.whole(job.vla.state_dict())
+    state = capture(job.progress, job.optimizer, ranks)
 
     def write(folder: Path) -> None:
         if cfg.use_lora:
             from prismatic.adapter import save_adapter
 
-            save_adapter(folder, vla, options=dataclasses.asdict(cfg), **given)
+            save_adapter(folder, job.vla, options=dataclasses.asdict(cfg), **given)
         else:
-            save_checkpoint(folder, vla, tokenizer_from=resolve(cfg.vla_path), dtype=torch.float32, **given)
+            tokenizer = resolve(cfg.vla_path)
+            save_checkpoint(folder, job.vla, tensors=tensors, tokenizer_from=tokenizer, dtype=torch.float32, **given)
 
-    state = {"step": step, "optimizer": job.optimizer.state_dict(), "torch_rng": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda_rng"] = torch.cuda.get_rng_state()
-    job.run.save(step, write, state)
-
-
-def restore(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> int:
-    """Put optimizer and random numbers back; returns the step to go on with."""
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["torch_rng"])
-    if torch.cuda.is_available() and "cuda_rng" in state:
-        torch.cuda.set_rng_state(state["cuda_rng"])
-    return int(state["step"])
+    ranks.on_first(lambda: job.run.save(step, write, state))
 
 
 def run_name(cfg: FinetuneConfig) -> str:

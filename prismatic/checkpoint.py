@@ -8,7 +8,7 @@ layout; an adapter folder has `adapter_config.json`. Surprising: a folder with a
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,12 @@ def load_vla(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     adapter_dtype: torch.dtype | None = None,
+    shard: Callable[[VLA], None] | None = None,
 ) -> VLA:
     """A model from a checkpoint folder or hub id, with an adapter on it if one is given (then only the adapter is trainable).
 
     adapter_dtype: None means dtype. Training keeps its adapter in float32 on a bfloat16 base.
+    shard: is given the model while it is empty, so that no process ever holds all of one that is cut up among several.
 
     ConfigError, before anything is loaded, for a missing, surplus or mis-shaped tensor, a truncated file, or an adapter of another base.
     """
@@ -61,6 +63,8 @@ def load_vla(
     weights.check_names({name: tuple(tensor.shape) for name, tensor in vla.state_dict().items()}, stored, folder)
     if adapter is not None:
         _check_base(adapter, folder, stored)
+    if shard is not None:
+        shard(vla)
     weights.fill(vla, stored, dtype=dtype, device=device)
     if adapter is not None:
         from prismatic.adapter import load_adapter  # here, because peft takes seconds to import
@@ -242,12 +246,17 @@ def save_checkpoint(
     statistics: Mapping[str, Any],
     tokenizer_from: Path,
     dtype: torch.dtype,
+    tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint folder in OpenVLA's form from a model without adapters. The folder appears whole or not at all."""
+    """Write a checkpoint folder in OpenVLA's form from a model without adapters. The folder appears whole or not at all.
+
+    tensors: what to write in place of vla's own, which may be sharded over processes.
+    """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    weights.save_weights({name: tensor.detach().to(dtype) for name, tensor in vla.state_dict().items()}, partial)
+    tensors = vla.state_dict() if tensors is None else tensors
+    weights.save_weights({name: tensor.detach().to(dtype) for name, tensor in tensors.items()}, partial)
     config = vla.config.to_json() | {"norm_stats": statistics, "torch_dtype": str(dtype).removeprefix("torch.")}
     (partial / CONFIG).write_text(json.dumps(config, indent=2))
     (partial / STATISTICS).write_text(json.dumps(statistics, indent=2))

@@ -1,15 +1,20 @@
 """A training run on disk: step folders that are whole or not there, metrics.jsonl, and the state that a resumed run needs.
 
-    <run>/step-001000/   an adapter folder (or a checkpoint folder), training_state.pt, metrics.jsonl up to there
+    <run>/step-001000/   an adapter folder (or a checkpoint folder), training_state.pt, metrics.jsonl up to there, SHA256SUMS of all
     <run>/latest         a link to the newest step folder
     <run>/best           a link to the one that validated best, best.json its step and value; it is never deleted
     <run>/metrics.jsonl  a line a logged step
+    <run>/skipped.jsonl  a line a step that was skipped, as its loss or gradient was not finite, with the frames of its batch
 
-Surprising: on resuming, metrics.jsonl is cut back to the checkpoint, so that no step stands in it twice.
+Surprising: on resuming, metrics.jsonl is cut back to the checkpoint, so that no step stands in it twice. A step folder is written under
+another name, flushed to the disk and then renamed: killed at any moment, a run finds its checkpoints whole. One that is damaged later is
+set aside as damaged-step-…, and the one before it takes its place.
 """
 
 import fcntl
+import hashlib
 import json
+import os
 import pickle
 import re
 import shutil
@@ -20,11 +25,13 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 
+from prismatic.data.staging import writing_to
+from prismatic.distributed import ALONE, Ranks
 from prismatic.errors import ConfigError, read_json
 
 STEP_FOLDER = re.compile(r"latest|best|step-\d+")  # names within a run: the run's own name says more
 STATE, METRICS, LATEST, OPTIONS = "training_state.pt", "metrics.jsonl", "latest", "finetune.json"
-BEST, BEST_VALUE = "best", "best.json"
+BEST, BEST_VALUE, SKIPPED, SUMS = "best", "best.json", "skipped.jsonl", "SHA256SUMS"
 
 
 class Best(NamedTuple):
@@ -35,19 +42,30 @@ class Best(NamedTuple):
 
 
 class RunFolder:
-    """One run's folder, made if it isn't there; the `keep` newest step folders stay, and the best."""
+    """One run's folder, made if it isn't there; the `keep` newest step folders stay, and the best.
 
-    def __init__(self, path: Path, *, keep: int) -> None:
+    Of several ranks only the first locks it, and only the first may call what writes.
+    """
+
+    def __init__(self, path: Path, *, keep: int, ranks: Ranks = ALONE) -> None:
         self.path, self.keep = path, keep
+        ranks.on_first(self._take)
+
+    def _take(self) -> None:
+        """Lock the folder, and clear away what a killed run was writing."""
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / ".lock").open("w")
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in self.path.glob(".unfinished-*"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
         except BlockingIOError:
-            raise ConfigError(f"{path} is being trained by another process: wait, or give a --run_id_note") from None
+            raise ConfigError(
+                f"{self.path} is being trained by another process: wait, or give a --run_id_note"
+            ) from None
         except OSError as error:
             raise ConfigError(
-                f"--run_root_dir {path.parent} can't be written ({error.strerror}): give another"
+                f"--run_root_dir {self.path.parent} can't be written ({error.strerror}): give another"
             ) from None
 
     def checkpoints(self) -> list[Path]:
@@ -76,11 +94,16 @@ class RunFolder:
         try:
             write(unfinished)
             torch.save(dict(state), unfinished / STATE)
-            if (self.path / METRICS).exists():
-                shutil.copyfile(self.path / METRICS, unfinished / METRICS)
+            for name in (METRICS, OPTIONS):
+                if (self.path / name).exists() and not (unfinished / name).exists():
+                    shutil.copyfile(self.path / name, unfinished / name)
+            _seal(unfinished)
             if folder.exists():
                 shutil.rmtree(folder)
             unfinished.rename(folder)
+            self._link(LATEST, folder)
+            _flush(self.path)
+            self._delete_old()
         except (OSError, SafetensorError, RuntimeError) as error:  # the last two: safetensors and torch on a full disk
             raise ConfigError(
                 f"{folder} can't be saved ({error}): free some space; what was saved before is whole"
@@ -88,8 +111,6 @@ class RunFolder:
         finally:
             for left in self.path.glob(f"{unfinished.name}*"):
                 shutil.rmtree(left, ignore_errors=True)
-        self._link(LATEST, folder)
-        self._delete_old()
         return folder
 
     def _link(self, name: str, folder: Path) -> None:
@@ -128,28 +149,83 @@ class RunFolder:
     def _replace(self, name: str, text: str) -> None:
         """A file that is there whole, new or old, at any moment."""
         unfinished = self.path / f".unfinished-{name}"
-        unfinished.write_text(text)
-        unfinished.replace(self.path / name)
+        with writing_to(self.path):
+            unfinished.write_text(text)
+            unfinished.replace(self.path / name)
+
+    def newest_whole(self) -> Path | None:
+        """The step folder to go on from; newer ones that are damaged are set aside. None in a new run; ConfigError where none is whole."""
+        damaged = {}
+        for folder in reversed(self.checkpoints()):
+            if reason := _damage(folder):
+                damaged[folder] = reason
+                continue
+            for bad, reason in damaged.items():
+                aside = bad.with_name(f"damaged-{bad.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                bad.rename(aside)
+                print(f"notice: {bad} is damaged ({reason}): it is now {aside.name}, and {folder.name} takes its place")
+            self._link(LATEST, folder)
+            return folder
+        if damaged:
+            bad, reason = next(iter(damaged.items()))
+            raise ConfigError(
+                f"{bad} is damaged ({reason}), and no other step folder is whole: delete {self.path} to begin again"
+            )
+        return None
 
     def load_state(self, folder: Path) -> dict[str, Any]:
-        """The training state of a step folder; also cuts metrics.jsonl back to it. ConfigError if the state is damaged."""
+        """The training state of a step folder. ConfigError if it is damaged."""
         try:
-            state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+            return torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             first = (str(error) or type(error).__name__).splitlines()[0]
             raise ConfigError(
                 f"{folder / STATE} is damaged ({first}): delete {folder} to go on from the one before"
             ) from None
-        self.cut_metrics(folder)
-        return state
 
     def cut_metrics(self, folder: Path | None) -> None:
         """Take metrics.jsonl back to what a step folder holds; None: to nothing."""
-        (self.path / METRICS).unlink(missing_ok=True)
         if folder is not None and (folder / METRICS).exists():
-            shutil.copyfile(folder / METRICS, self.path / METRICS)
+            self._replace(METRICS, (folder / METRICS).read_text())
+        else:
+            (self.path / METRICS).unlink(missing_ok=True)
 
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl."""
-        with (self.path / METRICS).open("a") as stream:
+    def log(self, row: Mapping[str, Any], name: str = METRICS) -> None:
+        """Append a line to metrics.jsonl, or to another file of its kind."""
+        with writing_to(self.path), (self.path / name).open("a") as stream:
             stream.write(json.dumps(row) + "\n")
+
+
+def _seal(folder: Path) -> None:
+    """Add SHA256SUMS (which `sha256sum -c` reads), and wait until all of the folder is on the disk."""
+    files = sorted(folder.iterdir())
+    (folder / SUMS).write_text("".join(f"{_sha256(file)}  {file.name}\n" for file in files))
+    for path in (*files, folder / SUMS, folder):
+        _flush(path)
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a step folder; None if every file is as it was sealed."""
+    try:
+        for line in (folder / SUMS).read_text().splitlines():
+            digest, _, name = line.partition("  ")
+            if _sha256(folder / name) != digest:
+                return f"{name} is not as it was written"
+    except OSError as error:
+        return f"{Path(error.filename or folder).name}: {error.strerror}"
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -4,18 +4,22 @@ In: a model and batches. Out: gradients and numbers. The order in which they are
 """
 
 import contextlib
+import dataclasses
 import math
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from action_tokenizer import ActionTokenizer
+from prismatic.distributed import ALONE, Ranks, gradients_wait
 from prismatic.errors import Terminated
-from prismatic.models.vla import IGNORE, VLA
+from prismatic.models.vla import IGNORE
 from prismatic.processor import Batch
 
 
@@ -36,6 +40,11 @@ class Metrics:
     loss: float = 0.0
     action_accuracy: float = 0.0  # share of the action tokens that the arg-max of the logits gets right
     l1_loss: float = 0.0  # mean |difference| of the decoded bin centres, in normalised units
+    grad_norm: float = 0.0  # of all trained parameters together, before clipping
+
+    def is_finite(self) -> bool:
+        """Whether the step's gradients may be used."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 def action_metrics(logits: torch.Tensor, labels: torch.Tensor, tokenizer: ActionTokenizer) -> tuple[float, float]:
@@ -52,24 +61,38 @@ def attention_kernel(device: str, autocast: bool) -> contextlib.AbstractContextM
     return sdpa_kernel(SDPBackend.MATH) if autocast and device == "cpu" else contextlib.nullcontext()
 
 
-def backward(vla: VLA, passes: Sequence[Batch], tokenizer: ActionTokenizer, *, autocast: bool) -> Metrics:
-    """Gradients of the mean loss of several passes (gradient accumulation), added to what is there; returns the mean metrics."""
+def backward(
+    model: nn.Module, passes: Sequence[Batch], tokenizer: ActionTokenizer, *, autocast: bool, ranks: Ranks = ALONE
+) -> Metrics:
+    """Gradients of the mean loss of several passes (gradient accumulation) of all ranks, added to what is there; returns the mean metrics.
+
+    model: a VLA, or what Ranks.parallel made of it. Every sample has as many labels as any other, so a mean of means is the mean.
+    """
     total = Metrics()
-    for batch in passes:
-        device = next(vla.parameters()).device
+    for number, batch in enumerate(passes, start=1):
+        device = next(model.parameters()).device
         batch = batch.to(device)
-        with (
-            torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast),
-            attention_kernel(device.type, autocast),
-        ):
-            out = vla(batch.input_ids, batch.attention_mask, batch.pixel_values, batch.labels)
-        assert out.loss is not None
-        (out.loss / len(passes)).backward()
+        with gradients_wait(model, number < len(passes)):
+            with (
+                torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast),
+                attention_kernel(device.type, autocast),
+            ):
+                out = model(batch.input_ids, batch.attention_mask, batch.pixel_values, batch.labels)
+            (out.loss / len(passes)).backward()
         accuracy, l1 = action_metrics(out.logits.detach(), batch.labels, tokenizer)
         total.loss += out.loss.item() / len(passes)
         total.action_accuracy += accuracy / len(passes)
         total.l1_loss += l1 / len(passes)
-    return total
+    return Metrics(*ranks.mean(dataclasses.astuple(total)))
+
+
+def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> float:
+    """Scale gradients down to max_norm if their norm is above it (0: never); returns the norm that they had."""
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 class StopSignal:
@@ -85,3 +108,10 @@ class StopSignal:
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
         self.received = number
         print("\nstopping after this step and saving (once more: stop at once)", flush=True)
+
+    def agreed(self, ranks: Ranks) -> int | None:
+        """The signal that any rank has received by now, the same answer on all."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if ranks.mean([self.received == number])[0]:
+                return number
+        return None

@@ -177,6 +177,12 @@ class Mixture:
         dataset, frame = self.locate(draw)
         return self.caches[dataset][frame]
 
+    def origin(self, draw: int) -> tuple[str, int, int]:
+        """Data set, episode in it and step of the episode that come at this draw."""
+        dataset, frame = self.locate(draw)
+        cache = self.caches[dataset]
+        return cache.name, int(cache.episode[frame]), int(cache.timestep[frame])
+
     def locate(self, draw: int) -> tuple[int, int]:
         """Number of the data set and of the frame in it that come at this draw (≥ 0)."""
         epoch, place = divmod(draw, len(self))

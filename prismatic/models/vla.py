@@ -5,7 +5,7 @@ labels are (8 of ~290 positions) unless asked, because a full (B, 290, 32064) ta
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,15 @@ class VLA(nn.Module):
         )
         self.projector = Projector(self.vision_backbone.width, config.text_config.hidden_size)
         self.language_model = Llama(config.text_config)
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """The blocks that run, in their order: of the towers, then of the decoder. What is sharded or recomputed piece by piece."""
+        yield from self.vision_backbone.blocks()
+        yield from self.language_model.model.layers
+
+    def unread_parameters(self) -> list[str]:
+        """Names of the parameters that never get a gradient, because no output depends on them."""
+        return [f"vision_backbone.{name}" for name in self.vision_backbone.unread_parameters()]
 
     def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, T) ids and (B, 6·n_images, S, S) pixels → (B, P + T, H) with the P patches behind BOS."""

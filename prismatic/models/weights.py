@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from prismatic.errors import ConfigError, read_json
 
@@ -110,9 +111,18 @@ def check_names(expected: dict[str, tuple[int, ...]], stored: dict[str, StoredTe
 
 
 def fill(model: nn.Module, stored: dict[str, StoredTensor], *, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Replace every (meta) parameter of model by its stored tensor, cast to dtype on device, one at a time."""
+    """Replace every (meta) parameter of model by its stored tensor, cast to dtype on device, one at a time.
+
+    A parameter that is sharded over processes has its place already: its own piece is copied in.
+    """
     for name, tensor in stored.items():
         parent, _, last = name.rpartition(".")
+        sharded = getattr(model.get_submodule(parent), last)
+        if isinstance(sharded, DTensor):
+            whole = tensor.read().to(dtype)
+            with torch.no_grad():
+                sharded.copy_(distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None))
+            continue
         value = tensor.read().to(device=device, dtype=dtype, copy=True)
         setattr(model.get_submodule(parent), last, nn.Parameter(value))
 

@@ -1,0 +1,105 @@
+"""What a checkpoint holds beside the weights, and how it is put back: optimizer, place in the schedule and in the data, random numbers.
+
+There is no gradient scaler to save: bfloat16 has float32's range. The learning rate is a function of the step and of the run's options.
+Surprising: the file is the same however many processes wrote it, sharded or not, so any other number of them can go on from it.
+"""
+
+import dataclasses
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from prismatic.distributed import Ranks
+from prismatic.errors import ConfigError
+from prismatic.versions import versions
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    effective_batch: int  # samples of a step, over all passes and ranks; a run keeps it
+    step: int = 0  # steps done
+    bad_steps: int = 0  # skipped in a row till now
+    learning_rate: float = 0.0  # of the last step
+
+    @property
+    def draws(self) -> int:
+        """The sampler's position: samples drawn from the mixture."""
+        return self.step * self.effective_batch
+
+    def passes(self, ranks: Ranks, batch_size: int) -> tuple[int, int]:
+        """(samples of a pass, passes of a step) of each rank: passes as large as divide its share, at most batch_size.
+
+        ConfigError where the ranks can't have equal shares.
+        """
+        share, rest = divmod(self.effective_batch, ranks.size)
+        if rest:
+            raise ConfigError(
+                f"{ranks.size} processes can't share out the {self.effective_batch} samples of this run's steps: start a number that divides it"
+            )
+        largest = max(n for n in range(1, min(batch_size, share) + 1) if share % n == 0)
+        return largest, share // largest
+
+
+def seed_everything(seed: int, *, rank: int = 0, step: int = 0) -> None:
+    """Seed python's, numpy's and torch's random numbers; apart from each other for every rank and step."""
+    if rank or step:
+        seed = int(np.random.SeedSequence((seed, rank, step)).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def capture(progress: Progress, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Any]:
+    """The state to save, whole on rank 0. All ranks call it."""
+    return {
+        **dataclasses.asdict(progress),
+        "draws": progress.draws,
+        "optimizer": ranks.whole(optimizer.state_dict()),
+        "rng": ranks.gather(_random_numbers()),
+        "versions": versions(),
+    }
+
+
+def restore(state: dict[str, Any], optimizer: torch.optim.Optimizer, ranks: Ranks, *, seed: int) -> Progress:
+    """Put optimizer and random numbers back; returns where the run stands. A rank that there was not gets numbers of its own."""
+    optimizer.load_state_dict(_cut_up(state["optimizer"], optimizer))
+    if ranks.rank < len(state["rng"]):
+        _set_random_numbers(state["rng"][ranks.rank])
+    else:
+        seed_everything(seed, rank=ranks.rank, step=state["step"])
+    return Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
+
+
+def _cut_up(stored: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Each whole tensor of an optimizer's state as this rank's piece of it, where its parameter is sharded."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, values in stored["state"].items():
+        like = parameters[number]
+        if isinstance(like, DTensor):
+            for name, value in values.items():
+                if value.shape == like.shape:
+                    values[name] = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    return stored
+
+
+def _random_numbers() -> dict[str, Any]:
+    legacy = np.random.get_state(legacy=False)
+    numpy_state = legacy | {"state": legacy["state"] | {"key": legacy["state"]["key"].tolist()}}  # arrays need a pickle
+    state = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_numbers(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
