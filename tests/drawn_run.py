@@ -1,0 +1,133 @@
+"""A training run small enough for tests: a base model with random weights and a frame cache of drawn pictures, made without TensorFlow."""
+
+import json
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import finetune
+from config import FinetuneConfig
+from prismatic.checkpoint import save_checkpoint
+from prismatic.data.frames import CACHE_FORMAT, FrameCache, Mixture
+from prismatic.errors import exit_codes
+from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
+from prismatic.processor import Processor, ProcessorConfig
+from tests.drawn_episodes import drawn_episode
+
+EPISODES = 4
+
+
+def save_base(place: Path) -> None:
+    """A base model with random weights in place/base."""
+    words = tiny_tokenizer(["put block 1 on the plate"])
+    words.save_pretrained(place / "words")
+    save_checkpoint(
+        place / "base",
+        random_vla(TINY, seed=0),
+        processor=Processor(ProcessorConfig.for_model(TINY, unnorm_key=None, center_crop=True), words, {}),
+        statistics={},
+        tokenizer_from=place / "words",
+        dtype=torch.float32,
+    )
+
+
+def save_cache(folder: Path) -> None:
+    """The drawn episodes as the frame cache that RLDS would become."""
+    episodes = [drawn_episode(number) for number in range(EPISODES)]
+    lengths = [len(episode["images"]) for episode in episodes]
+    images = [image for e in episodes for pair in zip(e["images"], e["wrist_images"], strict=True) for image in pair]
+    folder.mkdir()
+    (folder / "frames.bin").write_bytes(b"".join(images))
+    np.savez(
+        folder / "steps.npz",
+        offsets=np.cumsum([0, *map(len, images)]),
+        action=np.concatenate([episode["action"] for episode in episodes]),
+        episode=np.repeat(np.arange(EPISODES, dtype=np.int32), lengths),
+        timestep=np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+        instruction=np.repeat(np.arange(EPISODES, dtype=np.int32), lengths),
+    )
+    meta = {
+        "format": CACHE_FORMAT,
+        "name": "drawn",
+        "fingerprint": "drawn",
+        "train_episodes": None,
+        "images": ["image", "wrist_image"],
+        "instructions": [episode["instruction"] for episode in episodes],
+        "file_paths": [episode["file_path"] for episode in episodes],
+    }
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("place")
+    save_base(place)
+    save_cache(place / "cache")
+    return place
+
+
+@pytest.fixture
+def cfg(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FinetuneConfig:
+    """A run of four steps of four samples; every step is logged."""
+    monkeypatch.setattr(finetune, "find_data", lambda cfg: place)
+    monkeypatch.setattr(
+        finetune, "open_mixture", lambda *anything, seed, **more: Mixture([FrameCache(place / "cache")], seed=seed)
+    )
+    monkeypatch.setattr(finetune, "LOG_STEPS", 1)
+    return FinetuneConfig(
+        vla_path=str(place / "base"),
+        dataset_name="drawn",
+        run_root_dir=tmp_path / "runs",
+        batch_size=2,
+        grad_accumulation_steps=2,
+        lora_rank=4,
+        max_steps=4,
+        save_steps=2,
+        num_workers=0,
+    )
+
+
+def run_folder(cfg: FinetuneConfig) -> Path:
+    return cfg.run_root_dir / finetune.run_name(cfg)
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what a clock says."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "samples_per_second"} for line in lines]
+
+
+def start(
+    cfg: FinetuneConfig, *, ranks: int = 1, before: Callable[[int], None] = lambda rank: None
+) -> list[BaseProcess]:
+    """finetune.py in forked processes, which need not import torch again; `before` is called in each with its rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def body(rank: int) -> None:
+        if ranks > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        before(rank)
+        with exit_codes():
+            finetune.main(cfg)
+
+    processes = [multiprocessing.get_context("fork").Process(target=body, args=(rank,)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes: list[BaseProcess]) -> list[int | None]:
+    """Their exit codes."""
+    for process in processes:
+        process.join(timeout=240)
+    return [process.exitcode for process in processes]

@@ -1,0 +1,128 @@
+"""Several processes as one run: what two learn is what one learns, sharded or not; one says it, one writes, and all end together."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import finetune
+from config import FinetuneConfig
+from prismatic.data.frames import Mixture
+from prismatic.distributed import Ranks
+from prismatic.errors import ConfigError
+from prismatic.training_state import Progress
+from tests.drawn_run import finish, rows, run_folder, start
+
+pytest_plugins = ["tests.drawn_run"]
+
+CLOSE = 1e-5  # of gradients of one step, as a share of the largest: sums in another order
+CLOSE_LOSS = 1e-4  # relative, of later steps: AdamW divides by small numbers
+
+
+def keep_gradients(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Write the gradients of the first step to path-0, of the second to path-1, …; each rank to a file of its own."""
+    clip = finetune.clip_gradients
+    steps = iter(range(100))
+
+    def recorded(parameters: object, max_norm: float) -> float:
+        listed = list(parameters)  # pyright: ignore[reportArgumentType]
+        gradients = {str(n): p.grad.clone() for n, p in enumerate(listed) if p.grad is not None}
+        gradients = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in gradients.items()}
+        torch.save(gradients, f"{path}-{next(steps)}")
+        return clip(listed, max_norm)
+
+    monkeypatch.setattr(finetune, "clip_gradients", recorded)
+
+
+def largest_difference(mine: Path, theirs: Path) -> float:
+    """Of two files of gradients, as a share of the largest gradient."""
+    a, b = (torch.load(path, weights_only=True) for path in (mine, theirs))
+    assert a.keys() == b.keys() and len(a) > 50
+    largest = max(g.abs().max().item() for g in a.values())
+    return max((a[n] - b[n]).abs().max().item() for n in a) / largest
+
+
+def test_two_processes_learn_what_one_learns(
+    cfg: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    keep_gradients(monkeypatch, tmp_path / "one")
+    alone = dataclasses.replace(cfg, run_id_note="alone")
+    finetune.main(alone)
+    capfd.readouterr()
+    keep_gradients(monkeypatch, tmp_path / "two")
+    both = dataclasses.replace(cfg, run_id_note="both", batch_size=1, max_steps=3)
+    assert finish(start(both, ranks=2)) == [0, 0]
+    assert largest_difference(tmp_path / "one-0", tmp_path / "two-0") < CLOSE
+    output = capfd.readouterr().out
+    assert output.count("parameters are trained") == 1 and "4 samples each, on cpu x 2" in output
+    # One process goes on where two stopped, and the steps keep their four samples.
+    finetune.main(dataclasses.replace(both, max_steps=4))
+    assert "this run's steps have 4 samples: 4 x 1 on each of 1" in capfd.readouterr().out
+    mine, theirs = rows(run_folder(alone)), rows(run_folder(both))
+    assert [row["step"] for row in theirs] == [1, 2, 3, 4]
+    for one, two in zip(mine, theirs, strict=True):
+        assert two == pytest.approx(one, rel=CLOSE_LOSS)
+
+
+def test_a_sharded_model_learns_what_a_whole_one_learns(
+    cfg: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = dataclasses.replace(cfg, use_lora=False, learning_rate=1e-4, max_grad_norm=0.5, max_steps=3)
+    keep_gradients(monkeypatch, tmp_path / "one")
+    alone = dataclasses.replace(cfg, run_id_note="alone")
+    finetune.main(alone)
+    keep_gradients(monkeypatch, tmp_path / "two")
+    cut = dataclasses.replace(cfg, run_id_note="cut", batch_size=1, shard=True, max_steps=2)
+    assert finish(start(cut, ranks=2)) == [0, 0]
+    assert largest_difference(tmp_path / "one-0", tmp_path / "two-0") < CLOSE
+    state = torch.load(run_folder(cut) / "latest" / "training_state.pt", weights_only=True)
+    assert all(
+        type(value) is torch.Tensor for values in state["optimizer"]["state"].values() for value in values.values()
+    )
+    # Two shards go on from two shards, and one process from them.
+    assert finish(start(dataclasses.replace(cut, max_steps=3, save_steps=1), ranks=2)) == [0, 0]
+    one = load_file(run_folder(alone) / "latest" / "model.safetensors")
+    two = load_file(run_folder(cut) / "latest" / "model.safetensors")
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert (tensor - two[name]).abs().max() < 2 * 3 * cfg.learning_rate * 0.2, name
+    for mine, theirs in zip(rows(run_folder(alone)), rows(run_folder(cut)), strict=True):
+        assert theirs == pytest.approx(mine, rel=CLOSE_LOSS)
+    finetune.main(dataclasses.replace(cut, max_steps=4))
+    assert rows(run_folder(cut))[-1]["step"] == 4
+
+
+def test_an_error_of_one_ends_all(cfg: FinetuneConfig, capfd: pytest.CaptureFixture[str]) -> None:
+    finetune.main(dataclasses.replace(cfg, max_steps=1))
+    assert finish(start(dataclasses.replace(cfg, resume="never", batch_size=2), ranks=2)) == [2, 2]
+    assert capfd.readouterr().err.count("--resume is never") == 1
+
+    def break_second(rank: int) -> None:
+        def broken(mixture: Mixture, draw: int) -> object:
+            raise OSError("this disk is gone")
+
+        if rank == 1:
+            Mixture.__getitem__ = broken  # pyright: ignore[reportAttributeAccessIssue]
+
+    codes = finish(start(dataclasses.replace(cfg, run_id_note="broken"), ranks=2, before=break_second))
+    assert codes[1] == 1 and codes[0] not in (0, None)
+    assert not list(run_folder(dataclasses.replace(cfg, run_id_note="broken")).glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("size", "batch_size", "shares"), [(1, 16, (16, 2)), (2, 16, (16, 1)), (4, 16, (8, 1)), (1, 5, (4, 8))]
+)
+def test_the_effective_batch_stays(size: int, batch_size: int, shares: tuple[int, int]) -> None:
+    assert Progress(32).passes(Ranks(size=size), batch_size) == shares
+
+
+def test_processes_that_cannot_share_are_named() -> None:
+    with pytest.raises(ConfigError, match="3 processes can't share out the 32 samples"):
+        Progress(32).passes(Ranks(size=3), 16)
+
+
+def test_sharding_an_adapter_is_refused(cfg: FinetuneConfig) -> None:
+    with pytest.raises(ConfigError, match="--use_lora False"):
+        finetune.main(dataclasses.replace(cfg, shard=True))
