@@ -1,6 +1,9 @@
 """Several processes as one run: what two learn is what one learns, sharded or not; one says it, one writes, and all end together."""
 
 import dataclasses
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -109,6 +112,17 @@ def test_an_error_of_one_ends_all(cfg: FinetuneConfig, capfd: pytest.CaptureFixt
     codes = finish(start(dataclasses.replace(cfg, run_id_note="broken"), ranks=2, before=break_second))
     assert codes[1] == 1 and codes[0] not in (0, None)
     assert not list(run_folder(dataclasses.replace(cfg, run_id_note="broken")).glob("step-*"))
+
+
+def test_a_stop_signal_to_one_saves_and_ends_all(cfg: FinetuneConfig) -> None:
+    processes = start(dataclasses.replace(cfg, max_steps=100_000, save_steps=100_000), ranks=2)
+    metrics = run_folder(cfg) / "metrics.jsonl"
+    while not metrics.exists() and all(process.is_alive() for process in processes):
+        time.sleep(0.01)
+    os.kill(processes[1].pid or 0, signal.SIGTERM)
+    assert finish(processes) == [143, 143]
+    (saved,) = run_folder(cfg).glob("step-*")
+    assert int(saved.name.removeprefix("step-")) == rows(run_folder(cfg))[-1]["step"]
 
 
 @pytest.mark.parametrize(

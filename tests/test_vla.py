@@ -10,6 +10,7 @@ import torch
 from prismatic.checkpoint import load_vla
 from prismatic.errors import ConfigError
 from prismatic.models.lora import add_lora, lora_layers
+from prismatic.models.tiny import TINY, random_vla
 from prismatic.models.vision import patch_features
 from prismatic.models.vla import VLA, VLAConfig
 from tests.conftest import EXCERPT
@@ -142,3 +143,13 @@ def test_config_survives_the_round_trip(tmp_path: Path) -> None:
     config = VLAConfig.from_json(EXCERPT / "checkpoint" / "config.json")
     (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
     assert VLAConfig.from_json(tmp_path / "config.json") == config
+
+
+def test_the_parameters_without_a_gradient_are_those_that_are_named() -> None:
+    """Several processes leave them out: they would wait for ever for a gradient of theirs."""
+    vla = random_vla(TINY, seed=0)
+    pixels = torch.rand(1, 12, TINY.image_size, TINY.image_size)
+    vla(torch.tensor([[1, 5, 6, 7]]), None, pixels, torch.tensor([[-100, -100, 6, 7]])).loss.backward()
+    without = [name for name, parameter in vla.named_parameters() if parameter.grad is None]
+    assert without == vla.unread_parameters() and any("blocks.2.attn" in name for name in without)
+    assert not any("blocks.1." in name for name in without)

@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from prismatic.errors import ConfigError, read_json
 
@@ -118,7 +117,9 @@ def fill(model: nn.Module, stored: dict[str, StoredTensor], *, dtype: torch.dtyp
     for name, tensor in stored.items():
         parent, _, last = name.rpartition(".")
         sharded = getattr(model.get_submodule(parent), last)
-        if isinstance(sharded, DTensor):
+        if hasattr(sharded, "placements"):
+            from torch.distributed.tensor import distribute_tensor  # here, because it is slow to import and few need it
+
             whole = tensor.read().to(dtype)
             with torch.no_grad():
                 sharded.copy_(distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None))
