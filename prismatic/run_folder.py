@@ -208,13 +208,15 @@ def _seal(folder: Path) -> None:
 def _damage(folder: Path) -> str | None:
     """What is wrong with a step folder; None if every file is as it was sealed."""
     try:
-        for line in (folder / SUMS).read_text().splitlines():
-            digest, _, name = line.partition("  ")
+        sums = dict(reversed(line.split("  ", 1)) for line in (folder / SUMS).read_text().splitlines())
+        for name, digest in sums.items():
             if _sha256(folder / name) != digest:
                 return f"{name} is not as it was written"
     except OSError as error:
         return f"{Path(error.filename or folder).name}: {error.strerror}"
-    return None
+    except ValueError:
+        return f"{SUMS} is cut off"
+    return None if STATE in sums else f"{SUMS} is cut off"
 
 
 def _sha256(file: Path) -> str:

@@ -96,10 +96,10 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     run = run_folder(cfg)
     before, last = rows(run), (run / "step-000004" / "adapter_model.safetensors").read_bytes()
     damaged = run / "step-000004" / file
-    damaged.write_bytes(damaged.read_bytes()[:-100])
+    damaged.write_bytes(damaged.read_bytes()[: -100 if file != "SHA256SUMS" else 0])
     finetune.main(cfg)
     said = capsys.readouterr().out
-    assert f"step-000004 is damaged ({file}" in said.replace("adapter_config.json", file) or file == "SHA256SUMS"
+    assert f"step-000004 is damaged ({file}" in said
     assert "step-000002 takes its place" in said and (run / "damaged-step-000004").is_dir()
     assert rows(run) == before and (run / "latest" / "adapter_model.safetensors").read_bytes() == last
 
