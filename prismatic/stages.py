@@ -7,7 +7,7 @@ A goal is a predicate of the task's BDDL file. Its stages, in order, and what mu
 | opened | the drawer or door of the target is open as LIBERO wants it (only where the target has one) |
 | approached | the hand is within 5 cm of the object's box |
 | touched | some part of the robot touches the object |
-| grasped | both fingers touch it while the gripper is told to close, in two steps running |
+| grasped | both fingers touch it and have stopped at more than 4 mm, told to close, in two steps running |
 | lifted | held, it has risen by 2 cm since it was grasped |
 | carried | held and lifted (to a zone of the table: pushed, too), it is over the target's outline |
 | released | held no longer, and over the target's outline when let go |
@@ -40,6 +40,8 @@ NEAR = 0.05  # m between the grip site and a box
 LIFTED = 0.02  # m
 OVER = 0.01  # m beyond the target's outline that still count as over it
 MOVED = 0.1  # share of the way
+SHUT = 0.004  # m between the fingers, at which nothing can be between them
+STOPPED = 0.002  # m a step: fingers that close on nothing move faster
 GRASP_STEPS = 2  # running, that make a grasp
 FLICKER = 2  # steps without contact that don't end one
 
@@ -137,7 +139,8 @@ class Signals:
 
     def grasps(self, thing: int) -> list[tuple[int, int]]:
         """[start, stop) of the moments at which an object was held."""
-        both = self.touch[:, thing, 0] & self.touch[:, thing, 1] & self.closing
+        stopped = np.abs(np.diff(self.opening, prepend=self.opening[0])) < STOPPED
+        both = self.touch[:, thing, 0] & self.touch[:, thing, 1] & self.closing & stopped & (self.opening > SHUT)
         spans: list[tuple[int, int]] = []
         for start, stop in runs(both):
             if spans and start - spans[-1][1] <= FLICKER:

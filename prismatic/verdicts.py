@@ -12,7 +12,7 @@ that holds is the verdict.
 | not_open_enough | the target's drawer or door never was open, and the object was let go at it, or never lifted though the drawer was moved |
 | never_released | held and lifted at the end, over the target's outline |
 | not_carried | held and lifted at the end, elsewhere |
-| dropped | lifted and let go, and it fell more than 5 cm beside the target, or slipped out of the closed gripper |
+| dropped | lifted and let go, and it fell more than 5 cm, not over the target's outline |
 | wrong_target | lifted and let go, and it rests on an object or fixture that is not the target |
 | beside_target | lifted and let go (to a zone of the table: or pushed by 5 cm), and it ends farther from the target than the predicate allows |
 | never_held | it was let go, and lies at the target, but the predicate never held: wrong height, or no contact |
@@ -40,12 +40,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from prismatic.stages import MOVED, OPENED, Signals, Target, Way, miss, named, progress, reached, runs
+from prismatic.stages import MOVED, OPENED, SHUT, Signals, Target, Way, miss, named, progress, reached, runs
 
 FALL = 0.05  # m
 PUSHED = 0.05  # m
 TIPPED = np.cos(np.radians(45))
-SHUT = 0.004  # m between the fingers, at which nothing can be between them
 BESIDE = 0.1  # m from the object, nearer than which an empty grasp is meant for it
 IDLE_STEPS = 50
 STILL, STILL_FINGERS = 0.01, 0.005  # m
@@ -169,11 +168,11 @@ class _Case:
             )
         fall = signals.places[stop - 1, thing, 2] - signals.places[-1, thing, 2]
         slipped = bool(signals.closing[stop])
-        if not over[stop - 1] and (fall > FALL or slipped):
+        if not over[stop - 1] and fall > FALL:
             how = "It slipped out of the closed gripper" if slipped else "The gripper opened"
             away = np.linalg.norm(signals.offset[stop - 1, self.number, :2])
             text = f"Dropped the {self.name} at step {stop}, {_cm(away)} from the {aim}: {how[0].lower()}{how[1:]}"
-            return "dropped", self._sentence(f"{text}; it fell {_cm(max(fall, 0))}")
+            return "dropped", self._sentence(f"{text}; it fell {_cm(fall)}")
         wrong = [name for name in signals.supports[self.number] if name != target.owner]
         if wrong:
             other = _plain(wrong[0], signals)
