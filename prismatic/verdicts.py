@@ -14,7 +14,7 @@ that holds is the verdict.
 | not_carried | held and lifted at the end, elsewhere |
 | dropped | lifted and let go, and it fell more than 5 cm, not over the target's outline |
 | wrong_target | lifted and let go, and it rests on an object or fixture that is not the target |
-| beside_target | lifted and let go (to a zone of the table: or pushed by 5 cm), and it ends farther from the target than the predicate allows |
+| beside_target | lifted and let go (to a zone of the table: or only pushed, by 5 cm), and it ends farther from the target than the predicate allows |
 | never_held | it was let go, and lies at the target, but the predicate never held: wrong height, or no contact |
 | wrong_object | it was never lifted, but another object was |
 | not_lifted | grasped, never lifted by 2 cm |
@@ -110,7 +110,7 @@ class _Case:
             return self._placing(target)
         if way is not None:
             return self._moving(way)
-        return self._nothing(np.full(1, np.inf), "never_held")
+        return "never_held", f"The predicate ({' '.join(self.goal.state)}) never held."
 
     def _wish(self) -> str:
         if self.goal.target:

@@ -14,6 +14,7 @@ import numpy as np
 
 from prismatic.expert import Expert
 from prismatic.simulator import Simulator, rollout
+from prismatic.stages import MOVE_STAGES, PLACE_STAGES
 from prismatic.verdicts import Account, account
 
 Actions = Iterator[np.ndarray]
@@ -282,6 +283,7 @@ class Case:
     play: Callable[[Simulator], Actions]
     steps: int
     words: str = ""  # that the sentence must contain
+    stages: tuple[str, ...] | None = None  # that it reaches; where they are named, pytest plays it, too
 
 
 CASES = [
@@ -289,13 +291,13 @@ CASES = [
     Case("idle", "libero_spatial", 0, idles, 80, "Stood still for the last"),
     Case("never_near", "libero_spatial", 0, stays_away, 60),
     Case("never_grasped", "libero_spatial", 0, hovers, 60),
-    Case("closed_beside", "libero_spatial", 0, closes_beside, 90, "2 times"),
+    Case("closed_beside", "libero_spatial", 0, closes_beside, 90, "2 times", ("approached",)),
     Case("pushed_away", "libero_spatial", 0, pushes, 110),
-    Case("wrong_object", "libero_spatial", 0, takes_the_other, 80, "black bowl 2 instead of"),
+    Case("wrong_object", "libero_spatial", 0, takes_the_other, 80, "black bowl 2 instead of", ()),
     Case("not_lifted", "libero_spatial", 0, holds_without_lifting, 60),
-    Case("dropped", "libero_spatial", 0, drops, 80, "gripper opened"),
+    Case("dropped", "libero_spatial", 0, drops, 80, "gripper opened", PLACE_STAGES[:4]),
     Case("not_carried", "libero_spatial", 0, keeps_it, 80),
-    Case("never_released", "libero_spatial", 0, hangs_over_the_plate, 100),
+    Case("never_released", "libero_spatial", 0, hangs_over_the_plate, 100, "over the plate", PLACE_STAGES[:5]),
     Case("beside_target", "libero_spatial", 0, puts_it_beside, 110),
     Case("wrong_target", "libero_spatial", 0, puts_it_elsewhere, 150, "rests on the flat stove"),
     Case("success", "libero_goal", 7, turns_it_on, 150),
@@ -305,7 +307,7 @@ CASES = [
     Case("wrong_part", "libero_goal", 7, pulls_the_top_drawer, 200, "Moved the wooden cabinet top level"),
     Case("not_open_enough", "libero_goal", 3, pulls_the_top_drawer, 200, "14.0 cm"),
     Case("success", "libero_90", 22, shuts_the_low_drawer, 200),
-    Case("not_closed_enough", "libero_90", 22, pushes_the_low_drawer, 200),
+    Case("not_closed_enough", "libero_90", 22, pushes_the_low_drawer, 200, "bottom", MOVE_STAGES[:3]),
     Case("undone", "libero_10", 2, turns_on_and_off, 250, "0 of 2 goals"),
     Case("never_held", "libero_10", 9, puts_it_on_the_microwave, 150, "above"),
 ]
