@@ -107,7 +107,7 @@ PLACING: dict[str, tuple[Signals, str, str]] = {
     "kept": (grasp(CUP, UP), "not_carried", "Still held the cup at the end, 40.0 cm from the plate"),
     "kept over it": (grasp(CUP, OVER_PLATE), "never_released", "over the plate from step"),
     "beside it": (
-        grasp(CUP, OVER_PLATE, stop=80, rest=(0.45, 0.0, 0.0)),
+        replace(grasp(CUP, OVER_PLATE, stop=80, rest=(0.45, 0.0, 0.0)), supports=[["plate_1"]]),
         "beside_target",
         "5.0 cm from the middle of the plate, 2.0 cm more than LIBERO allows",
     ),
@@ -151,7 +151,10 @@ def test_a_slip_is_told_from_an_opened_gripper() -> None:
 def test_a_flicker_of_the_contact_is_no_end_of_a_grasp() -> None:
     signals = grasp(CUP, OVER_PLATE)
     signals.touch[45:47, CUP, 0] = False
-    assert account(signals, success=False).verdict == "never_released"
+    found = account(signals, success=False)
+    assert found.verdict == "never_released"
+    assert found.stages["carried"] is not None
+    assert found.stages["released"] is None
     signals.touch[45:49, CUP, 0] = False
     assert signals.lifts(CUP)[0][1] == 45
 
