@@ -13,14 +13,17 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
 from prismatic.errors import ConfigError
 from prismatic.player import Outcome, Setup, Trial
+from prismatic.stages import funnel
 from prismatic.statistics import wilson_interval
+from prismatic.verdicts import Account
 from prismatic.workers import SILENCE_LIMIT, play
 
 RESULTS, SUMMARY, RUN = "results.jsonl", "summary.json", "run.json"
@@ -153,6 +156,7 @@ class RolloutFolder:
             "actions_sha256": None
             if outcome.actions is None
             else hashlib.sha256(outcome.actions.tobytes()).hexdigest()[:16],
+            **asdict(outcome.account or Account(reason=f"The episode crashed: {outcome.error}")),
         }
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
         try:
@@ -248,6 +252,8 @@ def _count(rows: Sequence[Row]) -> Row:
         "errors": len(rows) - judged,
         "success_rate": successes / judged if judged else None,
         "interval_95": list(wilson_interval(successes, judged)),
+        "verdicts": dict(Counter(row["verdict"] for row in rows if row.get("verdict")).most_common()),
+        "funnel": funnel(rows),
     }
 
 

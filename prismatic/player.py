@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from prismatic.errors import ConfigError
+from prismatic.verdicts import Account, account
 from prismatic.video import Video
 
 HEARTBEAT = 1.0  # s between signs of life of a process that needs no answers
@@ -68,6 +69,7 @@ class Outcome:
     error: str | None = None
     actions: np.ndarray | None = None  # (steps, 7) float32
     video: Path | None = None  # under its temporary name
+    account: Account | None = None  # why it ended so; None: an error
 
 
 class _FromParent:
@@ -144,6 +146,7 @@ def _play(simulator: Any, sim: Any, trial: Trial, setup: Setup, connection: Conn
         error=episode.error,
         actions=actions,
         video=video.path if video else None,
+        account=account(episode.signals, success=episode.success) if episode.signals else None,
     )
 
 

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from prismatic.errors import ConfigError
+from prismatic.stages import Signals
 from prismatic.suites import STEP_LIMITS as STEP_LIMITS
 from prismatic.suites import bddl_file, init_states
 from prismatic.suites import instruction as instruction
@@ -40,6 +41,7 @@ from prismatic.suites import num_init_states as num_init_states
 from prismatic.suites import num_tasks as num_tasks
 from prismatic.suites import step_limit as step_limit
 from prismatic.suites import suites as suites
+from prismatic.witness import Witness
 
 SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)  # LIBERO's convention: hold still, fingers open
 FRONT, WRIST = "agentview", "robot0_eye_in_hand"
@@ -169,6 +171,10 @@ class Simulator:
         """robosuite's environment itself, for privileged readers such as the scripted expert."""
         return self._env.env
 
+    def witness(self) -> Witness:
+        """Who watches the episode that has just been reset."""
+        return Witness(self.environment)
+
     def reset(self, init_state: int | np.ndarray | None, *, seed: int | None = None, settle: int = 10) -> None:
         """Start an episode from a stored state (its number), from a given one (as `init_states` has them), or
         (init_state None) from a randomised one drawn from `seed`.
@@ -261,6 +267,7 @@ class Episode:
     steps: int = 0
     actions: list[np.ndarray] = field(default_factory=list)
     error: str | None = None
+    signals: Signals | None = None  # what the witness saw, unless there is an error
 
 
 def rollout(
@@ -281,14 +288,17 @@ def rollout(
     num_images = getattr(policy, "num_images", 1)
     try:
         sim.reset(init_state, settle=settle)
+        witness = sim.witness()
         while episode.steps < max_steps and not episode.success:
             frame = sim.frame() if num_images or on_step else None
             action = policy(frame, sim.instruction, wrist=sim.wrist() if num_images > 1 else None)
             if on_step and frame is not None:
                 on_step(episode.steps, frame, action)
             episode.success = sim.step(action)
+            witness.note(action)
             episode.actions.append(action)
             episode.steps += 1
+        episode.signals = witness.signals()
     except ConfigError:
         raise
     except Exception as error:  # whatever broke, the episode counts as a crash and the evaluation goes on

@@ -16,6 +16,7 @@ import numpy as np
 
 from prismatic.errors import ConfigError
 from prismatic.simulator import rollout as rollout  # the real loop
+from prismatic.stages import Goal, Signals, Target
 
 STATES, TASKS, LIMIT, SIDE = 8, 3, 12, 32
 GOAL = 200.0
@@ -75,6 +76,9 @@ class Simulator:
         self.place += 20.0 * float(action[0])
         return self.place >= GOAL
 
+    def witness(self) -> "Witness":
+        return Witness(self)
+
     def frame(self) -> np.ndarray:
         return np.full((SIDE, SIDE, 3), int(np.clip(self.place, 0, 255)), np.uint8)
 
@@ -83,6 +87,43 @@ class Simulator:
 
     def close(self) -> None:
         pass
+
+
+class Witness:
+    """The point is an object that a hand above it pushes to a zone; a frame's grey level is a millimetre."""
+
+    def __init__(self, sim: Simulator) -> None:
+        self.sim, self.places = sim, [sim.place]
+
+    def note(self, action: np.ndarray) -> None:
+        self.places.append(self.sim.place)
+
+    def signals(self) -> Signals:
+        count = len(self.places)
+        places = np.zeros((count, 1, 3))
+        places[:, 0, 0] = np.array(self.places) / 1000
+        touch = np.zeros((count, 1, 3), dtype=bool)
+        touch[1:, 0, 2] = True
+        return Signals(
+            goals=[Goal("on", "point_1", "goal_region")],
+            objects=["point_1"],
+            parts=[],
+            targets=[Target(owner=None, outline=np.full(3, 0.01), room=np.full(3, 0.01))],
+            ways=[None],
+            centre=np.zeros((1, 3)),
+            half=np.zeros((1, 3)),
+            hand=places[:, 0] + np.array([0, 0, 0.1]),
+            opening=np.full(count, 0.08),
+            closing=np.zeros(count, dtype=bool),
+            places=places,
+            upright=np.tile([0.0, 0.0, 1.0], (count, 1, 1)),
+            touch=touch,
+            offset=places - np.array([GOAL / 1000, 0, 0]),
+            values=np.zeros((count, 0)),
+            part_gap=np.zeros((count, 0)),
+            held=np.array(self.places)[:, None] >= GOAL,
+            supports=[[]],
+        )
 
 
 def _trouble(task_id: int, init_state: int | None) -> None:

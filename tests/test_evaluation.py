@@ -270,6 +270,34 @@ def test_a_line_a_video_and_a_summary(tmp_path: Path) -> None:
     assert summary["protocol"] == {"policy": "x", "command": "test", "policy_card": {"decode": "brightness"}}
 
 
+def test_each_line_says_how_far_it_got_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_TROUBLE", str(tmp_path))
+    (tmp_path / "1-7").write_text("raise 99")
+    trials = plan(8)
+    summary = evaluate(tmp_path / "run", trials, setup=Setup(simulator=FAKE, policy="random"))
+    rows = evaluation.read_rows(tmp_path / "run")
+    assert {row["verdict"] for row in rows if row["success"] is False} <= {"beside_target", "never_grasped", "idle"}
+    for row in rows:
+        if row["error"]:
+            assert row["reason"] == "The episode crashed: ValueError: the physics exploded"
+            assert (row["verdict"], row["stages"]) == ("error", {})
+        else:
+            assert list(row["stages"])[:2] == ["approached", "touched"]
+            assert (row["verdict"] == "success") == row["success"]
+            assert row["stages"]["predicate_held"] == (row["steps"] if row["success"] else None)
+            assert row["stages"]["touched"] == 1
+            assert row["reason"].endswith(".")
+    assert sum(summary["verdicts"].values()) == 16
+    assert summary["verdicts"]["error"] == 1
+    assert (
+        summary["verdicts"].get("success", 0) == summary["successes"] == summary["funnel"]["predicate_held"]["reached"]
+    )
+    assert summary["funnel"]["touched"] == {"episodes": 15, "reached": 15, "share": 1.0}
+    assert [task["funnel"]["touched"]["episodes"] for task in summary["per_task"]] == [8, 7]
+    parallel = evaluate(tmp_path / "two", trials, setup=Setup(simulator=FAKE, policy="random"), num_workers=2)
+    assert (parallel["verdicts"], parallel["funnel"]) == (summary["verdicts"], summary["funnel"])
+
+
 def test_a_recorded_video_is_never_overwritten(tmp_path: Path) -> None:
     trial = plan(1)[0]
     with opened(tmp_path) as folder:

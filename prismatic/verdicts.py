@@ -1,0 +1,303 @@
+"""Why an episode ended as it did: its signals in, a stable code and a sentence out.
+
+It judges the goal that does not hold at the end; of several, the one that got furthest through its stages. The first line
+that holds is the verdict.
+
+| verdict | what must hold |
+|---|---|
+| success | LIBERO's `done`: all predicates at once |
+| error | the simulator or the policy crashed: that says nothing about the policy |
+| undone | the predicate held before, and no longer does at the end (the episode went on for another goal) |
+| **an object that goes on or in something** | |
+| not_open_enough | the target's drawer or door never was open, and the object was let go at it, or never lifted though the drawer was moved |
+| never_released | held and lifted at the end, over the target's outline |
+| not_carried | held and lifted at the end, elsewhere |
+| dropped | lifted and let go, and it fell more than 5 cm, not over the target's outline |
+| wrong_target | lifted and let go, and it rests on an object or fixture that is not the target |
+| beside_target | lifted and let go (to a zone of the table: or only pushed, by 5 cm), and it ends farther from the target than the predicate allows |
+| never_held | it was let go, and lies at the target, but the predicate never held: wrong height, or no contact |
+| wrong_object | it was never lifted, but another object was |
+| not_lifted | grasped, never lifted by 2 cm |
+| pushed_away | never grasped, but touched, and moved by 5 cm or tipped over by 45 degrees |
+| closed_beside | never grasped; the gripper shut on nothing within 10 cm of it |
+| **a drawer, door or knob** | |
+| not_open_enough, not_closed_enough, not_turned_enough | moved by a tenth of the way that is needed, not all of it |
+| wrong_part | not moved, but another drawer, door or knob was, by a tenth of its way |
+| wrong_object | not touched, but an object was lifted |
+| not_moved | touched, moved by less than a tenth of the way |
+| **either** | |
+| idle | none of these, and the hand stood still for the last 50 steps or more (within 1 cm, the fingers within 5 mm) |
+| never_grasped | an object: approached, never grasped |
+| never_touched | a part: approached, never touched |
+| never_near | the hand never came within 5 cm of it |
+
+"Carried" and "lifted" are stages.py's. `done` ends an episode: "placed, but it did not stop" can only mean that the
+predicate never held (beside_target, never_held, wrong_target say by what).
+"""
+
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from prismatic.stages import MOVED, OPENED, SHUT, Signals, Target, Way, miss, named, progress, reached, runs
+
+FALL = 0.05  # m
+PUSHED = 0.05  # m
+TIPPED = np.cos(np.radians(45))
+BESIDE = 0.1  # m from the object, nearer than which an empty grasp is meant for it
+IDLE_STEPS = 50
+STILL, STILL_FINGERS = 0.01, 0.005  # m
+
+SENTENCES = {"open": "opened", "close": "closed", "turnon": "turned on", "turnoff": "turned off"}
+NOT_ENOUGH = {
+    "open": "not_open_enough",
+    "close": "not_closed_enough",
+    "turnon": "not_turned_enough",
+    "turnoff": "not_turned_enough",
+}
+
+
+@dataclass(frozen=True)
+class Account:
+    """What results.jsonl says of an episode: each stage's first step (None: never), a code, a sentence."""
+
+    stages: dict[str, int | None] = field(default_factory=dict)
+    verdict: str = "error"
+    reason: str = ""
+
+
+def account(signals: Signals, *, success: bool) -> Account:
+    """The account of an episode that ended without a crash."""
+    stages = named(signals)
+    if success:
+        return Account(stages, "success", f"Solved in {signals.steps} steps.")
+    verdict, sentence = judge(signals)
+    return Account(stages, verdict, sentence)
+
+
+def judge(signals: Signals) -> tuple[str, str]:
+    """(code, sentence) of an episode without success."""
+    unmet = [goal for goal in range(len(signals.goals)) if not signals.held[-1, goal]]
+    if not unmet:
+        return "never_held", "Each predicate held at the end, but LIBERO did not end the episode."
+    case = max((_Case(signals, goal) for goal in unmet), key=lambda case: case.share)
+    verdict, sentence = case.verdict()
+    if len(signals.goals) > 1:
+        met = len(signals.goals) - len(unmet)
+        sentence = f"{met} of {len(signals.goals)} goals held at the end. {sentence}"
+    return verdict, sentence
+
+
+class _Case:
+    """One goal that does not hold at the end."""
+
+    def __init__(self, signals: Signals, goal: int) -> None:
+        self.signals, self.number, self.goal = signals, goal, signals.goals[goal]
+        self.stages = reached(signals, goal)
+        self.share = sum(step is not None for step in self.stages.values()) / len(self.stages)
+        self.name = _plain(self.goal.subject, signals)
+        self.still = _still(signals)
+
+    def verdict(self) -> tuple[str, str]:
+        target, way = self.signals.targets[self.number], self.signals.ways[self.number]
+        held = np.flatnonzero(self.signals.held[:, self.number])
+        if held.size:
+            return "undone", self._sentence(
+                f"{self._wish()} at step {held[0]}, but no longer from step {held[-1] + 1} on"
+            )
+        if target is not None:
+            return self._placing(target)
+        if way is not None:
+            return self._moving(way)
+        return "never_held", f"The predicate ({' '.join(self.goal.state)}) never held."
+
+    def _wish(self) -> str:
+        if self.goal.target:
+            return f"The {self.name} was {self.goal.predicate} the {_plain(self.goal.target, self.signals)}"
+        return f"The {self.name} was {SENTENCES[self.goal.predicate]}"
+
+    def _sentence(self, text: str, *, tail: bool = True) -> str:
+        """With what the hand did at the end, where it stood still for long."""
+        if tail and self.still >= IDLE_STEPS:
+            text += f"; the hand stood still for the last {self.still} steps"
+        return text + "."
+
+    # --- an object --------------------------------------------------------------------------------------------------
+
+    def _placing(self, target: Target) -> tuple[str, str]:
+        signals, thing = self.signals, self.signals.objects.index(self.goal.subject)
+        lifts = signals.lifts(thing)
+        if shut := self._not_open(target, lifted=bool(lifts)):
+            return "not_open_enough", self._sentence(shut)
+        if lifts:
+            return self._after_lift(target, thing, *lifts[-1])
+        if other := self._other_lift(thing):
+            return "wrong_object", self._sentence(f"Lifted the {other} instead of the {self.name}")
+        if target.owner is None and self._moved(thing) >= PUSHED:
+            return "beside_target", self._sentence(f"Pushed the {self.name}; {self._where(target)}")
+        if self.stages["grasped"] is not None:
+            text = f"Grasped the {self.name} at step {self.stages['grasped']}, but never lifted it by 2 cm"
+            return "not_lifted", self._sentence(text)
+        empty = self._empty_grasps(thing)
+        if self.stages["touched"] is not None and (pushed := self._pushed(thing)):
+            return "pushed_away", self._sentence(pushed + ("" if empty is None else "; " + empty))
+        if empty is not None:
+            return "closed_beside", self._sentence(empty[0].upper() + empty[1:])
+        return self._nothing(signals.gap(thing), "never_grasped")
+
+    def _not_open(self, target: Target, *, lifted: bool) -> str | None:
+        """What is wrong with the target's drawer or door, where that is why the object cannot be in it."""
+        way = target.way
+        if way is None or self.stages[OPENED] is not None:
+            return None
+        at_it = self.stages["released"] is not None
+        tried = not lifted and bool((np.abs(progress(way, self.signals.values[:, way.part])) >= MOVED).any())
+        return self._how_far(way, "open", self.signals.parts[way.part].name) if at_it or tried else None
+
+    def _after_lift(self, target: Target, thing: int, start: int, stop: int) -> tuple[str, str]:
+        signals, over = self.signals, self.signals.over(self.number)
+        aim = _plain(self.goal.target or "", signals)
+        if stop > signals.steps:
+            if over[-1]:
+                since = [begin for begin, _ in runs(over)][-1]
+                text = f"Held the {self.name} over the {aim} from step {max(since, start)} on and never let go of it"
+                return "never_released", self._sentence(text)
+            return "not_carried", self._sentence(
+                f"Still held the {self.name} at the end, {self._distance()} from the {aim}"
+            )
+        fall = signals.places[stop - 1, thing, 2] - signals.places[-1, thing, 2]
+        slipped = bool(signals.closing[stop])
+        if not over[stop - 1] and fall > FALL:
+            how = "it slipped out of the closed gripper" if slipped else "the gripper opened"
+            away = np.linalg.norm(signals.offset[stop - 1, self.number, :2])
+            text = f"Dropped the {self.name} at step {stop}, {_cm(away)} from the {aim}: {how}"
+            return "dropped", self._sentence(f"{text}; it fell {_cm(fall)}")
+        wrong = [name for name in signals.supports[self.number] if name != target.owner]
+        if wrong:
+            other = _plain(wrong[0], signals)
+            text = f"Let go of the {self.name} at step {stop}; it rests on the {other}, not on the {aim}"
+            return "wrong_target", self._sentence(text)
+        text = f"Let go of the {self.name} at step {stop}; {self._where(target)}"
+        return ("beside_target" if self._miss(target) > 0 else "never_held"), self._sentence(text)
+
+    def _miss(self, target: Target) -> float:
+        """m beyond what the predicate allows horizontally, at the end."""
+        offset = self.signals.offset[-1, self.number]
+        if self.goal.target in self.signals.objects:  # a disc around the other object's origin
+            return max(float(np.linalg.norm(offset[:2]) - target.room[0]), 0.0)
+        return float(miss(offset, target.room))
+
+    def _where(self, target: Target) -> str:
+        offset, aim = self.signals.offset[-1, self.number], _plain(self.goal.target or "", self.signals)
+        beyond = self._miss(target)
+        if beyond > 0:
+            text = f"it ended {self._distance()} from the middle of the {aim}, {_cm(beyond)} more than LIBERO allows"
+            return text + (", and was never grasped" if self.stages["grasped"] is None else "")
+        side = "above" if offset[2] >= 0 else "below"
+        return f"it ended at the {aim}, {_cm(abs(offset[2]))} {side} its middle, but the predicate never held"
+
+    def _distance(self) -> str:
+        return _cm(float(np.linalg.norm(self.signals.offset[-1, self.number, :2])))
+
+    def _other_lift(self, thing: int | None) -> str | None:
+        for other, name in enumerate(self.signals.objects):
+            if other != thing and self.signals.lifts(other):
+                return _plain(name, self.signals)
+        return None
+
+    def _moved(self, thing: int) -> float:
+        return float(np.linalg.norm(self.signals.places[-1, thing] - self.signals.places[0, thing]))
+
+    def _pushed(self, thing: int) -> str | None:
+        upright = self.signals.upright[:, thing]
+        tipped = float(upright[-1] @ upright[0]) < TIPPED
+        if self._moved(thing) < PUSHED and not tipped:
+            return None
+        text = f"Pushed the {self.name} {_cm(self._moved(thing))} away without grasping it"
+        return text + (", and tipped it over" if tipped else "")
+
+    def _empty_grasps(self, thing: int) -> str | None:
+        """How often, and how near, the fingers shut on nothing beside the object."""
+        gap = self.signals.gap(thing)
+        shut = (self.signals.opening < SHUT) & self.signals.closing
+        near = [start for start, _ in runs(shut) if gap[start] < BESIDE]
+        if not near:
+            return None
+        times = "once" if len(near) == 1 else f"{len(near)} times"
+        best = min(near, key=lambda step: gap[step])
+        return f"closed the gripper on nothing {times}, {_cm(gap[best])} from the {self.name} at step {best}"
+
+    # --- a part -----------------------------------------------------------------------------------------------------
+
+    def _moving(self, way: Way) -> tuple[str, str]:
+        signals = self.signals
+        if self.stages["moved"] is not None:
+            return NOT_ENOUGH[self.goal.predicate], self._sentence(
+                self._how_far(way, self.goal.predicate, self.goal.subject)
+            )
+        for number, part in enumerate(signals.parts):
+            travel = np.abs(signals.values[:, number] - signals.values[0, number]).max()
+            if number != way.part and travel >= MOVED * part.span:
+                text = f"Moved the {_plain(part.name, signals)} by {_amount(travel, part.hinge)}, not the {self.name}"
+                return "wrong_part", self._sentence(text)
+        if self.stages["touched"] is not None:
+            best = progress(way, signals.values[:, way.part]).max()
+            text = f"Touched the {self.name} at step {self.stages['touched']}, but moved it only {100 * best:.0f} % of the way"
+            return "not_moved", self._sentence(text)
+        if other := self._other_lift(None):
+            return "wrong_object", self._sentence(f"Lifted the {other} and never touched the {self.name}")
+        return self._nothing(signals.part_gap[:, way.part], "never_touched")
+
+    def _how_far(self, way: Way, predicate: str, name: str) -> str:
+        part, values = self.signals.parts[way.part], self.signals.values[:, way.part]
+        left = way.left(values)
+        best, needed = left[0] - left.min(), left[0]
+        text = f"The {_plain(name, self.signals)} was to be {SENTENCES[predicate]}, by {_amount(needed, part.hinge)}; "
+        text += f"it got {_amount(best, part.hinge)} far"
+        if left[-1] > left.min() + MOVED * needed:
+            text += f" and ended at {_amount(max(left[0] - left[-1], 0), part.hinge)}"
+        return text
+
+    # --- either -----------------------------------------------------------------------------------------------------
+
+    def _nothing(self, gap: np.ndarray, near: str) -> tuple[str, str]:
+        """Nothing was done to the goal's thing. gap (T + 1,): how far the hand was from it."""
+        if self.still >= IDLE_STEPS:
+            state = "shut" if self.signals.opening[-1] < SHUT else "open"
+            text = f"Stood still for the last {self.still} of {self.signals.steps} steps, {_cm(gap[-1])} from the {self.name}"
+            return "idle", self._sentence(f"{text}, the gripper {state}", tail=False)
+        closest = f"{_cm(gap.min())} from the {self.name} at step {int(gap.argmin())}"
+        if self.stages.get("approached") is None:
+            return "never_near", self._sentence(f"Never came near: at best {closest}")
+        what = "grasped" if near == "never_grasped" else "touched"
+        text = f"Came near (at best {closest}), but never {what} it"
+        if self.stages.get("touched") is not None:
+            text += f", only touched it at step {self.stages['touched']}"
+        return near, self._sentence(text)
+
+
+def _still(signals: Signals) -> int:
+    """For how many steps at the end the hand stood still."""
+    away = np.linalg.norm(signals.hand - signals.hand[-1], axis=1) > STILL
+    away |= np.abs(signals.opening - signals.opening[-1]) > STILL_FINGERS
+    return signals.steps - (int(np.flatnonzero(away)[-1]) + 1 if away.any() else 0)
+
+
+def _plain(name: str, signals: Signals) -> str:
+    """A name of the BDDL file for people: without the number where there is only one of its kind."""
+    names = {*signals.objects, *(part.fixture for part in signals.parts), *(goal.target for goal in signals.goals)}
+
+    def bare(match: re.Match[str]) -> str:
+        twins = [f"{match[1]}_{number}" for number in range(1, 10)]
+        return match[1] if sum(twin in names for twin in twins) < 2 else match[0]
+
+    return re.sub(r"^(.*?)_1(?=_|$)", bare, name).removesuffix("_region").replace("_", " ")
+
+
+def _cm(metres: float) -> str:
+    return f"{100 * metres:.1f} cm"
+
+
+def _amount(value: float, hinge: bool) -> str:
+    return f"{np.degrees(value):.0f} degrees" if hinge else _cm(value)

@@ -1,0 +1,228 @@
+"""Reads from MuJoCo's state, at each step, what the stages and the verdict of an episode are made of.
+
+A few array reads and the contacts, about 0.05 ms a step; nothing is rendered. LIBERO's predicates are not evaluated
+again: the witness listens to the environment, which evaluates all of them after every step.
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from prismatic.shapes import ROBOT_PARTS, Shapes
+from prismatic.stages import MOVING, PLACING, Goal, Part, Signals, Target, Way
+
+HINGE, SLIDE = 3, 2  # MuJoCo's joint types
+ON_RADIUS = 0.03  # m, LIBERO's own: between the origins of an object and of what it shall be on
+OPPOSITE = {"open": "close", "close": "open", "turnon": "turnoff", "turnoff": "turnon"}
+LEFT, RIGHT, REST = 1, 2, 3  # sides of the robot's geoms
+SUPPORTING = 0.7  # least vertical part of a contact's normal
+
+
+class Witness:
+    """Watches an episode. Make one after each reset, with robosuite's environment; call `note` after each step."""
+
+    def __init__(self, environment: Any) -> None:
+        self._environment = environment
+        self._model, self._data = environment.sim.model._model, environment.sim.data._data
+        self._shapes = Shapes(self._model)
+        self._objects = list(environment.objects_dict)
+        self._bodies = np.array([environment.obj_body_id[name] for name in self._objects], dtype=int)
+        self._goals = [Goal(*state) for state in environment.parsed_problem["goal_state"]]
+        self._find_parts()
+        self._ways = [self._way(goal.predicate, goal.subject) for goal in self._goals]
+        self._find_robot()
+        self._targets = [self._target(goal) for goal in self._goals]
+        self._boxes = np.array([self._box(body) for body in self._bodies]).reshape(-1, 2, 3)
+        self._rows: list[tuple[Any, ...]] = []
+        self._held: dict[tuple[str, ...], bool] = {}
+        self._listen()
+        environment._check_success()
+        self._note(closing=False)
+
+    # --- what there is ----------------------------------------------------------------------------------------------
+
+    def _find_parts(self) -> None:
+        """Slides and hinges of all fixtures, and which geoms each of them moves."""
+        environment, model = self._environment, self._model
+        self._parts: list[Part] = []
+        bodies = []
+        for fixture, thing in environment.fixtures_dict.items():
+            for name in thing.joints:
+                joint = model.joint(name).id
+                if model.jnt_type[joint] in (SLIDE, HINGE):
+                    low, high = model.jnt_range[joint]
+                    hinge = bool(model.jnt_type[joint] == HINGE)
+                    self._parts.append(Part(name=name, fixture=fixture, hinge=hinge, span=float(high - low)))
+                    bodies.append(int(model.jnt_bodyid[joint]))
+        self._addresses = np.array([model.jnt_qposadr[model.joint(part.name).id] for part in self._parts], dtype=int)
+        # A thing's number for each geom: an object's, len(objects) + a part's, or one past the last.
+        thing_of_body = np.full(model.nbody, len(self._objects) + len(self._parts))
+        for body in range(1, model.nbody):  # a parent's id is smaller than its children's
+            thing_of_body[body] = thing_of_body[model.body_parentid[body]]
+            if body in bodies:
+                thing_of_body[body] = len(self._objects) + bodies.index(body)
+            elif body in self._bodies:
+                thing_of_body[body] = list(self._bodies).index(body)
+        self._thing = thing_of_body[model.geom_bodyid]
+        solid = (model.geom_contype > 0) | (model.geom_conaffinity > 0)
+        self._part_geoms = [(self._thing == len(self._objects) + n) & solid for n in range(len(self._parts))]
+
+    def _find_robot(self) -> None:
+        model, robot = self._model, self._environment.robots[0]
+        belongs = [model.body(body).name.startswith(ROBOT_PARTS) for body in range(model.nbody)]
+        self._side = np.where(np.array(belongs)[model.geom_bodyid], REST, 0)
+        for side, part in ((LEFT, "left_finger"), (RIGHT, "right_finger")):
+            self._side[[model.geom(name).id for name in robot.gripper.important_geoms[part]]] = side
+        self._grip = robot.eef_site_id
+        self._fingers = np.array(robot._ref_gripper_joint_pos_indexes)
+        self._asked_parts = sorted({way.part for way in self._ways if way})
+
+    def _part_of(self, name: str) -> int | None:
+        """The part that a fixture's or region's name stands for. All goals of LIBERO name one drawer, door or knob."""
+        region = self._environment.object_sites_dict.get(name)
+        joints = (region.joints or []) if region is not None else [part.name for part in self._of_fixture(name)]
+        return next((n for n, part in enumerate(self._parts) if part.name in joints), None)
+
+    def _of_fixture(self, name: str | None) -> list[Part]:
+        return [part for part in self._parts if part.fixture == name]
+
+    def _way(self, predicate: str, name: str) -> Way | None:
+        part = self._part_of(name) if predicate in MOVING else None
+        if part is None:
+            return None
+        ranges = self._environment.fixtures_dict[self._parts[part].fixture].object_properties["articulation"]
+        wanted, other = (ranges.get(f"default_{word}_ranges", []) for word in (predicate, OPPOSITE[predicate]))
+        if not wanted or not other:
+            return None
+        # LIBERO's objects all take the end of the wanted range that is nearest to the opposite one as the threshold.
+        sign = float(np.sign(np.mean(wanted) - np.mean(other)))
+        return Way(part=part, end=float(min(wanted) if sign > 0 else max(wanted)), sign=sign)
+
+    def _target(self, goal: Goal) -> Target | None:
+        if goal.predicate not in PLACING or goal.target is None or goal.subject not in self._objects:
+            return None
+        environment = self._environment
+        region = environment.object_sites_dict.get(goal.target)
+        if region is None:
+            _, half = self._box(environment.obj_body_id[goal.target])
+            return Target(owner=goal.target, outline=half, room=np.full(3, ON_RADIUS))
+        turn = self._data.site_xmat[self._model.site(goal.target).id].reshape(3, 3)
+        half = np.abs(turn @ np.asarray(region.size, dtype=np.float64))  # as LIBERO's own in_box
+        way = None
+        if goal.predicate == "in":  # into a drawer, or into what has one door
+            whole = self._of_fixture(region.parent_name)
+            way = self._way("open", goal.target if region.joints or len(whole) != 1 else region.parent_name)
+        return Target(owner=region.parent_name, outline=half, room=half, way=way)
+
+    def _box(self, body: int) -> tuple[np.ndarray, np.ndarray]:
+        """Middle, from the body's origin, and half sizes (3,) of the body's box as it stands now."""
+        own = self._shapes.own(body)
+        if not own.any():
+            return np.zeros(3), np.zeros(3)
+        centre, half = self._shapes.boxes(self._data, own)
+        lower, upper = (centre - half).min(axis=0), (centre + half).max(axis=0)
+        return (lower + upper) / 2 - self._data.xpos[body], (upper - lower) / 2
+
+    # --- watching ---------------------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        """Keep what the environment finds when it evaluates its predicates."""
+        environment = self._environment
+        evaluate = functools.partial(type(environment)._eval_predicate, environment)
+
+        def remember(state: Any) -> bool:
+            holds = evaluate(state)
+            self._held[tuple(state)] = bool(holds)
+            return holds
+
+        environment._eval_predicate = remember
+
+    def note(self, action: np.ndarray) -> None:
+        """After a step with an action (7,) in the policy's convention (gripper 1 open, 0 close)."""
+        self._note(closing=bool(action[6] < 0.5))
+
+    def _note(self, *, closing: bool) -> None:
+        data = self._data
+        fingers = data.qpos[self._fingers]
+        self._rows.append(
+            (
+                data.site_xpos[self._grip].copy(),
+                fingers[0] - fingers[1],
+                closing,
+                data.xpos[self._bodies],
+                data.xmat[self._bodies, 6:],
+                self._touch(),
+                [self._offset(number) for number in range(len(self._goals))],
+                data.qpos[self._addresses],
+                self._part_gaps(),
+                [self._held[goal.state] for goal in self._goals],
+            )
+        )
+
+    def _touch(self) -> np.ndarray:
+        pairs = self._data.contact.geom  # (contacts, 2)
+        touch = np.zeros((len(self._objects) + len(self._parts) + 1, 3), dtype=bool)
+        side = self._side[pairs]
+        first, second = side[:, 0] > 0, side[:, 1] > 0
+        if (first != second).any():
+            for robot, other in ((0, first & ~second), (1, second & ~first)):
+                touch[self._thing[pairs[other, 1 - robot]], side[other, robot] - 1] = True
+        return touch[:-1]
+
+    def _offset(self, number: int) -> np.ndarray:
+        goal, environment = self._goals[number], self._environment
+        if self._targets[number] is None:
+            return np.zeros(3)
+        place = self._data.xpos[environment.obj_body_id[goal.subject]]
+        if goal.target in environment.object_sites_dict:
+            return place - self._data.site_xpos[self._model.site(goal.target).id]
+        return place - self._data.xpos[environment.obj_body_id[goal.target]]
+
+    def _part_gaps(self) -> np.ndarray:
+        gaps = np.full(len(self._parts), np.inf)
+        hand = self._data.site_xpos[self._grip]
+        for part in self._asked_parts:
+            centre, half = self._shapes.boxes(self._data, self._part_geoms[part])
+            gaps[part] = np.linalg.norm(np.maximum(np.abs(centre - hand) - half, 0), axis=1).min(initial=np.inf)
+        return gaps
+
+    # --- the account ------------------------------------------------------------------------------------------------
+
+    def signals(self) -> Signals:
+        """Everything noted since the reset."""
+        hand, opening, closing, places, upright, touch, offset, values, gap, held = (
+            np.array(column) for column in zip(*self._rows, strict=True)
+        )
+        return Signals(
+            goals=self._goals,
+            objects=self._objects,
+            parts=self._parts,
+            targets=self._targets,
+            ways=self._ways,
+            centre=self._boxes[:, 0],
+            half=self._boxes[:, 1],
+            hand=hand,
+            opening=opening,
+            closing=closing,
+            places=places,
+            upright=upright,
+            touch=touch,
+            offset=offset,
+            values=values,
+            part_gap=gap,
+            held=held,
+            supports=[self._supports(goal) for goal in self._goals],
+        )
+
+    def _supports(self, goal: Goal) -> list[str]:
+        """Names of the objects and fixtures on which a goal's object rests now."""
+        if goal.subject not in self._objects:
+            return []
+        names = {body: name for name, body in self._environment.obj_body_id.items()}
+        body, contacts = self._environment.obj_body_id[goal.subject], self._data.contact
+        owners = self._shapes.owner[contacts.geom]  # (contacts, 2)
+        below = contacts.pos[:, 2] < self._data.xpos[body, 2] + self._boxes[self._objects.index(goal.subject), 0, 2]
+        bearing = below & (np.abs(contacts.frame[:, 2]) > SUPPORTING)
+        others = np.concatenate([owners[bearing & (owners[:, side] == body), 1 - side] for side in (0, 1)])
+        return sorted({names[other] for other in others.tolist() if other in names and other != body})

@@ -1,0 +1,326 @@
+"""stages.py and verdicts.py on recorded signals: a made-up scene of straight motions, changed at one point in each case."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prismatic.stages import Goal, Part, Signals, Target, Way, funnel, named
+from prismatic.verdicts import account
+
+T = 120
+CUP, JUG, PLATE = 0, 1, 2
+ON_PLATE = Goal("on", "cup_1", "plate_1")
+DRAWER = Part(name="chest_1_top_level", fixture="chest_1", hinge=False, span=0.17)
+DOOR = Part(name="oven_1_door", fixture="oven_1", hinge=True, span=2.0)
+
+
+def scene(**changes: Any) -> Signals:
+    """A cup, a jug, a plate, a drawer and a door; the hand 50 cm away. It stands still, and nothing happens."""
+    places = np.tile([[0.0, 0.0, 0.0], [0.3, 0.3, 0.0], [0.4, 0.0, 0.0]], (T + 1, 1, 1))
+    defaults: dict[str, Any] = {
+        "goals": [ON_PLATE],
+        "objects": ["cup_1", "jug_1", "plate_1"],
+        "parts": [DRAWER, DOOR],
+        "targets": [Target(owner="plate_1", outline=np.array([0.07, 0.07, 0.01]), room=np.full(3, 0.03))],
+        "ways": [None],
+        "centre": np.zeros((3, 3)),
+        "half": np.full((3, 3), 0.04),
+        "hand": np.tile([0.0, 0.0, 0.5], (T + 1, 1)),
+        "opening": np.full(T + 1, 0.08),
+        "closing": np.zeros(T + 1, bool),
+        "places": places,
+        "upright": np.tile([0.0, 0.0, 1.0], (T + 1, 3, 1)),
+        "touch": np.zeros((T + 1, 5, 3), bool),
+        "offset": np.zeros((T + 1, 1, 3)),
+        "values": np.zeros((T + 1, 2)),
+        "part_gap": np.full((T + 1, 2), 0.5),
+        "held": np.zeros((T + 1, 1), bool),
+        "supports": [[]],
+    }
+    signals = Signals(**(defaults | changes))
+    if "offset" not in changes and signals.targets[0] is not None:
+        signals = replace(signals, offset=(signals.places[:, CUP] - signals.places[:, PLATE])[:, None])
+    return signals
+
+
+def hand_at(place: Any, start: int = 10) -> np.ndarray:
+    """(T + 1, 3): it stays 50 cm above, then at a place but for a slow swing, which is no standing still."""
+    hand = np.tile([0.0, 0.0, 0.5], (T + 1, 1))
+    hand[start:] = place
+    hand[:, 0] += 0.012 * np.sin(np.arange(T + 1) / 3)
+    return hand
+
+
+def grasp(thing: int, path: dict[int, Any], *, start: int = 20, stop: int = T + 1, rest: Any = None) -> Signals:
+    """The hand takes a thing from `start` to `stop` through the places of `path` {step: (3,)}, then it lies at `rest`."""
+    base = scene()
+    places, touch, closing, opening = base.places, base.touch, base.closing, base.opening
+    steps = np.arange(T + 1)
+    known = {start: places[0, thing], **path}
+    for axis in range(3):
+        moved = np.interp(steps, list(known), [point[axis] for point in known.values()])
+        places[start:stop, thing, axis] = moved[start:stop]
+    places[stop:, thing] = places[0, thing] if rest is None else rest
+    touch[start:stop, thing, :2] = closing[start:stop] = True
+    opening[start - 5 : start] = np.linspace(0.08, 0.02, 5)
+    opening[start:stop] = 0.02
+    hand = places[:, thing] + np.where(steps < start - 5, 0.5, 0.0)[:, None]
+    return scene(places=places, touch=touch, closing=closing, opening=opening, hand=hand)
+
+
+UP, OVER_PLATE = {40: (0.0, 0.0, 0.2)}, {40: (0.0, 0.0, 0.2), 60: (0.4, 0.02, 0.2)}
+TOUCHED = np.zeros((T + 1, 5, 3), bool)
+TOUCHED[30:40, CUP, 2] = True
+SHUT = np.where(np.isin(np.arange(T + 1), [*range(30, 40), *range(60, 70)]), 0.001, 0.05)
+SWING = {"hand": hand_at((0.0, 0.0, 0.07))}
+
+
+def pushed(tipped: bool = False) -> Signals:
+    base = scene(touch=TOUCHED, hand=hand_at((0.0, 0.0, 0.05)))
+    base.places[40:, CUP] = (0.0, 0.02 if tipped else 0.08, 0.0)
+    if tipped:
+        base.upright[40:, CUP] = (0.0, 1.0, 0.1)
+    return base
+
+
+PLACING: dict[str, tuple[Signals, str, str]] = {
+    "zero policy": (scene(), "idle", "Stood still for the last 120 of 120 steps, 46.0 cm from the cup, the gripper open."),
+    "far away": (scene(hand=hand_at((0, 0, 0.5))), "never_near", "Never came near: at best 46.0 cm"),
+    "hovering": (scene(**SWING), "never_grasped", "Came near (at best 3.0 cm"),
+    "empty grasps": (
+        scene(**SWING, opening=SHUT, closing=SHUT < 0.01),
+        "closed_beside",
+        "Closed the gripper on nothing 2 times, 3.0 cm from the cup at step 30",
+    ),
+    "empty grasps far away": (
+        scene(hand=hand_at((0, 0, 0.5)), opening=SHUT, closing=SHUT < 0.01),
+        "never_near",
+        "Never came near",
+    ),
+    "pushed": (pushed(), "pushed_away", "Pushed the cup 8.0 cm away"),
+    "tipped over": (pushed(tipped=True), "pushed_away", "and tipped it over"),
+    "other lifted": (grasp(JUG, {40: (0.3, 0.3, 0.2)}), "wrong_object", "Lifted the jug instead of the cup"),
+    "not lifted": (grasp(CUP, {40: (0.0, 0.0, 0.01)}), "not_lifted", "Grasped the cup at step 20"),
+    "let go high up": (grasp(CUP, UP, stop=50), "dropped", "at step 50, 40.0 cm from the plate: the gripper opened"),
+    "kept": (grasp(CUP, UP), "not_carried", "Still held the cup at the end, 40.0 cm from the plate"),
+    "kept over it": (grasp(CUP, OVER_PLATE), "never_released", "over the plate from step"),
+    "beside it": (
+        replace(grasp(CUP, OVER_PLATE, stop=80, rest=(0.45, 0.0, 0.0)), supports=[["plate_1"]]),
+        "beside_target",
+        "5.0 cm from the middle of the plate, 2.0 cm more than LIBERO allows",
+    ),
+    "at it": (grasp(CUP, OVER_PLATE, stop=80, rest=(0.41, 0.0, 0.1)), "never_held", "10.0 cm above its middle"),
+    "on the jug": (
+        replace(grasp(CUP, {40: (0, 0, 0.1), 60: (0.3, 0.3, 0.1)}, stop=80, rest=(0.3, 0.3, 0.08)), supports=[["jug_1"]]),
+        "wrong_target",
+        "it rests on the jug, not on the plate",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLACING)
+def test_placing(name: str) -> None:
+    signals, verdict, words = PLACING[name]
+    found = account(signals, success=False)
+    assert found.verdict == verdict
+    assert words in found.reason
+    assert found.stages["predicate_held"] is None
+
+
+def test_stages_of_a_success() -> None:
+    signals = grasp(CUP, OVER_PLATE, stop=80, rest=(0.4, 0.0, 0.0))
+    signals.held[90:] = True
+    found = account(signals, success=True)
+    assert (found.verdict, found.reason) == ("success", "Solved in 120 steps.")
+    assert list(found.stages) == [
+        "approached", "touched", "grasped", "lifted", "carried", "released", "predicate_held",
+    ]  # fmt: skip
+    assert (found.stages["approached"], found.stages["touched"], found.stages["grasped"]) == (15, 20, 20)
+    assert (found.stages["lifted"], found.stages["released"], found.stages["predicate_held"]) == (22, 80, 90)
+    assert found.stages["carried"] == 57  # 3 of 20 steps before the middle: 6 cm, within the outline and 1 cm
+
+
+def test_a_slip_is_told_from_an_opened_gripper() -> None:
+    signals = grasp(CUP, UP, stop=50)
+    signals.closing[50:] = True
+    assert "it slipped out of the closed gripper; it fell 20.0 cm" in account(signals, success=False).reason
+
+
+def test_a_flicker_of_the_contact_is_no_end_of_a_grasp() -> None:
+    signals = grasp(CUP, OVER_PLATE)
+    signals.touch[45:47, CUP, 0] = False
+    found = account(signals, success=False)
+    assert found.verdict == "never_released"
+    assert found.stages["carried"] is not None
+    assert found.stages["released"] is None
+    signals.touch[45:49, CUP, 0] = False
+    assert signals.lifts(CUP)[0][1] == 45
+
+
+def test_fingers_that_press_on_a_thing_while_they_close_hold_nothing() -> None:
+    signals = grasp(CUP, {40: (0.0, 0.0, 0.2)})
+    assert not replace(signals, opening=np.full(T + 1, 0.002)).grasps(CUP)
+    assert not replace(signals, opening=np.linspace(0.5, 0.0, T + 1)).grasps(CUP)
+
+
+def test_a_push_to_a_zone_of_the_table_needs_no_grasp() -> None:
+    zone = Target(owner=None, outline=np.array([0.04, 0.04, 0.01]), room=np.array([0.04, 0.04, 0.01]))
+    signals = replace(pushed(), targets=[zone], goals=[Goal("on", "cup_1", "table_front_region")])
+    signals.offset[:] = (0.06, 0, 0)
+    found = account(signals, success=False)
+    assert found.verdict == "beside_target"
+    assert (
+        "6.0 cm from the middle of the table front, 2.0 cm more than LIBERO allows, and was never grasped"
+        in found.reason
+    )
+    signals.offset[60:] = 0.01
+    assert named(signals)["carried"] == 60
+
+
+# --- parts --------------------------------------------------------------------------------------------------------
+
+
+def part(predicate: str, values: np.ndarray, *, touched: bool = True, near: bool = True, which: int = 0) -> Signals:
+    """A drawer or door that should be opened to -0.14, or shut from there; `values` (T + 1,) are part `which`'s."""
+    signals = scene(
+        goals=[Goal(predicate, "chest_1_top_region")],
+        targets=[None],
+        ways=[Way(part=0, end=-0.14, sign=-1.0) if predicate == "open" else Way(part=0, end=0.0, sign=1.0)],
+        hand=hand_at((0.0, 0.0, 0.5)),
+    )
+    signals.values[:, which] = values
+    signals.touch[20:, 3, 2] = touched
+    signals.part_gap[10:, 0] = 0.02 if near else 0.3
+    return signals
+
+
+MOVING: dict[str, tuple[Signals, str, str]] = {
+    "half open": (part("open", np.linspace(0, -0.08, T + 1)), "not_open_enough", "by 14.0 cm; it got 8.0 cm far"),
+    "and back": (
+        part("open", -0.08 * np.sin(np.linspace(0, np.pi, T + 1))),
+        "not_open_enough",
+        "and ended at 0.0 cm",
+    ),
+    "half shut": (
+        part("close", np.linspace(-0.15, -0.05, T + 1)),
+        "not_closed_enough",
+        "by 15.0 cm; it got 10.0 cm far",
+    ),
+    "another part": (
+        part("open", np.linspace(0, 0.5, T + 1), which=1),
+        "wrong_part",
+        "Moved the oven door by 29 degrees",
+    ),
+    "touched": (part("open", np.zeros(T + 1)), "not_moved", "Touched the chest top at step 20"),
+    "near": (part("open", np.zeros(T + 1), touched=False), "never_touched", "at best 2.0 cm from the chest top"),
+    "far": (part("open", np.zeros(T + 1), touched=False, near=False), "never_near", "at best 30.0 cm"),
+}
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_moving(name: str) -> None:
+    signals, verdict, words = MOVING[name]
+    found = account(signals, success=False)
+    assert found.verdict == verdict
+    assert words in found.reason
+
+
+def test_a_knob_is_told_in_degrees() -> None:
+    signals = replace(
+        part("open", np.linspace(0, 0.25, T + 1), which=1),
+        goals=[Goal("turnon", "oven_1")],
+        ways=[Way(part=1, end=0.5, sign=1.0)],
+    )
+    found = account(signals, success=False)
+    assert found.verdict == "not_turned_enough"
+    assert found.reason.startswith("The oven was to be turned on, by 29 degrees; it got 14 degrees far")
+    assert list(found.stages) == ["approached", "touched", "moved", "predicate_held"]
+
+
+@pytest.mark.parametrize(("opened", "verdict"), [(-0.08, "not_open_enough"), (-0.15, "never_held")])
+def test_what_goes_into_a_drawer_needs_it_open(opened: float, verdict: str) -> None:
+    signals = grasp(CUP, OVER_PLATE, stop=80, rest=(0.4, 0.0, 0.1))
+    drawer = Target(
+        owner="chest_1",
+        outline=np.array([0.1, 0.1, 0.1]),
+        room=np.array([0.1, 0.1, 0.1]),
+        way=Way(part=0, end=-0.14, sign=-1.0),
+    )
+    signals.values[30:, 0] = opened
+    found = account(
+        replace(signals, goals=[Goal("in", "cup_1", "chest_1_top_region")], targets=[drawer]), success=False
+    )
+    assert found.verdict == verdict
+    assert next(iter(found.stages)) == "opened"
+    assert (found.stages["opened"] is None) == (verdict == "not_open_enough")
+
+
+# --- several goals ------------------------------------------------------------------------------------------------
+
+
+def two_goals(*, first_held: Any, second_held: Any) -> Signals:
+    signals = replace(
+        grasp(CUP, UP, stop=50),
+        goals=[Goal("open", "chest_1_top_region"), ON_PLATE],
+        targets=[None, scene().targets[0]],
+        ways=[Way(part=0, end=-0.14, sign=-1.0), None],
+        supports=[[], []],
+    )
+    held = np.zeros((T + 1, 2), bool)
+    held[first_held, 0] = held[second_held, 1] = True
+    offset = np.zeros((T + 1, 2, 3))
+    offset[:, 1] = signals.places[:, CUP] - signals.places[:, PLATE]
+    return replace(signals, held=held, offset=offset)
+
+
+def test_of_several_goals_the_one_that_got_furthest_is_judged() -> None:
+    nowhere = slice(0, 0)
+    found = account(two_goals(first_held=nowhere, second_held=nowhere), success=False)
+    assert found.verdict == "dropped"  # four of seven stages, not none of four
+    assert found.reason.startswith("0 of 2 goals held at the end. Dropped the cup")
+    assert found.stages["cup_1: lifted"] == 22
+    assert found.stages["chest_1_top_region: touched"] is None
+    found = account(two_goals(first_held=slice(60, None), second_held=nowhere), success=False)
+    assert found.verdict == "dropped"
+    assert found.reason.startswith("1 of 2 goals held at the end.")
+
+
+def test_what_held_and_no_longer_does() -> None:
+    found = account(two_goals(first_held=slice(60, 90), second_held=slice(100, None)), success=False)
+    assert found.verdict == "undone"
+    assert found.reason.startswith(
+        "1 of 2 goals held at the end. The chest top was opened at step 60, but no longer from step 90 on"
+    )
+
+
+def test_twins_keep_their_numbers() -> None:
+    signals = replace(grasp(JUG, {40: (0.3, 0.3, 0.2)}), objects=["cup_1", "cup_2", "plate_1"])
+    assert "Lifted the cup 2 instead of the cup 1" in account(signals, success=False).reason
+
+
+def test_funnel_counts_what_has_the_stage() -> None:
+    rows = [
+        {"stages": {"touched": 3, "grasped": None, "predicate_held": None}},
+        {"stages": {"touched": 3, "grasped": 7, "predicate_held": 9}},
+        {
+            "stages": {
+                "a: touched": 3,
+                "b: touched": None,
+                "a: moved": 4,
+                "a: predicate_held": 5,
+                "b: predicate_held": None,
+            }
+        },
+        {"stages": {}},  # crashed
+        {"success": True},  # written before there were stages
+    ]
+    assert funnel(rows) == {
+        "touched": {"episodes": 3, "reached": 2, "share": 2 / 3},
+        "grasped": {"episodes": 2, "reached": 1, "share": 0.5},
+        "moved": {"episodes": 1, "reached": 1, "share": 1.0},
+        "predicate_held": {"episodes": 3, "reached": 1, "share": 1 / 3},
+    }
+    assert list(funnel(rows)) == ["touched", "grasped", "moved", "predicate_held"]
+    assert funnel([]) == {}
