@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +58,7 @@ class Simulator:
         quality: str = "standard",
     ) -> None:
         self.suite, self.task_id, self.cameras = suite, task_id, cameras
-        self.instruction, self.env_seed = instruction(suite, task_id), env_seed
+        self.instruction, self.env_seed, self.quality = instruction(suite, task_id), env_seed, quality
         log = os.environ.get("FAKE_LOG")
         if log:
             with open(log, "a") as stream:
@@ -65,7 +66,8 @@ class Simulator:
                 stream.write(f"{os.getpid()} built {task_id} {' '.join(threads)}\n")
         _trouble(task_id, None)
 
-    def reset(self, init_state: int, *, settle: int = 10) -> None:
+    def reset(self, init_state: Any, *, seed: int | None = None, settle: int = 10) -> None:
+        init_state = seed if init_state is None else int(np.ravel(init_state)[0])
         self.init_state, self.steps = init_state, 0
         self.place = 10.0 * init_state + 7.0 * self.task_id + self.env_seed
 
@@ -84,6 +86,13 @@ class Simulator:
 
     def wrist(self) -> np.ndarray:
         return self.frame() // 2
+
+    def places(self) -> dict[str, np.ndarray]:
+        """The point starts where the state and the seed say, the goal stands still."""
+        return {"point": np.array([self.place / 1000, 0, 0, 1, 0, 0, 0]), "goal": np.zeros(7)}
+
+    def proprio(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.array([self.place / 1000, *[0.0] * 7], np.float32), np.zeros(7, np.float32)
 
     def close(self) -> None:
         pass
