@@ -89,7 +89,8 @@ class Simulator:
 
     def places(self) -> dict[str, np.ndarray]:
         """The point starts where the state and the seed say, the goal stands still."""
-        return {"point": np.array([self.place / 1000, 0, 0, 1, 0, 0, 0]), "goal": np.zeros(7)}
+        upright = [1, 0, 0, 0]
+        return {"point": np.array([self.place / 1000, 0, 0, *upright]), "goal": np.array([0, 0, 0, *upright])}
 
     def proprio(self) -> tuple[np.ndarray, np.ndarray]:
         return np.array([self.place / 1000, *[0.0] * 7], np.float32), np.zeros(7, np.float32)
@@ -150,6 +151,20 @@ def _trouble(task_id: int, init_state: int | None) -> None:
         time.sleep(600)
     if kind == "raise":
         raise ValueError("the physics exploded")
+
+
+class CloseCallPolicy:
+    """Two actions that are equally good at some frames: there, as with rounding, the batch size decides, and it says so."""
+
+    num_images = 1
+
+    def batch(self, frames: list[np.ndarray], instructions: list[str], wrists: Any = None) -> np.ndarray:
+        places = np.array([float(frame[0, 0, 0]) for frame in frames])
+        close = places % 3 == 0
+        self.last_margins = np.where(close, 1e-6, 1.0)
+        actions = np.zeros((len(frames), 7), np.float32)
+        actions[:, 0] = np.where(close & (len(frames) > 1), 0.65, 0.55)
+        return actions
 
 
 class BrightnessPolicy:
