@@ -76,8 +76,8 @@ class FinetuneConfig:
     shuffle_buffer_size: int | None = None
 
 
-@dataclass(frozen=True)
-class ControlConfig:
+@dataclass(frozen=True, kw_only=True)
+class ControlOptions:
     """What stands beside a score: controls, and what is asked of the statistics."""
 
     # What the policy is told. swap: the sentence of another task of the suite. empty: nothing. paraphrase: LIBERO-PRO's
@@ -104,7 +104,7 @@ class ControlConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(ControlOptions):
     # Checkpoint folder, adapter folder (it knows its base), or hub id such as
     # openvla/openvla-7b-finetuned-libero-spatial.
     pretrained_checkpoint: str = ""
@@ -155,7 +155,6 @@ class EvalConfig:
     compare: tuple[Path, Path] | None = None
     # Accepted because OpenVLA's command lines have it.
     model_family: Literal["openvla"] = "openvla"
-    controls: Annotated[ControlConfig, tyro.conf.arg(name="")] = ControlConfig()
 
 
 @dataclass(frozen=True)

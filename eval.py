@@ -40,13 +40,13 @@ LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of them on this ma
 
 def main(cfg: EvalConfig) -> None:
     if cfg.compare:
-        compare(*cfg.compare, margin=cfg.controls.margin, difference=cfg.controls.difference)
+        compare(*cfg.compare, margin=cfg.margin, difference=cfg.difference)
         return
-    if cfg.controls.mean_of:
-        print(*suite_mean.mean_over_suites(cfg.controls.mean_of), sep="\n")
+    if cfg.mean_of:
+        print(*suite_mean.mean_over_suites(cfg.mean_of), sep="\n")
         return
     check(cfg)
-    trials = [] if cfg.controls.open_loop else plan(cfg)
+    trials = [] if cfg.open_loop else plan(cfg)
     renderer = simulator.choose_renderer()
     with evaluation.RolloutFolder(
         cfg.local_log_dir / run_name(cfg), identity=identity(cfg, renderer), record=record(cfg), rank=RANK
@@ -54,7 +54,7 @@ def main(cfg: EvalConfig) -> None:
         with folder.locked():
             (folder.path / VERSIONS).write_text(json.dumps(versions(), indent=2))
         try:
-            if cfg.controls.open_loop:
+            if cfg.open_loop:
                 ask_open_loop(cfg, folder)
             summary = evaluate(cfg, trials, folder)
         finally:
@@ -76,9 +76,10 @@ def plan(cfg: EvalConfig) -> list[Trial]:
             cfg.task_suite_name,
             task_ids=cfg.task_ids,
             limit=cfg.num_trials_per_task,
-            from_hdf5=cfg.controls.from_hdf5,
+            from_hdf5=cfg.from_hdf5,
         )
-        print(sentence)
+        if RANK == 0:
+            print(sentence)
         return list(demos)
     return evaluation.plan(
         cfg.task_suite_name,
@@ -97,8 +98,7 @@ def open_data(cfg: EvalConfig) -> Any:
     from prismatic.data.frames import FrameCache
     from prismatic.data.rlds import build_cache
 
-    controls = cfg.controls
-    return FrameCache(build_cache(find_dataset(controls.data_root_dir, controls.dataset_name), controls.cache_dir))
+    return FrameCache(build_cache(find_dataset(cfg.data_root_dir, cfg.dataset_name), cfg.cache_dir))
 
 
 def ask_open_loop(cfg: EvalConfig, folder: evaluation.RolloutFolder) -> None:
@@ -108,7 +108,7 @@ def ask_open_loop(cfg: EvalConfig, folder: evaluation.RolloutFolder) -> None:
     policy, cache = load_policy(cfg), open_data(cfg)
     if policy.num_images > 1 and not cache.has_wrist:
         raise ConfigError(f"{cache.name} has no wrist_image, which this policy looks at: give another --dataset_name")
-    folder.note(open_loop=open_loop(policy, cache, frames=cfg.controls.open_loop_frames))
+    folder.note(open_loop=open_loop(policy, cache, frames=cfg.open_loop_frames))
 
 
 def evaluate(cfg: EvalConfig, trials: list[Any], folder: evaluation.RolloutFolder) -> evaluation.Row:
@@ -138,7 +138,7 @@ def evaluate(cfg: EvalConfig, trials: list[Any], folder: evaluation.RolloutFolde
                 settle=cfg.num_steps_wait,
                 seed=cfg.seed,
                 quality=cfg.render_quality,
-                instruction=cfg.controls.instruction,
+                instruction=cfg.instruction,
                 video_folder=folder.path if cfg.save_videos else None,
                 simulator=simulator.__name__,
             ),
@@ -191,14 +191,12 @@ def check(cfg: EvalConfig) -> None:
     for name in ("env_seed", "seed"):
         if getattr(cfg, name) < 0:
             raise ConfigError(f"--{name} must not be negative, it is {getattr(cfg, name)}")
-    if cfg.controls.instruction != "keep" and cfg.policy != "checkpoint":
-        raise ConfigError(
-            f"--instruction {cfg.controls.instruction}: only a checkpoint reads, --policy {cfg.policy} doesn't"
-        )
-    if cfg.controls.open_loop and cfg.policy != "checkpoint":
+    if cfg.instruction != "keep" and cfg.policy != "checkpoint":
+        raise ConfigError(f"--instruction {cfg.instruction}: only a checkpoint reads, --policy {cfg.policy} doesn't")
+    if cfg.open_loop and cfg.policy != "checkpoint":
         raise ConfigError(f"--open_loop asks a checkpoint: leave out --policy {cfg.policy}")
-    if cfg.controls.open_loop_frames < 1:
-        raise ConfigError(f"--open_loop_frames is {cfg.controls.open_loop_frames}: it must be at least 1")
+    if cfg.open_loop_frames < 1:
+        raise ConfigError(f"--open_loop_frames is {cfg.open_loop_frames}: it must be at least 1")
     if cfg.policy == "replay" and (cfg.env_seed or cfg.first_init_state):
         raise ConfigError(
             "--policy replay begins where each episode was recorded: leave out env_seed and first_init_state"
@@ -218,9 +216,9 @@ def run_name(cfg: EvalConfig) -> str:
         folder = Path(cfg.lora_checkpoint or cfg.pretrained_checkpoint).resolve()
         policy = f"{folder.parent.name}-{folder.name}" if STEP_FOLDER.fullmatch(folder.name) else folder.name
     if cfg.policy == "replay":
-        policy += f"-{cfg.controls.dataset_name}"
-    if cfg.controls.instruction != "keep":
-        policy += f"--instruction-{cfg.controls.instruction}"
+        policy += f"-{cfg.dataset_name}"
+    if cfg.instruction != "keep":
+        policy += f"--instruction-{cfg.instruction}"
     note = f"--{cfg.run_id_note}" if cfg.run_id_note else ""
     return re.sub(r"[^\w.+=-]", "_", f"EVAL-{cfg.task_suite_name}-{policy}{note}")
 
@@ -234,10 +232,10 @@ def identity(cfg: EvalConfig, renderer: str) -> dict[str, Any]:
         return str(path) if path else None
 
     known = versions()
-    given = {} if cfg.controls.instruction == "keep" else {"instruction": cfg.controls.instruction}
+    given = {} if cfg.instruction == "keep" else {"instruction": cfg.instruction}
     data = {}
     if cfg.policy == "replay":
-        data = {"dataset": f"{cfg.controls.dataset_name}, fingerprint {open_data(cfg).fingerprint}"}
+        data = {"dataset": f"{cfg.dataset_name}, fingerprint {open_data(cfg).fingerprint}"}
     checkpoint = {
         "pretrained_checkpoint": weights(cfg.pretrained_checkpoint),
         "lora_checkpoint": weights(cfg.lora_checkpoint),
@@ -274,7 +272,7 @@ def record(cfg: EvalConfig) -> dict[str, Any]:
         "command": shlex.join(["python", *sys.argv]),
         "num_workers": cfg.num_workers,
         "ranks": RANKS,
-        "difference_asked": cfg.controls.difference,
+        "difference_asked": cfg.difference,
         "versions": versions(),
     }
 
