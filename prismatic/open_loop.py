@@ -41,8 +41,8 @@ def _split(policy: Policy, steps: Sequence[Step]) -> dict[str, Any]:
     for part in (steps[start : start + BATCH] for start in range(0, len(steps), BATCH)):
         pictures = list(zip(*(_pictures(step, policy.num_images) for step in part), strict=True))
         wrists = list(pictures[1]) if policy.num_images > 1 else None
-        actions = policy.batch(list(pictures[0]), [step.instruction for step in part], wrists)
-        acted.append(policy.processor.action_ids(actions))
+        # the ids, not the actions made of them: a number that is constant in the data hides which id it came from
+        acted.append(policy.action_ids(list(pictures[0]), [step.instruction for step in part], wrists))
         true.append(policy.processor.action_ids(np.stack([step.action for step in part])))
         forced.append(teacher_forced_ids(policy, part))
     target, answers, told = map(np.concatenate, (true, acted, forced))

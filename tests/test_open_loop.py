@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from prismatic.checkpoint import load_policy
 from prismatic.data.frames import FrameCache, Step
-from prismatic.image import center_crop, decode_jpeg
+from prismatic.image import center_crop, decode_jpeg, encode_jpeg
 from prismatic.open_loop import open_loop
 from prismatic.policy import Policy
 from prismatic.training import action_metrics
@@ -24,7 +25,15 @@ def policy() -> Policy:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> FrameCache:
-    return write_cache(tmp_path / "cache", [drawn_episode(number) for number in (0, 1, 2, 4)], train_episodes=3)
+    """The golden frame, pushed a little to the side at each step."""
+    frame = np.asarray(Image.open(REPOSITORY / "prismatic" / "golden_frame.png").convert("RGB"))
+    episodes = [drawn_episode(number) for number in (0, 1, 2, 4)]
+    for number, episode in enumerate(episodes):
+        steps = range(len(episode["images"]))
+        episode["images"] = [encode_jpeg(np.roll(frame, 9 * step + 4 * number, axis=1)) for step in steps]
+        episode["wrist_images"] = episode["images"]
+        episode["instruction"] = "pick up the black bowl next to the ramekin and place it on the plate"
+    return write_cache(tmp_path / "cache", episodes, train_episodes=3)
 
 
 def recorded_steps(cache: FrameCache) -> list[Step]:
@@ -69,19 +78,20 @@ def test_an_inference_path_that_is_right_agrees_and_a_wrong_one_does_not(
 ) -> None:
     right = open_loop(policy, cache, frames=6)["splits"]["validation"]
     assert right["same_first_id"] == 1.0
-    whole = policy.batch
+    whole = policy.action_ids
 
     def upside_down(frames: list[np.ndarray], instructions: list[str], wrists: list[np.ndarray]) -> np.ndarray:
         return whole([frame[::-1, ::-1] for frame in frames], instructions, wrists)
 
-    monkeypatch.setattr(policy, "batch", upside_down)
+    monkeypatch.setattr(policy, "action_ids", upside_down)
     assert open_loop(policy, cache, frames=6)["splits"]["validation"]["same_first_id"] < 1.0
 
 
 def test_recorded_answers_are_all_right(policy: Policy, cache: FrameCache, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter(recorded_steps(cache))
+    encode = policy.processor.action_ids
     monkeypatch.setattr(
-        policy, "batch", lambda frames, *rest: np.stack([next(answers).action for _ in frames]).astype(np.float32)
+        policy, "action_ids", lambda frames, *rest: encode(np.stack([next(answers).action for _ in frames]))
     )
     training = np.empty(0, dtype=np.int64)
     monkeypatch.setattr(cache, "train_indices", lambda: training)

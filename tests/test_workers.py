@@ -12,7 +12,7 @@ from prismatic import workers
 from prismatic.errors import ConfigError
 from prismatic.player import Outcome, Setup, Trial
 from tests.conftest import REPOSITORY
-from tests.fake_simulator import STATES, BrightnessPolicy, CloseCallPolicy
+from tests.fake_simulator import CLOSE_CALLS, STATES, BrightnessPolicy, CloseCallPolicy
 
 FAKE = Setup(simulator="tests.fake_simulator")
 CRASH_TIME = 60.0  # s of silence before a simulator counts as hung: far longer than any test takes
@@ -82,9 +82,10 @@ def facts(outcomes: list[Outcome], name: str) -> dict[str, Any]:
 
 
 class PatientCloseCalls(Patient):
-    """CloseCallPolicy, but patient: what it decides by the size of a batch needs batches."""
+    """CloseCallPolicy, but patient and slow, so that others wait together: what goes by the batch's size needs batches."""
 
     def batch(self, *observations: Any, **named: Any) -> np.ndarray:
+        time.sleep(0.01)
         super().batch(*observations, **named)
         return CloseCallPolicy.batch(self, *observations, **named)  # type: ignore[arg-type]
 
@@ -94,11 +95,11 @@ def test_steps_that_rounding_could_turn_are_listed_and_one_by_one_makes_them_equ
     sequential = play(played, policy=CloseCallPolicy())
     listed = facts(sequential, "near_ties")
     assert any(listed.values()) and not all(listed.values())
-    for outcome in sequential:  # where the point stood at a multiple of 3 when it was asked
+    for outcome in sequential:
         assert outcome.actions is not None
         place = 10.0 * outcome.trial.init_state + 7.0 * outcome.trial.task_id
-        places = place + np.concatenate([[0.0], np.cumsum(20.0 * outcome.actions[:-1, 0].astype(float))])
-        close = [step for step, place in enumerate(places) if int(np.clip(place, 0, 255)) % 3 == 0]
+        places = place + np.concatenate([[0.0], np.cumsum(20.0 * outcome.actions[:-1, 0].astype(np.float64))])
+        close = [step for step, place in enumerate(places) if int(np.clip(place, 0, 255)) % CLOSE_CALLS == 0]
         assert listed[outcome.trial.id] == close
     together = play(played, policy=PatientCloseCalls(trouble / "log", simulators=2 + 3), num_workers=3)
     apart = 0
