@@ -64,7 +64,7 @@ def test_it_equals_the_policy_and_the_training_path(policy: Policy, cache: Frame
         for both, step in zip(pictures, steps, strict=True)
     ]
     batch = processor.collate(samples)
-    with torch.inference_mode():
+    with torch.no_grad():
         logits = policy.vla(batch.input_ids, batch.attention_mask, batch.pixel_values, batch.labels).logits
     logits[:, : tokenizer.first_id] = -torch.inf
     logits[:, processor.config.vocab_size :] = -torch.inf
