@@ -49,7 +49,7 @@ def cache(tmp_path: Path) -> FrameCache:
 def test_a_replay_follows_leaves_or_is_left_out(
     cache: FrameCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recorded, "beginning", lambda **numbers: (8, None))
+    monkeypatch.setattr(recorded, "beginning", lambda generator, perturbation: (8, None))
     demos, sentence = recorded.demos(cache, "fake", task_ids=(), limit=9, from_hdf5=None)
     assert sentence == "drawn: the beginning of 3 of 4 episodes is known, 3 are replayed"
     with evaluation.RolloutFolder(tmp_path / "run", identity={"policy": "replay"}, record={}) as folder:
@@ -71,18 +71,22 @@ def test_a_replay_follows_leaves_or_is_left_out(
     assert (summary["successes"], summary["errors"]) == (2, 1)
 
 
+def started(*numbers: int, perturbation: float = 0.0) -> tuple[int, Pushes]:
+    return beginning(np.random.default_rng(numbers), perturbation)
+
+
 def test_which_episodes(cache: FrameCache) -> None:
     demos, _ = recorded.demos(cache, "fake", task_ids=(1,), limit=2, from_hdf5=None)
     assert [demo.init_state for demo in demos] == [0, 1]
-    assert [demo.reset_seed for demo in demos] == [beginning(seed=0, task_id=1, attempt=n)[0] for n in (0, 1)]
+    assert [demo.reset_seed for demo in demos] == [started(0, 1, attempt)[0] for attempt in (0, 1)]
     assert demos[0].actions[:, 6].tolist() == [1.0] * demos[0].max_steps  # the policy's convention
     with pytest.raises(ConfigError, match=r"no episode of other in data set drawn .*--from_hdf5 FOLDER"):
         recorded.demos(cache, "other", task_ids=(), limit=9, from_hdf5=None)
 
 
 def test_the_beginning_does_not_depend_on_the_pushes() -> None:
-    seed, pushes = beginning(seed=5, task_id=2, attempt=3, perturbation=0.7)
-    assert seed == beginning(seed=5, task_id=2, attempt=3)[0]
+    seed, pushes = started(5, 2, 3, perturbation=0.7)
+    assert seed == started(5, 2, 3)[0]
     generator = np.random.default_rng([5, 2, 3])  # as episodes of earlier collections drew them
     same = Pushes(generator, 0.7)
     assert seed == int(generator.integers(1_000_000, 2**31))
