@@ -94,6 +94,7 @@ class Recorded:
         picture = block_difference(self.sim.frame(), decode_jpeg(self.demo.first_frame))
         if (hand or 0.0) > START_HAND or picture > START_PICTURE:
             self.retry = False
+            self.facts["reason"] = "Left out: it does not begin as it was recorded."
             raise ValueError(
                 f"the start is not the recorded one: the hand is {hand or 0.0:.0f} mm off, the picture {picture:.0f} of 255 "
                 f"(drawn with render_quality {self.sim.quality}; it must be the recording's)"

@@ -62,6 +62,7 @@ def test_a_replay_follows_leaves_or_is_left_out(
     assert (rows[0]["steps"], rows[0]["replay"]["followed_steps"]) == (steps, steps)
     assert rows[0]["replay"]["file_path"] == "fake/task1/seed0/attempt0"
     assert rows[1]["success"] is None and rows[1]["steps"] == 0
+    assert rows[1]["reason"] == "Left out: it does not begin as it was recorded."
     assert rows[1]["error"].startswith(
         "ValueError: the start is not the recorded one: the hand is 0 mm off, the picture 40"
     )
