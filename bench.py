@@ -1,7 +1,8 @@
-"""Measure: `python bench.py load` (host memory while a checkpoint loads). One table, and the same as JSON with --json FILE.
+"""Measure: `python bench.py load | eval`. One table, and the same as JSON with --json FILE.
 
 python bench.py load                              a full-size folder with random weights (15 GB of disk, 16 GB of memory)
 python bench.py load --checkpoint FOLDER          a folder of yours
+python bench.py eval --workers 2 4                episodes an hour: simulators side by side against one alone
 """
 
 import json
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from config import WORKSPACE, BenchLoadConfig
+from config import WORKSPACE, BenchEvalConfig, BenchLoadConfig
 from prismatic.errors import exit_codes
 from prismatic.hub import resolve
 
@@ -23,11 +24,29 @@ def load(cfg: BenchLoadConfig) -> Rows:
     return load.run(resolve(cfg.checkpoint) if cfg.checkpoint else None, WORKSPACE)
 
 
-BENCHES = {BenchLoadConfig: load}
-Config = Annotated[BenchLoadConfig, tyro.conf.subcommand("load")]  # one a bench, joined by |
+def evaluation(cfg: BenchEvalConfig) -> Rows:
+    """Episodes an hour: one simulator alone against several side by side."""
+    from prismatic.bench import eval
+
+    return eval.run(
+        cfg.checkpoint,
+        suite=cfg.task_suite_name,
+        task_id=cfg.task_id,
+        workers=cfg.workers,
+        episodes=cfg.episodes,
+        steps=cfg.steps,
+        quality=cfg.render_quality,
+    )
 
 
-def main(cfg: BenchLoadConfig) -> None:
+BENCHES = {BenchLoadConfig: load, BenchEvalConfig: evaluation}
+Config = (
+    Annotated[BenchLoadConfig, tyro.conf.subcommand("load")]
+    | Annotated[BenchEvalConfig, tyro.conf.subcommand("eval")]  # one a bench, joined by |
+)
+
+
+def main(cfg: BenchLoadConfig | BenchEvalConfig) -> None:
     """Measure, print one table, and write it as JSON where asked."""
     rows = BENCHES[type(cfg)](cfg)
     names = list(rows[0])

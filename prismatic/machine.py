@@ -31,11 +31,12 @@ def available_memory() -> int:
     return max(free, 0)
 
 
-def simulators_that_fit() -> int:
-    """How many simulator processes this machine runs at once: one a core, as far as the memory goes; at least
-    1.
+def simulators_that_fit(shares: int = 1) -> int:
+    """How many simulator processes run at once: one a core, as far as the memory goes; at least 1.
+
+    shares: processes that divide this machine among them, such as torchrun's ranks on it; the answer is for one of them.
     """
-    return max(1, min(available_cores(), available_memory() // RENDERER_BYTES))
+    return max(1, min(available_cores() // shares, available_memory() // shares // RENDERER_BYTES))
 
 
 def gpus() -> list[dict[str, str]]:

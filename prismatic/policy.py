@@ -22,6 +22,7 @@ class Policy:
         self.processor = processor
         self.num_images = processor.config.num_images_in_input
         self._card = card
+        self.last_margins = np.zeros(0)  # (B,) of the last answer: the least by which a row's ids beat the second best
         first = next(vla.parameters())
         self.device, self.dtype = first.device, first.dtype
 
@@ -53,12 +54,15 @@ class Policy:
             row[: len(ids)] = torch.tensor(ids)
         mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
         pixels = torch.stack([pixel_values for _, pixel_values in rows])
+        margins: list[torch.Tensor] = []
         ids = self.vla.generate_action_ids(
             input_ids.to(self.device),
             pixels.to(self.device, self.dtype),
             self.processor.action_dim,
             mask.to(self.device),
+            margins,
         )
+        self.last_margins = torch.stack(margins).amin(dim=0).cpu().numpy()
         return ids.cpu().numpy()
 
     def card(self) -> dict[str, Any]:

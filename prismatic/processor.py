@@ -147,7 +147,7 @@ class Processor:
     ) -> Example:
         """A training sample from recorded frames (H, W, 3) uint8 as the data set's JPEG decoded, and an action (D,) in that data set's units."""
         prompt = self.prompt_ids(instruction.replace(IMAGE_MARK, ""))
-        action_ids = self.action_tokenizer.encode(normalize.normalize(action, self.action_statistics(dataset))).tolist()
+        action_ids = self.action_ids(action, dataset=dataset).tolist()
         ids = [*prompt, *action_ids, self.config.eos_token_id]
         labels = [IGNORE] * len(prompt) + ids[len(prompt) :]
         pictures = [self._resized(picture) for picture in pictures]
@@ -170,6 +170,10 @@ class Processor:
     def actions(self, ids: np.ndarray) -> np.ndarray:
         """(..., D) action ids → (..., D) float64 actions in the data set's units, gripper 1 open … 0 close."""
         return normalize.unnormalize(self.action_tokenizer.decode(ids), self.action_statistics())
+
+    def action_ids(self, actions: np.ndarray, *, dataset: str | None = None) -> np.ndarray:
+        """(..., D) actions in a data set's units (None: config.unnorm_key's) → (..., D) int64 ids, the inverse of `actions`."""
+        return self.action_tokenizer.encode(normalize.normalize(actions, self.action_statistics(dataset)))
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Right-pad samples into a batch."""

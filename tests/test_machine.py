@@ -39,6 +39,12 @@ def test_a_container_without_limits(container: Path) -> None:
     assert machine.available_memory() == 400_000_000 * 1024
 
 
+def test_processes_share_a_machine(container: Path) -> None:
+    assert [machine.simulators_that_fit(shares) for shares in (1, 4, 100)] == [64, 16, 1]
+    (container / "meminfo").write_text("MemAvailable: 24000000 kB\n")  # twelve simulators of 2 GB
+    assert [machine.simulators_that_fit(shares) for shares in (1, 4)] == [12, 3]
+
+
 def test_at_least_one_simulator(container: Path) -> None:
     (container / "meminfo").write_text("MemAvailable: 1000 kB\n")
     assert machine.simulators_that_fit() == 1

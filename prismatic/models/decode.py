@@ -40,6 +40,7 @@ def greedy_action_ids(
     pixel_values: torch.Tensor,
     action_dim: int,
     attention_mask: torch.Tensor | None,
+    margins: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """See VLA.generate_action_ids."""
     config, model = vla.config, vla.language_model
@@ -58,7 +59,11 @@ def greedy_action_ids(
     first_id, last_id = config.vocab_size - config.n_action_bins, config.vocab_size
     ids = []
     for step in range(action_dim):
-        ids.append(first_id + action_logits(model.lm_head, last, first_id, last_id).argmax(dim=-1))
+        logits = action_logits(model.lm_head, last, first_id, last_id)
+        ids.append(first_id + logits.argmax(dim=-1))
+        if margins is not None:
+            best, second = logits.topk(2, dim=-1).values.unbind(dim=-1)
+            margins.append(best - second)
         if step + 1 < action_dim:
             position = position + 1  # overwrites the slot of a padded word, which nothing has read
             words = model.model.embed_tokens(ids[-1][:, None])

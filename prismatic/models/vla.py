@@ -189,6 +189,10 @@ class VLA(nn.Module):
         pixel_values: torch.Tensor,
         action_dim: int = 7,
         attention_mask: torch.Tensor | None = None,
+        margins: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Greedy over the action ids: (B, T) right-padded prompts → (B, action_dim) int64. See decode.py."""
-        return decode.greedy_action_ids(self, input_ids, pixel_values, action_dim, attention_mask)
+        """Greedy over the action ids: (B, T) right-padded prompts → (B, action_dim) int64. See decode.py.
+
+        margins: a list that gets, for each id, by how much its logit beats the second best: (B,) float32.
+        """
+        return decode.greedy_action_ids(self, input_ids, pixel_values, action_dim, attention_mask, margins)
