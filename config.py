@@ -52,6 +52,12 @@ class FinetuneConfig:
     save_steps: int = 5000
     # Checkpoints to keep, beside the best on validation; the oldest are deleted.
     keep: int = 2
+    # Steps between validations on held-out episodes, un-augmented; 0 never. The last step is validated too.
+    val_steps: int = 5000
+    # Share of the episodes held out, the last on disk, where a data set has no split named val (OpenVLA's 5 %).
+    val_share: float = 0.05
+    # Where the numbers go besides metrics.jsonl and curves.png.
+    log_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     # Train a LoRA adapter; False trains every weight (a small model, or a large machine).
     use_lora: bool = True
     # With use_lora False and torchrun: every process holds a share of weights, gradients and optimizer (FSDP2), not all of them.
