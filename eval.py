@@ -22,7 +22,7 @@ from config import EvalConfig
 from prismatic import evaluation, machine, report, simulator, statistics
 from prismatic.errors import ConfigError, exit_codes, read_json
 from prismatic.player import Setup
-from prismatic.versions import SIMULATOR_PACKAGES, folder_fingerprint, versions
+from prismatic.versions import SIMULATOR_PACKAGES, SIMULATOR_PINS, folder_fingerprint, unpinned_simulator, versions
 
 # Nothing here may import torch at the top: each simulator process imports this file once more.
 
@@ -93,6 +93,8 @@ def evaluate(cfg: EvalConfig, trials: list[Any], folder: evaluation.RolloutFolde
                 seed=cfg.seed,
                 quality=cfg.render_quality,
                 video_folder=folder.path if cfg.save_videos else None,
+                annotate=cfg.annotate_videos,
+                gifs=cfg.save_gifs,
                 simulator=simulator.__name__,
             ),
             load_policy=(lambda: load_policy(cfg)) if cfg.policy == "checkpoint" else None,
@@ -132,6 +134,14 @@ def check(cfg: EvalConfig) -> None:
         )
     if cfg.policy == "checkpoint" and cfg.lora_checkpoint and not cfg.lora_checkpoint.is_dir():
         raise ConfigError(f"lora_checkpoint {cfg.lora_checkpoint} is not a folder: --lora_checkpoint FOLDER")
+    if unpinned_simulator() and not cfg.allow_unpinned_simulator:
+        pins = " ".join(f"{name}=={pin}" for name, pin in SIMULATOR_PINS.items())
+        raise ConfigError(
+            f"scores change with the simulator's version ({'; '.join(unpinned_simulator())}): pip install {pins}, "
+            "or --allow_unpinned_simulator True, and the result will say so"
+        )
+    if cfg.save_gifs and not cfg.save_videos:
+        raise ConfigError("save_gifs needs the videos that GIFs are made from: leave out --save_videos False")
     if cfg.load_in_8bit and cfg.load_in_4bit:
         raise ConfigError("load_in_8bit and load_in_4bit exclude each other: set one of them")
     for name in ("load_in_8bit", "load_in_4bit"):
@@ -203,6 +213,8 @@ def record(cfg: EvalConfig) -> dict[str, Any]:
         "command": shlex.join(["python", *sys.argv]),
         "num_workers": cfg.num_workers,
         "ranks": RANKS,
+        "render_options": simulator.render_options(cfg.render_quality),
+        "unpinned_simulator": unpinned_simulator(),
         "versions": versions(),
     }
 
@@ -244,6 +256,8 @@ def print_result(cfg: EvalConfig, folder: Path, summary: evaluation.Row) -> None
     print(f"{cfg.task_suite_name}, {folder.name}: {rate}")
     if summary["errors"]:
         print(f"{summary['errors']} more ended in an error and do not count: --retry_errors True plays them again")
+    for found in unpinned_simulator():
+        print(f"beware: {found}: not to be compared with scores of the pinned version")
     print(f"report   {folder / report.PAGE}")
     print(f"results  {folder / evaluation.RESULTS}")
     rows = [row for row in evaluation.read_rows(folder) if row["video"]]
