@@ -19,8 +19,8 @@ import tyro
 from tqdm import tqdm
 
 from config import EvalConfig
-from prismatic import evaluation, machine, report, simulator, statistics
-from prismatic.errors import ConfigError, exit_codes, read_json
+from prismatic import comparison, evaluation, machine, report, simulator, statistics
+from prismatic.errors import ConfigError, exit_codes
 from prismatic.player import Setup
 from prismatic.versions import SIMULATOR_PACKAGES, SIMULATOR_PINS, folder_fingerprint, unpinned_simulator, versions
 
@@ -29,8 +29,6 @@ from prismatic.versions import SIMULATOR_PACKAGES, SIMULATOR_PINS, folder_finger
 STEP_FOLDER = re.compile(
     r"latest|best|step-\d+"
 )  # within a training run (run_folder.py, which needs torch): the run's name says more
-# What two runs must have in common for a comparison to mean the policies.
-SAME_PROTOCOL = ("step_limit", "num_steps_wait", "env_seed", "renderer", "render_quality", *SIMULATOR_PACKAGES)
 VERSIONS = "versions.json"  # as beside an adapter
 RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
 
@@ -220,30 +218,25 @@ def record(cfg: EvalConfig) -> dict[str, Any]:
 
 
 def compare(before: Path, after: Path) -> None:
-    """Two rollout folders, episode by episode: both rates with intervals, and what may be concluded. ConfigError if they share none."""
-    outcomes, protocols = [], []
-    for folder in (before, after):
-        if not (folder / evaluation.RESULTS).exists():
-            raise ConfigError(f"--compare: {folder} has no {evaluation.RESULTS}: give two rollout folders")
-        identity = read_json(folder / evaluation.RUN).get("identity", {})
-        protocols.append({name: identity.get(name) for name in SAME_PROTOCOL})
-        rows = [row for row in evaluation.read_rows(folder) if row["success"] is not None]
-        outcomes.append({row["episode_id"]: bool(row["success"]) for row in rows})
-        wins = sum(outcomes[-1].values())
-        low, high = (100 * limit for limit in statistics.wilson_interval(wins, len(rows)))
-        print(f"{folder.name}: {wins} of {len(rows)} episodes, 95 % interval {low:.0f} to {high:.0f} %")
-        print(f"    {folder / report.PAGE}")
+    """Two rollout folders, episode by episode: both rates with intervals, what may be concluded, and a page. ConfigError if they share none."""
+    runs = comparison.Run.load(before), comparison.Run.load(after)
+    for run in runs:
+        wins = sum(run.outcomes.values())
+        low, high = (100 * limit for limit in statistics.wilson_interval(wins, len(run.rows)))
+        print(f"{run.path.name}: {wins} of {len(run.rows)} episodes, 95 % interval {low:.0f} to {high:.0f} %")
+        print(f"    {run.path / report.PAGE}")
         for success, label in ((True, "success"), (False, "failure")):
-            for row in [row for row in rows if row["success"] is success and row["video"]][:1]:
-                print(f"    a {label}: {folder / row['video']}")
-    if not outcomes[0].keys() & outcomes[1].keys():
+            for row in [row for row in run.rows.values() if row["success"] is success and row["video"]][:1]:
+                print(f"    a {label}: {run.path / row['video']}")
+    if not runs[0].rows.keys() & runs[1].rows.keys():
         raise ConfigError(
             f"--compare: {before} and {after} share no episode that ended: give two runs of the same trials"
         )
-    for name in SAME_PROTOCOL:
-        if protocols[0][name] != protocols[1][name]:
-            print(f"beware: {name} is {protocols[0][name]} in the first and {protocols[1][name]} in the second")
-    print(f"A is the second, B the first. {statistics.compare(outcomes[1], outcomes[0]).sentence}")
+    for warning in comparison.warnings(*runs):
+        print(f"beware: {warning}")
+    result = statistics.compare(runs[1].outcomes, runs[0].outcomes)
+    print(f"A is the second, B the first. {result.sentence}")
+    print(f"side by side: {comparison.build(*runs, result)}")
 
 
 def print_result(cfg: EvalConfig, folder: Path, summary: evaluation.Row) -> None:

@@ -38,6 +38,10 @@ class Meter:
         self._rows += len(frames)
         return actions
 
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else may be asked of a policy."""
+        return getattr(self._policy, name)
+
     def see(self, card: dict[str, Any]) -> None:
         """card: golden.card() of a simulator process."""
         self._golden = card
