@@ -33,9 +33,10 @@ def load(folder: Path, name: str | None) -> np.ndarray | None:
         return None
     try:
         with np.load(folder / name, allow_pickle=False) as archive:
-            return archive["actions"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            actions = archive["actions"]
+    except (OSError, EOFError, TypeError, ValueError, KeyError, zipfile.BadZipFile):
         return None
+    return actions if actions.ndim == 2 and actions.shape[1] == len(DIMENSIONS) else None
 
 
 def line(values: np.ndarray, *, width: int, height: int, limit: float) -> str:

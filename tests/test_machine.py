@@ -42,3 +42,14 @@ def test_a_container_without_limits(container: Path) -> None:
 def test_at_least_one_simulator(container: Path) -> None:
     (container / "meminfo").write_text("MemAvailable: 1000 kB\n")
     assert machine.simulators_that_fit() == 1
+
+
+def test_the_peak_of_memory_is_this_process_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = machine.peak_memory()
+    assert before > 10_000_000
+    block = bytearray(200_000_000)
+    block[::4096] = b"x" * len(block[::4096])  # touched, so that it counts
+    del block
+    assert machine.peak_memory() >= 200_000_000  # gone, and still the peak
+    monkeypatch.setattr(machine, "STATUS", tmp_path / "none")
+    assert machine.peak_memory() == 0
