@@ -29,7 +29,7 @@ class Run:
     """A rollout folder's episodes that ended with an outcome, by their id, and its protocol."""
 
     path: Path
-    rows: dict[str, Row]
+    rows: Mapping[str, Row]
     identity: Row
 
     @classmethod
