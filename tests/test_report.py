@@ -154,13 +154,7 @@ def explained(path: Path) -> Path:
         line["actions"] = traces.save(path, line["episode_id"], np.linspace(-1, 1, 140).reshape(20, 7))
     for line, verdict in zip(rows, ("success", "never_touched", "closed_beside", "error"), strict=True):
         line["verdict"], line["reason"] = verdict, f"Because of {verdict} & <b>more</b>."
-    folder_with(path, rows)
-    summary = json.loads((path / "summary.json").read_text())
-    reached = {"approached": 3, "touched": 2, "grasped": 1, "predicate_held": 1}
-    summary["funnel"] = {stage: {"episodes": 3, "reached": n, "share": n / 3} for stage, n in reached.items()}
-    summary["verdicts"] = {"success": 1, "never_touched": 1, "closed_beside": 1, "error": 1}
-    (path / "summary.json").write_text(json.dumps(summary))
-    return path
+    return folder_with(path, rows)
 
 
 def test_failures_say_why_and_how_far_they_came(tmp_path: Path) -> None:
@@ -234,7 +228,7 @@ def test_hostile_strings_stay_text(tmp_path: Path) -> None:
     folder = explained(tmp_path / "run")
     rows = evaluation.read_rows(folder)
     for line in rows:
-        line |= {"instruction": HOSTILE, "reason": HOSTILE, "verdict": HOSTILE, "stages": {HOSTILE: 3}}
+        line |= {"instruction": HOSTILE, "reason": HOSTILE, "verdict": HOSTILE, "stages": {f"{HOSTILE}: touched": 3}}
         line["error"] = line["error"] and HOSTILE
     folder_with(folder, rows, {"command": HOSTILE, "policy_card": {HOSTILE: HOSTILE}, "render_quality": HOSTILE})
     page = report.build(folder).read_text(encoding="utf-8")
