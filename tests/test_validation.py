@@ -75,7 +75,8 @@ def test_the_numbers_are_those_of_one_sample_after_another(mixture: Mixture, pro
         predicted.append(out.logits.argmax(-1)[:7].numpy())
         true.append(batch.labels[batch.labels != IGNORE][:7].numpy())
     right = np.equal(predicted, true)
-    distance = np.abs(processor.action_tokenizer.decode(predicted) - processor.action_tokenizer.decode(true))
+    values, targets = (processor.action_tokenizer.decode(np.array(ids)) for ids in (predicted, true))
+    distance = np.abs(values - targets)
     assert measured["val_frames"] == len(check.frames)
     expected = [np.mean(losses), right.mean(), distance.mean(), right.mean(axis=0), distance.mean(axis=0)]
     for name, value in zip((*NUMBERS, *PER_DIMENSION), expected, strict=True):
