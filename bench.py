@@ -1,7 +1,9 @@
-"""Measure: `python bench.py load | eval`. One table, and the same as JSON with --json FILE.
+"""Measure: `python bench.py load | train | data | eval`. One table, and the same as JSON with --json FILE.
 
 python bench.py load                              a full-size folder with random weights (15 GB of disk, 16 GB of memory)
 python bench.py load --checkpoint FOLDER          a folder of yours
+python bench.py train                             training steps, ours against the plain way: full size on a GPU, small on a CPU
+python bench.py data                              an RLDS set as large as LIBERO-Spatial: its cache, the loader, host memory
 python bench.py eval --workers 2 4                episodes an hour: simulators side by side against one alone
 """
 
@@ -10,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from config import WORKSPACE, BenchEvalConfig, BenchLoadConfig
+from config import WORKSPACE, BenchDataConfig, BenchEvalConfig, BenchLoadConfig, BenchTrainConfig
 from prismatic.errors import exit_codes
 from prismatic.hub import resolve
 
@@ -39,14 +41,36 @@ def evaluation(cfg: BenchEvalConfig) -> Rows:
     )
 
 
-BENCHES = {BenchLoadConfig: load, BenchEvalConfig: evaluation}
+def train(cfg: BenchTrainConfig) -> Rows:
+    """Samples a second and memory of training steps, ours against the plain way."""
+    from prismatic.bench import train
+
+    return train.run(
+        full_size=cfg.full_size,
+        memory_cap_gib=cfg.memory_cap_gib,
+        batch_sizes=cfg.batch_sizes,
+        steps=cfg.steps,
+        compiled=cfg.compile,
+    )
+
+
+def data(cfg: BenchDataConfig) -> Rows:
+    """An RLDS set of LIBERO-Spatial's size: writing, reading into the cache, loading."""
+    from prismatic.bench import data
+
+    return data.run(cfg.folder, episodes=cfg.episodes, frames=cfg.frames, workers=cfg.num_workers)
+
+
+BENCHES = {BenchLoadConfig: load, BenchTrainConfig: train, BenchDataConfig: data, BenchEvalConfig: evaluation}
 Config = (
     Annotated[BenchLoadConfig, tyro.conf.subcommand("load")]
+    | Annotated[BenchTrainConfig, tyro.conf.subcommand("train")]
+    | Annotated[BenchDataConfig, tyro.conf.subcommand("data")]
     | Annotated[BenchEvalConfig, tyro.conf.subcommand("eval")]  # one a bench, joined by |
 )
 
 
-def main(cfg: BenchLoadConfig | BenchEvalConfig) -> None:
+def main(cfg: Any) -> None:
     """Measure, print one table, and write it as JSON where asked."""
     rows = BENCHES[type(cfg)](cfg)
     names = list(rows[0])

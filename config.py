@@ -17,7 +17,24 @@ WORKSPACE = Path(os.environ.get("WORKSPACE", "workspace"))
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class MemoryOptions:
+    """What makes a training run fit a card, and fast; finetune.py prints what it will take before it loads anything."""
+
+    # Pack the base's linear maps (not lm_head) into 4 bits, NF4, as QLoRA does; for adapters only, on a GPU or a CPU.
+    use_quantization: bool = False
+    # Keep only each block's input and run the block again in the backward pass: same gradients, much less memory, a third slower.
+    # auto: where it doesn't fit otherwise.
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    # Number format in which the adapter is kept and updated; it computes in the base's.
+    lora_dtype: Literal["float32", "bfloat16"] = "float32"
+    # paged_adamw_8bit: moments in 8 bits, a quarter of the memory, moved to the host when the card is full (bitsandbytes).
+    optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
+    # torch.compile each block. Minutes at the start; not measured on a GPU yet.
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(MemoryOptions):
     # Base model: checkpoint folder, or hub id such as openvla/openvla-7b.
     vla_path: str = "openvla/openvla-7b"
     # Folder of RLDS data sets (modified_libero_rlds), or the hub id of such a data set.
@@ -258,5 +275,35 @@ class BenchEvalConfig:
 class BenchLoadConfig:
     # Checkpoint folder or hub id; none makes one of full size with random weights below WORKSPACE.
     checkpoint: str | None = None
+    # Also write the table here.
+    json: Path | None = None
+
+
+@dataclass(frozen=True)
+class BenchTrainConfig:
+    # openvla-7b's size, or a small model's. None: full where there is a GPU.
+    full_size: bool | None = None
+    # GPU memory that may be taken, such as a 24 GB card's.
+    memory_cap_gib: float = 24.0
+    # Micro-batches to try, rising; a way that doesn't fit is not tried at larger ones. None: 1 to 32 on a GPU, 1 and 4 on a CPU.
+    batch_sizes: tuple[int, ...] | None = None
+    # Timed steps of each.
+    steps: int = 5
+    # torch.compile our blocks.
+    compile: bool = False
+    # Also write the table here.
+    json: Path | None = None
+
+
+@dataclass(frozen=True)
+class BenchDataConfig:
+    # Episodes of the set that is made: libero_spatial_no_noops has 432 …
+    episodes: int = 432
+    # … and 52,970 frames.
+    frames: int = 52_970
+    # Loader processes to try; 0 loads in the main process.
+    num_workers: tuple[int, ...] = (0, 1, 2, 4)
+    # Folder for it, deleted afterwards.
+    folder: Path = WORKSPACE / "bench-data"
     # Also write the table here.
     json: Path | None = None

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from prismatic.errors import ConfigError, read_json
 from prismatic.hub import resolve
 from prismatic.models import weights
+from prismatic.models.nf4 import prepare_nf4
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.policy import Policy
 from prismatic.processor import Processor, ProcessorConfig
@@ -44,11 +45,13 @@ def load_vla(
     device: str = "cpu",
     adapter_dtype: torch.dtype | None = None,
     shard: Callable[[VLA], None] | None = None,
+    nf4: bool = False,
 ) -> VLA:
     """A model from a checkpoint folder or hub id, with an adapter on it if one is given (then only the adapter is trainable).
 
     adapter_dtype: None means dtype. Training keeps its adapter in float32 on a bfloat16 base.
     shard: is given the model while it is empty, so that no process ever holds all of one that is cut up among several.
+    nf4: pack the base's linear maps into 4 bits while loading (see models/nf4.py); dtype is then what is computed in.
 
     ConfigError, before anything is loaded, for a missing, surplus or mis-shaped tensor, a truncated file, or an adapter of another base.
     """
@@ -65,6 +68,8 @@ def load_vla(
         _check_base(adapter, folder, stored)
     if shard is not None:
         shard(vla)
+    if nf4:
+        prepare_nf4(vla, on_cpu=torch.device(device).type == "cpu")
     weights.fill(vla, stored, dtype=dtype, device=device)
     if adapter is not None:
         from prismatic.adapter import load_adapter  # here, because peft takes seconds to import

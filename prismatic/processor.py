@@ -7,7 +7,7 @@ through JPEG and Lanczos, because recorded ones did.
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -135,6 +135,11 @@ class Processor:
         """Token ids of the prompt, BOS first, the empty token last."""
         ids = list(self.tokenizer(PROMPT.format(instruction=instruction.lower())).input_ids)
         return ids if ids[-1] == self.config.empty_token_id else [*ids, self.config.empty_token_id]
+
+    def longest_row(self, instructions: Iterable[str]) -> int:
+        """Ids of the longest training row that these instructions give: prompt, action, end."""
+        longest = max(len(self.prompt_ids(text.replace(IMAGE_MARK, ""))) for text in set(instructions))
+        return min(longest + max(len(entry["action"]["q01"]) for entry in self.statistics.values()) + 1, MAX_LENGTH)
 
     def example(
         self,
