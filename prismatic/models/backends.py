@@ -7,6 +7,7 @@ bitsandbytes: LLM.int8 (which also rounds the activations, whole batch at a time
 
 import importlib.metadata
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ def torchao_weight(parts: Parts, dtype: torch.dtype) -> nn.Parameter:
             qdata=values,
             scale=scale,
             zero_point=-zero / scale,
-            target_dtype=torch.int4,
+            target_dtype=torch.int4,  # pyright: ignore[reportAttributeAccessIssue]  (it is there)
             block_size=(1, values.shape[1] // scale.shape[1]),
             dtype=dtype,
             activation_quantization=None,
@@ -89,15 +90,16 @@ def bitsandbytes_linear(linear: nn.Linear, kind: str, dtype: torch.dtype) -> nn.
     """The layer in LLM.int8 or, where its width allows, NF4 with compressed scales; on the same device."""
     import bitsandbytes
 
+    layers: Any = bitsandbytes.nn  # its names are not declared as exported
     device, (out, width) = linear.weight.device, linear.weight.shape
     weight = linear.weight.detach().to(dtype)
     with torch.device("meta"):  # the layer is filled below
         if kind == "int4" and width % NF4_BLOCK == 0:
-            made = bitsandbytes.nn.Linear4bit(width, out, bias=False, compute_dtype=dtype, quant_type="nf4")
-            made.weight = bitsandbytes.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4", module=made)
+            made = layers.Linear4bit(width, out, bias=False, compute_dtype=dtype, quant_type="nf4")
+            made.weight = layers.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4", module=made)
         else:
-            made = bitsandbytes.nn.Linear8bitLt(width, out, bias=False, has_fp16_weights=False, threshold=OUTLIER)
-            made.weight = bitsandbytes.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+            made = layers.Linear8bitLt(width, out, bias=False, has_fp16_weights=False, threshold=OUTLIER)
+            made.weight = layers.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
     made = made.to(device)
     if linear.bias is not None:
         made.bias = nn.Parameter(linear.bias.detach().to(dtype), requires_grad=False)

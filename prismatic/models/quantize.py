@@ -28,6 +28,7 @@ ENTRY, FORMAT = (
     "quantization",
     1,
 )  # the key of config.json, and what it describes: the parts of integers.py in the places of `…weight`
+SAVED_FOR = "torchao"  # the backend that such a folder loads for
 FOREIGN_ENTRY = "quantization_config"  # what transformers writes
 
 
@@ -76,7 +77,7 @@ def quantize(
     if backend == "bitsandbytes":
         kinds.pop(HEAD)  # as transformers does: decoding reads only some of its rows
     for name, kind in kinds.items():
-        linear = vla.get_submodule(name)
+        linear: Any = vla.get_submodule(name)
         if backend == "bitsandbytes":
             vla.set_submodule(name, backends.bitsandbytes_linear(linear, kind, dtype))
         else:
@@ -151,24 +152,23 @@ def take_state(vla: "VLA", saved: Saved, *, dtype: torch.dtype) -> dict[str, tor
     """The tensors of a quantised folder, out of a float model that is emptied meanwhile, so that memory never holds it twice."""
     kinds = plan(vla, saved.precision, vision=saved.vision)
     state: dict[str, torch.Tensor] = {}
-    for name, tensor in vla.state_dict().items():
+    for name, tensor in vla.state_dict(keep_vars=True).items():
         layer = name.removesuffix(".weight")
         if layer in kinds and layer != name:
             linear: Any = vla.get_submodule(layer)
             state |= {f"{layer}.{part}": value for part, value in _parts(linear, layer, kinds[layer]).items()}
-            linear.weight.data = torch.empty(0)
-            del tensor
+            tensor.data = torch.empty(0)
         else:
             state[name] = tensor.detach().to(dtype)
     return state
 
 
-def saved(folder: Path, config: Path) -> Saved | None:
-    """How a checkpoint folder is quantised; None: it isn't. ConfigError for another program's quantisation, or a damaged entry."""
+def saved_as(config: Path) -> Saved | None:
+    """How the folder of this config.json is quantised; None: it isn't. ConfigError for another program's way, or a damaged entry."""
     raw = read_json(config)
     if raw.get(FOREIGN_ENTRY):
         raise ConfigError(
-            f"{config}: another program quantised {folder}: give the checkpoint that it was made from, and quantize"
+            f"{config}: another program quantised this folder ({FOREIGN_ENTRY}): give the checkpoint that it was made from"
         )
     entry = raw.get(ENTRY)
     if entry is None:
@@ -177,6 +177,27 @@ def saved(folder: Path, config: Path) -> Saved | None:
     if not known or not isinstance(entry.get("vision"), bool):
         raise ConfigError(f"{config}: {ENTRY} {entry!r} is damaged or of a later version: export the folder again")
     return Saved(entry["precision"], entry["vision"])
+
+
+def refuse(config: Path, reason: str) -> None:
+    """ConfigError if the folder of this config.json is quantised; reason: what stands against it."""
+    if found := saved_as(config):
+        raise ConfigError(
+            f"{config.parent} is quantised to {found.precision}, but {reason}: give the checkpoint that it was made from"
+        )
+
+
+def choose(config: Path, precision: str, backend: str | None, device: str) -> tuple[str, str | None]:
+    """Precision and backend for the folder of this config.json; backend None: nothing is quantised. ConfigError for what it can't be."""
+    if precision not in ("none", *PRECISIONS):
+        raise ConfigError(f"quantize {precision!r} is unknown: use none, {' or '.join(PRECISIONS)}")
+    found, backend = saved_as(config), backend or default_backend(torch.device(device))
+    if found and (precision not in ("none", found.precision) or backend != SAVED_FOR):
+        raise ConfigError(
+            f"{config.parent} is quantised to {found.precision} for {SAVED_FOR}, not {precision} for {backend}: leave that out"
+        )
+    precision = found.precision if found else precision
+    return precision, None if precision == "none" else backend
 
 
 def fill(
