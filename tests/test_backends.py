@@ -38,10 +38,25 @@ def test_the_gpu_layout_of_int4_by_its_shapes(out: int, width: int) -> None:
     assert packed.shape == (out, width) and packed.dtype == torch.bfloat16
     assert packed.qdata.shape == (out // 8, padded // 128, 32, 4)
     assert packed.scale_and_zero.shape == (padded // integers.group_size(width), out, 2)
-    x = torch.empty(2, 3, width, dtype=torch.bfloat16, device="meta")
-    assert F.linear(x, packed).shape == (2, 3, out)
     with pytest.raises(ConfigError, match="computes in bfloat16"):
         backends._tile_packed(parts, torch.float32)
+
+
+def test_the_gpu_layout_of_int4_by_the_cpus_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the order in which a GPU wants its nibbles can't be tried here: scales, zeros and padding are the same for the CPU's kernel."""
+    parts = integers.to_parts("int4", linear(40, 352).weight)
+    given: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        torch.ops.aten, "_convert_weight_to_int4pack", lambda packed, tiles: given.append(packed) or packed
+    )
+    layer = backends._tile_packed(parts, torch.bfloat16)
+    nibbles = integers.unpacked({"weight_int4": given[0]})
+    assert nibbles.shape == (40, 1024) and torch.equal(nibbles[:, :352], integers.unpacked(parts))
+    x = F.pad(torch.randn(3, 352), (0, 1024 - 352)).bfloat16()
+    for_cpu = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles[:32].int(), 8)
+    got = torch.ops.aten._weight_int4pack_mm_for_cpu(x, for_cpu, 32, layer.scale_and_zero[:, :32].contiguous())
+    expected = x[:, :352].float() @ integers.to_float(parts)[:32].T
+    torch.testing.assert_close(got.float(), expected, atol=0.05, rtol=0.02)
 
 
 @pytest.mark.parametrize(("kind", "width", "error"), [("int8", 96, 0.02), ("int4", 128, 0.15), ("int4", 96, 0.02)])

@@ -33,7 +33,7 @@ def test_int4_by_group(width: int, group: int) -> None:
     )
     errors = [(made.reshape_as(groups) - groups).square().sum(-1) for made in (integers.to_float(parts), coarse)]
     assert (errors[0] <= 1.05 * errors[1]).all()  # scale and zero are rounded to bfloat16, plain rounding's are not
-    assert errors[0].sum() < 0.95 * errors[1].sum()
+    assert errors[0].sum() < 0.98 * errors[1].sum()
 
 
 def test_a_width_that_no_group_divides_stays_int8() -> None:
