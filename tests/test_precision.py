@@ -10,8 +10,9 @@ import torch
 from action_tokenizer import ActionTokenizer
 from prismatic.bench import precision
 from prismatic.checkpoint import save_checkpoint
-from prismatic.data.frames import CACHE_FORMAT, FrameCache
+from prismatic.data.frames import CACHE_FORMAT, FrameCache, Step
 from prismatic.errors import ConfigError
+from prismatic.image import decode_jpeg
 from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
 from prismatic.normalize import unnormalize
 from prismatic.processor import Processor, ProcessorConfig
@@ -94,13 +95,13 @@ def test_behind_its_own_tokens_forcing_is_generating(cache: FrameCache, processo
     np.testing.assert_array_equal(precision.forced_ids(vla, batch, 7), answer.numpy())
 
 
-def test_frames_are_seen_as_when_acting(cache: FrameCache, processor: Processor) -> None:
-    from prismatic.image import decode_jpeg
-
-    ((batch, actions),) = precision.batches(cache, np.array([5]), processor, 4)
-    pictures = [decode_jpeg(cache[5].image), decode_jpeg(cache.wrist_bytes(5))]
-    assert torch.equal(batch.pixel_values[0], processor.inputs(pictures, "go")[1])
-    np.testing.assert_allclose(unnormalize(actions, ENTRY["action"]), cache.actions[5:6], atol=1e-6)
+def test_frames_are_seen_as_when_acting(processor: Processor) -> None:
+    jpegs = [drawn_jpeg(1, 2), drawn_jpeg(3, 4)]
+    action = np.linspace(-1, 1, 7).astype(np.float32)
+    step = Step("of another name", jpegs[0], jpegs[1], "go", action)
+    ((batch, actions),) = precision.batches({5: step}, np.array([5]), processor, 4)  # type: ignore[arg-type]
+    assert torch.equal(batch.pixel_values[0], processor.inputs([decode_jpeg(jpeg) for jpeg in jpegs], "go")[1])
+    np.testing.assert_allclose(unnormalize(actions[0], ENTRY["action"]), action, atol=1e-6)
 
 
 def test_a_row_by_hand(processor: Processor) -> None:

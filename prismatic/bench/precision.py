@@ -6,7 +6,6 @@ L1 distances in normalised units ([-1, 1]) one is to the unquantised model's act
 This says how alike the answers are; whether the robot still succeeds is for `eval.py --compare` to say.
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from prismatic import image
 from prismatic.checkpoint import CONFIG, base_and_adapter, load_policy, load_quantized
+from prismatic.data.examples import example
 from prismatic.data.frames import FrameCache
 from prismatic.errors import ConfigError
 from prismatic.models import quantize
@@ -52,19 +51,11 @@ def held_out(cache: FrameCache, num_frames: int, *, every_episode: bool) -> np.n
 def batches(
     cache: FrameCache, frames: np.ndarray, processor: Processor, size: int
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Samples as the model is trained on them, but cropped as when acting; and the (B, D) demonstrated actions, normalised."""
-    config = processor.config
+    """Samples with pictures as when acting, and the (B, D) demonstrated actions, normalised."""
     for start in range(0, len(frames), size):
-        examples, actions = [], []
-        for frame in frames[start : start + size].tolist():
-            step = cache[frame]
-            views = [step.image] if config.num_images_in_input == 1 or step.wrist is None else [step.image, step.wrist]
-            pictures = [image.decode_jpeg(view) for view in views]
-            example = processor.example(pictures, step.instruction, step.action)
-            pixels = processor.inputs(pictures, step.instruction)[1]
-            examples.append(dataclasses.replace(example, pixel_values=pixels))
-            actions.append(normalize(step.action, processor.action_statistics()))
-        yield processor.collate(examples), np.stack(actions)
+        steps = [cache[frame]._replace(dataset=processor.config.unnorm_key) for frame in frames[start : start + size]]
+        actions = np.stack([normalize(step.action, processor.action_statistics()) for step in steps])
+        yield processor.collate([example(step, processor, as_acting=True) for step in steps]), actions
 
 
 @torch.inference_mode()
