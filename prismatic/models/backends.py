@@ -90,7 +90,9 @@ def bitsandbytes_linear(linear: nn.Linear, kind: str, dtype: torch.dtype) -> nn.
     """The layer in LLM.int8 or, where its width allows, NF4 with compressed scales; on the same device."""
     import bitsandbytes
 
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # else a line for every layer and pass in float32
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(
+        logging.ERROR
+    )  # else a line for every layer and pass in float32
     layers: Any = bitsandbytes.nn  # its names are not declared as exported
     device, (out, width) = linear.weight.device, linear.weight.shape
     weight = linear.weight.detach().to(dtype)
