@@ -1,10 +1,11 @@
-"""Measure: `python bench.py load | train | data | eval`. One table, and the same as JSON with --json FILE.
+"""Measure: `python bench.py load | train | data | eval | precision`. One table, and the same as JSON with --json FILE.
 
 python bench.py load                              a full-size folder with random weights (15 GB of disk, 16 GB of memory)
 python bench.py load --checkpoint FOLDER          a folder of yours
 python bench.py train                             training steps, ours against the plain way: full size on a GPU, small on a CPU
 python bench.py data                              an RLDS set as large as LIBERO-Spatial: its cache, the loader, host memory
 python bench.py eval --workers 2 4                episodes an hour: simulators side by side against one alone
+python bench.py precision --checkpoint FOLDER --data_root_dir DATA --dataset_name NAME      what quantising changes
 """
 
 import json
@@ -12,7 +13,14 @@ from typing import Annotated, Any
 
 import tyro
 
-from config import WORKSPACE, BenchDataConfig, BenchEvalConfig, BenchLoadConfig, BenchTrainConfig
+from config import (
+    WORKSPACE,
+    BenchDataConfig,
+    BenchEvalConfig,
+    BenchLoadConfig,
+    BenchPrecisionConfig,
+    BenchTrainConfig,
+)
 from prismatic.errors import exit_codes
 from prismatic.hub import resolve
 
@@ -61,12 +69,38 @@ def data(cfg: BenchDataConfig) -> Rows:
     return data.run(cfg.folder, episodes=cfg.episodes, frames=cfg.frames, workers=cfg.num_workers)
 
 
-BENCHES = {BenchLoadConfig: load, BenchTrainConfig: train, BenchDataConfig: data, BenchEvalConfig: evaluation}
+def precision(cfg: BenchPrecisionConfig) -> Rows:
+    """Action tokens of every precision beside those of the unquantised model."""
+    from prismatic.bench import precision
+    from prismatic.data.dataset_folder import find_dataset
+    from prismatic.data.frames import FrameCache
+    from prismatic.data.rlds import build_cache
+
+    cache = FrameCache(build_cache(find_dataset(cfg.data_root_dir, cfg.dataset_name), cfg.cache_dir))
+    return precision.run(
+        cfg.checkpoint,
+        cfg.adapter,
+        cache,
+        num_frames=cfg.num_frames,
+        every_episode=cfg.held_out == "all",
+        batch_size=cfg.batch_size,
+        unnorm_key=cfg.unnorm_key,
+    )
+
+
+BENCHES = {
+    BenchLoadConfig: load,
+    BenchTrainConfig: train,
+    BenchDataConfig: data,
+    BenchEvalConfig: evaluation,
+    BenchPrecisionConfig: precision,
+}
 Config = (
     Annotated[BenchLoadConfig, tyro.conf.subcommand("load")]
     | Annotated[BenchTrainConfig, tyro.conf.subcommand("train")]
     | Annotated[BenchDataConfig, tyro.conf.subcommand("data")]
-    | Annotated[BenchEvalConfig, tyro.conf.subcommand("eval")]  # one a bench, joined by |
+    | Annotated[BenchEvalConfig, tyro.conf.subcommand("eval")]
+    | Annotated[BenchPrecisionConfig, tyro.conf.subcommand("precision")]  # one a bench, joined by |
 )
 
 

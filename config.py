@@ -165,9 +165,11 @@ class EvalConfig(VideoOptions, ControlOptions):
     unnorm_key: str | None = None
     # Whether it was trained with random crops. None: what the folder says, True where it says nothing.
     center_crop: bool | None = None
-    # Weights in 8 bits.
+    # Weights in 8 or 4 bits (torchao, weight only). A folder that export.py quantised needs no flag.
+    quantize: Literal["none", "int8", "int4"] = "none"
+    # OpenVLA's name for bitsandbytes' LLM.int8, which rounds the activations too.
     load_in_8bit: bool = False
-    # Weights in 4 bits.
+    # OpenVLA's name for bitsandbytes' NF4.
     load_in_4bit: bool = False
     # Simulator processes, of each rank under torchrun. auto: one a core, as far as the memory goes (2 GB each).
     num_workers: Annotated[int | Literal["auto"], tyro.conf.arg(aliases=("--workers",))] = "auto"
@@ -232,6 +234,8 @@ class ExportConfig:
     center_crop: bool | None = None
     # Number format of the weights. None: the checkpoint's own.
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    # int8 or int4: quantised weights, for this project alone (dtype then is that of the rest).
+    quantize: Literal["none", "int8", "int4"] = "none"
 
 
 @dataclass(frozen=True)
@@ -305,5 +309,29 @@ class BenchDataConfig:
     num_workers: tuple[int, ...] = (0, 1, 2, 4)
     # Folder for it, deleted afterwards.
     folder: Path = WORKSPACE / "bench-data"
+    # Also write the table here.
+    json: Path | None = None
+
+
+@dataclass(frozen=True)
+class BenchPrecisionConfig:
+    # Checkpoint folder, adapter folder (it knows its base), or hub id.
+    checkpoint: str
+    # Adapter folder that goes on top.
+    adapter: Path | None = None
+    # Key of the data set's statistics, where the checkpoint has several.
+    unnorm_key: str | None = None
+    # Folder of data sets; the demonstrations are data_root_dir/dataset_name.
+    data_root_dir: Path = WORKSPACE / "datasets"
+    # Data set in it.
+    dataset_name: str = "libero_spatial_no_noops"
+    # Folder of frame caches.
+    cache_dir: Path = WORKSPACE / "cache"
+    # validation: its last 5 % of episodes (or its validation split). all: a data set that the checkpoint has never seen.
+    held_out: Literal["validation", "all"] = "validation"
+    # Frames that are asked about, evenly spread over them.
+    num_frames: int = 1000
+    # Frames of one pass.
+    batch_size: int = 16
     # Also write the table here.
     json: Path | None = None

@@ -31,7 +31,7 @@ from prismatic.errors import ConfigError, Terminated, exit_codes
 from prismatic.hub import resolve
 from prismatic.image import AUGMENTATIONS
 from prismatic.loggers import NoLogger, check_installed, open_logger
-from prismatic.models import weights
+from prismatic.models import quantize, weights
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.optimizer import make_optimizer
 from prismatic.processor import Batch, Processor, ProcessorConfig
@@ -82,6 +82,7 @@ def prepare(cfg: FinetuneConfig, ranks: Ranks) -> Job:
         )
     )
     base = ranks.first_then_all(lambda: resolve(cfg.vla_path))
+    quantize.refuse(base / "config.json", "training needs weights that are not")
     processor = build_processor(cfg, base, mixture)
     run = RunFolder(cfg.run_root_dir / run_name(cfg), keep=cfg.keep, ranks=ranks)
     resumed = ranks.on_first(lambda: last_checkpoint(cfg, run))

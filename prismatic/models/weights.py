@@ -132,6 +132,11 @@ def fill(model: nn.Module, stored: dict[str, StoredTensor], *, dtype: torch.dtyp
         setattr(model.get_submodule(parent), last, nn.Parameter(value))
 
 
+def stored_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
+    """Number format of a checkpoint: that of its first tensor."""
+    return next(iter(stored.values())).read().dtype
+
+
 def fingerprint(stored: dict[str, StoredTensor]) -> str:
     """Hash of names, shapes and the first values of every tensor (as float32): equal however the same weights are stored."""
     digest = hashlib.sha256()
