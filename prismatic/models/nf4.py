@@ -9,12 +9,14 @@ matrices stay as they are: at full size SigLIP's fc2.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from prismatic.models.vla import VLA
+if TYPE_CHECKING:
+    from prismatic.models.vla import VLA
+
 
 BLOCK = 64  # values that share a scale
 BYTES_PER_VALUE = 0.5 + 4 / BLOCK
@@ -32,7 +34,7 @@ def quantised_linears(vla: nn.Module, *, on_cpu: bool) -> Iterator[tuple[str, nn
             yield name, module
 
 
-def prepare_nf4(vla: VLA, *, on_cpu: bool) -> VLA:
+def prepare_nf4(vla: "VLA", *, on_cpu: bool) -> "VLA":
     """Replace those modules of an empty model (on the meta device) by bitsandbytes', in place; `pack` then makes their weights."""
     import bitsandbytes  # here, because it loads a native library
 
