@@ -198,7 +198,7 @@ def _placing(signals: Signals, goal: int, stages: dict[str, int | None]) -> dict
     if target.way is not None:
         stages = {OPENED: first(target.way.left(signals.values[:, target.way.part]) < 0), **stages}
     touched = signals.touch[:, thing].any(axis=1)
-    stages["approached"] = first((signals.gap(thing) < NEAR) | touched)
+    stages["approached"] = first(np.asarray((signals.gap(thing) < NEAR) | touched))
     stages["touched"] = first(touched)
     grasps, lifts = signals.grasps(thing), signals.lifts(thing)
     stages["grasped"] = grasps[0][0] if grasps else None
@@ -218,7 +218,7 @@ def _moving(signals: Signals, goal: int, stages: dict[str, int | None]) -> dict[
     way = signals.ways[goal]
     assert way is not None
     touched = signals.touch[:, len(signals.objects) + way.part].any(axis=1)
-    stages["approached"] = first((signals.part_gap[:, way.part] < NEAR) | touched)
+    stages["approached"] = first(np.asarray((signals.part_gap[:, way.part] < NEAR) | touched))
     stages["touched"] = first(touched)
     stages["moved"] = first(progress(way, signals.values[:, way.part]) >= MOVED)
     return stages
