@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The whole loop on a laptop's CPU: demonstrations of a task that the small model has never seen, LoRA fine-tuning, evaluation before and after.
 #
-#   ./demo.sh            at most 5 GB of memory; not timed in one go yet, its stages took 28 minutes on 2 shared cores
-#   ./demo.sh --quick    339 s on 2 shared cores: shows every stage, learns little
+#   ./demo.sh            not timed in one go; its stages took 27 minutes on 2 cores shared with other jobs
+#   ./demo.sh --quick    a few minutes: shows every stage, learns little
 #   ./demo.sh --long     longer: more demonstrations and trials, LIBERO's own rendering
 #   ./demo.sh --fresh    forget what an earlier call made (otherwise it goes on from there)
 set -euo pipefail

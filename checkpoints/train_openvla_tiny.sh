@@ -3,7 +3,8 @@
 # a second round on what the expert would have done after the first round's own steps (DAgger). On 2 CPU cores shared with other work: 17
 # minutes of collecting, 24 of training, 9 of collecting, 13 of training. The CPU has bfloat16 instructions; where yours has none leave
 # --autocast out. Ctrl-C and the same command go on from there. The weights come out alike, not equal: the checkpoint that is here had its
-# first 3,114 steps on a schedule of 8,000, and two episodes of task 7 in its second round.
+# first 3,114 steps on a schedule of 8,000, two episodes of task 7 in its second round, and demonstrations that were not yet held back when
+# they begin to lift.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ./setup.sh
