@@ -217,6 +217,7 @@ def _golden_card(simulator: Any) -> dict[str, Any]:
 
 def serve(connection: Connection, setup: Setup) -> None:
     """A simulator process: plays the trials it is sent, until the parent is gone or something breaks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # writing a video unblocks what the parent has blocked for us
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     simulator = importlib.import_module(setup.simulator)
     cameras = ("agentview", "robot0_eye_in_hand")[: max(1, setup.num_images)]
