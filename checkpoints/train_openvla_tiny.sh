@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ./setup.sh
-export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1
+export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= # two processes on the CPU, also where there is a GPU
 python=.venv/bin/python work=workspace/openvla-tiny name=libero_spatial_base
 [ -d $work/random ] || $python checkpoints/make_openvla_tiny.py $work/random
 
