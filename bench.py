@@ -72,11 +72,9 @@ def data(cfg: BenchDataConfig) -> Rows:
 def precision(cfg: BenchPrecisionConfig) -> Rows:
     """Action tokens of every precision beside those of the unquantised model."""
     from prismatic.bench import precision
-    from prismatic.data.dataset_folder import find_dataset
-    from prismatic.data.frames import FrameCache
-    from prismatic.data.rlds import build_cache
+    from prismatic.data.mixture import open_cache
 
-    cache = FrameCache(build_cache(find_dataset(cfg.data_root_dir, cfg.dataset_name), cfg.cache_dir))
+    cache = open_cache(cfg.data_root_dir, cfg.dataset_name, cache_dir=cfg.cache_dir)
     return precision.run(
         cfg.checkpoint,
         cfg.adapter,

@@ -92,11 +92,9 @@ def plan(cfg: EvalConfig) -> list[Trial]:
 @functools.cache
 def open_data(cfg: EvalConfig) -> Any:
     """The frame cache of the data set that is replayed or asked about."""
-    from prismatic.data.dataset_folder import find_dataset
-    from prismatic.data.frames import FrameCache
-    from prismatic.data.rlds import build_cache
+    from prismatic.data.mixture import open_cache
 
-    return FrameCache(build_cache(find_dataset(cfg.data_root_dir, cfg.dataset_name), cfg.cache_dir))
+    return open_cache(cfg.data_root_dir, cfg.dataset_name, cache_dir=cfg.cache_dir)
 
 
 def ask_open_loop(cfg: EvalConfig, folder: evaluation.RolloutFolder) -> None:
@@ -163,13 +161,14 @@ def load_policy(cfg: EvalConfig) -> Any:
         # The simulators fill the cores, and a number that followed theirs would change the last digits of actions.
         torch.set_num_threads(1)
     local_rank = os.environ.get("LOCAL_RANK")
+    quantize, backend = precision(cfg)
     return checkpoint.load_policy(
         cfg.pretrained_checkpoint,
         adapter=cfg.lora_checkpoint,
         unnorm_key=cfg.unnorm_key,
         center_crop=cfg.center_crop,
-        quantize=precision(cfg)[0],
-        backend=precision(cfg)[1],
+        quantize=quantize,
+        backend=backend,
         device=f"cuda:{local_rank}" if local_rank and torch.cuda.is_available() else None,
     )
 

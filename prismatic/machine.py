@@ -8,7 +8,7 @@ from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
-MEMINFO, STATUS = PROC / "meminfo", PROC / "self" / "status"
+MEMINFO = PROC / "meminfo"
 RENDERER_BYTES = 2_000_000_000  # one LIBERO process with a renderer holds 1.6 to 1.9 GB and does not grow
 
 
@@ -59,8 +59,7 @@ def peak_memory() -> int:
 
     Not getrusage's: in a spawned process that begins with what its parent held.
     """
-    lines = dict(line.split(":", 1) for line in _read(STATUS).splitlines() if ":" in line)
-    return int(lines.get("VmHWM", "0 kB").split()[0]) * 1024
+    return resident("VmHWM")
 
 
 def gpus() -> list[dict[str, str]]:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from prismatic.data.examples import example
 from prismatic.data.frames import FrameCache, Step
-from prismatic.image import center_crop, decode_jpeg
+from prismatic.image import decode_jpeg
 from prismatic.models.vla import IGNORE
 from prismatic.policy import Policy
 
@@ -65,12 +66,8 @@ def _pictures(step: Step, num_images: int) -> Iterator[np.ndarray]:
 def teacher_forced_ids(policy: Policy, steps: Sequence[Step]) -> np.ndarray:
     """(B, 7) ids as in training: the recorded frames as they are, the recorded numbers before each one given."""
     processor = policy.processor
-    crop: Any = center_crop if processor.config.center_crop else None
-    examples = [
-        processor.example(list(_pictures(step, policy.num_images)), step.instruction, step.action, augmentation=crop)
-        for step in steps
-    ]
-    batch = processor.collate(examples).to(policy.device)
+    steps = [step._replace(dataset=processor.config.unnorm_key) for step in steps]  # the statistics that it acts with
+    batch = processor.collate([example(step, processor, as_acting=True) for step in steps]).to(policy.device)
     pixels = batch.pixel_values.to(policy.dtype)
     logits = policy.vla(batch.input_ids, batch.attention_mask, pixels, batch.labels).logits  # (labels that count, rows)
     targets = batch.labels[:, 1:][batch.labels[:, 1:] != IGNORE]

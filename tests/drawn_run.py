@@ -8,17 +8,17 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import finetune
 from config import FinetuneConfig
 from prismatic.checkpoint import save_checkpoint
-from prismatic.data.frames import CACHE_FORMAT, FrameCache, Mixture
+from prismatic.data.frames import FrameCache, Mixture
 from prismatic.errors import exit_codes
 from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
 from prismatic.processor import Processor, ProcessorConfig
+from tests.drawn_cache import write_cache
 from tests.drawn_episodes import drawn_episode
 
 EPISODES = 4
@@ -38,38 +38,11 @@ def save_base(place: Path) -> None:
     )
 
 
-def save_cache(folder: Path) -> None:
-    """The drawn episodes as the frame cache that RLDS would become."""
-    episodes = [drawn_episode(number) for number in range(EPISODES)]
-    lengths = [len(episode["images"]) for episode in episodes]
-    images = [image for e in episodes for pair in zip(e["images"], e["wrist_images"], strict=True) for image in pair]
-    folder.mkdir()
-    (folder / "frames.bin").write_bytes(b"".join(images))
-    np.savez(
-        folder / "steps.npz",
-        offsets=np.cumsum([0, *map(len, images)]),
-        action=np.concatenate([episode["action"] for episode in episodes]),
-        episode=np.repeat(np.arange(EPISODES, dtype=np.int32), lengths),
-        timestep=np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
-        instruction=np.repeat(np.arange(EPISODES, dtype=np.int32), lengths),
-    )
-    meta = {
-        "format": CACHE_FORMAT,
-        "name": "drawn",
-        "fingerprint": "drawn",
-        "train_episodes": None,
-        "images": ["image", "wrist_image"],
-        "instructions": [episode["instruction"] for episode in episodes],
-        "file_paths": [episode["file_path"] for episode in episodes],
-    }
-    (folder / "meta.json").write_text(json.dumps(meta))
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("place")
     save_base(place)
-    save_cache(place / "cache")
+    write_cache(place / "cache", [drawn_episode(number) for number in range(EPISODES)])
     return place
 
 

@@ -73,5 +73,5 @@ def test_the_peak_of_memory_is_this_process_own(tmp_path: Path, monkeypatch: pyt
     block[::4096] = b"x" * len(block[::4096])  # touched, so that it counts
     del block
     assert machine.peak_memory() >= 200_000_000  # gone, and still the peak
-    monkeypatch.setattr(machine, "STATUS", tmp_path / "none")
+    monkeypatch.setattr(machine, "PROC", tmp_path / "none")
     assert machine.peak_memory() == 0

@@ -1,4 +1,4 @@
-"""What --dataset_name means: data sets by name, each with a weight if it has one, opened as one Mixture."""
+"""What --dataset_name means: a data set by name, or several, each with a weight if it has one, opened as one Mixture."""
 
 from pathlib import Path
 
@@ -6,6 +6,11 @@ from prismatic.data.dataset_folder import find_dataset
 from prismatic.data.frames import VAL_SHARE, FrameCache, Mixture
 from prismatic.data.rlds import build_cache
 from prismatic.errors import ConfigError
+
+
+def open_cache(root: str | Path, name: str, *, cache_dir: Path) -> FrameCache:
+    """The frame cache of one data set, built from RLDS where it isn't there yet."""
+    return FrameCache(build_cache(find_dataset(Path(root), name), cache_dir))
 
 
 def open_mixture(root: Path, dataset_name: str, *, cache_dir: Path, seed: int, val_share: float = VAL_SHARE) -> Mixture:
@@ -19,5 +24,5 @@ def open_mixture(root: Path, dataset_name: str, *, cache_dir: Path, seed: int, v
             raise ConfigError(
                 f"--dataset_name {part!r}: {share!r} is no weight, write it like libero_spatial_no_noops:0.5"
             ) from None
-        caches.append(FrameCache(build_cache(find_dataset(root, name), cache_dir)))
+        caches.append(open_cache(root, name, cache_dir=cache_dir))
     return Mixture(caches, seed=seed, weights=shares, val_share=val_share)
