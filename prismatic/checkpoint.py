@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from prismatic.errors import ConfigError, read_json
 from prismatic.hub import resolve
 from prismatic.models import weights
+from prismatic.models.captured import capture
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.policy import Policy
 from prismatic.processor import Processor, ProcessorConfig
@@ -215,7 +216,8 @@ def load_policy(
         "adapter": None if adapter_folder is None else str(adapter_folder),
         "adapter_fingerprint": None if adapter_folder is None else adapter_fingerprint(adapter_folder),
     }
-    return Policy(vla, processor, card)
+    drafting = not device.startswith("cuda")  # faster on a CPU; on a GPU not measured
+    return Policy(vla, processor, card, decoder=capture(vla), drafting=drafting)
 
 
 def adapter_fingerprint(folder: Path) -> str:

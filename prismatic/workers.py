@@ -177,19 +177,22 @@ class _Pool:
         waiting = [worker for worker in self.workers if worker.observation is not None]
         if not waiting:
             return
-        observations = [worker.observation for worker in waiting if worker.observation is not None]
-        for worker, action in zip(waiting, self._act(observations), strict=True):
+        for worker, action in zip(waiting, self._act(waiting), strict=True):
             worker.observation = None
             worker.heard = time.monotonic()
             worker.tell(action)
 
-    def _act(self, observations: Sequence[tuple[np.ndarray, str, np.ndarray | None]]) -> np.ndarray:
-        """(B, 7) actions for B observations."""
-        if self.one_by_one and len(observations) > 1:
-            return np.concatenate([self._act([observation]) for observation in observations])
+    def _act(self, waiting: Sequence[_Worker]) -> np.ndarray:
+        """(B, 7) actions for the observations of B processes."""
+        if self.one_by_one and len(waiting) > 1:
+            return np.concatenate([self._act([worker]) for worker in waiting])
+        observations = [worker.observation for worker in waiting if worker.observation is not None]
         frames, instructions, wrists = (list(column) for column in zip(*observations, strict=True))
+        names = {}
+        if getattr(self.policy, "drafting", False):  # an attempt after a crash is another episode
+            names["episodes"] = [(worker.trial, self.attempts[worker.trial]) for worker in waiting if worker.trial]
         wrists = wrists if self.setup.num_images > 1 else None
-        actions = self.policy.batch(frames, instructions, wrists=wrists)
+        actions = self.policy.batch(frames, instructions, wrists=wrists, **names)
         return np.asarray(actions, dtype=np.float32).reshape(len(observations), 7)
 
 

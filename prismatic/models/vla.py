@@ -191,4 +191,4 @@ class VLA(nn.Module):
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Greedy over the action ids: (B, T) right-padded prompts → (B, action_dim) int64. See decode.py."""
-        return decode.greedy_action_ids(self, input_ids, pixel_values, action_dim, attention_mask)
+        return decode.Decoder(self)(input_ids, pixel_values, action_dim, attention_mask).ids
