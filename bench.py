@@ -1,7 +1,10 @@
-"""Measure: `python bench.py load` (host memory while a checkpoint loads). One table, and the same as JSON with --json FILE.
+"""Measure: `python bench.py load` (host memory while a checkpoint loads), `infer` (time and memory of an action), `draft` (what drafting saves in
+the simulator). One table, and the same as JSON with --json FILE.
 
 python bench.py load                              a full-size folder with random weights (15 GB of disk, 16 GB of memory)
 python bench.py load --checkpoint FOLDER          a folder of yours
+python bench.py infer --plot latency.png          full size with random weights on a GPU, the small model on a CPU
+python bench.py draft --task_ids 1 2              episodes of the small model
 """
 
 import json
@@ -9,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from config import WORKSPACE, BenchLoadConfig
+from config import WORKSPACE, BenchDraftConfig, BenchInferConfig, BenchLoadConfig
 from prismatic.errors import exit_codes
 from prismatic.hub import resolve
 
@@ -23,11 +26,49 @@ def load(cfg: BenchLoadConfig) -> Rows:
     return load.run(resolve(cfg.checkpoint) if cfg.checkpoint else None, WORKSPACE)
 
 
-BENCHES = {BenchLoadConfig: load}
-Config = Annotated[BenchLoadConfig, tyro.conf.subcommand("load")]  # one a bench, joined by |
+def infer(cfg: BenchInferConfig) -> Rows:
+    """Ways of decoding: the plain one, the plain one at its best, ours."""
+    import torch
+
+    from prismatic.bench import infer
+
+    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint = cfg.checkpoint or (None if cfg.full_size or device != "cpu" else "checkpoints/openvla-tiny")
+    rows = infer.run(
+        resolve(checkpoint) if checkpoint else None,
+        batch_sizes=cfg.batch_sizes,
+        precisions=cfg.quantize,
+        rounds=cfg.rounds,
+        device=device,
+        compiled=cfg.compiled,
+    )
+    if cfg.plot:
+        infer.plot(rows, cfg.plot)
+    return rows
 
 
-def main(cfg: BenchLoadConfig) -> None:
+def draft(cfg: BenchDraftConfig) -> Rows:
+    """Passes and confirmed words of drafting, frame by frame of episodes in LIBERO."""
+    from prismatic.bench import draft
+
+    return draft.run(
+        cfg.checkpoint,
+        suite=cfg.task_suite_name,
+        task_ids=cfg.task_ids,
+        num_trials=cfg.num_trials_per_task,
+        quality=cfg.render_quality,
+    )
+
+
+BENCHES = {BenchLoadConfig: load, BenchInferConfig: infer, BenchDraftConfig: draft}
+Config = (
+    Annotated[BenchLoadConfig, tyro.conf.subcommand("load")]
+    | Annotated[BenchInferConfig, tyro.conf.subcommand("infer")]
+    | Annotated[BenchDraftConfig, tyro.conf.subcommand("draft")]
+)  # one a bench
+
+
+def main(cfg: BenchLoadConfig | BenchInferConfig | BenchDraftConfig) -> None:
     """Measure, print one table, and write it as JSON where asked."""
     rows = BENCHES[type(cfg)](cfg)
     names = list(rows[0])

@@ -197,3 +197,41 @@ class BenchLoadConfig:
     checkpoint: str | None = None
     # Also write the table here.
     json: Path | None = None
+
+
+@dataclass(frozen=True)
+class BenchInferConfig:
+    # Checkpoint folder or hub id. None: random weights of full size on a GPU, checkpoints/openvla-tiny on a CPU.
+    checkpoint: str | None = None
+    # Random weights of full size on a CPU too (bfloat16, 16 GB of memory; prefill takes seconds).
+    full_size: bool = False
+    # Rows of a batch.
+    batch_sizes: tuple[int, ...] = (1, 8, 32)
+    # Number formats of the weights.
+    quantize: tuple[Literal["none", "int8", "int4"], ...] = ("none", "int8", "int4")
+    # Timed actions of each way of decoding.
+    rounds: int = 30
+    # Include the plain way at its best, which is compiled (minutes for each batch size on a CPU).
+    compiled: bool = True
+    # cuda or cpu. None: cuda where there is one.
+    device: str | None = None
+    # Draw latency against memory into this file (png, pdf, svg).
+    plot: Path | None = None
+    # Also write the table here.
+    json: Path | None = None
+
+
+@dataclass(frozen=True)
+class BenchDraftConfig:
+    # Checkpoint folder, adapter folder (it knows its base), or hub id.
+    checkpoint: str = "checkpoints/openvla-tiny"
+    # LIBERO suite.
+    task_suite_name: str = "libero_spatial"
+    # Tasks of it, one episode of each stored state below.
+    task_ids: tuple[int, ...] = (1, 2)
+    # Episodes of each task, from the first stored state on.
+    num_trials_per_task: int = 2
+    # standard: LIBERO's pixels. fast: three times faster on a CPU.
+    render_quality: Literal["standard", "fast"] = "fast"
+    # Also write the table here.
+    json: Path | None = None
