@@ -88,7 +88,7 @@ class Policy:
             row[: len(ids)] = torch.tensor(ids)
         mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
         pixels = torch.stack([pixel_values for _, pixel_values in rows])
-        names = list(episodes or [None] * len(rows))
+        names = [None] * len(rows) if episodes is None else list(episodes)
         draft = self._draft(names) if self.drafting else None
         answer = self.decoder(
             input_ids.to(self.device),

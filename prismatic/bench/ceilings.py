@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from prismatic.models.decode import Decoding
+from prismatic.models.quantize import stored_bytes
 from prismatic.models.vla import VLA, VLAConfig
 
 REPEATS = 5
@@ -62,6 +63,6 @@ def prompt_flop(config: VLAConfig, words: int) -> int:
     return counter.get_total_flops()
 
 
-def step_weights(vla: VLA) -> list[torch.nn.Module]:
-    """The modules whose weights a one-word pass reads whole; the action rows of the head and one row of the table are small beside them."""
-    return [vla.language_model.model.layers, vla.language_model.model.norm]
+def step_bytes(vla: VLA) -> int:
+    """Bytes of the weights that a one-word pass reads; the action rows of the head and one row of the table are small beside them."""
+    return stored_bytes(vla.language_model.model.layers) + stored_bytes(vla.language_model.model.norm)

@@ -17,7 +17,7 @@ from torch.nn import init
 from prismatic.bench import ceilings
 from prismatic.bench.load import Peak
 from prismatic.bench.stock import StockDecoder
-from prismatic.checkpoint import load_vla
+from prismatic.checkpoint import CONFIG, load_vla
 from prismatic.models.captured import capture
 from prismatic.models.decode import Decoder
 from prismatic.models.quantize import quantize, stored_bytes
@@ -110,6 +110,8 @@ def run(
     place = torch.device(device)
     dtype = torch.bfloat16 if place.type == "cuda" or folder is None else torch.float32
     rates = ceilings.bandwidth(place), ceilings.matrix_rate(place, dtype)
+    config = VLAConfig() if folder is None else VLAConfig.from_json(folder / CONFIG)
+    prompt_seconds = ceilings.prompt_flop(config, PROMPT_WORDS - 1) / rates[1]
     rows: list[Row] = []
     plain: dict[int, tuple[float, torch.Tensor]] = {}  # batch → seconds and words of the plain way
     for precision in precisions:
@@ -122,7 +124,8 @@ def run(
             rows += [_skipped(precision, batch, "all", error) for batch in batch_sizes]
             continue
         for batch in batch_sizes:
-            rows += _batch(vla, precision, batch, plain, rates, rounds, compiled)
+            floor = (ACTION_DIM - 1) * ceilings.step_bytes(vla) / rates[0] + batch * prompt_seconds
+            rows += _batch(vla, precision, batch, plain, floor, rounds, compiled)
         del vla
         gc.collect()
     if any(row["of floor %"] for row in rows):
@@ -137,16 +140,14 @@ def _batch(
     precision: str,
     batch: int,
     plain: dict[int, tuple[float, torch.Tensor]],
-    rates: tuple[float, float],
+    floor: float,
     rounds: int,
     compiled: bool,
 ) -> list[Row]:
-    """Rows of one precision and batch size."""
+    """Rows of one precision and batch size. floor: seconds that an action takes at least."""
     norm = vla.language_model.model.norm.weight
     ids, pixels = inputs(vla.config, batch, norm.device, norm.dtype)
     weights = stored_bytes(vla)
-    step = sum(stored_bytes(module) for module in ceilings.step_weights(vla))
-    floor = (ACTION_DIM - 1) * step / rates[0] + batch * ceilings.prompt_flop(vla.config, PROMPT_WORDS - 1) / rates[1]
     ready: dict[str, tuple[Run, Row]] = {}
     rows = []
     held = _reserved(norm.device)

@@ -22,7 +22,7 @@ from prismatic.models.llama import KVCache
 if TYPE_CHECKING:
     from prismatic.models.vla import VLA
 
-# Logits: a lead smaller than this may be rounding. DOUBT_NUMBERS
+# Logits: a lead smaller than this may be rounding.
 DOUBT = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 
 
@@ -173,11 +173,14 @@ class Passes(Protocol):
 def verified(passes: Passes, draft: torch.Tensor, doubt: float) -> Answer:
     """Plain decoding's answer by way of a draft (B, action_dim) of any numbers. The host waits for each pass: the next one depends on it."""
     passes.answer.copy_(draft)
+    last = passes.action_dim - 1
     settled, count = int(passes.first()), 1
-    while settled < passes.action_dim - 1:
+    while settled < last and count <= last:
         settled, count = int(passes.again(settled)), count + 1
     ids = passes.answer.clone()
-    doubtful = passes.lead.amin(dim=1) < doubt
+    doubtful = (passes.lead.amin(dim=1) >= doubt).logical_not()  # NaN is doubtful too
+    if settled < last:  # cannot be, unless the same pass gives two answers
+        doubtful |= True
     redone = int(doubtful.sum())
     if redone:
         ids = torch.where(doubtful[:, None], passes.plain(), ids)
