@@ -22,9 +22,8 @@ class StockDecoder:
             llama = LlamaForCausalLM(LlamaConfig(**text, tie_word_embeddings=False))
         llama.load_state_dict(vla.language_model.state_dict(), assign=True)
         device = vla.language_model.model.norm.weight.device
-        llama.model.rotary_emb = type(llama.model.rotary_emb)(
-            llama.config, device=device
-        )  # has no weights in the checkpoint
+        # its frequencies are no weights: made anew, off the meta device
+        llama.model.rotary_emb = type(llama.model.rotary_emb)(llama.config).to(device)
         self.llama = llama.eval().requires_grad_(False)
         self._options: dict = {}
         if best:
