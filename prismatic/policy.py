@@ -49,7 +49,7 @@ class Policy:
     def __call__(
         self, frame: np.ndarray, instruction: str, wrist: np.ndarray | None = None, *, episode: Hashable = None
     ) -> np.ndarray:
-        """(H, W, 3) uint8, upright → (7,) float32, gripper 1 open … 0 close. episode: the same name while the robot goes on from its last frame."""
+        """(H, W, 3) uint8, upright → (7,) float32, gripper 1 open … 0 close. episode: the same name while the robot goes on."""
         return self.batch([frame], [instruction], None if wrist is None else [wrist], episodes=[episode])[0]
 
     def batch(
