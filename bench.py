@@ -1,10 +1,10 @@
-"""Measure: `python bench.py load` (host memory while a checkpoint loads), `infer` (time and memory of an action), `draft` (what drafting saves in
-the simulator). One table, and the same as JSON with --json FILE.
+"""Measure: `python bench.py load | eval | infer | draft`. One table, and the same as JSON with --json FILE.
 
 python bench.py load                              a full-size folder with random weights (15 GB of disk, 16 GB of memory)
 python bench.py load --checkpoint FOLDER          a folder of yours
-python bench.py infer --plot latency.png          full size with random weights on a GPU, the small model on a CPU
-python bench.py draft --task_ids 1 2              episodes of the small model
+python bench.py eval --workers 2 4                episodes an hour: simulators side by side against one alone
+python bench.py infer --plot latency.png          time and memory of an action: full size and random on a GPU, the small model on a CPU
+python bench.py draft --task_ids 1 2              what drafting saves in episodes of the small model
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from config import WORKSPACE, BenchDraftConfig, BenchInferConfig, BenchLoadConfig
+from config import WORKSPACE, BenchDraftConfig, BenchEvalConfig, BenchInferConfig, BenchLoadConfig
 from prismatic.errors import exit_codes
 from prismatic.hub import resolve
 
@@ -24,6 +24,21 @@ def load(cfg: BenchLoadConfig) -> Rows:
     from prismatic.bench import load
 
     return load.run(resolve(cfg.checkpoint) if cfg.checkpoint else None, WORKSPACE)
+
+
+def evaluation(cfg: BenchEvalConfig) -> Rows:
+    """Episodes an hour: one simulator alone against several side by side."""
+    from prismatic.bench import eval
+
+    return eval.run(
+        cfg.checkpoint,
+        suite=cfg.task_suite_name,
+        task_id=cfg.task_id,
+        workers=cfg.workers,
+        episodes=cfg.episodes,
+        steps=cfg.steps,
+        quality=cfg.render_quality,
+    )
 
 
 def infer(cfg: BenchInferConfig) -> Rows:
@@ -60,15 +75,16 @@ def draft(cfg: BenchDraftConfig) -> Rows:
     )
 
 
-BENCHES = {BenchLoadConfig: load, BenchInferConfig: infer, BenchDraftConfig: draft}
+BENCHES = {BenchLoadConfig: load, BenchEvalConfig: evaluation, BenchInferConfig: infer, BenchDraftConfig: draft}
 Config = (
     Annotated[BenchLoadConfig, tyro.conf.subcommand("load")]
+    | Annotated[BenchEvalConfig, tyro.conf.subcommand("eval")]
     | Annotated[BenchInferConfig, tyro.conf.subcommand("infer")]
-    | Annotated[BenchDraftConfig, tyro.conf.subcommand("draft")]
-)  # one a bench
+    | Annotated[BenchDraftConfig, tyro.conf.subcommand("draft")]  # one a bench, joined by |
+)
 
 
-def main(cfg: BenchLoadConfig | BenchInferConfig | BenchDraftConfig) -> None:
+def main(cfg: BenchLoadConfig | BenchEvalConfig | BenchInferConfig | BenchDraftConfig) -> None:
     """Measure, print one table, and write it as JSON where asked."""
     rows = BENCHES[type(cfg)](cfg)
     names = list(rows[0])

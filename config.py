@@ -52,6 +52,12 @@ class FinetuneConfig:
     save_steps: int = 5000
     # Checkpoints to keep, beside the best on validation; the oldest are deleted.
     keep: int = 2
+    # Steps between validations on held-out episodes, un-augmented; 0 never. The last step is validated too.
+    val_steps: int = 5000
+    # Share of the episodes held out, the last on disk, where a data set has no split named val (OpenVLA's 5 %).
+    val_share: float = 0.05
+    # Where the numbers go besides metrics.jsonl and curves.png.
+    log_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     # Train a LoRA adapter; False trains every weight (a small model, or a large machine).
     use_lora: bool = True
     # With use_lora False and torchrun: every process holds a share of weights, gradients and optimizer (FSDP2), not all of them.
@@ -76,21 +82,49 @@ class FinetuneConfig:
     shuffle_buffer_size: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class ControlOptions:
+    """What stands beside a score: controls, and what is asked of the statistics."""
+
+    # What the policy is told. swap: the sentence of another task of the suite. empty: nothing. paraphrase: LIBERO-PRO's
+    # wording of the task, or where it has none other verbs. A score that stays high shows that it doesn't read.
+    instruction: Literal["keep", "swap", "empty", "paraphrase"] = "keep"
+    # Play nothing: ask the checkpoint about frames of the data set, and compare its answers with what was recorded.
+    open_loop: bool = False
+    # Frames asked about, of the training episodes and as many of the validation episodes.
+    open_loop_frames: int = 200
+    # For replay and open_loop: folder of RLDS data sets.
+    data_root_dir: Path = WORKSPACE / "datasets"
+    # The data set in it.
+    dataset_name: str = "libero_spatial_no_noops"
+    # Folder of frame caches.
+    cache_dir: Path = WORKSPACE / "cache"
+    # For a replay of LIBERO's own demonstrations: folder of their *_demo.hdf5 files, which hold the initial states.
+    from_hdf5: Path | None = None
+    # Difference in success that one would like to tell, as a fraction: how many episodes that needs is said.
+    difference: float = 0.05
+    # Of compare: the largest loss that still counts as "not worse", as a fraction. Choose it before looking.
+    margin: float = 0.05
+    # Play nothing: the mean over the suites of these rollout folders.
+    mean_of: tuple[Path, ...] = ()
+
+
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(ControlOptions):
     # Checkpoint folder, adapter folder (it knows its base), or hub id such as
     # openvla/openvla-7b-finetuned-libero-spatial.
     pretrained_checkpoint: str = ""
     # Adapter folder that goes on top of the checkpoint.
     lora_checkpoint: Path | None = None
-    # Who acts: the checkpoint; or, to check the set-up, the scripted expert, random actions, none (zero).
-    policy: Literal["checkpoint", "expert", "random", "zero"] = "checkpoint"
+    # Who acts: the checkpoint; or, to check the set-up, the scripted expert, a data set's recorded actions (replay, from
+    # the states in which they were recorded), random actions, none (zero).
+    policy: Literal["checkpoint", "expert", "replay", "random", "zero"] = "checkpoint"
     # libero_spatial, libero_object, libero_goal, libero_10, libero_90, or a LIBERO-PRO suite such as
     # libero_spatial_swap.
     task_suite_name: str = "libero_spatial"
     # Tasks of the suite, such as `--task_ids 0 3`; none means all.
     task_ids: tuple[int, ...] = ()
-    # Stored initial states per task (LIBERO has 50).
+    # Stored initial states per task (LIBERO has 50); of a replay, recorded episodes per task.
     num_trials_per_task: int = 50
     # The first of them.
     first_init_state: int = 0
@@ -108,7 +142,7 @@ class EvalConfig:
     load_in_8bit: bool = False
     # Weights in 4 bits.
     load_in_4bit: bool = False
-    # Simulator processes. auto: one a core, as far as the memory goes (2 GB each).
+    # Simulator processes, of each rank under torchrun. auto: one a core, as far as the memory goes (2 GB each).
     num_workers: Annotated[int | Literal["auto"], tyro.conf.arg(aliases=("--workers",))] = "auto"
     # Ask the policy one row at a time, so that not even rounding depends on the number of workers; slower.
     deterministic: bool = False
@@ -189,6 +223,25 @@ class DoctorConfig:
     dataset_name: str = "libero_spatial_no_noops"
     # Start the simulator: renderer, golden frame, and a bowl that must stay where it is (half a minute).
     simulator: bool = True
+
+
+@dataclass(frozen=True)
+class BenchEvalConfig:
+    # Checkpoint folder, adapter folder or hub id that acts.
+    checkpoint: str = "checkpoints/openvla-tiny"
+    # Suite and task whose simulator is measured.
+    task_suite_name: str = "libero_spatial"
+    task_id: int = 0
+    # Numbers of simulator processes, each against one process alone.
+    workers: tuple[int, ...] = (2,)
+    # Episodes of each row; at least one a process.
+    episodes: int = 4
+    # Steps after which an episode is cut off.
+    steps: int = 60
+    # fast: three times faster on a CPU. standard: LIBERO's own pixels.
+    render_quality: Literal["standard", "fast"] = "standard"
+    # Also write the table here.
+    json: Path | None = None
 
 
 @dataclass(frozen=True)

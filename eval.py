@@ -7,6 +7,7 @@ added to what is there. Without a GPU the policy computes on one thread, unless 
 `torchrun --nproc-per-node N eval.py …` shares the episodes among N GPUs.
 """
 
+import functools
 import json
 import os
 import re
@@ -19,9 +20,10 @@ import tyro
 from tqdm import tqdm
 
 from config import EvalConfig
-from prismatic import evaluation, machine, report, simulator, statistics
+from prismatic import evaluation, machine, report, simulator, statistics, suite_mean
 from prismatic.errors import ConfigError, exit_codes, read_json
-from prismatic.player import Setup
+from prismatic.player import Setup, Trial
+from prismatic.summary import sentences
 from prismatic.versions import SIMULATOR_PACKAGES, folder_fingerprint, versions
 
 # Nothing here may import torch at the top: each simulator process imports this file once more.
@@ -33,21 +35,18 @@ STEP_FOLDER = re.compile(
 SAME_PROTOCOL = ("step_limit", "num_steps_wait", "env_seed", "renderer", "render_quality", *SIMULATOR_PACKAGES)
 VERSIONS = "versions.json"  # as beside an adapter
 RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
+LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of them on this machine, which they share
 
 
 def main(cfg: EvalConfig) -> None:
     if cfg.compare:
-        compare(*cfg.compare)
+        compare(*cfg.compare, margin=cfg.margin, difference=cfg.difference)
+        return
+    if cfg.mean_of:
+        print(*suite_mean.mean_over_suites(cfg.mean_of), sep="\n")
         return
     check(cfg)
-    trials = evaluation.plan(
-        cfg.task_suite_name,
-        task_ids=cfg.task_ids,
-        num_trials=cfg.num_trials_per_task,
-        first_init_state=cfg.first_init_state,
-        env_seed=cfg.env_seed,
-        simulator=simulator.__name__,
-    )
+    trials = [] if cfg.open_loop else plan(cfg)
     renderer = simulator.choose_renderer()
     with evaluation.RolloutFolder(
         cfg.local_log_dir / run_name(cfg), identity=identity(cfg, renderer), record=record(cfg), rank=RANK
@@ -55,6 +54,8 @@ def main(cfg: EvalConfig) -> None:
         with folder.locked():
             (folder.path / VERSIONS).write_text(json.dumps(versions(), indent=2))
         try:
+            if cfg.open_loop:
+                ask_open_loop(cfg, folder)
             summary = evaluate(cfg, trials, folder)
         finally:
             if folder.rows():
@@ -63,6 +64,51 @@ def main(cfg: EvalConfig) -> None:
     ended = {row["episode_id"] for row in evaluation.read_rows(folder.path)}
     if RANKS == 1 or ended >= {trial.id for trial in trials}:  # of several ranks, the last one has the whole result
         print_result(cfg, folder.path, summary)
+
+
+def plan(cfg: EvalConfig) -> list[Trial]:
+    """What is to be played, of all ranks together."""
+    if cfg.policy == "replay":
+        from prismatic import recorded
+
+        demos, sentence = recorded.demos(
+            open_data(cfg),
+            cfg.task_suite_name,
+            task_ids=cfg.task_ids,
+            limit=cfg.num_trials_per_task,
+            from_hdf5=cfg.from_hdf5,
+        )
+        if RANK == 0:
+            print(sentence)
+        return list(demos)
+    return evaluation.plan(
+        cfg.task_suite_name,
+        task_ids=cfg.task_ids,
+        num_trials=cfg.num_trials_per_task,
+        first_init_state=cfg.first_init_state,
+        env_seed=cfg.env_seed,
+        simulator=simulator.__name__,
+    )
+
+
+@functools.cache
+def open_data(cfg: EvalConfig) -> Any:
+    """The frame cache of the data set that is replayed or asked about."""
+    from prismatic.data.dataset_folder import find_dataset
+    from prismatic.data.frames import FrameCache
+    from prismatic.data.rlds import build_cache
+
+    return FrameCache(build_cache(find_dataset(cfg.data_root_dir, cfg.dataset_name), cfg.cache_dir))
+
+
+def ask_open_loop(cfg: EvalConfig, folder: evaluation.RolloutFolder) -> None:
+    """The control that plays nothing; its result stands in the run's record, and so beside its score."""
+    from prismatic.open_loop import open_loop
+
+    policy, cache = load_policy(cfg), open_data(cfg)
+    if policy.num_images > 1 and not cache.has_wrist:
+        raise ConfigError(f"{cache.name} has no wrist_image, which this policy looks at: give another --dataset_name")
+    folder.note(open_loop=open_loop(policy, cache, frames=cfg.open_loop_frames))
 
 
 def evaluate(cfg: EvalConfig, trials: list[Any], folder: evaluation.RolloutFolder) -> evaluation.Row:
@@ -92,11 +138,14 @@ def evaluate(cfg: EvalConfig, trials: list[Any], folder: evaluation.RolloutFolde
                 settle=cfg.num_steps_wait,
                 seed=cfg.seed,
                 quality=cfg.render_quality,
+                instruction=cfg.instruction,
                 video_folder=folder.path if cfg.save_videos else None,
                 simulator=simulator.__name__,
             ),
             load_policy=(lambda: load_policy(cfg)) if cfg.policy == "checkpoint" else None,
-            num_workers=machine.simulators_that_fit if cfg.num_workers == "auto" else cfg.num_workers,
+            num_workers=(lambda: machine.simulators_that_fit(LOCAL_RANKS))
+            if cfg.num_workers == "auto"
+            else cfg.num_workers,
             one_by_one=cfg.deterministic,
             retry_errors=cfg.retry_errors,
             ranks=RANKS,
@@ -142,6 +191,16 @@ def check(cfg: EvalConfig) -> None:
     for name in ("env_seed", "seed"):
         if getattr(cfg, name) < 0:
             raise ConfigError(f"--{name} must not be negative, it is {getattr(cfg, name)}")
+    if cfg.instruction != "keep" and cfg.policy != "checkpoint":
+        raise ConfigError(f"--instruction {cfg.instruction}: only a checkpoint reads, --policy {cfg.policy} doesn't")
+    if cfg.open_loop and cfg.policy != "checkpoint":
+        raise ConfigError(f"--open_loop asks a checkpoint: leave out --policy {cfg.policy}")
+    if cfg.open_loop_frames < 1:
+        raise ConfigError(f"--open_loop_frames is {cfg.open_loop_frames}: it must be at least 1")
+    if cfg.policy == "replay" and (cfg.env_seed or cfg.first_init_state):
+        raise ConfigError(
+            "--policy replay begins where each episode was recorded: leave out env_seed and first_init_state"
+        )
     if cfg.num_workers != "auto" and cfg.num_workers < 1:
         raise ConfigError(f"num_workers is {cfg.num_workers}: it must be at least 1, or auto")
     if cfg.num_steps_wait < 0:
@@ -156,6 +215,10 @@ def run_name(cfg: EvalConfig) -> str:
     if cfg.policy == "checkpoint":
         folder = Path(cfg.lora_checkpoint or cfg.pretrained_checkpoint).resolve()
         policy = f"{folder.parent.name}-{folder.name}" if STEP_FOLDER.fullmatch(folder.name) else folder.name
+    if cfg.policy == "replay":
+        policy += f"-{cfg.dataset_name}"
+    if cfg.instruction != "keep":
+        policy += f"--instruction-{cfg.instruction}"
     note = f"--{cfg.run_id_note}" if cfg.run_id_note else ""
     return re.sub(r"[^\w.+=-]", "_", f"EVAL-{cfg.task_suite_name}-{policy}{note}")
 
@@ -169,6 +232,10 @@ def identity(cfg: EvalConfig, renderer: str) -> dict[str, Any]:
         return str(path) if path else None
 
     known = versions()
+    given = {} if cfg.instruction == "keep" else {"instruction": cfg.instruction}
+    data = {}
+    if cfg.policy == "replay":
+        data = {"dataset": f"{cfg.dataset_name}, fingerprint {open_data(cfg).fingerprint}"}
     checkpoint = {
         "pretrained_checkpoint": weights(cfg.pretrained_checkpoint),
         "lora_checkpoint": weights(cfg.lora_checkpoint),
@@ -182,6 +249,8 @@ def identity(cfg: EvalConfig, renderer: str) -> dict[str, Any]:
         "task_suite_name": cfg.task_suite_name,
         "policy": cfg.policy,
         **(checkpoint if cfg.policy == "checkpoint" else {}),
+        **given,
+        **data,
         "num_steps_wait": cfg.num_steps_wait,
         "step_limit": simulator.step_limit(cfg.task_suite_name),
         "env_seed": cfg.env_seed,
@@ -203,11 +272,12 @@ def record(cfg: EvalConfig) -> dict[str, Any]:
         "command": shlex.join(["python", *sys.argv]),
         "num_workers": cfg.num_workers,
         "ranks": RANKS,
+        "difference_asked": cfg.difference,
         "versions": versions(),
     }
 
 
-def compare(before: Path, after: Path) -> None:
+def compare(before: Path, after: Path, *, margin: float = 0.05, difference: float = 0.05) -> None:
     """Two rollout folders, episode by episode: both rates with intervals, and what may be concluded. ConfigError if they share none."""
     outcomes, protocols = [], []
     for folder in (before, after):
@@ -231,7 +301,12 @@ def compare(before: Path, after: Path) -> None:
     for name in SAME_PROTOCOL:
         if protocols[0][name] != protocols[1][name]:
             print(f"beware: {name} is {protocols[0][name]} in the first and {protocols[1][name]} in the second")
-    print(f"A is the second, B the first. {statistics.compare(outcomes[1], outcomes[0]).sentence}")
+    result = statistics.compare(outcomes[1], outcomes[0], margin=margin, difference_asked=difference)
+    print(f"A is the second, B the first. {result.sentence}")
+    print(
+        f"to show a difference of {100 * difference:g} points takes {result.episodes_needed} shared episodes, when as many of "
+        f"them end differently as here ({result.only_a + result.only_b} of {result.episodes})"
+    )
 
 
 def print_result(cfg: EvalConfig, folder: Path, summary: evaluation.Row) -> None:
@@ -244,6 +319,8 @@ def print_result(cfg: EvalConfig, folder: Path, summary: evaluation.Row) -> None
     print(f"{cfg.task_suite_name}, {folder.name}: {rate}")
     if summary["errors"]:
         print(f"{summary['errors']} more ended in an error and do not count: --retry_errors True plays them again")
+    for line in sentences(summary):
+        print(f"    {line}")
     print(f"report   {folder / report.PAGE}")
     print(f"results  {folder / evaluation.RESULTS}")
     rows = [row for row in evaluation.read_rows(folder) if row["video"]]

@@ -9,9 +9,9 @@ Several GPUs: torchrun --nproc-per-node N finetune.py …
 import dataclasses
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +20,29 @@ import tyro
 from tqdm import tqdm
 
 from config import FinetuneConfig
+from prismatic import first_batch
 from prismatic.checkpoint import load_tokenizer, load_vla, save_checkpoint
 from prismatic.data.examples import Examples, batches
 from prismatic.data.frames import DrawBatches, Mixture
 from prismatic.data.mixture import open_mixture
+from prismatic.display import Display
 from prismatic.distributed import Ranks, joined, shard
 from prismatic.errors import ConfigError, Terminated, exit_codes
 from prismatic.hub import resolve
 from prismatic.image import AUGMENTATIONS
+from prismatic.loggers import NoLogger, check_installed, open_logger
 from prismatic.models import weights
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.processor import Batch, Processor, ProcessorConfig
 from prismatic.run_folder import SKIPPED, STEP_FOLDER, RunFolder
 from prismatic.training import Metrics, StopSignal, backward, clip_gradients, learning_rate
 from prismatic.training_state import Progress, capture, restore, seed_everything
+from prismatic.validation import BEST_BY, Validation, is_best
 
 LOG_STEPS = 10  # steps between lines of metrics.jsonl
 MAY_CHANGE = (  # on resuming; batch_size and passes as far as their product, the effective batch, stays
-    "max_steps", "save_steps", "max_bad_steps", "keep", "num_workers", "resume", "shuffle_buffer_size", "run_root_dir", "cache_dir",
+    "max_steps", "save_steps", "val_steps", "log_to", "max_bad_steps", "keep", "num_workers", "resume", "shuffle_buffer_size",
+    "run_root_dir", "cache_dir",
     "batch_size", "grad_accumulation_steps", "shard",
 )  # fmt: skip
 
@@ -70,7 +75,9 @@ def prepare(cfg: FinetuneConfig, ranks: Ranks) -> Job:
     """Data, model and optimizer, as the run's last checkpoint left them if there is one."""
     seed_everything(cfg.seed)  # the same on all ranks, which have to draw the same adapter
     mixture = ranks.first_then_all(
-        lambda: open_mixture(find_data(cfg), cfg.dataset_name, cache_dir=cfg.cache_dir, seed=cfg.seed)
+        lambda: open_mixture(
+            find_data(cfg), cfg.dataset_name, cache_dir=cfg.cache_dir, seed=cfg.seed, val_share=cfg.val_share
+        )
     )
     base = ranks.first_then_all(lambda: resolve(cfg.vla_path))
     processor = build_processor(cfg, base, mixture)
@@ -105,51 +112,62 @@ def prepare(cfg: FinetuneConfig, ranks: Ranks) -> Job:
 
 
 def train(job: Job) -> None:
-    """The loop. A stop signal ends it after the present step, saved."""
+    """What surrounds the loop: who validates, who shows what happens."""
+    cfg, ranks, run = job.cfg, job.ranks, job.run
+    validation = Validation(job.mixture, job.processor, batch_size=job.batch_size, ranks=ranks)
+    if cfg.val_steps and not validation.frames:
+        print("notice: of so few episodes none is held out, so nothing is validated: --val_share 0.2 holds out a fifth")
+    logger = NoLogger()
+    if ranks.is_first:
+        logger = open_logger(cfg.log_to, run.path, options=dataclasses.asdict(cfg), first_step=job.progress.step)
+    with Display(run, logger, job.progress, max_steps=cfg.max_steps, log_steps=LOG_STEPS, ranks=ranks) as display:
+        loop(job, validation, display)
+
+
+def loop(job: Job, validation: Validation, display: Display) -> None:
+    """The steps. A stop signal ends them after the present one, saved."""
     cfg, ranks, progress, vla = job.cfg, job.ranks, job.progress, job.vla
     model = ranks.parallel(vla)
     stream = open_stream(job)
     autocast = cfg.autocast == "bfloat16" or (cfg.autocast == "auto" and ranks.device != "cpu")
     stop = StopSignal()
-    started, first_step = time.monotonic(), progress.step
     vla.train()
-    bar = tqdm(
-        range(first_step, cfg.max_steps),
-        initial=first_step,
-        total=cfg.max_steps,
-        unit="step",
-        desc="finetune",
-        smoothing=0.05,
-        disable=not ranks.is_first,
-    )
-    for step in bar:
+    for step in range(progress.step, cfg.max_steps):
         set_learning_rate(job)
         passes = [next(stream) for _ in range(job.passes)]
+        if step == 0 and ranks.is_first:
+            first_batch.draw(passes, job.processor, job.run.path / first_batch.NAME)
         metrics = backward(model, passes, job.processor.action_tokenizer, autocast=autocast, ranks=ranks)
         metrics.grad_norm = clip_gradients(vla.parameters(), cfg.max_grad_norm)
         progress.step = step + 1
         if metrics.is_finite():
             job.optimizer.step()
             progress.bad_steps = 0
-            seconds = time.monotonic() - started
-            report(
-                job, bar, metrics, samples_per_second=(progress.step - first_step) * progress.effective_batch / seconds
-            )
         else:
             report_skipped(job, metrics)
         job.optimizer.zero_grad(set_to_none=True)
+        validated = {}
+        if metrics.is_finite() and validation.due(progress.step, every=cfg.val_steps, last=cfg.max_steps):
+            with display.paused("validation"):
+                validated = validation(vla, autocast=autocast, stopped=lambda: stop.agreed(ranks) is not None)
+        if metrics.is_finite():
+            display.step(metrics, validated)
+        best = is_best(job.run, validated, ranks)
         stopped = stop.agreed(ranks)
         given_up = progress.bad_steps >= cfg.max_bad_steps
-        if progress.step % cfg.save_steps == 0 or progress.step == cfg.max_steps or stopped or given_up:
-            save(job)
+        if progress.step % cfg.save_steps == 0 or progress.step == cfg.max_steps or stopped or given_up or best:
+            with display.paused("saving"):
+                save(job)
+                display.draw_curves()
+        if best:
+            ranks.on_first(partial(job.run.mark_best, progress.step, validated[BEST_BY]))
         if given_up:
             raise ConfigError(
                 f"{progress.bad_steps} steps in a row had a loss or gradient that is not finite: {job.run.path / SKIPPED} names their frames; "
                 "give a lower --learning_rate or a --max_grad_norm, and a --run_id_note"
             )
         if stopped:
-            bar.close()
-            print(f"saved step {progress.step}: the same command goes on from there")
+            display.say(f"saved step {progress.step}: the same command goes on from there")
             raise KeyboardInterrupt if stopped == signal.SIGINT else Terminated
 
 
@@ -174,18 +192,6 @@ def set_learning_rate(job: Job) -> None:
     )
     for group in job.optimizer.param_groups:
         group["lr"] = job.progress.learning_rate
-
-
-def report(job: Job, bar: tqdm, metrics: Metrics, *, samples_per_second: float) -> None:
-    """Progress bar at every step, a line of metrics.jsonl at some."""
-    step = job.progress.step
-    bar.set_postfix(
-        {"loss": f"{metrics.loss:.3f}", "acc": f"{metrics.action_accuracy:.3f}", "l1": f"{metrics.l1_loss:.3f}"},
-        refresh=False,
-    )
-    if job.ranks.is_first and (step % LOG_STEPS == 0 or step == job.cfg.max_steps):
-        rates = {"learning_rate": job.progress.learning_rate, "samples_per_second": round(samples_per_second, 3)}
-        job.run.log({"step": step, **dataclasses.asdict(metrics), **rates})
 
 
 def report_skipped(job: Job, metrics: Metrics) -> None:
@@ -214,7 +220,7 @@ def check(cfg: FinetuneConfig, ranks: Ranks) -> None:
     ):
         if getattr(cfg, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, not {getattr(cfg, name)}")
-    for name in ("seed", "num_workers", "warmup_steps", "weight_decay", "max_grad_norm"):
+    for name in ("seed", "num_workers", "warmup_steps", "weight_decay", "max_grad_norm", "val_steps"):
         if getattr(cfg, name) < 0:
             raise ConfigError(f"--{name} must not be negative, it is {getattr(cfg, name)}")
     unknown = set(cfg.augment_order) - set(AUGMENTATIONS)
@@ -228,6 +234,9 @@ def check(cfg: FinetuneConfig, ranks: Ranks) -> None:
         raise ConfigError(f"--learning_rate must lie between 0 and 1, not {cfg.learning_rate}")
     if not 0 <= cfg.lora_dropout < 1:
         raise ConfigError(f"--lora_dropout must lie in [0, 1), not {cfg.lora_dropout}")
+    if not 0 <= cfg.val_share < 1:
+        raise ConfigError(f"--val_share must lie in [0, 1), not {cfg.val_share}")
+    check_installed(cfg.log_to)
     if cfg.shuffle_buffer_size is not None:
         print("notice: --shuffle_buffer_size is no longer needed: frames are read in random order from disk")
 

@@ -153,11 +153,17 @@ def learnt_policy(folder: str) -> Any:
     return load_policy(folder, device="cpu")
 
 
+def beginning(generator: np.random.Generator, perturbation: float) -> tuple[int, Pushes]:
+    """Seed of the state in which an expert's episode begins, the same with any perturbation, and the pushes to come."""
+    pushes = Pushes(generator, perturbation)
+    return int(generator.integers(FIRST_ENV_SEED, 2**31)), pushes
+
+
 def demonstrate(sim: Simulator, job: Demonstration) -> int:
     """Record one episode into `job.path`; the number of recorded steps, or 0 (and no file) where the expert failed."""
     generator = np.random.default_rng([job.seed, job.task_id, job.attempt, *([1] if job.policy else [])])
-    pushes = Pushes(generator, job.perturbation)
-    sim.reset(None, seed=int(generator.integers(FIRST_ENV_SEED, 2**31)))
+    reset_seed, pushes = beginning(generator, job.perturbation)
+    sim.reset(None, seed=reset_seed)
     expert = Expert(sim)
     policy = learnt_policy(job.policy) if job.policy else None
     policy_steps = int(generator.integers(*POLICY_STEPS)) if policy else 0

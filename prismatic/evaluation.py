@@ -13,16 +13,15 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
+from prismatic.controls import beside
 from prismatic.errors import ConfigError
 from prismatic.player import Outcome, Setup, Trial
-from prismatic.stages import funnel
-from prismatic.statistics import wilson_interval
+from prismatic.summary import summarise as summarise
 from prismatic.verdicts import Account
 from prismatic.workers import SILENCE_LIMIT, play
 
@@ -107,8 +106,10 @@ class RolloutFolder:
         identity = json.loads(json.dumps(identity))
         run = self.path / RUN
         results = self.path / RESULTS
+        old_run = json.loads(run.read_text()) if run.is_file() else {"identity": {}, "record": {}}
+        if old_run["identity"] == identity:
+            record = {**old_run["record"], **record}
         if results.exists() and results.stat().st_size:
-            old_run = json.loads(run.read_text()) if run.is_file() else {"identity": {}, "record": {}}
             there, record = old_run["identity"], {**old_run["record"], **record}
             for name in [*identity, *there]:
                 old, new = there.get(name), identity.get(name)
@@ -157,6 +158,7 @@ class RolloutFolder:
             if outcome.actions is None
             else hashlib.sha256(outcome.actions.tobytes()).hexdigest()[:16],
             **asdict(outcome.account or Account(reason=f"The episode crashed: {outcome.error}")),
+            **outcome.facts,
         }
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
         try:
@@ -183,7 +185,9 @@ class RolloutFolder:
         """Write summary.json from what is on disk and return it."""
         with self.locked():
             run = json.loads((self.path / RUN).read_text())
-            summary = summarise(read_rows(self.path), protocol={**run["identity"], **run["record"]})
+            rows = read_rows(self.path)
+            controls = beside(self.path, run["identity"], task_ids={row["task_id"] for row in rows})
+            summary = summarise(rows, protocol={**run["identity"], **run["record"]}, controls=controls)
             _write_whole(self.path / SUMMARY, _pretty(summary))
         return summary
 
@@ -226,35 +230,6 @@ def video_name(number: int, success: bool, instruction: str) -> str:
     """`episode=…--success=…--task=….mp4`, as people of the OpenVLA repository know it."""
     task = re.sub(r"[^a-z0-9_-]", "_", instruction.lower())[:TASK_CHARACTERS]
     return f"episode={number}--success={success}--task={task}.mp4"
-
-
-def summarise(rows: Sequence[Row], *, protocol: Row) -> Row:
-    """summary.json's content. episodes = successes + failures + errors; rates and intervals leave the errors out."""
-    tasks: dict[tuple[str, int], list[Row]] = {}
-    for row in rows:
-        tasks.setdefault((row["suite"], row["task_id"]), []).append(row)
-    per_task = [
-        {"suite": suite, "task_id": task_id, "instruction": tasks[suite, task_id][0]["instruction"]}
-        | _count(tasks[suite, task_id])
-        for suite, task_id in sorted(tasks)
-    ]
-    return {**_count(rows), "per_task": per_task, "protocol": protocol}
-
-
-def _count(rows: Sequence[Row]) -> Row:
-    outcomes = [row["success"] for row in rows]
-    successes, failures = outcomes.count(True), outcomes.count(False)
-    judged = successes + failures
-    return {
-        "episodes": len(rows),
-        "successes": successes,
-        "failures": failures,
-        "errors": len(rows) - judged,
-        "success_rate": successes / judged if judged else None,
-        "interval_95": list(wilson_interval(successes, judged)),
-        "verdicts": dict(Counter(row["verdict"] for row in rows if row.get("verdict")).most_common()),
-        "funnel": funnel(rows),
-    }
 
 
 def evaluate(

@@ -7,7 +7,8 @@ import subprocess
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
-MEMINFO = Path("/proc/meminfo")
+PROC = Path("/proc")
+MEMINFO = PROC / "meminfo"
 RENDERER_BYTES = 2_000_000_000  # one LIBERO process with a renderer holds 1.6 to 1.9 GB and does not grow
 
 
@@ -31,11 +32,26 @@ def available_memory() -> int:
     return max(free, 0)
 
 
-def simulators_that_fit() -> int:
-    """How many simulator processes this machine runs at once: one a core, as far as the memory goes; at least
-    1.
+def resident(kind: str = "RssAnon", pid: int | str = "self") -> int:
+    """Bytes of a process that lie in memory, 0 if it is gone. RssAnon can't be dropped again; RssFile, pages of mapped files, can."""
+    for line in _read(PROC / str(pid) / "status").splitlines():
+        if line.startswith(kind + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def resident_with_children() -> int:
+    """RssAnon in bytes of this process and of those that it started itself, such as a data loader's workers."""
+    children = {pid for task in (PROC / "self" / "task").iterdir() for pid in _read(task / "children").split()}
+    return sum(resident("RssAnon", pid) for pid in ("self", *children))
+
+
+def simulators_that_fit(shares: int = 1) -> int:
+    """How many simulator processes run at once: one a core, as far as the memory goes; at least 1.
+
+    shares: processes that divide this machine among them, such as torchrun's ranks on it; the answer is for one of them.
     """
-    return max(1, min(available_cores(), available_memory() // RENDERER_BYTES))
+    return max(1, min(available_cores() // shares, available_memory() // shares // RENDERER_BYTES))
 
 
 def gpus() -> list[dict[str, str]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+ACTION_DIMENSIONS = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 SMALLEST_RANGE = 1e-8  # added to q99 - q01, in the data set's units: a constant dimension would divide by zero
 
 

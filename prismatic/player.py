@@ -11,13 +11,14 @@ import importlib
 import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from prismatic.controls import PROTOCOL_SEED, instruction_given, moved_by_seed
 from prismatic.errors import ConfigError
 from prismatic.verdicts import Account, account
 from prismatic.video import Video
@@ -40,6 +41,21 @@ class Trial:
         return f"{self.suite}/task{self.task_id}/state{self.init_state}/seed{self.env_seed}"
 
     @property
+    def start(self) -> int | np.ndarray | None:
+        """The initial state, as Simulator.reset takes it."""
+        return self.init_state
+
+    @property
+    def reset_seed(self) -> int | None:
+        """Seed of a randomised start, where `start` is None."""
+        return None
+
+    @property
+    def max_steps(self) -> int | None:
+        """Steps after which it has failed; None: the suite's limit."""
+        return None
+
+    @property
     def scene(self) -> tuple[str, int, int]:
         """What a simulator is built for."""
         return self.suite, self.task_id, self.env_seed
@@ -49,11 +65,13 @@ class Trial:
 class Setup:
     """What all processes of a run are told once. It is pickled, so it holds names and values only."""
 
-    policy: str = "parent"  # "parent": ask over the pipe; "expert", "zero", "random": act inside the process
+    policy: str = "parent"  # "parent": ask over the pipe; "expert", "replay", "zero", "random": act inside the process
     num_images: int = 1  # that the parent's policy looks at: 2 adds the wrist camera
     settle: int = 10  # steps of holding still before the first action
     seed: int = 0  # of the random policy
     quality: str = "standard"
+    instruction: str = "keep"  # what the policy is told: see controls.instruction_given
+    max_steps: int | None = None  # a limit below the suite's, for measuring speed
     video_folder: Path | None = None  # where unfinished videos lie; None: no videos
     simulator: str = "prismatic.simulator"  # the module: Simulator, rollout, step_limit
 
@@ -67,9 +85,12 @@ class Outcome:
     steps: int
     seconds: float
     error: str | None = None
+    retry: bool = True  # whether an error may pass when the trial is played again
+    waited: float = 0.0  # of the seconds, those spent waiting for the parent's policy
     actions: np.ndarray | None = None  # (steps, 7) float32
     video: Path | None = None  # under its temporary name
     account: Account | None = None  # why it ended so; None: an error
+    facts: dict[str, Any] = field(default_factory=dict)  # more fields of its line in results.jsonl; JSON values
 
 
 class _FromParent:
@@ -77,10 +98,14 @@ class _FromParent:
 
     def __init__(self, connection: Connection, num_images: int) -> None:
         self.connection, self.num_images = connection, num_images
+        self.waited = 0.0  # s
 
     def __call__(self, frame: np.ndarray, instruction: str, wrist: np.ndarray | None = None) -> np.ndarray:
+        asked = time.monotonic()
         self.connection.send(("observation", (frame, instruction, wrist)))
-        return self.connection.recv()
+        action = self.connection.recv()
+        self.waited += time.monotonic() - asked
+        return action
 
 
 class _Control:
@@ -120,23 +145,31 @@ def _policy(setup: Setup, sim: Any, trial: Trial, connection: Connection) -> Any
         from prismatic.expert import Expert
 
         return _Alive(Expert(sim), connection)
+    if setup.policy == "replay":
+        from prismatic.recorded import Demo, Recorded
+
+        assert isinstance(trial, Demo)
+        return _Alive(Recorded(sim, trial), connection)
     return _Alive(_Control(setup.policy, setup.seed, trial), connection)
 
 
 def _play(simulator: Any, sim: Any, trial: Trial, setup: Setup, connection: Connection) -> Outcome:
     start = time.monotonic()
     video = Video(setup.video_folder / f"{os.getpid()}.mp4") if setup.video_folder else None
+    policy = _policy(setup, sim, trial, connection)
     with video or contextlib.nullcontext():
         episode = simulator.rollout(
             sim,
-            _policy(setup, sim, trial, connection),
-            init_state=trial.init_state,
-            max_steps=simulator.step_limit(trial.suite),
+            policy,
+            init_state=trial.start,
+            seed=trial.reset_seed,
+            max_steps=trial.max_steps or setup.max_steps or simulator.step_limit(trial.suite),
             settle=setup.settle,
             on_step=(lambda step, frame, action: video.add(frame)) if video else None,
         )
         if video and episode.error is None:
             video.add(sim.frame())  # how it ended
+    actor = getattr(policy, "policy", policy)
     actions = np.array(episode.actions, dtype=np.float32).reshape(-1, 7)
     return Outcome(
         trial=trial,
@@ -144,10 +177,24 @@ def _play(simulator: Any, sim: Any, trial: Trial, setup: Setup, connection: Conn
         steps=episode.steps,
         seconds=time.monotonic() - start,
         error=episode.error,
+        retry=getattr(actor, "retry", True),
+        waited=getattr(actor, "waited", 0.0),
         actions=actions,
         video=video.path if video else None,
         account=account(episode.signals, success=episode.success) if episode.signals else None,
+        facts=dict(getattr(actor, "facts", {})),
     )
+
+
+def _scene_facts(simulator: Any, sim: Any, setup: Setup) -> dict[str, Any]:
+    """What every episode of a scene says about it: another sentence than the task's, another seed than the protocol's."""
+    facts: dict[str, Any] = {}
+    if setup.instruction != "keep":
+        sim.instruction = instruction_given(simulator, sim.suite, sim.task_id, setup.instruction)
+        facts["instruction_given"] = sim.instruction
+    if sim.env_seed != PROTOCOL_SEED and setup.policy != "replay":
+        facts["moved_by_env_seed_mm"] = moved_by_seed(sim, settle=setup.settle)
+    return facts
 
 
 def serve(connection: Connection, setup: Setup) -> None:
@@ -157,6 +204,7 @@ def serve(connection: Connection, setup: Setup) -> None:
     cameras = ("agentview", "robot0_eye_in_hand")[: max(1, setup.num_images)]
     sim: Any = None
     scene: tuple[str, int, int] | None = None
+    facts: dict[str, Any] = {}
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         while True:
             trial: Trial = connection.recv()
@@ -166,15 +214,17 @@ def serve(connection: Connection, setup: Setup) -> None:
                         sim.close()
                     suite, task_id, env_seed = scene = trial.scene
                     sim = simulator.Simulator(suite, task_id, cameras=cameras, env_seed=env_seed, quality=setup.quality)
+                    facts = _scene_facts(simulator, sim, setup)
                     connection.send(("built", None))
                 outcome = _play(simulator, sim, trial, setup, connection)
+                outcome.facts.update(facts)
             except ConfigError as error:
                 connection.send(("refused", str(error)))
                 return
             except Exception as error:
                 connection.send(("crashed", f"{type(error).__name__}: {error}"))
                 return
-            if outcome.error:
+            if outcome.error and outcome.retry:
                 connection.send(("crashed", outcome.error))
                 return
             connection.send(("outcome", outcome))

@@ -43,6 +43,7 @@ class Policy:
         self.processor = processor
         self.num_images = processor.config.num_images_in_input
         self._card = card
+        self.last_margins = np.zeros(0)  # (B,) of the last answer: the least by which a row's ids beat the second best
         first = next(vla.parameters())
         self.device, self.dtype = first.device, first.dtype
 
@@ -98,6 +99,7 @@ class Policy:
             draft,
         )
         ids = answer.ids.cpu()
+        self.last_margins = answer.lead.amin(dim=1).cpu().numpy()
         self.counts.update(actions=len(ids), calls=1, passes=answer.passes, doubtful=answer.doubtful)
         if draft is not None:
             self.counts["confirmed"] += int((draft == ids).cumprod(dim=1).sum())

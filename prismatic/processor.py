@@ -144,22 +144,24 @@ class Processor:
         *,
         dataset: str | None = None,
         augmentation: Augmentation | None = None,
+        as_acting: bool = False,
     ) -> Example:
-        """A training sample from recorded frames (H, W, 3) uint8 as the data set's JPEG decoded, and an action (D,) in that data set's units."""
+        """A training sample from recorded frames (H, W, 3) uint8 as the data set's JPEG decoded, and an action (D,) in that data set's units.
+
+        as_acting: the pictures are what `inputs` would make of the same frames live, for validation.
+        """
         prompt = self.prompt_ids(instruction.replace(IMAGE_MARK, ""))
-        action_ids = self.action_tokenizer.encode(normalize.normalize(action, self.action_statistics(dataset))).tolist()
+        action_ids = self.action_ids(action, dataset=dataset).tolist()
         ids = [*prompt, *action_ids, self.config.eos_token_id]
         labels = [IGNORE] * len(prompt) + ids[len(prompt) :]
-        pictures = [self._resized(picture) for picture in pictures]
+        pictures = [self._as_acting(picture) if as_acting else self._resized(picture) for picture in pictures]
         if augmentation is not None:
             pictures = [augmentation(picture) for picture in pictures]
         return Example(torch.tensor(ids[:MAX_LENGTH]), torch.tensor(labels[:MAX_LENGTH]), self.pixel_values(pictures))
 
     def inputs(self, frames: Sequence[np.ndarray], instruction: str) -> tuple[list[int], torch.Tensor]:
         """Prompt ids and pixel_values (6·n_images, S, S) from live frames (H, W, 3) uint8, upright."""
-        pictures = [self._resized(image.jpeg_round_trip(frame)) for frame in frames]
-        if self.config.center_crop:
-            pictures = [image.center_crop(picture) for picture in pictures]
+        pictures = [self._as_acting(image.jpeg_round_trip(frame)) for frame in frames]
         return self.prompt_ids(instruction), self.pixel_values(pictures)
 
     def pixel_values(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:
@@ -167,9 +169,26 @@ class Processor:
         sized = [image.resize_bicubic(picture, self.config.image_size) for picture in pictures]
         return torch.from_numpy(np.concatenate([image.normalize_pixels(p, *self._pixel_constants) for p in sized]))
 
+    def pictures(self, pixel_values: torch.Tensor) -> list[np.ndarray]:
+        """(6·n_images, S, S) → the (S, S, 3) uint8 pictures that `pixel_values` made it of."""
+        means, stds = (np.ravel(constants)[:, None, None] for constants in self._pixel_constants)
+        per_image = pixel_values.numpy().reshape(-1, len(means), *pixel_values.shape[-2:])
+        unit = (per_image * stds + means)[:, :3]  # the towers see the same picture: one of them is enough
+        return list(np.rint(unit * 255).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
+
+    def instruction(self, input_ids: torch.Tensor) -> str:
+        """The instruction as it stands in the ids (T,) of a prompt or of a training sample."""
+        before, after = PROMPT.split("{instruction}")
+        text = str(self.tokenizer.decode(input_ids))
+        return text.partition(before)[2].rpartition(after)[0]
+
     def actions(self, ids: np.ndarray) -> np.ndarray:
         """(..., D) action ids → (..., D) float64 actions in the data set's units, gripper 1 open … 0 close."""
         return normalize.unnormalize(self.action_tokenizer.decode(ids), self.action_statistics())
+
+    def action_ids(self, actions: np.ndarray, *, dataset: str | None = None) -> np.ndarray:
+        """(..., D) actions in a data set's units (None: config.unnorm_key's) → (..., D) int64 ids, the inverse of `actions`."""
+        return self.action_tokenizer.encode(normalize.normalize(actions, self.action_statistics(dataset)))
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Right-pad samples into a batch."""
@@ -178,6 +197,10 @@ class Processor:
         labels = pad([e.labels for e in examples], batch_first=True, padding_value=IGNORE)
         pixels = torch.stack([e.pixel_values for e in examples])
         return Batch(input_ids, labels, input_ids != self.config.pad_token_id, pixels)
+
+    def _as_acting(self, picture: np.ndarray) -> np.ndarray:
+        resized = self._resized(picture)
+        return image.center_crop(resized) if self.config.center_crop else resized
 
     def _resized(self, picture: np.ndarray) -> np.ndarray:
         return image.resize_lanczos3(picture, self.config.image_size)

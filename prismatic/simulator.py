@@ -251,6 +251,12 @@ class Simulator:
         state = np.concatenate([seen.site_xpos[robot.eef_site_id], axis_angle, fingers])
         return state.astype(np.float32), seen.qpos[robot._ref_joint_pos_indexes].astype(np.float32)
 
+    def places(self) -> dict[str, np.ndarray]:
+        """Where every object and fixture of the task is now: name → (3,) m and (4,) quaternion in one."""
+        data = self.environment.sim.data._data
+        bodies = self.environment.obj_body_id
+        return {name: np.concatenate([data.xpos[body], data.xquat[body]]) for name, body in bodies.items()}
+
     def close(self) -> None:
         """Free the model and the renderer."""
         self._env.close()
@@ -274,12 +280,13 @@ def rollout(
     sim: Simulator,
     policy: Any,
     *,
-    init_state: int,
+    init_state: int | np.ndarray | None,
+    seed: int | None = None,
     max_steps: int,
     settle: int = 10,
     on_step: Callable[[int, np.ndarray, np.ndarray], None] | None = None,
 ) -> Episode:
-    """Let the policy act until success or `max_steps`.
+    """Let the policy act until success or `max_steps`, from an initial state as `Simulator.reset` takes it.
 
     A policy is `policy(frame, instruction, wrist=None) -> (7,)` with `num_images`: 0 reads no picture, 1 the front, 2
     also the wrist. `on_step(step, frame, action)` is called before each step; it makes every frame be rendered.
@@ -287,7 +294,7 @@ def rollout(
     episode = Episode()
     num_images = getattr(policy, "num_images", 1)
     try:
-        sim.reset(init_state, settle=settle)
+        sim.reset(init_state, seed=seed, settle=settle)
         witness = sim.witness()
         while episode.steps < max_steps and not episode.success:
             frame = sim.frame() if num_images or on_step else None

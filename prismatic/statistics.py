@@ -116,6 +116,24 @@ def paired_episodes_needed(discordant: float, difference: float, *, power: float
     return math.ceil(((under_null + under_difference) / difference) ** 2)
 
 
+def needed(rate: float | None, difference: float | None) -> dict[str, Any] | None:
+    """How many episodes tell `difference` from a run's own rate, with a sentence; None where one of them is unknown.
+
+    The other rate lies on the side of one half, where more episodes are needed.
+    """
+    if rate is None or not difference:
+        return None
+    toward_half = difference if rate < 0.5 else -difference
+    if not 0 <= rate + toward_half <= 1:
+        return None
+    separate = episodes_needed(rate, toward_half)
+    sentence = (
+        f"a difference of {100 * difference:g} points from {100 * rate:.1f} % shows in {separate} episodes for each of two "
+        f"separate runs (two-sided {100 * SIGNIFICANCE:g} %, power {100 * POWER:g} %); the same episodes in both need fewer"
+    )
+    return {"difference": difference, "separate_runs": separate, "sentence": sentence}
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Two runs over the same episodes. Rates and differences are fractions; difference = rate_a - rate_b."""
@@ -133,9 +151,13 @@ class Comparison:
     margin: float
     not_worse: bool  # A is not worse than B by as much as the margin, at the 97.5 % one-sided level
     sentence: str
+    episodes_needed: int  # shared ones, to show `difference_asked` when as many of them end differently as here
+    difference_asked: float
 
 
-def compare(a: Mapping[Any, bool], b: Mapping[Any, bool], *, margin: float = 0.05) -> Comparison:
+def compare(
+    a: Mapping[Any, bool], b: Mapping[Any, bool], *, margin: float = 0.05, difference_asked: float = 0.05
+) -> Comparison:
     """Compare run A with run B (episode id -> success) on the episodes they share. ValueError when they share
     none.
 
@@ -151,6 +173,7 @@ def compare(a: Mapping[Any, bool], b: Mapping[Any, bool], *, margin: float = 0.0
     interval, p_value = paired_interval(only_a, only_b, count), mcnemar_exact(only_a, only_b)
     difference = (only_a - only_b) / count
     not_worse = interval[0] > -margin
+    discordant = max((only_a + only_b) / count, difference_asked)
     return Comparison(
         episodes=count,
         both=both,
@@ -165,6 +188,8 @@ def compare(a: Mapping[Any, bool], b: Mapping[Any, bool], *, margin: float = 0.0
         margin=margin,
         not_worse=not_worse,
         sentence=_conclusion(difference, interval, p_value, count, margin),
+        episodes_needed=paired_episodes_needed(discordant, difference_asked),
+        difference_asked=difference_asked,
     )
 
 

@@ -47,13 +47,25 @@ class Metrics:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
+def action_errors(
+    logits: torch.Tensor, labels: torch.Tensor, tokenizer: ActionTokenizer
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each action token of a batch: its dimension (0 … 6), whether the arg-max is right, |difference| of the bin centres; all (N,).
+
+    logits (labels that count, rows) as VLA.forward gives them; labels (B, T).
+    """
+    is_action = labels[:, 1:] >= tokenizer.first_id
+    dimension = (is_action.cumsum(dim=1) - 1)[is_action]
+    counted = labels[:, 1:][labels[:, 1:] != IGNORE]
+    actions = counted >= tokenizer.first_id
+    predicted, true = logits.argmax(dim=-1)[actions].cpu().numpy(), counted[actions].cpu().numpy()
+    return dimension.cpu().numpy(), predicted == true, np.abs(tokenizer.decode(predicted) - tokenizer.decode(true))
+
+
 def action_metrics(logits: torch.Tensor, labels: torch.Tensor, tokenizer: ActionTokenizer) -> tuple[float, float]:
-    """Accuracy and L1 over the action tokens. logits (labels that count, rows) as VLA.forward gives them; labels (B, T)."""
-    targets = labels[:, 1:][labels[:, 1:] != IGNORE]
-    actions = targets >= tokenizer.first_id
-    predicted, true = logits.argmax(dim=-1)[actions], targets[actions]
-    difference = tokenizer.decode(predicted.cpu().numpy()) - tokenizer.decode(true.cpu().numpy())
-    return (predicted == true).float().mean().item(), float(np.abs(difference).mean())
+    """Accuracy and L1 over the action tokens; arguments as above."""
+    _, correct, distance = action_errors(logits, labels, tokenizer)
+    return float(correct.mean()), float(distance.mean())
 
 
 def attention_kernel(device: str, autocast: bool) -> contextlib.AbstractContextManager[None]:

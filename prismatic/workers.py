@@ -12,6 +12,7 @@ import signal
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -22,6 +23,7 @@ from prismatic.player import Outcome, Setup, Trial, serve
 
 ATTEMPTS = 3  # the first and two repeats
 SILENCE_LIMIT = 180.0  # s without a word from a process at play before it counts as hung; a step takes 0.1 s
+NEAR_TIE = 1e-4  # difference of two logits that rounding can turn: a matrix product's last digits go by the batch size
 START_LIMIT = 600.0  # s for starting and building a simulator (~10 s), which many processes do at once
 ONE_THREAD = {
     "LP_NUM_THREADS": "0",
@@ -52,11 +54,14 @@ class _Worker:
         self.scene: tuple[str, int, int] | None = None
         self.built = False
         self.observation: tuple[np.ndarray, str, np.ndarray | None] | None = None
+        self.near_ties: list[int] = []  # steps of the trial at which the choice was that close
+        self.answers = 0  # given in the trial
         self.started = self.heard = time.monotonic()
 
     def give(self, trial: Trial) -> None:
         self.built = self.built and self.scene == trial.scene
         self.trial, self.scene, self.observation = trial, trial.scene, None
+        self.near_ties, self.answers = [], 0
         self.started = self.heard = time.monotonic()
         self.tell(trial)
 
@@ -152,7 +157,7 @@ class _Pool:
             self.any_built = worker.built = True
         elif kind == "outcome":
             worker.trial = None
-            return content
+            return replace(content, facts=content.facts | {"near_ties": worker.near_ties})
         elif kind == "crashed":
             return self._give_up(worker, content)
         elif kind == "refused":
@@ -177,15 +182,20 @@ class _Pool:
         waiting = [worker for worker in self.workers if worker.observation is not None]
         if not waiting:
             return
-        for worker, action in zip(waiting, self._act(waiting), strict=True):
+        actions, margins = self._act(waiting)
+        for worker, action, margin in zip(waiting, actions, margins, strict=True):
+            if margin < NEAR_TIE:
+                worker.near_ties.append(worker.answers)
+            worker.answers += 1
             worker.observation = None
             worker.heard = time.monotonic()
             worker.tell(action)
 
-    def _act(self, waiting: Sequence[_Worker]) -> np.ndarray:
-        """(B, 7) actions for the observations of B processes."""
+    def _act(self, waiting: Sequence[_Worker]) -> tuple[np.ndarray, np.ndarray]:
+        """(B, 7) actions for the observations of B processes, and (B,) by how much they were chosen (inf from a policy that can't say)."""
         if self.one_by_one and len(waiting) > 1:
-            return np.concatenate([self._act([worker]) for worker in waiting])
+            actions, margins = zip(*(self._act([worker]) for worker in waiting), strict=True)
+            return np.concatenate(actions), np.concatenate(margins)
         observations = [worker.observation for worker in waiting if worker.observation is not None]
         frames, instructions, wrists = (list(column) for column in zip(*observations, strict=True))
         names = {}
@@ -193,7 +203,8 @@ class _Pool:
             names["episodes"] = [(worker.trial, self.attempts[worker.trial]) for worker in waiting if worker.trial]
         wrists = wrists if self.setup.num_images > 1 else None
         actions = self.policy.batch(frames, instructions, wrists=wrists, **names)
-        return np.asarray(actions, dtype=np.float32).reshape(len(observations), 7)
+        margins = getattr(self.policy, "last_margins", np.full(len(observations), np.inf))
+        return np.asarray(actions, dtype=np.float32).reshape(len(observations), 7), margins
 
 
 def _exit_reason(code: int | None) -> str:

@@ -78,7 +78,11 @@ def cfg(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Finetun
     """A run of four steps of four samples; every step is logged."""
     monkeypatch.setattr(finetune, "find_data", lambda cfg: place)
     monkeypatch.setattr(
-        finetune, "open_mixture", lambda *anything, seed, **more: Mixture([FrameCache(place / "cache")], seed=seed)
+        finetune,
+        "open_mixture",
+        lambda *anything, seed, val_share, **more: Mixture(
+            [FrameCache(place / "cache")], seed=seed, val_share=val_share
+        ),
     )
     monkeypatch.setattr(finetune, "LOG_STEPS", 1)
     return FinetuneConfig(
@@ -99,9 +103,13 @@ def run_folder(cfg: FinetuneConfig) -> Path:
 
 
 def rows(run: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without what a clock says."""
+    """metrics.jsonl without what differs between two equal runs, speed and memory; lists are spread over fields of their own."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "samples_per_second"} for line in lines]
+    for line in lines:
+        del line["samples_per_second"], line["ram_gib"]
+        for name in [name for name, value in line.items() if isinstance(value, list)]:
+            line |= {f"{name}_{place}": value for place, value in enumerate(line.pop(name))}
+    return lines
 
 
 def start(

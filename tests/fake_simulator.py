@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from prismatic.stages import Goal, Signals, Target
 
 STATES, TASKS, LIMIT, SIDE = 8, 3, 12, 32
 GOAL = 200.0
+CLOSE_CALLS = 37  # a frame's level that is a multiple of it is a close call for CloseCallPolicy
 
 
 def choose_renderer() -> str:
@@ -57,7 +59,7 @@ class Simulator:
         quality: str = "standard",
     ) -> None:
         self.suite, self.task_id, self.cameras = suite, task_id, cameras
-        self.instruction, self.env_seed = instruction(suite, task_id), env_seed
+        self.instruction, self.env_seed, self.quality = instruction(suite, task_id), env_seed, quality
         log = os.environ.get("FAKE_LOG")
         if log:
             with open(log, "a") as stream:
@@ -65,7 +67,8 @@ class Simulator:
                 stream.write(f"{os.getpid()} built {task_id} {' '.join(threads)}\n")
         _trouble(task_id, None)
 
-    def reset(self, init_state: int, *, settle: int = 10) -> None:
+    def reset(self, init_state: Any, *, seed: int | None = None, settle: int = 10) -> None:
+        init_state = seed if init_state is None else int(np.ravel(init_state)[0])
         self.init_state, self.steps = init_state, 0
         self.place = 10.0 * init_state + 7.0 * self.task_id + self.env_seed
 
@@ -84,6 +87,14 @@ class Simulator:
 
     def wrist(self) -> np.ndarray:
         return self.frame() // 2
+
+    def places(self) -> dict[str, np.ndarray]:
+        """The point starts where the state and the seed say, the goal stands still."""
+        upright = [1, 0, 0, 0]
+        return {"point": np.array([self.place / 1000, 0, 0, *upright]), "goal": np.array([0, 0, 0, *upright])}
+
+    def proprio(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.array([self.place / 1000, *[0.0] * 7], np.float32), np.zeros(7, np.float32)
 
     def close(self) -> None:
         pass
@@ -141,6 +152,20 @@ def _trouble(task_id: int, init_state: int | None) -> None:
         time.sleep(600)
     if kind == "raise":
         raise ValueError("the physics exploded")
+
+
+class CloseCallPolicy:
+    """Two actions that are equally good at some frames: there, as with rounding, the batch size decides, and it says so."""
+
+    num_images = 1
+
+    def batch(self, frames: list[np.ndarray], instructions: list[str], wrists: Any = None) -> np.ndarray:
+        places = np.array([float(frame[0, 0, 0]) for frame in frames])
+        close = places % CLOSE_CALLS == 0
+        self.last_margins = np.where(close, 1e-6, 1.0)
+        actions = np.zeros((len(frames), 7), np.float32)
+        actions[:, 0] = np.where(close & (len(frames) > 1), 0.65, 0.55)
+        return actions
 
 
 class BrightnessPolicy:

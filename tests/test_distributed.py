@@ -73,6 +73,7 @@ def test_a_sharded_model_learns_what_a_whole_one_learns(
     cfg: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = dataclasses.replace(cfg, use_lora=False, learning_rate=1e-4, max_grad_norm=0.5, max_steps=3)
+    cfg = dataclasses.replace(cfg, val_share=0.75, val_steps=2)  # 7 frames to validate: at last only one rank has some
     keep_gradients(monkeypatch, tmp_path / "one")
     alone = dataclasses.replace(cfg, run_id_note="alone")
     finetune.main(alone)
@@ -93,6 +94,7 @@ def test_a_sharded_model_learns_what_a_whole_one_learns(
         assert (tensor - two[name]).abs().max() < 2 * 3 * cfg.learning_rate * 0.2, name
     for mine, theirs in zip(rows(run_folder(alone)), rows(run_folder(cut)), strict=True):
         assert theirs == pytest.approx(mine, rel=CLOSE_LOSS)
+    assert rows(run_folder(cut))[1]["val_frames"] == 7
     finetune.main(dataclasses.replace(cut, max_steps=4))
     assert rows(run_folder(cut))[-1]["step"] == 4
 

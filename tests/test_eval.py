@@ -16,6 +16,8 @@ from config import EvalConfig
 from prismatic.errors import ConfigError
 from prismatic.evaluation import read_rows
 from tests import fake_simulator
+from tests.drawn_cache import write_cache
+from tests.drawn_episodes import drawn_episode
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -47,7 +49,7 @@ def test_flags_as_people_type_them() -> None:
     assert parse("--center_crop", "False").center_crop is False
     assert parse().center_crop is None
     assert parse("--num_workers", "12").num_workers == 12
-    assert len(dataclasses.fields(EvalConfig)) <= 25
+    assert len(EvalConfig.__annotations__) <= 25  # its own
 
 
 def test_run_names(tmp_path: Path) -> None:
@@ -94,6 +96,10 @@ def test_identity_follows_the_weights_and_not_the_workers(tmp_path: Path, fake: 
         ({"env_seed": -1}, "--env_seed must not be negative"),
         ({"num_workers": 0}, "num_workers is 0"),
         ({"num_steps_wait": -1}, "num_steps_wait is -1"),
+        ({"instruction": "swap"}, "only a checkpoint reads, --policy zero doesn't"),
+        ({"open_loop": True}, "--open_loop asks a checkpoint"),
+        ({"policy": "replay", "env_seed": 1}, "replay begins where each episode was recorded"),
+        ({"policy": "replay", "data_root_dir": Path("no")}, "data_root_dir no doesn't exist"),
         ({"task_suite_name": "libero_spatal"}, "unknown suite 'libero_spatal'"),
         ({"task_ids": (7,)}, "no task 7"),
         ({"num_trials_per_task": 99}, "8 stored initial states"),
@@ -131,6 +137,63 @@ def test_a_run_and_what_it_prints(tmp_path: Path, fake: None, capsys: pytest.Cap
     assert "2 of 3 episodes are already in" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="holds a run with num_steps_wait 10, this one has 5"):
         script.main(config(tmp_path, num_steps_wait=5))
+
+
+def test_controls_stand_beside_the_score(
+    tmp_path: Path, fake: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = str(REPOSITORY / "checkpoints" / "openvla-tiny")
+    script.main(config(tmp_path, save_videos=False))
+    script.main(config(tmp_path, policy="random", save_videos=False))
+    acting = config(tmp_path, policy="checkpoint", pretrained_checkpoint=tiny, save_videos=False)
+    cache = write_cache(tmp_path / "cache", [drawn_episode(number) for number in range(3)])
+    monkeypatch.setattr(script, "open_data", lambda cfg: cache)
+    script.main(dataclasses.replace(acting, open_loop=True, open_loop_frames=5))
+    printed = capsys.readouterr().out
+    assert "control open loop, 5 train frames: action accuracy" in printed
+    assert json.loads((tmp_path / "EVAL-fake-openvla-tiny" / "summary.json").read_text())["episodes"] == 0
+    script.main(dataclasses.replace(acting, instruction="swap"))
+    told = read_rows(tmp_path / "EVAL-fake-openvla-tiny--instruction-swap")
+    assert [row["instruction_given"][-2] for row in told] == ["1", "2", "0"]
+    assert [row["instruction"][-2] for row in told] == ["0", "1", "2"]
+    script.main(acting)
+    summary = json.loads((tmp_path / "EVAL-fake-openvla-tiny" / "summary.json").read_text())
+    assert summary["episodes"] == 3
+    assert set(summary["controls"]) == {"open_loop", "zero", "random", "instruction swap"}
+    assert summary["controls"]["open_loop"]["splits"]["train"]["frames"] == 5
+    printed = capsys.readouterr().out
+    assert "control zero: 0 of 3 episodes on these tasks" in printed
+    assert "control instruction swap: " in printed
+
+
+def test_ranks_of_one_machine_share_it_and_its_episodes(
+    tmp_path: Path, fake: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(script.machine, "simulators_that_fit", lambda shares: asked.append(shares) or 1)
+    monkeypatch.setattr(script, "RANKS", 2)
+    monkeypatch.setattr(script, "LOCAL_RANKS", 2)
+    cfg = config(tmp_path, num_workers="auto", save_videos=False)
+    for rank in (1, 0):
+        monkeypatch.setattr(script, "RANK", rank)
+        script.main(cfg)
+    assert asked == [2, 2]
+    assert len(read_rows(tmp_path / "EVAL-fake-zero")) == 3
+    assert capsys.readouterr().out.count("% success") == 1  # the last one prints the whole result
+    assert json.loads((tmp_path / "EVAL-fake-zero" / "summary.json").read_text())["episodes"] == 3
+
+
+def test_compare_asks_for_margin_and_difference(tmp_path: Path, fake: None, capsys: pytest.CaptureFixture[str]) -> None:
+    for note in ("a", "b"):
+        script.main(config(tmp_path, run_id_note=note, save_videos=False))
+    capsys.readouterr()
+    runs = (tmp_path / "EVAL-fake-zero--a", tmp_path / "EVAL-fake-zero--b")
+    script.main(EvalConfig(compare=runs, margin=0.9, difference=0.5))
+    printed = capsys.readouterr().out
+    assert "A is not worse than B by 90 points or more; no difference is shown" in printed
+    assert "to show a difference of 50 points takes 14 shared episodes" in printed
+    script.main(EvalConfig(mean_of=runs[:1]))
+    assert "mean over 1 suites: 0.0 %" in capsys.readouterr().out
 
 
 def test_a_mistyped_flag_or_value_exits_2(tmp_path: Path) -> None:

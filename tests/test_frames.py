@@ -120,6 +120,18 @@ def test_train_split_rounds_half_to_even(episodes, train):
     assert num_train_episodes(episodes) == train
 
 
+def test_another_share_can_be_held_out(cache, pair):
+    validation = cache.validation_indices(0.4)
+    assert set(cache.episode[validation]) == {7, 8, 9, 10} and not set(validation) & set(cache.train_indices(0.4))
+    assert len(cache.validation_indices(0)) == 0 and len(cache.train_indices(0.999)) == LENGTHS[0]
+    mixture = Mixture(pair, seed=0, val_share=0.5)
+    learnt = {mixture.locate(draw) for draw in range(2 * len(mixture))}
+    assert mixture.held_out(10**6) == [] and len(learnt) == len(mixture)  # the only episode with words is learnt
+    mixture = Mixture([cache], seed=0, val_share=0.4)
+    assert mixture.held_out(10**6) == [(0, frame) for frame in validation]
+    assert mixture.held_out(2) == [(0, validation[0]), (0, validation[-1])]
+
+
 def test_statistics_count_every_episode(cache):
     statistics = cache.statistics
     assert (statistics["num_transitions"], statistics["num_trajectories"]) == (sum(LENGTHS), len(LENGTHS))

@@ -1,5 +1,7 @@
 """machine.py: a container's limits count, not the host's size."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,26 @@ def test_a_container_without_limits(container: Path) -> None:
     assert machine.available_memory() == 400_000_000 * 1024
 
 
+def test_processes_share_a_machine(container: Path) -> None:
+    assert [machine.simulators_that_fit(shares) for shares in (1, 4, 100)] == [64, 16, 1]
+    (container / "meminfo").write_text("MemAvailable: 24000000 kB\n")  # twelve simulators of 2 GB
+    assert [machine.simulators_that_fit(shares) for shares in (1, 4)] == [12, 3]
+
+
 def test_at_least_one_simulator(container: Path) -> None:
     (container / "meminfo").write_text("MemAvailable: 1000 kB\n")
     assert machine.simulators_that_fit() == 1
+
+
+def test_memory_of_this_process_and_its_children() -> None:
+    before, alone = machine.resident_with_children(), machine.resident()
+    assert 0 < alone <= before
+    child = subprocess.Popen(
+        [sys.executable, "-c", "x = bytearray(50_000_000); print(flush=True); input()"], stdin=-1, stdout=-1
+    )
+    assert child.stdout is not None
+    child.stdout.readline()
+    with_child = machine.resident_with_children()
+    child.communicate(b"\n")
+    assert with_child - before > 45_000_000
+    assert machine.resident(pid=child.pid) == 0

@@ -4,12 +4,14 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from prismatic.statistics import (
     clustered_bootstrap,
     compare,
     episodes_needed,
     mcnemar_exact,
+    needed,
     paired_episodes_needed,
     paired_interval,
     wilson_interval,
@@ -107,6 +109,26 @@ def test_clustered_bootstrap_averages_suites_and_repeats_itself() -> None:
     assert (first[1], first[2]) == (0.5, 1.0)
     with pytest.raises(ValueError, match="no mean"):
         clustered_bootstrap({"empty": {0: []}})
+
+
+def test_clustered_bootstrap_equals_scipys_over_tasks_of_one_size() -> None:
+    rates = [0.1, 0.4, 0.5, 0.5, 0.7, 0.8, 0.9, 0.9, 1.0, 1.0]
+    outcomes = {"s": {task: [number < 10 * rate for number in range(10)] for task, rate in enumerate(rates)}}
+    mean, low, high = clustered_bootstrap(outcomes, samples=20_000)
+    scipys = stats.bootstrap((rates,), np.mean, n_resamples=20_000, method="percentile", rng=1).confidence_interval
+    assert mean == pytest.approx(np.mean(rates))
+    assert (low, high) == pytest.approx((scipys.low, scipys.high), abs=0.011)  # steps of 0.01
+
+
+def test_how_many_episodes_a_difference_needs() -> None:
+    needs = needed(0.5, 0.1)
+    assert needs is not None and needs["separate_runs"] == 388  # R: power.prop.test(p1 = .5, p2 = .4, power = .8)
+    assert needs["sentence"].startswith("a difference of 10 points from 50.0 % shows in 388 episodes for each")
+    assert (needed(0.02, 0.1) or {})["separate_runs"] == episodes_needed(0.02, 0.1)  # towards one half
+    assert needed(None, 0.1) is needed(0.5, None) is needed(0.5, 0.0) is needed(0.4, 0.7) is None
+    close = compare(*_runs(60, 15, 10, 15), difference_asked=0.1)
+    assert close.episodes_needed == paired_episodes_needed(0.25, 0.1) == 194
+    assert compare(*_runs(99, 1, 0, 0), difference_asked=0.1).episodes_needed == paired_episodes_needed(0.1, 0.1)
 
 
 def _runs(both: int, only_a: int, only_b: int, neither: int) -> tuple[dict[int, bool], dict[int, bool]]:

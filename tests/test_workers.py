@@ -1,15 +1,18 @@
 """workers.py and player.py: real processes, a fake simulator."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from prismatic import workers
 from prismatic.errors import ConfigError
 from prismatic.player import Outcome, Setup, Trial
-from tests.fake_simulator import STATES, BrightnessPolicy
+from tests.conftest import REPOSITORY
+from tests.fake_simulator import CLOSE_CALLS, STATES, BrightnessPolicy, CloseCallPolicy
 
 FAKE = Setup(simulator="tests.fake_simulator")
 CRASH_TIME = 60.0  # s of silence before a simulator counts as hung: far longer than any test takes
@@ -46,8 +49,21 @@ def trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+class Patient(BrightnessPolicy):
+    """Gives its first answer only when several simulators have been built, so that they play side by side."""
+
+    def __init__(self, log: Path, simulators: int) -> None:
+        super().__init__()
+        self.log, self.simulators = log, simulators
+
+    def batch(self, *observations: Any, **named: Any) -> np.ndarray:
+        while not self.batch_sizes and len(self.log.read_text().splitlines()) < self.simulators:
+            time.sleep(0.02)
+        return super().batch(*observations, **named)
+
+
 def test_parallel_equals_sequential_and_batches(trouble: Path) -> None:
-    alone, together = BrightnessPolicy(), BrightnessPolicy()
+    alone, together = BrightnessPolicy(), Patient(trouble / "log", simulators=2 + 3)
     sequential = play(trials(states=STATES), policy=alone)
     assert [outcome.trial for outcome in sequential] == trials(states=STATES)
     builds = (trouble / "log").read_text().splitlines()
@@ -59,6 +75,81 @@ def test_parallel_equals_sequential_and_batches(trouble: Path) -> None:
     assert set(alone.batch_sizes) == {1}
     assert max(together.batch_sizes) > 1
     assert sum(alone.batch_sizes) == sum(together.batch_sizes)
+
+
+def facts(outcomes: list[Outcome], name: str) -> dict[str, Any]:
+    return {outcome.trial.id: outcome.facts[name] for outcome in outcomes}
+
+
+class PatientCloseCalls(Patient):
+    """CloseCallPolicy, but patient and slow, so that others wait together: what goes by the batch's size needs batches."""
+
+    def batch(self, *observations: Any, **named: Any) -> np.ndarray:
+        time.sleep(0.01)
+        super().batch(*observations, **named)
+        return CloseCallPolicy.batch(self, *observations, **named)  # type: ignore[arg-type]
+
+
+def test_steps_that_rounding_could_turn_are_listed_and_one_by_one_makes_them_equal(trouble: Path) -> None:
+    played = trials(states=STATES)
+    sequential = play(played, policy=CloseCallPolicy())
+    listed = facts(sequential, "near_ties")
+    assert any(listed.values()) and not all(listed.values())
+    for outcome in sequential:
+        assert outcome.actions is not None
+        place = 10.0 * outcome.trial.init_state + 7.0 * outcome.trial.task_id
+        places = place + np.concatenate([[0.0], np.cumsum(20.0 * outcome.actions[:-1, 0].astype(np.float64))])
+        close = [step for step, place in enumerate(places) if int(np.clip(place, 0, 255)) % CLOSE_CALLS == 0]
+        assert listed[outcome.trial.id] == close
+    together = play(played, policy=PatientCloseCalls(trouble / "log", simulators=2 + 3), num_workers=3)
+    apart = 0
+    for outcome in together:  # two runs may part at a listed step, and nowhere else
+        other = next(other for other in sequential if other.trial == outcome.trial)
+        assert outcome.actions is not None and other.actions is not None
+        steps = min(outcome.steps, other.steps)
+        parted = np.flatnonzero((outcome.actions[:steps] != other.actions[:steps]).any(axis=1))
+        apart += len(parted) > 0
+        assert not len(parted) or parted[0] in listed[outcome.trial.id]
+    assert apart
+    log = trouble / "log"
+    builds = len(log.read_text().splitlines())
+    one_by_one = play(played, policy=PatientCloseCalls(log, simulators=builds + 3), num_workers=3, one_by_one=True)
+    assert behaviour(one_by_one) == behaviour(sequential)
+    assert facts(one_by_one, "near_ties") == listed
+
+
+def test_a_real_policy_gives_the_same_actions_side_by_side_as_alone(trouble: Path) -> None:
+    from prismatic.checkpoint import load_policy
+
+    policy = load_policy(str(REPOSITORY / "checkpoints" / "openvla-tiny"), device="cpu")
+    setup = Setup(simulator="tests.fake_simulator", num_images=2)
+    played = trials(states=2)
+    alone, together = (play(played, setup=setup, policy=policy, num_workers=number) for number in (1, 3))
+    assert facts(together, "near_ties") == facts(alone, "near_ties") == {trial.id: [] for trial in played}
+    assert behaviour(together) == behaviour(alone)
+
+
+def test_what_the_policy_is_told_and_what_the_seed_moved_stand_in_the_outcome() -> None:
+    told: set[str] = set()
+
+    class Reader(BrightnessPolicy):
+        def batch(self, frames: Any, instructions: list[str], wrists: Any = None) -> np.ndarray:
+            told.update(instructions)
+            return super().batch(frames, instructions, wrists)
+
+    setup = Setup(simulator="tests.fake_simulator", instruction="swap")
+    seeded = [Trial(suite="fake", task_id=2, init_state=1, env_seed=4)]
+    (outcome,) = play(seeded, setup=setup, policy=Reader())
+    assert told == {"push the point to the goal, 0."}
+    assert outcome.facts["instruction_given"] == "push the point to the goal, 0."
+    assert outcome.facts["moved_by_env_seed_mm"] == {"point": 4.0}
+    (plain,) = play(trials(1, 1))
+    assert set(plain.facts) == {"near_ties"}
+
+
+def test_a_limit_below_the_suites() -> None:
+    setup = Setup(policy="zero", simulator="tests.fake_simulator", max_steps=5)
+    assert [outcome.steps for outcome in play(trials(1, 2), setup=setup, policy=None)] == [5, 5]
 
 
 def test_one_by_one_never_batches() -> None:

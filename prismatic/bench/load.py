@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from prismatic.checkpoint import CONFIG, load_vla
+from prismatic.machine import resident
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.models.weights import INDEX_FILE, stored_tensors
 
-STATUS = Path("/proc/self/status")
 SAMPLE_SECONDS = 0.02
 SHARD_BYTES = 2 * 10**9  # made one after another, so that making the folder needs little memory
 
@@ -42,12 +42,6 @@ def random_folder(folder: Path, config: VLAConfig, *, seed: int = 0) -> Path:
     (folder / CONFIG).write_text(json.dumps(config.to_json()))
     (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": names}))
     return folder
-
-
-def resident(kind: str) -> int:
-    """Bytes of this process: kind RssAnon or RssFile."""
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(kind + ":"))
-    return int(line.split()[1]) * 1024
 
 
 class Peak:

@@ -17,12 +17,16 @@ from prismatic.processor import Batch, Example, Processor
 AUGMENTATION_STREAM = 1  # keeps the augmentation's random numbers apart from the shuffling's, which share the seed
 
 
-def example(step: Step, processor: Processor, augmentation: Augmentation | None = None) -> Example:
-    """One recorded step as the model sees it."""
+def example(
+    step: Step, processor: Processor, augmentation: Augmentation | None = None, *, as_acting: bool = False
+) -> Example:
+    """One recorded step as the model sees it; as_acting: as it would see it when it acts."""
     pictures = [decode_jpeg(step.image)]
     if processor.config.num_images_in_input == 2 and step.wrist is not None:
         pictures.append(decode_jpeg(step.wrist))
-    return processor.example(pictures, step.instruction, step.action, dataset=step.dataset, augmentation=augmentation)
+    return processor.example(
+        pictures, step.instruction, step.action, dataset=step.dataset, augmentation=augmentation, as_acting=as_acting
+    )
 
 
 class Examples(Dataset[Example]):

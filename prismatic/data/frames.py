@@ -22,7 +22,9 @@ from prismatic.normalize import action_statistics, gripper_open_is_one
 
 CACHE_FORMAT = 1  # a cache of another format is not read; rlds.build_cache makes a new one
 SHUFFLING_STREAM = 0  # keeps these random numbers apart from others that are drawn from a run's seed
-TRAIN_PERCENT = 95  # of the episodes, the first ones on disk; the rest is for validation
+VAL_SHARE = (
+    0.05  # of the episodes, the last ones on disk, where tfds puts them in an order of its own by a hash of their names
+)
 
 
 class Step(NamedTuple):
@@ -35,9 +37,9 @@ class Step(NamedTuple):
     action: np.ndarray  # (7,) float32, the data set's units, gripper 1 open … 0 close
 
 
-def num_train_episodes(num_episodes: int) -> int:
-    """How many of the episodes, from the first, are for training where a data set has no validation split."""
-    return round(TRAIN_PERCENT * num_episodes / 100)
+def num_train_episodes(num_episodes: int, val_share: float = VAL_SHARE) -> int:
+    """How many of the episodes, from the first, are for training where a data set has no validation split; at least one."""
+    return max(1, round((100 - 100 * val_share) * num_episodes / 100))
 
 
 class FrameCache:
@@ -117,16 +119,19 @@ class FrameCache:
         """This data set's entry in dataset_statistics.json, over all episodes."""
         return action_statistics(self.actions, None, len(self.file_paths))
 
-    def train_indices(self) -> np.ndarray:
-        """Frames (int64) of the training episodes, without those that have no instruction at any step."""
-        return np.flatnonzero(self._has_words() & (self.episode < self._first_validation_episode()))
+    def train_indices(self, val_share: float = VAL_SHARE) -> np.ndarray:
+        """Frames (int64) of the training episodes, without those that have no instruction at any step.
 
-    def validation_indices(self) -> np.ndarray:
+        val_share, in [0, 1): the part of the episodes that is held out where the data set has no split named val.
+        """
+        return np.flatnonzero(self._has_words() & (self.episode < self._first_validation_episode(val_share)))
+
+    def validation_indices(self, val_share: float = VAL_SHARE) -> np.ndarray:
         """Frames (int64) of the other episodes, with the same omission; may be empty."""
-        return np.flatnonzero(self._has_words() & (self.episode >= self._first_validation_episode()))
+        return np.flatnonzero(self._has_words() & (self.episode >= self._first_validation_episode(val_share)))
 
-    def _first_validation_episode(self) -> int:
-        return num_train_episodes(len(self.file_paths)) if self._num_train is None else self._num_train
+    def _first_validation_episode(self, val_share: float) -> int:
+        return num_train_episodes(len(self.file_paths), val_share) if self._num_train is None else self._num_train
 
     def _has_words(self) -> np.ndarray:
         said = np.array([text != "" for text in self._distinct_instructions])[self._instruction]
@@ -147,7 +152,14 @@ class Mixture:
     share a key).
     """
 
-    def __init__(self, caches: Sequence[FrameCache], *, seed: int, weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        caches: Sequence[FrameCache],
+        *,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        val_share: float = VAL_SHARE,
+    ) -> None:
         weights = [1.0] * len(caches) if weights is None else weights
         names = [cache.name for cache in caches]
         if len(weights) != len(caches) or not all(0 < weight < float("inf") for weight in weights):
@@ -156,7 +168,8 @@ class Mixture:
             raise ConfigError(f"a mixture can't hold two data sets of one name, {names}: rename a folder")
         self.caches = list(caches)
         self.seed = seed
-        self._frames = [cache.train_indices() for cache in caches]
+        self.val_share = val_share
+        self._frames = [cache.train_indices(val_share) for cache in caches]
         for cache, frames in zip(caches, self._frames, strict=True):
             if len(frames) == 0:
                 raise ConfigError(f"no training episode of {cache.name} has a language_instruction: leave it out")
@@ -182,6 +195,12 @@ class Mixture:
         dataset, frame = self.locate(draw)
         cache = self.caches[dataset]
         return cache.name, int(cache.episode[frame]), int(cache.timestep[frame])
+
+    def held_out(self, most: int) -> list[tuple[int, int]]:
+        """At most so many validation frames, as (data set, frame), evenly spaced over all of them: always the same ones."""
+        frames = [(n, f) for n, c in enumerate(self.caches) for f in c.validation_indices(self.val_share).tolist()]
+        places = np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int)
+        return [frames[place] for place in places]
 
     def locate(self, draw: int) -> tuple[int, int]:
         """Number of the data set and of the frame in it that come at this draw (≥ 0)."""

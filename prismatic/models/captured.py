@@ -133,7 +133,8 @@ class CapturedDecoder(Decoder):
             self._shapes.clear()
             warnings.warn(f"decoding is not captured, each pass is started by itself: {error}", stacklevel=2)
             answer = super().__call__(*inputs)
-        return replace(answer, ids=answer.ids[:rows].clone())  # a graph's own tensor is filled anew by the next call
+        # a graph's own tensors are filled anew by the next call
+        return replace(answer, ids=answer.ids[:rows].clone(), lead=answer.lead[:rows].clone())
 
     def _passes(
         self, input_ids: torch.Tensor, lengths: torch.Tensor, pixel_values: torch.Tensor, action_dim: int

@@ -28,9 +28,12 @@ DOUBT = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 
 @dataclass(frozen=True)
 class Answer:
-    """ids (B, action_dim) int64; passes through the language model, the prompt's included; doubtful: rows that were decoded plainly after all."""
+    """ids (B, action_dim) int64; lead (B, action_dim) float32: by how much each id's logit beats the second best; passes through the language
+    model, the prompt's included; doubtful: rows that were decoded plainly after all.
+    """
 
     ids: torch.Tensor
+    lead: torch.Tensor
     passes: int
     doubtful: int = 0
 
@@ -81,11 +84,13 @@ class Decoding:
         prompt, end = self._prompt()
         positions = self.columns[: self.prompt_columns].expand(len(prompt), -1)
         hidden = self._read(prompt, positions, 0, end, wanted=(end - 1)[:, None])
-        ids = [self.first_id + self._logits(hidden[:, 0]).argmax(dim=-1)]
+        words = [self._best(hidden)]
         for step in range(self.action_dim - 1):
-            hidden = self._read(self._embed(ids[-1][:, None]), (end + step)[:, None], self.prompt_columns + step, end)
-            ids.append(self.first_id + self._logits(hidden[:, 0]).argmax(dim=-1))
-        return torch.stack(ids, dim=1)
+            hidden = self._read(self._embed(words[-1][0]), (end + step)[:, None], self.prompt_columns + step, end)
+            words.append(self._best(hidden))
+        ids, leads = zip(*words, strict=True)
+        self.lead.copy_(torch.cat(leads, dim=1))
+        return torch.cat(ids, dim=1)
 
     def first(self) -> torch.Tensor:
         """The pass over the prompt with the draft behind it. Returns how many leading words of it every row confirms, at most action_dim - 1."""
@@ -145,16 +150,18 @@ class Decoding:
         )
         return self.vla.language_model(embeddings, positions, slots)
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return action_logits(self.vla.language_model.lm_head, hidden, self.first_id, self.last_id)
+    def _best(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states (B, N, H) → the likeliest ids (B, N), and by how many logits each beats the second best."""
+        logits = action_logits(self.vla.language_model.lm_head, hidden, self.first_id, self.last_id)
+        values = logits.topk(2, dim=-1).values
+        return self.first_id + logits.argmax(dim=-1), values[..., 0] - values[..., 1]
 
     def _update(self, hidden: torch.Tensor, start: int) -> torch.Tensor:
         """Answers from word `start` on, of hidden states (B, action_dim - start, H)."""
-        best = self._logits(hidden).topk(2, dim=-1)
-        ids = self.first_id + best.indices[..., 0]
+        ids, lead = self._best(hidden)
         same = (self.answer[:, start:-1] == ids[:, : self.action_dim - 1 - start]).cumprod(dim=1).sum(dim=1).amin()
         self.answer[:, start:] = ids
-        self.lead[:, start:] = best.values[..., 0] - best.values[..., 1]
+        self.lead[:, start:] = lead
         return start + same
 
 
@@ -177,15 +184,16 @@ def verified(passes: Passes, draft: torch.Tensor, doubt: float) -> Answer:
     settled, count = int(passes.first()), 1
     while settled < last and count <= last:
         settled, count = int(passes.again(settled)), count + 1
-    ids = passes.answer.clone()
-    doubtful = (passes.lead.amin(dim=1) >= doubt).logical_not()  # NaN is doubtful too
+    ids, lead = passes.answer.clone(), passes.lead.clone()
+    doubtful = (lead.amin(dim=1) >= doubt).logical_not()  # NaN is doubtful too
     if settled < last:  # cannot be, unless the same pass gives two answers
         doubtful |= True
     redone = int(doubtful.sum())
     if redone:
         ids = torch.where(doubtful[:, None], passes.plain(), ids)
+        lead = torch.where(doubtful[:, None], passes.lead, lead)
         count += passes.action_dim
-    return Answer(ids, count, redone)
+    return Answer(ids, lead, count, redone)
 
 
 class Decoder:
@@ -209,7 +217,7 @@ class Decoder:
             lengths = attention_mask.sum(dim=1)
         passes = self._passes(input_ids, lengths, pixel_values, action_dim)
         if draft is None:
-            return Answer(passes.plain(), action_dim)
+            return Answer(passes.plain(), passes.lead, action_dim)
         return verified(passes, draft.to(input_ids.device), DOUBT[self.vla.language_model.model.norm.weight.dtype])
 
     def _passes(

@@ -189,6 +189,13 @@ class VLA(nn.Module):
         pixel_values: torch.Tensor,
         action_dim: int = 7,
         attention_mask: torch.Tensor | None = None,
+        margins: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Greedy over the action ids: (B, T) right-padded prompts → (B, action_dim) int64. See decode.py."""
-        return decode.Decoder(self)(input_ids, pixel_values, action_dim, attention_mask).ids
+        """Greedy over the action ids: (B, T) right-padded prompts → (B, action_dim) int64. See decode.py.
+
+        margins: a list that gets, for each id, by how much its logit beats the second best: (B,) float32.
+        """
+        answer = decode.Decoder(self)(input_ids, pixel_values, action_dim, attention_mask)
+        if margins is not None:
+            margins.extend(answer.lead.unbind(dim=1))
+        return answer.ids

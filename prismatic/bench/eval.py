@@ -1,0 +1,113 @@
+"""How fast is an evaluation? In: a checkpoint and a task. Out: a row each for one simulator alone and for several side by side.
+
+Every process has one core (LP_NUM_THREADS=0, one torch thread); the row "renderer's threads" is one simulator whose software
+renderer uses all cores, as it does unless told otherwise. Starting the processes and building the simulators is not counted:
+the clock runs from the beginning of the first episode to the end of the last. All episodes are cut off at the same step.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from prismatic import machine
+from prismatic.errors import ConfigError
+from prismatic.player import Outcome, Setup, Trial
+from prismatic.workers import play
+
+RENDERER_THREADS = "LP_NUM_THREADS"
+ONE_CORE, THREADED = "one core a process", "renderer's threads"
+
+
+class Timed:
+    """A policy that notes how long it computes, and how many rows it is asked for at once."""
+
+    def __init__(self, policy: Any) -> None:
+        self.policy, self.num_images = policy, getattr(policy, "num_images", 1)
+        self.seconds = 0.0
+        self.batch_sizes: list[int] = []
+
+    def batch(self, frames: Sequence[np.ndarray], instructions: Sequence[str], wrists: Any = None) -> np.ndarray:
+        """As Policy.batch."""
+        start = time.perf_counter()
+        actions = self.policy.batch(frames, instructions, wrists=wrists)
+        self.seconds += time.perf_counter() - start
+        self.batch_sizes.append(len(frames))
+        return actions
+
+
+def run(
+    checkpoint: str, *, suite: str, task_id: int, workers: Sequence[int], episodes: int, steps: int, quality: str
+) -> list[dict[str, Any]]:
+    """One row for a simulator alone, one for it with its renderer's threads, one for each number of workers. ConfigError for numbers below 1."""
+    if min((*workers, episodes, steps)) < 1:
+        raise ConfigError("workers, episodes and steps must be at least 1")
+    import torch
+
+    from prismatic.checkpoint import load_policy
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    policy = load_policy(checkpoint)
+    setup = Setup(num_images=policy.num_images, quality=quality, max_steps=steps)
+    count = max(episodes, *workers)
+    trials = [Trial(suite=suite, task_id=task_id, init_state=state, env_seed=0) for state in range(count)]
+    cases = [(ONE_CORE, 1), (THREADED, 1), *((ONE_CORE, number) for number in workers if number > 1)]
+    return compare([measure(trials, setup, policy, rendering=rendering, workers=number) for rendering, number in cases])
+
+
+def measure(trials: Sequence[Trial], setup: Setup, policy: Any, *, rendering: str, workers: int) -> dict[str, Any]:
+    """Play the trials once. busy: share of the time in which the policy, or a simulator on average, was at work."""
+    timed = Timed(policy)
+    ended: list[tuple[float, Outcome]] = []
+    with _renderer_threads(0 if rendering == ONE_CORE else machine.available_cores()):
+        for outcome in play(trials, setup=setup, policy=timed, num_workers=workers):
+            if outcome.error:
+                raise RuntimeError(f"{outcome.trial.id}: {outcome.error}")
+            ended.append((time.monotonic(), outcome))
+    span = max(end for end, _ in ended) - min(end - outcome.seconds for end, outcome in ended)
+    simulating = sum(outcome.seconds - outcome.waited for _, outcome in ended)
+    return {
+        "rendering": rendering,
+        "workers": workers,
+        "episodes": len(ended),
+        "steps": sum(outcome.steps for _, outcome in ended),
+        "seconds": round(span, 2),
+        "episodes an hour": round(3600 * len(ended) / span, 1),
+        "policy busy": round(timed.seconds / span, 3),
+        "simulator busy": round(simulating / (workers * span), 3),
+        "mean batch": round(float(np.mean(timed.batch_sizes)), 2),
+    }
+
+
+def compare(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with their speed against one simulator alone, and against one with its renderer's threads."""
+
+    def rate(rendering: str) -> float:
+        return next(row["episodes an hour"] for row in rows if (row["rendering"], row["workers"]) == (rendering, 1))
+
+    return [
+        row
+        | {
+            "x one core": round(row["episodes an hour"] / rate(ONE_CORE), 2),
+            "x threads": round(row["episodes an hour"] / rate(THREADED), 2),
+        }
+        for row in rows
+    ]
+
+
+@contextlib.contextmanager
+def _renderer_threads(number: int) -> Iterator[None]:
+    """For simulator processes that start while it lasts; 0: they draw on the thread that asks."""
+    before = os.environ.get(RENDERER_THREADS)
+    os.environ[RENDERER_THREADS] = str(number)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[RENDERER_THREADS]
+        else:
+            os.environ[RENDERER_THREADS] = before

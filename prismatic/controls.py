@@ -1,0 +1,127 @@
+"""Controls: what shows whether a score means what it seems to. In: a task, a simulator, a rollout folder. Out: facts to stand beside the score.
+
+Does the policy read (`instruction_given`)? What did the env seed vary (`moved_by_seed`)? What do others reach on the same
+tasks, who don't look, or know everything (`beside`)?
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prismatic.errors import ConfigError
+from prismatic.statistics import wilson_interval
+
+PROTOCOL_SEED = 0  # LIBERO's env seed in every published number
+MOVED = 0.5  # mm, below which a thing stands where it stood; turns count by what they move at TURN_RADIUS
+TURN_RADIUS = 100.0  # mm from its middle
+VERBS = {
+    "pick up": "grab",
+    "put": "place",
+    "place": "set",
+    "open": "pull open",
+    "close": "shut",
+    "turn on": "switch on",
+    "turn off": "switch off",
+    "push": "move",
+    "stack": "pile",
+}
+FLOORS_AND_CEILINGS = ("zero", "random", "replay", "expert")
+SAME_EPISODES = ("task_suite_name", "env_seed", "num_steps_wait", "step_limit")
+
+Row = dict[str, Any]
+
+
+def instruction_given(world: Any, suite: str, task_id: int, kind: str) -> str:
+    """What a policy is told instead of a task's own sentence. world: a module such as prismatic.simulator.
+
+    keep: the sentence. swap: that of the next task of the suite whose sentence is another. empty: "". paraphrase:
+    LIBERO-PRO's (suite `<suite>_lan`), and where it has none, the sentence with other verbs. ConfigError where a suite has
+    one sentence only.
+    """
+    own = world.instruction(suite, task_id)
+    if kind == "empty":
+        return ""
+    if kind == "swap":
+        count = world.num_tasks(suite)
+        others = [world.instruction(suite, (task_id + step) % count) for step in range(1, count)]
+        other = next((sentence for sentence in others if sentence != own), None)
+        if other is None:
+            raise ConfigError(f"all tasks of {suite} have one sentence: --instruction swap has no other to give")
+        return other
+    if kind == "paraphrase":
+        try:
+            return world.instruction(f"{suite}_lan", task_id)
+        except ConfigError:  # no such suite
+            verbs = re.compile(rf"\b({'|'.join(VERBS)})\b", re.IGNORECASE)
+            return verbs.sub(lambda found: VERBS[found[0].lower()], own)
+    return own
+
+
+def moved_by_seed(sim: Any, *, settle: int) -> dict[str, float]:
+    """What stands elsewhere after a reset with the simulator's env seed than with the protocol's: name → mm.
+
+    Compared at the first stored state, after settling. Objects are where the stored state puts them, so it is fixtures
+    that move, and what fell off them.
+    """
+    seed, places = sim.env_seed, []
+    for sim.env_seed in (PROTOCOL_SEED, seed):
+        sim.reset(0, settle=settle)
+        places.append(sim.places())
+    moved = {name: _distance(places[0][name], places[1][name]) for name in places[0]}
+    return {name: round(distance, 1) for name, distance in moved.items() if distance > MOVED}
+
+
+def _distance(before: np.ndarray, after: np.ndarray) -> float:
+    """mm between two places (7,): the larger of how far its middle moved and a point TURN_RADIUS from it turned."""
+    turn = 2 * np.arccos(np.clip(abs(before[3:] @ after[3:]), 0, 1))
+    return float(max(1000 * np.linalg.norm(before[:3] - after[:3]), TURN_RADIUS * turn))
+
+
+def beside(folder: Path, identity: Row, *, task_ids: set[int]) -> Row:
+    """Controls that lie in the neighbouring rollout folders: name → their result on these tasks.
+
+    zero, random, replay and expert count when they played the same suite, env seed and limits; a changed instruction when
+    the weights are this run's too. Of several, the one with most episodes.
+    """
+    found: dict[str, Row] = {}
+    for path in sorted(folder.resolve().parent.glob("*/summary.json")):
+        if path.parent.name == folder.resolve().name:
+            continue
+        try:
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            other = json.loads((path.parent / "run.json").read_text(encoding="utf-8"))["identity"]
+            name = _control(other, identity)
+            tasks = [task for task in summary["per_task"] if task["task_id"] in task_ids]
+            result = _result(tasks) | {"folder": path.parent.name}
+        except (OSError, ValueError, KeyError, TypeError):  # someone else's file
+            continue
+        if name and result["judged"] > found.get(name, {"judged": 0})["judged"]:
+            found[name] = result
+    return found
+
+
+def _control(other: Row, own: Row) -> str | None:
+    """Which control of a run `own` the run `other` is, by their identities."""
+    if any(other.get(name) != own.get(name) for name in SAME_EPISODES):
+        return None
+    if other["policy"] in FLOORS_AND_CEILINGS:
+        return other["policy"] if other["policy"] != own["policy"] else None
+    reworded = other.get("instruction")
+    if reworded and {**other, "instruction": None} == {**own, "instruction": None}:
+        return f"instruction {reworded}"
+    return None
+
+
+def _result(per_task: list[Row]) -> Row:
+    successes, failures = (sum(task[name] for task in per_task) for name in ("successes", "failures"))
+    judged = successes + failures
+    return {
+        "successes": successes,
+        "judged": judged,
+        "tasks": [task["task_id"] for task in per_task],
+        "success_rate": successes / judged if judged else None,
+        "interval_95": list(wilson_interval(successes, judged)),
+    }

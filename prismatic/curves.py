@@ -1,0 +1,91 @@
+"""A run folder in (metrics.jsonl), its curves.png out: loss, action accuracy, L1 and learning rate over the steps.
+
+python -m prismatic.curves RUN
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prismatic.errors import ConfigError, exit_codes
+from prismatic.run_folder import METRICS
+
+PICTURE = "curves.png"
+PANELS = (
+    ("loss", "loss"),
+    ("action_accuracy", "action accuracy"),
+    ("l1_loss", "L1, normalised units"),
+    ("learning_rate", "learning rate"),
+)
+SMOOTHED_ROWS = 50  # a thick line is the mean of this many rows, or of a tenth of all
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, [] without one; a last line that was cut off by a crash is left out."""
+    path = folder / METRICS
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number + 1 < len(lines):
+                raise ConfigError(f"{path}, line {number + 1} is not valid JSON: delete that line") from None
+    return rows
+
+
+def draw(folder: Path) -> Path | None:
+    """Write curves.png beside metrics.jsonl; None where there are no rows yet."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures and may ask for a screen
+
+    rows = read_metrics(folder)
+    if not rows:
+        return None
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(folder.resolve().name)
+    for axes, (field, title) in zip(figure.subplots(2, 2, sharex=True).flat, PANELS, strict=True):
+        steps, values = _column(rows, field)
+        if field == "learning_rate":
+            axes.plot(steps, values)
+        else:
+            axes.plot(steps, values, color="tab:blue", alpha=0.25)
+            axes.plot(*_smoothed(steps, values), color="tab:blue", label="training")
+            held_out = _column(rows, f"val_{field}")
+            if len(held_out[0]):
+                axes.plot(*held_out, color="tab:orange", marker="o", markersize=3, label="held-out episodes")
+            axes.legend()
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+    unfinished = folder / f".{PICTURE}"
+    figure.savefig(unfinished, format="png", dpi=100)
+    unfinished.replace(folder / PICTURE)
+    return folder / PICTURE
+
+
+def _column(rows: Sequence[dict[str, Any]], field: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the rows that have the field."""
+    pairs = [(row["step"], row[field]) for row in rows if field in row]
+    return np.array([step for step, _ in pairs]), np.array([value for _, value in pairs], dtype=float)
+
+
+def _smoothed(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of the rows up to each step, as far as there are enough of them."""
+    width = max(1, min(SMOOTHED_ROWS, len(values) // 10))
+    return steps[width - 1 :], np.convolve(values, np.full(width, 1 / width), mode="valid")
+
+
+if __name__ == "__main__":
+    with exit_codes():
+        if len(sys.argv) != 2:
+            raise ConfigError("one folder is needed: python -m prismatic.curves RUN")
+        picture = draw(Path(sys.argv[1]))
+        if picture is None:
+            raise ConfigError(f"{sys.argv[1]} has no rows in {METRICS}: give the run folder that finetune.py writes")
+        print(picture)

@@ -1,0 +1,62 @@
+"""The first batch of a run as a picture, to look at before waiting for days: what the model sees, is told, and shall do.
+
+In: the batches of one step, on the CPU. Out: a PNG; the pictures in it are those of the batches, pixel by pixel.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from prismatic.models.vla import IGNORE
+from prismatic.normalize import ACTION_DIMENSIONS
+from prismatic.processor import Batch, Processor
+
+NAME = "first_batch.png"
+MOST = 16  # samples shown
+COLUMNS = 4
+SMALLEST_SIDE = 224  # pixels; smaller pictures are enlarged by a whole number, so that the words below have room
+TEXT_SIZE, LINE, GAP = 12, 16, 12  # pixels
+TEXT_LINES = 8  # below a sample: instruction, then actions; enough for one picture of 224 pixels
+
+
+def draw(batches: Sequence[Batch], processor: Processor, path: Path) -> None:
+    """Write the first samples, each with its pictures, its instruction and its decoded actions."""
+    shown = [(batch, row) for batch in batches for row in range(len(batch.input_ids))][:MOST]
+    samples = len(shown)
+    pictures = [processor.pictures(batch.pixel_values[row]) for batch, row in shown]
+    side = pictures[0][0].shape[0]
+    scale = -(-SMALLEST_SIDE // side)
+    width = side * scale * len(pictures[0]) + GAP
+    height = side * scale + TEXT_LINES * LINE + GAP
+    rows = -(-samples // COLUMNS)
+    sheet = Image.new("RGB", (width * min(samples, COLUMNS) + GAP, height * rows + GAP), "white")
+    pen, font = ImageDraw.Draw(sheet), _font()
+    for number, views in enumerate(pictures):
+        left, top = GAP + width * (number % COLUMNS), GAP + height * (number // COLUMNS)
+        enlarged = np.concatenate(views, axis=1).repeat(scale, axis=0).repeat(scale, axis=1)
+        sheet.paste(Image.fromarray(enlarged), (left, top))
+        lines = _words(*shown[number], processor, width=(width - GAP) // (TEXT_SIZE // 2 + 1))
+        pen.multiline_text((left, top + side * scale + 2), "\n".join(lines[:TEXT_LINES]), "black", font, spacing=2)
+    unfinished = path.with_name(f".{path.name}")
+    sheet.save(unfinished, format="PNG")
+    unfinished.replace(path)
+
+
+def _words(batch: Batch, row: int, processor: Processor, *, width: int) -> list[str]:
+    """Instruction, then actions in the data set's units, or normalised where the batch is drawn from several data sets."""
+    ids, labels = batch.input_ids[row], batch.labels[row]
+    said = processor.instruction(ids[(labels == IGNORE) & batch.attention_mask[row]])
+    action_ids = labels[labels >= processor.action_tokenizer.first_id].numpy()
+    one = processor.config.unnorm_key is not None
+    action = processor.actions(action_ids) if one else processor.action_tokenizer.decode(action_ids)
+    numbers = "  ".join(f"{name} {value:+.3f}" for name, value in zip(ACTION_DIMENSIONS, action, strict=False))
+    return textwrap.wrap(f"“{said}”", width) + textwrap.wrap(numbers if one else f"normalised: {numbers}", width)
+
+
+def _font() -> ImageFont.FreeTypeFont:
+    import matplotlib  # brings a font with more letters than Pillow's own
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), TEXT_SIZE)

@@ -1,0 +1,60 @@
+"""bench/eval.py: what its rows hold, with the fake simulator; never how long anything took."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bench
+from config import BenchEvalConfig
+from prismatic.bench import eval as bench_eval
+from prismatic.errors import ConfigError
+from prismatic.player import Setup, Trial
+from tests.fake_simulator import BrightnessPolicy
+
+TRIALS = [Trial(suite="fake", task_id=0, init_state=state, env_seed=0) for state in range(4)]
+
+
+def test_a_row_counts_what_was_played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
+    monkeypatch.setenv("LP_NUM_THREADS", "5")
+    setup = Setup(simulator="tests.fake_simulator", max_steps=6)
+    row = bench_eval.measure(TRIALS, setup, BrightnessPolicy(), rendering=bench_eval.ONE_CORE, workers=2)
+    assert (row["workers"], row["episodes"], row["steps"]) == (2, 4, 24)
+    assert row["episodes an hour"] == pytest.approx(3600 * 4 / row["seconds"], rel=0.2)
+    assert 0 < row["policy busy"] <= 1 and 0 < row["simulator busy"] <= 1
+    assert 1 <= row["mean batch"] <= 2
+    bench_eval.measure(TRIALS[:1], setup, BrightnessPolicy(), rendering=bench_eval.THREADED, workers=1)
+    threads = [line.split("LP_NUM_THREADS=")[1] for line in (tmp_path / "log").read_text().splitlines()]
+    assert threads == ["0", "0", str(bench_eval.machine.available_cores())]
+    assert os.environ["LP_NUM_THREADS"] == "5"
+
+
+def test_the_policy_is_busy_while_it_computes_and_the_simulator_while_it_does_not_wait() -> None:
+    class Slow(BrightnessPolicy):
+        def batch(self, *observations: object, **named: object) -> np.ndarray:
+            end = bench_eval.time.perf_counter() + 0.05
+            while bench_eval.time.perf_counter() < end:
+                pass
+            return super().batch(*observations, **named)  # type: ignore[arg-type]
+
+    setup = Setup(simulator="tests.fake_simulator", max_steps=6)
+    row = bench_eval.measure(TRIALS[:2], setup, Slow(), rendering=bench_eval.ONE_CORE, workers=1)
+    assert row["policy busy"] > 0.5 > row["simulator busy"]  # the fake takes no time
+
+
+def test_rows_are_compared_with_one_simulator_alone() -> None:
+    rows = [
+        {"rendering": bench_eval.ONE_CORE, "workers": 1, "episodes an hour": 100.0},
+        {"rendering": bench_eval.THREADED, "workers": 1, "episodes an hour": 125.0},
+        {"rendering": bench_eval.ONE_CORE, "workers": 2, "episodes an hour": 180.0},
+    ]
+    compared = bench_eval.compare(rows)
+    assert [row["x one core"] for row in compared] == [1.0, 1.25, 1.8]
+    assert [row["x threads"] for row in compared] == [0.8, 1.0, 1.44]
+
+
+def test_what_cannot_be_measured_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match="at least 1"):
+        bench.evaluation(BenchEvalConfig(workers=(0,)))

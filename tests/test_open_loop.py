@@ -1,0 +1,101 @@
+"""open_loop.py: the whole policy on recorded frames against what was recorded, beside the training path on the same frames."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from prismatic.checkpoint import load_policy
+from prismatic.data.frames import FrameCache, Step
+from prismatic.image import center_crop, decode_jpeg, encode_jpeg
+from prismatic.open_loop import open_loop
+from prismatic.policy import Policy
+from prismatic.training import action_metrics
+from tests.conftest import REPOSITORY
+from tests.drawn_cache import write_cache
+from tests.drawn_episodes import drawn_episode
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return load_policy(str(REPOSITORY / "checkpoints" / "openvla-tiny"), device="cpu")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> FrameCache:
+    """The golden frame, pushed a little to the side at each step."""
+    frame = np.asarray(Image.open(REPOSITORY / "prismatic" / "golden_frame.png").convert("RGB"))
+    episodes = [drawn_episode(number) for number in (0, 1, 2, 4)]
+    for number, episode in enumerate(episodes):
+        steps = range(len(episode["images"]))
+        episode["images"] = [encode_jpeg(np.roll(frame, 9 * step + 4 * number, axis=1)) for step in steps]
+        episode["wrist_images"] = episode["images"]
+        episode["instruction"] = "pick up the black bowl next to the ramekin and place it on the plate"
+    return write_cache(tmp_path / "cache", episodes, train_episodes=3)
+
+
+def recorded_steps(cache: FrameCache) -> list[Step]:
+    return [cache[int(frame)] for frame in cache.validation_indices()]
+
+
+def test_it_equals_the_policy_and_the_training_path(policy: Policy, cache: FrameCache) -> None:
+    splits = open_loop(policy, cache, frames=100)["splits"]
+    assert {name: split["frames"] for name, split in splits.items()} == {"train": 2 + 3 + 4, "validation": 6}
+    processor, steps = policy.processor, recorded_steps(cache)
+    tokenizer = processor.action_tokenizer
+    true = processor.action_ids(np.stack([step.action for step in steps]))
+    pictures = [(decode_jpeg(step.image), decode_jpeg(step.wrist or b"")) for step in steps]
+    answers = [
+        policy.action_ids([front], [step.instruction], [wrist])[0]
+        for (front, wrist), step in zip(pictures, steps, strict=True)
+    ]
+    acted = splits["validation"]["policy"]
+    assert acted["action_accuracy"] == pytest.approx(np.mean(np.array(answers) == true))
+    assert acted["per_dimension"]["action_accuracy"] == pytest.approx(
+        np.mean(np.array(answers) == true, axis=0).tolist()
+    )
+    distance = np.abs(tokenizer.decode(np.array(answers)) - tokenizer.decode(true))
+    assert acted["per_dimension"]["l1_loss"] == pytest.approx(distance.mean(axis=0).tolist())
+    # fine-tuning's own samples and metrics, but for the crop that stands for its random ones
+    samples = [
+        processor.example(list(both), step.instruction, step.action, augmentation=center_crop)  # type: ignore[arg-type]
+        for both, step in zip(pictures, steps, strict=True)
+    ]
+    batch = processor.collate(samples)
+    with torch.no_grad():
+        logits = policy.vla(batch.input_ids, batch.attention_mask, batch.pixel_values, batch.labels).logits
+    logits[:, : tokenizer.first_id] = -torch.inf
+    logits[:, processor.config.vocab_size :] = -torch.inf
+    forced = splits["validation"]["teacher_forced"]
+    expected = action_metrics(logits, batch.labels, tokenizer)
+    assert (forced["action_accuracy"], forced["l1_loss"]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_inference_path_that_is_right_agrees_and_a_wrong_one_does_not(
+    policy: Policy, cache: FrameCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = open_loop(policy, cache, frames=6)["splits"]["validation"]
+    assert right["same_first_id"] == 1.0
+    whole = policy.action_ids
+
+    def upside_down(frames: list[np.ndarray], instructions: list[str], wrists: list[np.ndarray]) -> np.ndarray:
+        return whole([frame[::-1, ::-1] for frame in frames], instructions, wrists)
+
+    monkeypatch.setattr(policy, "action_ids", upside_down)
+    assert open_loop(policy, cache, frames=6)["splits"]["validation"]["same_first_id"] < 1.0
+
+
+def test_recorded_answers_are_all_right(policy: Policy, cache: FrameCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter(recorded_steps(cache))
+    encode = policy.processor.action_ids
+    monkeypatch.setattr(
+        policy, "action_ids", lambda frames, *rest: encode(np.stack([next(answers).action for _ in frames]))
+    )
+    training = np.empty(0, dtype=np.int64)
+    monkeypatch.setattr(cache, "train_indices", lambda: training)
+    result = open_loop(policy, cache, frames=6)
+    assert list(result["splits"]) == ["validation"]
+    acted = result["splits"]["validation"]["policy"]
+    assert (acted["action_accuracy"], acted["l1_loss"]) == (1.0, 0.0)
