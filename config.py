@@ -109,8 +109,18 @@ class ControlOptions:
     mean_of: tuple[Path, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class VideoOptions:
+    # An mp4 of every episode.
+    save_videos: bool = True
+    # Also a GIF of each, half as many frames a second.
+    save_gifs: bool = False
+    # Draw the instruction, and at the end the outcome, under the picture.
+    annotate_videos: bool = False
+
+
 @dataclass(frozen=True)
-class EvalConfig(ControlOptions):
+class EvalConfig(VideoOptions, ControlOptions):
     # Checkpoint folder, adapter folder (it knows its base), or hub id such as
     # openvla/openvla-7b-finetuned-libero-spatial.
     pretrained_checkpoint: str = ""
@@ -149,10 +159,10 @@ class EvalConfig(ControlOptions):
     # standard: LIBERO's pixels. fast: three times faster on a CPU, pixels differ by about 1.5 of 255, so not
     # for scores to be compared.
     render_quality: Literal["standard", "fast"] = "standard"
-    # An mp4 of every episode.
-    save_videos: bool = True
     # Play again the episodes that ended as errors in an earlier call.
     retry_errors: bool = False
+    # Play although mujoco or robosuite is another version than scores are made with; the result says so.
+    allow_unpinned_simulator: bool = False
     # Folder of rollout folders.
     local_log_dir: Path = Path("rollouts")
     # Is added to the rollout folder's name.

@@ -16,15 +16,10 @@ import torchvision  # noqa: F401  (before the first osmesa context: afterwards i
 import tyro
 
 from config import DoctorConfig
-from prismatic import image, machine, simulator
+from prismatic import golden, machine, simulator
 from prismatic.errors import ConfigError, exit_codes
-from prismatic.versions import versions
+from prismatic.versions import SIMULATOR_PINS, versions
 
-PINS = {"mujoco": "3.2.3", "robosuite": "1.4.0"}  # another version changes scores
-GOLDEN_FRAME = (
-    Path(__file__).parent / "prismatic" / "golden_frame.png"
-)  # libero_spatial task 0, state 0, after settling; osmesa
-GOLDEN_TOLERANCE = {"osmesa": 0.5, "egl": 3.0}  # mean |difference| of 255; drivers shade a little differently
 RAMEKIN_TASK, BOWL, RAMEKIN = 5, "akita_black_bowl_1", "glazed_rim_porcelain_ramekin_1"
 RAMEKIN_RADIUS = 0.05  # m: a bowl that fell off lies farther away
 OLDEST_CUDA_13_DRIVER = 580  # major version of NVIDIA's driver
@@ -73,7 +68,7 @@ def libraries() -> Iterator[Check]:
             for name in ("python", "torch", "torchvision", "timm", "transformers", "peft", "numpy", "libero")
         ),
     )
-    for name, pinned in PINS.items():
+    for name, pinned in SIMULATOR_PINS.items():
         found = known[name]
         yield Check(
             found == pinned,
@@ -151,13 +146,10 @@ def scenes() -> Iterator[Check]:
         yield Check(False, str(error))
         return
     yield Check(True, f"renderer {renderer}")
-    frame = golden_frame()
-    expected = np.asarray(image.Image.open(GOLDEN_FRAME))
-    difference = float(np.abs(frame.astype(int) - expected).mean())
-    limit = GOLDEN_TOLERANCE[renderer]
+    drawn = golden.card(simulator.golden_frame(), renderer)
     yield Check(
-        difference <= limit,
-        f"golden frame differs by {difference:.3f} of 255 (at most {limit})",
+        drawn["as_expected"],
+        f"golden frame differs by {drawn['differs_by']:.3f} of 255 (at most {drawn['at_most']})",
         "another mujoco, driver or asset: do not compare scores",
     )
     sim = simulator.Simulator("libero_spatial", RAMEKIN_TASK)
@@ -171,15 +163,6 @@ def scenes() -> Iterator[Check]:
         "mujoco's version: pip install mujoco==3.2.3",
     )
     sim.close()
-
-
-def golden_frame() -> np.ndarray:
-    """The frame that prismatic/golden_frame.png holds."""
-    sim = simulator.Simulator("libero_spatial", 0)
-    sim.reset(0)
-    frame = sim.frame()
-    sim.close()
-    return frame
 
 
 def model_counts() -> Iterator[Check]:

@@ -20,19 +20,17 @@ import tyro
 from tqdm import tqdm
 
 from config import EvalConfig
-from prismatic import evaluation, machine, report, simulator, statistics, suite_mean
-from prismatic.errors import ConfigError, exit_codes, read_json
+from prismatic import comparison, evaluation, machine, report, simulator, statistics, suite_mean
+from prismatic.errors import ConfigError, exit_codes
 from prismatic.player import Setup, Trial
 from prismatic.summary import sentences
-from prismatic.versions import SIMULATOR_PACKAGES, folder_fingerprint, versions
+from prismatic.versions import SIMULATOR_PACKAGES, SIMULATOR_PINS, folder_fingerprint, unpinned_simulator, versions
 
 # Nothing here may import torch at the top: each simulator process imports this file once more.
 
 STEP_FOLDER = re.compile(
     r"latest|best|step-\d+"
 )  # within a training run (run_folder.py, which needs torch): the run's name says more
-# What two runs must have in common for a comparison to mean the policies.
-SAME_PROTOCOL = ("step_limit", "num_steps_wait", "env_seed", "renderer", "render_quality", *SIMULATOR_PACKAGES)
 VERSIONS = "versions.json"  # as beside an adapter
 RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
 LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of them on this machine, which they share
@@ -140,6 +138,8 @@ def evaluate(cfg: EvalConfig, trials: list[Any], folder: evaluation.RolloutFolde
                 quality=cfg.render_quality,
                 instruction=cfg.instruction,
                 video_folder=folder.path if cfg.save_videos else None,
+                annotate=cfg.annotate_videos,
+                gifs=cfg.save_gifs,
                 simulator=simulator.__name__,
             ),
             load_policy=(lambda: load_policy(cfg)) if cfg.policy == "checkpoint" else None,
@@ -181,6 +181,14 @@ def check(cfg: EvalConfig) -> None:
         )
     if cfg.policy == "checkpoint" and cfg.lora_checkpoint and not cfg.lora_checkpoint.is_dir():
         raise ConfigError(f"lora_checkpoint {cfg.lora_checkpoint} is not a folder: --lora_checkpoint FOLDER")
+    if unpinned_simulator() and not cfg.allow_unpinned_simulator:
+        pins = " ".join(f"{name}=={pin}" for name, pin in SIMULATOR_PINS.items())
+        raise ConfigError(
+            f"scores change with the simulator's version ({'; '.join(unpinned_simulator())}): pip install {pins}, "
+            "or --allow_unpinned_simulator True, and the result will say so"
+        )
+    if cfg.save_gifs and not cfg.save_videos:
+        raise ConfigError("save_gifs needs the videos that GIFs are made from: leave out --save_videos False")
     if cfg.load_in_8bit and cfg.load_in_4bit:
         raise ConfigError("load_in_8bit and load_in_4bit exclude each other: set one of them")
     for name in ("load_in_8bit", "load_in_4bit"):
@@ -273,40 +281,36 @@ def record(cfg: EvalConfig) -> dict[str, Any]:
         "num_workers": cfg.num_workers,
         "ranks": RANKS,
         "difference_asked": cfg.difference,
+        "render_options": simulator.render_options(cfg.render_quality),
+        "unpinned_simulator": unpinned_simulator(),
         "versions": versions(),
     }
 
 
 def compare(before: Path, after: Path, *, margin: float = 0.05, difference: float = 0.05) -> None:
-    """Two rollout folders, episode by episode: both rates with intervals, and what may be concluded. ConfigError if they share none."""
-    outcomes, protocols = [], []
-    for folder in (before, after):
-        if not (folder / evaluation.RESULTS).exists():
-            raise ConfigError(f"--compare: {folder} has no {evaluation.RESULTS}: give two rollout folders")
-        identity = read_json(folder / evaluation.RUN).get("identity", {})
-        protocols.append({name: identity.get(name) for name in SAME_PROTOCOL})
-        rows = [row for row in evaluation.read_rows(folder) if row["success"] is not None]
-        outcomes.append({row["episode_id"]: bool(row["success"]) for row in rows})
-        wins = sum(outcomes[-1].values())
-        low, high = (100 * limit for limit in statistics.wilson_interval(wins, len(rows)))
-        print(f"{folder.name}: {wins} of {len(rows)} episodes, 95 % interval {low:.0f} to {high:.0f} %")
-        print(f"    {folder / report.PAGE}")
+    """Two rollout folders, episode by episode: both rates with intervals, what may be concluded, and a page. ConfigError if they share none."""
+    runs = comparison.Run.load(before), comparison.Run.load(after)
+    for run in runs:
+        wins = sum(run.outcomes.values())
+        low, high = (100 * limit for limit in statistics.wilson_interval(wins, len(run.rows)))
+        print(f"{run.path.name}: {wins} of {len(run.rows)} episodes, 95 % interval {low:.0f} to {high:.0f} %")
+        print(f"    {run.path / report.PAGE}")
         for success, label in ((True, "success"), (False, "failure")):
-            for row in [row for row in rows if row["success"] is success and row["video"]][:1]:
-                print(f"    a {label}: {folder / row['video']}")
-    if not outcomes[0].keys() & outcomes[1].keys():
+            for row in [row for row in run.rows.values() if row["success"] is success and row["video"]][:1]:
+                print(f"    a {label}: {run.path / row['video']}")
+    if not runs[0].rows.keys() & runs[1].rows.keys():
         raise ConfigError(
             f"--compare: {before} and {after} share no episode that ended: give two runs of the same trials"
         )
-    for name in SAME_PROTOCOL:
-        if protocols[0][name] != protocols[1][name]:
-            print(f"beware: {name} is {protocols[0][name]} in the first and {protocols[1][name]} in the second")
-    result = statistics.compare(outcomes[1], outcomes[0], margin=margin, difference_asked=difference)
+    for warning in comparison.warnings(*runs):
+        print(f"beware: {warning}")
+    result = statistics.compare(runs[1].outcomes, runs[0].outcomes, margin=margin, difference_asked=difference)
     print(f"A is the second, B the first. {result.sentence}")
     print(
         f"to show a difference of {100 * difference:g} points takes {result.episodes_needed} shared episodes, when as many of "
         f"them end differently as here ({result.only_a + result.only_b} of {result.episodes})"
     )
+    print(f"side by side: {comparison.build(*runs, result)}")
 
 
 def print_result(cfg: EvalConfig, folder: Path, summary: evaluation.Row) -> None:
@@ -321,6 +325,8 @@ def print_result(cfg: EvalConfig, folder: Path, summary: evaluation.Row) -> None
         print(f"{summary['errors']} more ended in an error and do not count: --retry_errors True plays them again")
     for line in sentences(summary):
         print(f"    {line}")
+    for found in unpinned_simulator():
+        print(f"beware: {found}: not to be compared with scores of the pinned version")
     print(f"report   {folder / report.PAGE}")
     print(f"results  {folder / evaluation.RESULTS}")
     rows = [row for row in evaluation.read_rows(folder) if row["video"]]

@@ -18,47 +18,23 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
+from prismatic import traces
+from prismatic.atomic import no_room, write_json
 from prismatic.controls import beside
 from prismatic.errors import ConfigError
+from prismatic.meter import Meter
 from prismatic.player import Outcome, Setup, Trial
 from prismatic.summary import summarise as summarise
+from prismatic.trials import names
+from prismatic.trials import plan as plan
 from prismatic.verdicts import Account
 from prismatic.workers import SILENCE_LIMIT, play
 
 RESULTS, SUMMARY, RUN = "results.jsonl", "summary.json", "run.json"
+POSTERS = "posters"  # folder of the videos' last frames
 TASK_CHARACTERS = 50  # of the instruction in a video's name, as OpenVLA has it
 
 Row = dict[str, Any]  # one line of results.jsonl
-
-
-def plan(
-    suite: str,
-    *,
-    task_ids: Sequence[int] = (),
-    num_trials: int = 50,
-    first_init_state: int = 0,
-    env_seed: int = 0,
-    simulator: str = "prismatic.simulator",
-) -> list[Trial]:
-    """All trials of a run: of each task (none named: all) `num_trials` stored states from `first_init_state` on.
-
-    ConfigError for an unknown suite or task, or for more trials than stored states.
-    """
-    world = importlib.import_module(simulator)
-    tasks = sorted(set(task_ids)) or range(world.num_tasks(suite))
-    if num_trials < 1 or first_init_state < 0:
-        raise ConfigError("num_trials_per_task must be at least 1 and first_init_state at least 0")
-    trials = []
-    for task_id in tasks:
-        stored = world.num_init_states(suite, task_id)
-        if first_init_state + num_trials > stored:
-            raise ConfigError(
-                f"task {task_id} of {suite} has {stored} stored initial states: "
-                f"num_trials_per_task {num_trials} from first_init_state {first_init_state} on asks for more"
-            )
-        states = range(first_init_state, first_init_state + num_trials)
-        trials += [Trial(suite=suite, task_id=task_id, init_state=state, env_seed=env_seed) for state in states]
-    return trials
 
 
 class RolloutFolder:
@@ -118,7 +94,7 @@ class RolloutFolder:
                         f"{self.path} holds a run with {name} {old!r}, this one has {new!r}: "
                         "use another --run_id_note, or delete that folder"
                     )
-        _write_whole(run, _pretty({"identity": identity, "record": record}))
+        write_json(run, {"identity": identity, "record": record})
 
     def rows(self) -> list[Row]:
         """The results so far, the last line of each episode, in the order in which they ended."""
@@ -130,7 +106,14 @@ class RolloutFolder:
         with self.locked():
             run = json.loads((self.path / RUN).read_text())
             run["record"].update(facts)
-            _write_whole(self.path / RUN, _pretty(run))
+            write_json(self.path / RUN, run)
+
+    def add_session(self, session: Row) -> None:
+        """Add to the record what one call measured of itself (meter.py); those before it stay."""
+        with self.locked():
+            run = json.loads((self.path / RUN).read_text())
+            run["record"].setdefault("sessions", []).append(session)
+            write_json(self.path / RUN, run)
 
     def add(self, outcome: Outcome, *, instruction: str, number: int) -> Row:
         """Give the video its name and append the episode's line, safe on disk when this returns.
@@ -159,6 +142,7 @@ class RolloutFolder:
             else hashlib.sha256(outcome.actions.tobytes()).hexdigest()[:16],
             **asdict(outcome.account or Account(reason=f"The episode crashed: {outcome.error}")),
             **outcome.facts,
+            "actions": None if outcome.actions is None else traces.save(self.path, trial.id, outcome.actions),
         }
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
         try:
@@ -167,17 +151,24 @@ class RolloutFolder:
                     raise OSError("the disk is full")
                 os.fsync(results.fileno())
         except OSError as error:
-            raise _no_room(self.path / RESULTS, error) from error
+            raise no_room(self.path / RESULTS, error) from error
         return row
 
     def _keep_video(self, unfinished: Path, name: str) -> str | None:
-        """Move it into the folder; never over a recorded one (an episode played again has two)."""
+        """Move it into the folder, with its poster and GIF; never over a recorded one (an episode played again has two)."""
         if not unfinished.is_file():
             return None
         base, again = name, 2
         while name in self._videos:
             name, again = base.removesuffix(".mp4") + f"--{again}.mp4", again + 1
         self._videos.add(name)
+        for suffix, place in (
+            (".jpg", self.path / poster_name(name)),
+            (".gif", (self.path / name).with_suffix(".gif")),
+        ):
+            if unfinished.with_suffix(suffix).is_file():
+                place.parent.mkdir(exist_ok=True)
+                unfinished.with_suffix(suffix).replace(place)
         unfinished.replace(self.path / name)
         return name
 
@@ -188,7 +179,7 @@ class RolloutFolder:
             rows = read_rows(self.path)
             controls = beside(self.path, run["identity"], task_ids={row["task_id"] for row in rows})
             summary = summarise(rows, protocol={**run["identity"], **run["record"]}, controls=controls)
-            _write_whole(self.path / SUMMARY, _pretty(summary))
+            write_json(self.path / SUMMARY, summary)
         return summary
 
     def close(self) -> None:
@@ -232,6 +223,11 @@ def video_name(number: int, success: bool, instruction: str) -> str:
     return f"episode={number}--success={success}--task={task}.mp4"
 
 
+def poster_name(video: str) -> str:
+    """Where a video's poster lies, within the rollout folder."""
+    return f"{POSTERS}/{video.removesuffix('.mp4')}.jpg"
+
+
 def evaluate(
     trials: Sequence[Trial],
     folder: RolloutFolder,
@@ -265,31 +261,27 @@ def evaluate(
             num_images=getattr(policy, "num_images", setup.num_images),
             video_folder=setup.video_folder and folder.unfinished.resolve(),
         )
-        workers = num_workers() if callable(num_workers) else num_workers
+        workers = min(max(num_workers() if callable(num_workers) else num_workers, 1), len(pending))
+        meter = Meter(policy, workers=workers, rank=folder.rank)
         outcomes = play(
             pending,
             setup=setup,
-            policy=policy,
-            num_workers=min(max(workers, 1), len(pending)),
+            policy=meter,
+            num_workers=workers,
             one_by_one=one_by_one,
             silence_limit=silence_limit,
+            on_golden=meter.see,
         )
         try:
             with contextlib.closing(outcomes):
                 for outcome in outcomes:
-                    on_row(folder.add(outcome, **_names(world, outcome.trial)))
+                    meter.hear(outcome)
+                    on_row(folder.add(outcome, **names(world, outcome.trial)))
         finally:
+            if meter.episodes:
+                folder.add_session(meter.session())
             folder.summarise()
     return folder.summarise()
-
-
-def _names(world: Any, trial: Trial) -> Row:
-    """The instruction, and the video's number: OpenVLA's count of episodes when all stored states are played."""
-    stored = world.num_init_states(trial.suite, trial.task_id)
-    return {
-        "instruction": world.instruction(trial.suite, trial.task_id),
-        "number": trial.task_id * stored + trial.init_state + 1,
-    }
 
 
 def _drop_torn_line(path: Path) -> None:
@@ -297,23 +289,3 @@ def _drop_torn_line(path: Path) -> None:
     if path.is_file() and not (content := path.read_bytes()).endswith(b"\n"):
         with path.open("r+b") as results:
             results.truncate(content.rfind(b"\n") + 1)
-
-
-def _pretty(content: Row) -> str:
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Replace the file at once, so that whoever reads or interrupts sees the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _no_room(path, error) from error
-
-
-def _no_room(path: Path, error: OSError) -> ConfigError:
-    reason = error.strerror or error
-    return ConfigError(f"cannot write {path} ({reason}): make room; the same command then continues")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
-MEMINFO = PROC / "meminfo"
+MEMINFO, STATUS = PROC / "meminfo", PROC / "self" / "status"
 RENDERER_BYTES = 2_000_000_000  # one LIBERO process with a renderer holds 1.6 to 1.9 GB and does not grow
 
 
@@ -52,6 +52,15 @@ def simulators_that_fit(shares: int = 1) -> int:
     shares: processes that divide this machine among them, such as torchrun's ranks on it; the answer is for one of them.
     """
     return max(1, min(available_cores() // shares, available_memory() // shares // RENDERER_BYTES))
+
+
+def peak_memory() -> int:
+    """Most bytes this process has held in memory at once, shared libraries included.
+
+    Not getrusage's: in a spawned process that begins with what its parent held.
+    """
+    lines = dict(line.split(":", 1) for line in _read(STATUS).splitlines() if ":" in line)
+    return int(lines.get("VmHWM", "0 kB").split()[0]) * 1024
 
 
 def gpus() -> list[dict[str, str]]:

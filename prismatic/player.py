@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from prismatic import golden, machine
 from prismatic.controls import PROTOCOL_SEED, instruction_given, moved_by_seed
 from prismatic.errors import ConfigError
+from prismatic.recording import Recording
 from prismatic.verdicts import Account, account
-from prismatic.video import Video
 
 HEARTBEAT = 1.0  # s between signs of life of a process that needs no answers
 PR_SET_PDEATHSIG = 1  # Linux prctl: be sent a signal when the parent dies
@@ -73,7 +74,10 @@ class Setup:
     instruction: str = "keep"  # what the policy is told: see controls.instruction_given
     max_steps: int | None = None  # a limit below the suite's, for measuring speed
     video_folder: Path | None = None  # where unfinished videos lie; None: no videos
-    simulator: str = "prismatic.simulator"  # the module: Simulator, rollout, step_limit
+    annotate: bool = False  # draw instruction and outcome under the video's frames
+    gifs: bool = False  # a GIF beside every video
+    golden: bool = False  # first tell how this process draws the golden frame
+    simulator: str = "prismatic.simulator"  # the module: Simulator, rollout, step_limit, golden_frame
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ class Outcome:
     video: Path | None = None  # under its temporary name
     account: Account | None = None  # why it ended so; None: an error
     facts: dict[str, Any] = field(default_factory=dict)  # more fields of its line in results.jsonl; JSON values
+    process: int = 0  # that played it
+    peak_memory: int = 0  # bytes, of that process so far
 
 
 class _FromParent:
@@ -155,8 +161,11 @@ def _policy(setup: Setup, sim: Any, trial: Trial, connection: Connection) -> Any
 
 def _play(simulator: Any, sim: Any, trial: Trial, setup: Setup, connection: Connection) -> Outcome:
     start = time.monotonic()
-    video = Video(setup.video_folder / f"{os.getpid()}.mp4") if setup.video_folder else None
     policy = _policy(setup, sim, trial, connection)
+    video = None
+    if setup.video_folder:
+        path = setup.video_folder / f"{os.getpid()}.mp4"
+        video = Recording(path, caption=sim.instruction if setup.annotate else None, gif=setup.gifs)
     with video or contextlib.nullcontext():
         episode = simulator.rollout(
             sim,
@@ -165,10 +174,10 @@ def _play(simulator: Any, sim: Any, trial: Trial, setup: Setup, connection: Conn
             seed=trial.reset_seed,
             max_steps=trial.max_steps or setup.max_steps or simulator.step_limit(trial.suite),
             settle=setup.settle,
-            on_step=(lambda step, frame, action: video.add(frame)) if video else None,
+            on_step=(lambda step, frame, action: video.add(frame, f"step {step}")) if video else None,
         )
         if video and episode.error is None:
-            video.add(sim.frame())  # how it ended
+            video.end(sim.frame(), f"{'success' if episode.success else 'failure'} after {episode.steps} steps")
     actor = getattr(policy, "policy", policy)
     actions = np.array(episode.actions, dtype=np.float32).reshape(-1, 7)
     return Outcome(
@@ -182,6 +191,8 @@ def _play(simulator: Any, sim: Any, trial: Trial, setup: Setup, connection: Conn
         actions=actions,
         video=video.path if video else None,
         account=account(episode.signals, success=episode.success) if episode.signals else None,
+        process=os.getpid(),
+        peak_memory=machine.peak_memory(),
         facts=dict(getattr(actor, "facts", {})),
     )
 
@@ -197,6 +208,13 @@ def _scene_facts(simulator: Any, sim: Any, setup: Setup) -> dict[str, Any]:
     return facts
 
 
+def _golden_card(simulator: Any) -> dict[str, Any]:
+    try:
+        return golden.card(simulator.golden_frame(), simulator.choose_renderer())
+    except Exception as error:  # the trials will tell whether the simulator works
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
 def serve(connection: Connection, setup: Setup) -> None:
     """A simulator process: plays the trials it is sent, until the parent is gone or something breaks."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -206,6 +224,8 @@ def serve(connection: Connection, setup: Setup) -> None:
     scene: tuple[str, int, int] | None = None
     facts: dict[str, Any] = {}
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
+        if setup.golden:
+            connection.send(("golden", _golden_card(simulator)))
         while True:
             trial: Trial = connection.recv()
             try:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from prismatic import image
 from prismatic.errors import ConfigError
 from prismatic.models.decode import Decoder
 from prismatic.models.vla import VLA
-from prismatic.processor import Processor
+from prismatic.processor import Processor, ProcessorConfig
 
 REMEMBERED = 1024  # episodes whose last answer is kept
 
@@ -128,6 +129,22 @@ class Policy:
             "unnorm_key": config.unnorm_key,
             "center_crop": config.center_crop,
             "num_images_in_input": config.num_images_in_input,
+            "picture": _picture(config),
+            "decode": f"greedy over the {config.n_action_bins} action tokens",
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
+            "backend": _backend(self.device),
         }
+
+
+def _picture(config: ProcessorConfig) -> str:
+    """What a live frame goes through, in order."""
+    crop = f", centre crop of {image.CROP_AREA:.0%} of the area" if config.center_crop else ", no crop"
+    return f"JPEG quality {image.JPEG_QUALITY}, Lanczos to {config.image_size} pixels{crop}"
+
+
+def _backend(device: torch.device) -> str:
+    """The library and the hardware that multiply the matrices."""
+    if device.type == "cuda":
+        return f"torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.get_device_name(device)}"
+    return f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads"

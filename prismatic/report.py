@@ -6,71 +6,151 @@ python -m prismatic.report FOLDER
 
 import json
 import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
+from prismatic import gallery
+from prismatic.atomic import write_whole
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.evaluation import SUMMARY, read_rows
 
 PAGE = "report.html"
-TEMPLATE = Path(__file__).with_name("report.html.jinja")
-OPEN_GALLERY = 24  # a section with more episodes than this starts folded, but for the failures
+SUCCESSES_A_TASK = 10  # shown; failures and errors are all shown
+# Where a fact of the protocol stands on the page; what is named nowhere stands under "Further".
+GROUPS = {
+    "Policy": (
+        *("policy", "checkpoint", "checkpoint_fingerprint", "adapter", "adapter_fingerprint", "unnorm_key", "dtype"),
+        *("quantize", "backend", "decode", "deterministic", "seed"),
+    ),
+    "Picture": ("picture", "center_crop", "num_images_in_input", "renderer", "render_quality", "render_options"),
+    "Simulator": (
+        *("task_suite_name", "num_steps_wait", "step_limit", "env_seed", "mujoco", "robosuite", "libero"),
+        *("unpinned_simulator", "num_workers", "ranks"),
+    ),
+    "Software": ("git_commit", "versions"),
+}
+APART = ("policy_card", "sessions", "versions", "command")  # have a place of their own
+GIGABYTE = 1e9
+
+Row = Mapping[str, Any]
 
 
 def build(folder: Path) -> Path:
     """Write the folder's report.html and return its path. ConfigError when the folder holds no evaluation."""
-    import jinja2
-
     if not (folder / SUMMARY).is_file():
         raise ConfigError(f"{folder} has no {SUMMARY}: give the folder that eval.py wrote, such as rollouts/EVAL-…")
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    ordered = sorted(
-        read_rows(folder), key=lambda row: (row["suite"], row["task_id"], row["init_state"], row["env_seed"])
-    )
+    rows = sorted(read_rows(folder), key=lambda row: (row["suite"], row["task_id"], row["init_state"], row["env_seed"]))
+    limits = gallery.scales({folder: rows})
     sections = [
-        {"title": "Failures", "rows": [row for row in ordered if row["success"] is False], "open": True},
-        {"title": "Errors", "rows": [row for row in ordered if row["success"] is None], "open": True},
-        {"title": "Successes", "rows": [row for row in ordered if row["success"] is True], "open": False},
+        {"title": title, "cards": gallery.cards(folder, shown, limits), "left_out": left_out}
+        for title, shown, left_out in _sections(rows)
     ]
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters.update(percent=_percent, link=quote, value=_value)
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    page = gallery.render(
+        "report.html.jinja",
         name=folder.resolve().name,
         summary=summary,
         judged=summary["successes"] + summary["failures"],
-        protocol=_flat(summary["protocol"]),
-        sections=[section | {"open": section["open"] or len(section["rows"]) <= OPEN_GALLERY} for section in sections],
+        notes=list(_notes(summary["protocol"])),
+        verdicts=[pair for pair in (summary.get("verdicts") or {}).items() if pair[0] not in ("success", "error")],
+        funnel=summary.get("funnel") or {},
+        filters=_filters(rows),
+        sections=sections,
+        protocol=_groups(summary["protocol"]),
+        sessions=[_session(session) for session in summary["protocol"].get("sessions") or ()],
     )
-    temporary = folder / f".{PAGE}"
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(folder / PAGE)
+    write_whole(folder / PAGE, page)
     return folder / PAGE
 
 
-def _percent(rate: float | None) -> str:
-    return "–" if rate is None else f"{100 * rate:.1f}"
+def _sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row], int]]:
+    """Title, rows that are shown, how many are not."""
+    yield "Failures", [row for row in rows if row["success"] is False], 0
+    yield "Errors", [row for row in rows if row["success"] is None], 0
+    seen: Counter[tuple[str, int]] = Counter()
+    shown, left_out = [], 0
+    for row in rows:
+        if row["success"]:
+            task = (row["suite"], row["task_id"])
+            seen[task] += 1
+            if seen[task] <= SUCCESSES_A_TASK:
+                shown.append(row)
+            else:
+                left_out += 1
+    yield "Successes", shown, left_out
 
 
-def _value(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(_value(item) for item in value) or "–"
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_value(item)}" for name, item in value.items())
-    return "–" if value is None else str(value)
+def _filters(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What the cards can be filtered by: attribute, and its values with their texts."""
+    tasks = {row["task_id"]: f"{row['task_id']} {row['instruction']}" for row in rows}
+    outcomes = Counter(gallery.OUTCOMES[row["success"]] for row in rows)
+    verdicts = Counter(row["verdict"] for row in rows if row.get("verdict"))
+    return [
+        {"name": "task", "choices": sorted(tasks.items())},
+        {"name": "outcome", "choices": [(name, f"{name} ({count})") for name, count in outcomes.most_common()]},
+        *(
+            [{"name": "verdict", "choices": [(v, f"{gallery.plain(v)} ({n})") for v, n in verdicts.most_common()]}]
+            if verdicts
+            else []
+        ),
+    ]
 
 
-def _flat(protocol: dict[str, Any]) -> list[tuple[str, Any]]:
-    """One row a fact: nested facts under "outer name"."""
-    rows: list[tuple[str, Any]] = []
-    for name, value in protocol.items():
-        if isinstance(value, dict):
-            rows += [(f"{name}: {inner}", item) for inner, item in value.items()]
-        else:
-            rows.append((name, value))
-    return rows
+def _notes(protocol: Row) -> Iterator[str]:
+    """What forbids to compare the number with others."""
+    if protocol.get("render_quality", "standard") != "standard":
+        yield (
+            f"Rendered with quality “{protocol['render_quality']}”, which is not LIBERO's own: "
+            "not to be compared with published numbers."
+        )
+    for found in protocol.get("unpinned_simulator") or ():
+        yield f"{found}: another simulator than scores are made with, not to be compared with them."
+    golden = [session["golden_frame"] or {} for session in protocol.get("sessions") or ()]
+    for card in golden:
+        if card.get("as_expected") is False:
+            yield (
+                f"This machine draws differently: the golden frame differs by {card['differs_by']} of 255 "
+                f"(at most {card['at_most']} is expected)."
+            )
+    if len({card["sha256"] for card in golden if "sha256" in card}) > 1:
+        yield "The calls of eval.py that made this result drew different golden frames."
+
+
+def _groups(protocol: Row) -> list[tuple[str, list[tuple[str, Any]]]]:
+    """The protocol's facts by group, in GROUPS' order."""
+    versions = dict(protocol.get("versions") or {})
+    facts = {
+        **{name: value for name, value in protocol.items() if name not in APART},
+        **(protocol.get("policy_card") or {}),  # what the policy really did, over what it was asked to
+        **({"git_commit": versions.pop("git_commit", None), "versions": versions} if versions else {}),
+    }
+    named = {name for names in GROUPS.values() for name in names}
+    groups = [
+        *((group, [(name, facts[name]) for name in names if name in facts]) for group, names in GROUPS.items()),
+        ("Further", [(name, value) for name, value in facts.items() if name not in named]),
+    ]
+    return [(group, listed) for group, listed in groups if listed]
+
+
+def _session(session: Row) -> list[str]:
+    """A line of the table of calls."""
+    latency, gpu = session["policy_latency_ms"], session["gpu_memory_peak_bytes"]
+    host, golden = session["host_memory_peak_bytes"], session["golden_frame"] or {}
+    return [
+        session["started"].replace("T", " ").removesuffix("+00:00") + " UTC",
+        str(session["rank"]),
+        str(session["episodes"]),
+        str(session["workers"]),
+        f"{session['seconds']:.0f} s",
+        f"{latency['p50']:.0f} / {latency['p95']:.0f} ms" if latency else "acts in the simulator",
+        f"{latency['rows_per_call']:.1f}" if latency else "–",
+        f"{host['sum'] / GIGABYTE:.1f} GB (policy {host['parent'] / GIGABYTE:.1f})",
+        f"{gpu['device'] / GIGABYTE:.1f} GB (policy {gpu['reserved'] / GIGABYTE:.1f})" if gpu else "no GPU",
+        f"{golden['sha256']}, {golden['differs_by']:.3f}" if "sha256" in golden else golden.get("error", "–"),
+        (session["git_commit"] or "–")[:10],
+    ]
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from prismatic.suites import suites as suites
 from prismatic.witness import Witness
 
 SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)  # LIBERO's convention: hold still, fingers open
+RESOLUTION = 256  # pixels a side, as the data sets were rendered
 FRONT, WRIST = "agentview", "robot0_eye_in_hand"
 # Of MuJoCo's state, what a picture and the proprioception are made of.
 SCENE_FIELDS = (
@@ -115,7 +116,7 @@ class Simulator:
         task_id: int,
         *,
         cameras: tuple[str, ...] = (FRONT,),
-        resolution: int = 256,
+        resolution: int = RESOLUTION,
         env_seed: int = 0,
         quality: str = "standard",
     ) -> None:
@@ -260,6 +261,26 @@ class Simulator:
     def close(self) -> None:
         """Free the model and the renderer."""
         self._env.close()
+
+
+def render_options(quality: str) -> dict[str, Any]:
+    """What a result must say about its pictures, beside the renderer's name."""
+    fast = quality == "fast"
+    return {
+        "resolution": RESOLUTION,
+        "anti_aliasing": "off" if fast else "LIBERO's own",
+        "reflections": "off" if fast else "LIBERO's own",
+        "LP_NUM_THREADS": os.environ.get("LP_NUM_THREADS"),
+    }
+
+
+def golden_frame() -> np.ndarray:
+    """The frame that golden_frame.png holds, drawn here and now: about 3 s of one core."""
+    sim = Simulator("libero_spatial", 0)
+    sim.reset(0)
+    frame = sim.frame()
+    sim.close()
+    return frame
 
 
 # --- an episode -----------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ SIMULATOR_PACKAGES = (
     "robosuite",
     "libero",
 )  # those whose version changes what happens in an episode
+# With another version scores differ, silently: mujoco 3.17 drops a bowl off its ramekin and darkens a floor.
+SIMULATOR_PINS = {"mujoco": "3.2.3", "robosuite": "1.4.0"}
 REPOSITORY = Path(__file__).resolve().parent.parent
 WEIGHTS = (".safetensors", ".pt", ".bin")
 NOT_BEHAVIOUR = ("training_state.pt", "versions.json", "finetune.json")  # how the weights came about, not what they do
@@ -35,6 +37,12 @@ def versions() -> dict[str, Any]:
     found["gpu"] = machine.gpus()
     found["git_commit"] = git_commit()
     return found
+
+
+def unpinned_simulator() -> list[str]:
+    """What is installed in another version than scores are made with: "mujoco 3.17.0, pinned 3.2.3"; [] if nothing."""
+    known = versions()
+    return [f"{name} {known[name]}, pinned {pin}" for name, pin in SIMULATOR_PINS.items() if known[name] != pin]
 
 
 def _version(package: str) -> str | None:

@@ -49,7 +49,7 @@ class Video:
                 )
             self._writer.append_data(frame)
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise unwritable(self.path, error) from error
 
     def close(self) -> None:
         """Finish the file."""
@@ -62,17 +62,7 @@ class Video:
                 raise OSError("ffmpeg left it unfinished")
         except OSError as error:
             self.path.unlink(missing_ok=True)
-            raise self._unwritable(error) from error
-
-    def _unwritable(self, error: OSError) -> ConfigError:
-        folder = self.path.parent
-        if not folder.is_dir():
-            reason = f"{folder} is gone"
-        elif shutil.disk_usage(folder).free < FULL_DISK_BYTES:
-            reason = "the disk is full"
-        else:
-            reason = str(error).splitlines()[0]
-        return ConfigError(f"cannot write the video {self.path} ({reason}): make room, or use --save_videos False")
+            raise unwritable(self.path, error) from error
 
     def __enter__(self) -> "Video":
         return self
@@ -86,6 +76,18 @@ class Video:
         with contextlib.suppress(ConfigError):  # what is already under way says more
             self.close()
         self.path.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: OSError) -> ConfigError:
+    """The sentence for a video, poster or GIF that cannot be written."""
+    folder = path.parent
+    if not folder.is_dir():
+        reason = f"{folder} is gone"
+    elif shutil.disk_usage(folder).free < FULL_DISK_BYTES:
+        reason = "the disk is full"
+    else:
+        reason = str(error).splitlines()[0]
+    return ConfigError(f"cannot write the video {path} ({reason}): make room, or use --save_videos False")
 
 
 def _is_whole(path: Path) -> bool:

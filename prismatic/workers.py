@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import wait
 from typing import Any
@@ -85,12 +85,13 @@ class _Pool:
         num_workers: int,
         one_by_one: bool,
         silence_limit: float,
+        on_golden: Callable[[dict[str, Any]], None] | None,
     ) -> None:
         self.pending: dict[tuple[str, int, int], deque[Trial]] = {}
         for trial in trials:
             self.pending.setdefault(trial.scene, deque()).append(trial)
         self.setup, self.policy, self.num_workers = setup, policy, num_workers
-        self.one_by_one, self.silence_limit = one_by_one, silence_limit
+        self.one_by_one, self.silence_limit, self.on_golden = one_by_one, silence_limit, on_golden
         self.workers: list[_Worker] = []
         self.attempts: Counter[Trial] = Counter()
         self.any_built = False
@@ -120,7 +121,8 @@ class _Pool:
             if self.pending:
                 worker.give(self._next_trial(worker.scene))
         while self.pending and len(self.workers) < self.num_workers:
-            worker = _Worker(self.setup)
+            first = not self.attempts and not self.workers
+            worker = _Worker(replace(self.setup, golden=first and self.on_golden is not None))
             self.workers.append(worker)
             worker.give(self._next_trial(None))
 
@@ -155,6 +157,8 @@ class _Pool:
             worker.observation = content
         elif kind == "built":
             self.any_built = worker.built = True
+        elif kind == "golden" and self.on_golden:
+            self.on_golden(content)
         elif kind == "outcome":
             worker.trial = None
             return replace(content, facts=content.facts | {"near_ties": worker.near_ties})
@@ -221,13 +225,14 @@ def play(
     num_workers: int = 1,
     one_by_one: bool = False,
     silence_limit: float = SILENCE_LIMIT,
+    on_golden: Callable[[dict[str, Any]], None] | None = None,
 ) -> Generator[Outcome, None, None]:
     """Play the trials in `num_workers` processes and yield their outcomes in the order in which they end.
 
     policy: needed when setup.policy is "parent"; `policy.batch(frames, instructions, wrists=None) -> (B, 7)`.
     one_by_one: ask it row by row, so that not even rounding depends on who else waits (a matrix product
     changes in its last digits with the batch size). silence_limit: seconds after which a silent process counts
-    as hung. ConfigError when a process refuses its configuration or
+    as hung. on_golden: called once with golden.card() of the first process. ConfigError when a process refuses its configuration or
     none can ever be started. Closing the generator kills the processes.
     """
-    return _Pool(trials, setup, policy, num_workers, one_by_one, silence_limit).outcomes()
+    return _Pool(trials, setup, policy, num_workers, one_by_one, silence_limit, on_golden).outcomes()

@@ -48,6 +48,14 @@ def step_limit(suite: str) -> int:
     return LIMIT
 
 
+def render_options(quality: str) -> dict[str, int]:
+    return {"resolution": SIDE}
+
+
+def golden_frame() -> np.ndarray:
+    return np.zeros((256, 256, 3), np.uint8)
+
+
 class Simulator:
     def __init__(
         self,

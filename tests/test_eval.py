@@ -13,6 +13,7 @@ import tyro
 
 import eval as script
 from config import EvalConfig
+from prismatic import versions
 from prismatic.errors import ConfigError
 from prismatic.evaluation import read_rows
 from tests import fake_simulator
@@ -49,7 +50,7 @@ def test_flags_as_people_type_them() -> None:
     assert parse("--center_crop", "False").center_crop is False
     assert parse().center_crop is None
     assert parse("--num_workers", "12").num_workers == 12
-    assert len(EvalConfig.__annotations__) <= 25  # its own
+    assert len(EvalConfig.__annotations__) <= 25  # its own; what belongs to videos stands in VideoOptions
 
 
 def test_run_names(tmp_path: Path) -> None:
@@ -92,6 +93,7 @@ def test_identity_follows_the_weights_and_not_the_workers(tmp_path: Path, fake: 
             "no is not a folder",
         ),
         ({"load_in_8bit": True, "load_in_4bit": True}, "exclude each other"),
+        ({"save_gifs": True, "save_videos": False}, "save_gifs needs the videos"),
         ({"load_in_8bit": True}, "--load_in_8bit is accepted but not built yet"),
         ({"env_seed": -1}, "--env_seed must not be negative"),
         ({"num_workers": 0}, "num_workers is 0"),
@@ -194,6 +196,68 @@ def test_compare_asks_for_margin_and_difference(tmp_path: Path, fake: None, caps
     assert "to show a difference of 50 points takes 14 shared episodes" in printed
     script.main(EvalConfig(mean_of=runs[:1]))
     assert "mean over 1 suites: 0.0 %" in capsys.readouterr().out
+
+
+CARD = {
+    *("policy", "num_steps_wait", "step_limit", "env_seed", "seed", "renderer", "render_quality", "render_options"),
+    *("mujoco", "robosuite", "libero", "unpinned_simulator", "command", "num_workers", "versions", "sessions"),
+}
+POLICY_CARD = {
+    *("checkpoint", "checkpoint_fingerprint", "adapter", "adapter_fingerprint", "unnorm_key", "center_crop", "picture"),
+    *("num_images_in_input", "decode", "device", "dtype", "backend"),
+}
+
+
+def test_the_protocol_card_is_complete(tmp_path: Path, fake: None) -> None:
+    base = REPOSITORY / "checkpoints" / "openvla-tiny"
+    script.main(config(tmp_path, policy="checkpoint", pretrained_checkpoint=str(base), task_ids=(0,)))
+    (folder,) = tmp_path.iterdir()
+    protocol = json.loads((folder / "summary.json").read_text())["protocol"]
+    assert protocol.keys() >= CARD
+    card = protocol["policy_card"]
+    assert card.keys() >= POLICY_CARD
+    assert (card["dtype"], card["device"], card["adapter"]) == ("float32", "cpu", None)
+    assert "JPEG quality 95" in card["picture"] and "256 action tokens" in card["decode"]
+    assert card["backend"].startswith(f"torch {protocol['versions']['torch']}") and ", cpu, " in card["backend"]
+    assert len(protocol["versions"]["git_commit"]) >= 40
+    (session,) = protocol["sessions"]
+    assert 0 < session["policy_latency_ms"]["p50"] <= session["policy_latency_ms"]["p95"]
+    memory = session["host_memory_peak_bytes"]
+    assert memory["sum"] == memory["parent"] + sum(memory["workers"]) and len(memory["workers"]) == 1
+    assert session["gpu_memory_peak_bytes"] is None  # the CPU computed
+    assert len(session["golden_frame"]["sha256"]) == 16
+    page = (folder / "report.html").read_text()
+    for fact in (card["checkpoint_fingerprint"], card["picture"], card["decode"], session["golden_frame"]["sha256"]):
+        assert fact in page
+
+
+def test_another_simulator_is_refused_or_named(
+    tmp_path: Path, fake: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = versions.versions()
+    monkeypatch.setattr(versions, "versions", lambda: known | {"mujoco": "3.17.0"})
+    with pytest.raises(ConfigError, match=r"mujoco 3\.17\.0, pinned 3\.2\.3.*--allow_unpinned_simulator"):
+        script.main(config(tmp_path))
+    assert not list(tmp_path.iterdir())
+    script.main(config(tmp_path, task_ids=(0,), allow_unpinned_simulator=True))
+    assert "beware: mujoco 3.17.0, pinned 3.2.3" in capsys.readouterr().out
+    folder = tmp_path / "EVAL-fake-zero"
+    assert json.loads((folder / "summary.json").read_text())["protocol"]["unpinned_simulator"] == [
+        "mujoco 3.17.0, pinned 3.2.3"
+    ]
+    assert "mujoco 3.17.0, pinned 3.2.3: another simulator" in (folder / "report.html").read_text()
+
+
+def test_two_runs_are_compared_on_a_page(tmp_path: Path, fake: None, capsys: pytest.CaptureFixture[str]) -> None:
+    script.main(config(tmp_path, num_trials_per_task=2))
+    script.main(config(tmp_path, num_trials_per_task=2, policy="random"))
+    before, after = tmp_path / "EVAL-fake-zero", tmp_path / "EVAL-fake-random"
+    script.main(config(tmp_path, compare=(before, after)))
+    page = after / "compared-with-EVAL-fake-zero.html"
+    assert f"side by side: {page}" in capsys.readouterr().out
+    assert "A minus B over the 6 episodes" in page.read_text()
+    with pytest.raises(ConfigError, match=r"nowhere has no results\.jsonl"):
+        script.main(config(tmp_path, compare=(before, tmp_path / "nowhere")))
 
 
 def test_a_mistyped_flag_or_value_exits_2(tmp_path: Path) -> None:

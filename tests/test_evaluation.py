@@ -1,6 +1,7 @@
 """evaluation.py, player.py and workers.py with real processes and a fake simulator."""
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prismatic import evaluation
+from prismatic import evaluation, traces
 from prismatic.errors import ConfigError
 from prismatic.player import Outcome, Setup, Trial
 from tests.fake_simulator import BrightnessPolicy
@@ -243,6 +244,31 @@ def test_stopped_at_any_moment_it_loses_only_what_is_under_way(tmp_path: Path, s
     assert not list(run.glob(".unfinished*"))
 
 
+def test_actions_are_kept_step_by_step_also_over_a_stop(tmp_path: Path) -> None:
+    evaluate(tmp_path, plan(2))
+    kept = {path: path.read_bytes() for path in (tmp_path / "actions").iterdir()}
+    summary = evaluate(tmp_path, plan(4))
+    rows = evaluation.read_rows(tmp_path)
+    assert len(rows) == 8 and len(kept) == 4
+    for row in rows:
+        actions = traces.load(tmp_path, row["actions"])
+        assert actions is not None and actions.shape == (row["steps"], 7)
+        assert hashlib.sha256(actions.tobytes()).hexdigest()[:16] == row["actions_sha256"]
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    assert [session["episodes"] for session in summary["protocol"]["sessions"]] == [4, 4]  # a call each
+
+
+def test_posters_and_gifs_go_with_their_video(tmp_path: Path) -> None:
+    setup = Setup(simulator=FAKE, video_folder=tmp_path, gifs=True, annotate=True)
+    evaluate(tmp_path, plan(1), setup=setup)
+    for row in evaluation.read_rows(tmp_path):
+        stem = row["video"].removesuffix(".mp4")
+        assert (tmp_path / row["video"]).is_file() and (tmp_path / f"{stem}.gif").is_file()
+        assert (tmp_path / evaluation.poster_name(row["video"])) == tmp_path / "posters" / f"{stem}.jpg"
+        assert (tmp_path / "posters" / f"{stem}.jpg").is_file()
+    assert len(list(tmp_path.rglob("*.gif"))) == len(list(tmp_path.rglob("*.jpg"))) == 2
+
+
 # --- what is written ------------------------------------------
 
 
@@ -267,7 +293,14 @@ def test_a_line_a_video_and_a_summary(tmp_path: Path) -> None:
     assert [task["task_id"] for task in summary["per_task"]] == [0, 1]
     assert sum(task["successes"] for task in summary["per_task"]) == summary["successes"]
     assert summary["interval_95"][0] <= summary["success_rate"] <= summary["interval_95"][1]
-    assert summary["protocol"] == {"policy": "x", "command": "test", "policy_card": {"decode": "brightness"}}
+    protocol = dict(summary["protocol"])
+    (session,) = protocol.pop("sessions")
+    assert protocol == {"policy": "x", "command": "test", "policy_card": {"decode": "brightness"}}
+    assert (session["episodes"], session["workers"], session["rank"]) == (4, 2, 0)
+    asked = session["policy_latency_ms"]["calls"] * session["policy_latency_ms"]["rows_per_call"]
+    assert asked == pytest.approx(sum(row["steps"] for row in evaluation.read_rows(tmp_path)), rel=0.01)
+    assert len(session["host_memory_peak_bytes"]["workers"]) == 2
+    assert session["golden_frame"]["as_expected"] is False  # the fake simulator's is black
 
 
 def test_each_line_says_how_far_it_got_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,3 +64,14 @@ def test_memory_of_this_process_and_its_children() -> None:
     child.communicate(b"\n")
     assert with_child - before > 45_000_000
     assert machine.resident(pid=child.pid) == 0
+
+
+def test_the_peak_of_memory_is_this_process_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = machine.peak_memory()
+    assert before > 10_000_000
+    block = bytearray(200_000_000)
+    block[::4096] = b"x" * len(block[::4096])  # touched, so that it counts
+    del block
+    assert machine.peak_memory() >= 200_000_000  # gone, and still the peak
+    monkeypatch.setattr(machine, "STATUS", tmp_path / "none")
+    assert machine.peak_memory() == 0

@@ -26,6 +26,17 @@ def test_versions_name_what_changes_scores() -> None:
     assert versions._version("no-such-package") is None
 
 
+def test_another_simulator_is_named_and_the_pins_are_those_that_are_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    requirements = (versions.REPOSITORY / "requirements.txt").read_text()
+    assert all(f"{name}=={pin} " in requirements for name, pin in versions.SIMULATOR_PINS.items())
+    assert versions.unpinned_simulator() == []
+    known = versions.versions()
+    monkeypatch.setattr(versions, "versions", lambda: known | {"mujoco": "3.17.0", "robosuite": None})
+    assert versions.unpinned_simulator() == ["mujoco 3.17.0, pinned 3.2.3", "robosuite None, pinned 1.4.0"]
+
+
 def test_the_same_content_elsewhere_is_the_same(weights: Path) -> None:
     before = versions.folder_fingerprint(weights)
     copy = Path(shutil.copytree(weights, weights.with_name("b")))

@@ -233,6 +233,13 @@ def test_the_renderer_and_blas_get_one_thread_each(trouble: Path, monkeypatch: p
     assert "OMP_NUM_THREADS" not in os.environ
 
 
+def test_the_first_process_alone_draws_the_golden_frame(trouble: Path) -> None:
+    cards: list[dict[str, Any]] = []
+    (trouble / "0-0").write_text("die 1")  # its successor does not draw it again
+    play(trials(2, 2), num_workers=2, on_golden=cards.append)
+    assert len(cards) == 1 and len(cards[0]["sha256"]) == 16
+
+
 def test_closing_leaves_no_process_behind() -> None:
     outcomes = workers.play(trials(), setup=FAKE, policy=BrightnessPolicy(), num_workers=2)
     next(outcomes)

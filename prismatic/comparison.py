@@ -1,0 +1,152 @@
+"""Two rollout folders in, a page out: paired outcomes, what may be concluded, and the episodes that ended differently, side by side.
+
+A is the second run, B the first, as in statistics.compare: "A succeeds more often" is what a later run is to show.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prismatic import gallery
+from prismatic.atomic import write_whole
+from prismatic.errors import ConfigError, read_json
+from prismatic.evaluation import RESULTS, RUN, read_rows
+from prismatic.statistics import Comparison, wilson_interval
+from prismatic.versions import SIMULATOR_PACKAGES
+
+# What two runs must have in common for a comparison to mean the policies.
+SAME_PROTOCOL = ("step_limit", "num_steps_wait", "env_seed", "renderer", "render_quality", *SIMULATOR_PACKAGES)
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A rollout folder's episodes that ended with an outcome, by their id, and its protocol."""
+
+    path: Path
+    rows: Mapping[str, Row]
+    identity: Row
+
+    @classmethod
+    def load(cls, path: Path) -> "Run":
+        """ConfigError when the folder holds no evaluation."""
+        if not (path / RESULTS).exists():
+            raise ConfigError(f"--compare: {path} has no {RESULTS}: give two rollout folders")
+        rows = {row["episode_id"]: row for row in read_rows(path) if row["success"] is not None}
+        return cls(path, rows, read_json(path / RUN).get("identity", {}))
+
+    @property
+    def outcomes(self) -> dict[str, bool]:
+        """Episode id → success."""
+        return {name: bool(row["success"]) for name, row in self.rows.items()}
+
+
+def warnings(before: Run, after: Run) -> list[str]:
+    """What forbids to put a difference down to the policies, a sentence each."""
+    return [
+        f"{name} is {before.identity.get(name)} in the first and {after.identity.get(name)} in the second"
+        for name in SAME_PROTOCOL
+        if before.identity.get(name) != after.identity.get(name)
+    ]
+
+
+def build(before: Run, after: Run, result: Comparison) -> Path:
+    """Write the page into the second run's folder and return its path. result: statistics.compare of its and the first's outcomes."""
+    name = re.sub(r"[^\w.+=-]", "_", before.path.resolve().name)
+    path = after.path / f"compared-with-{name}.html"
+    runs = {"A": after, "B": before}
+    shared = sorted(
+        before.rows.keys() & after.rows.keys(),
+        key=lambda name: [after.rows[name][k] for k in ("task_id", "init_state")],
+    )
+    limits = gallery.scales({run.path: [run.rows[name] for name in shared] for run in runs.values()})
+    sections = [
+        {"title": f"Only {winner} succeeded", "pairs": _pairs(runs, names, limits)}
+        for winner, loser in (("B", "A"), ("A", "B"))
+        if (names := [name for name in shared if runs[winner].outcomes[name] and not runs[loser].outcomes[name]])
+    ]
+    places = {
+        letter: f"{os.path.relpath(run.path.resolve(), after.path.resolve())}/".removeprefix("./")
+        for letter, run in runs.items()
+    }
+    page = gallery.render(
+        "comparison.html.jinja",
+        names={letter: run.path.resolve().name for letter, run in runs.items()},
+        places=places,
+        result=result,
+        margin=_margin_sentence(result),
+        notes=warnings(before, after),
+        totals={letter: _total(run, shared) for letter, run in runs.items()},
+        tasks=_tasks(runs, shared),
+        verdicts=_verdicts(runs, shared),
+        filters=[
+            {"name": "task", "choices": sorted({(after.rows[n]["task_id"], _task_name(after.rows[n])) for n in shared})}
+        ],
+        sections=sections,
+        differences=_differences(before, after),
+    )
+    write_whole(path, page)
+    return path
+
+
+def _pairs(runs: Mapping[str, Run], names: list[str], limits: list[float]) -> list[dict[str, Any]]:
+    columns = {
+        letter: gallery.cards(run.path, [run.rows[name] for name in names], limits) for letter, run in runs.items()
+    }
+    return [{letter: cards[number] for letter, cards in columns.items()} for number in range(len(names))]
+
+
+def _total(run: Run, shared: list[str]) -> dict[str, Any]:
+    wins = sum(run.outcomes[name] for name in shared)
+    return {"successes": wins, "rate": wins / len(shared), "interval": wilson_interval(wins, len(shared))}
+
+
+def _tasks(runs: Mapping[str, Run], shared: list[str]) -> list[dict[str, Any]]:
+    """Both runs' totals of each task, over the shared episodes."""
+    tasks: dict[tuple[str, int], list[str]] = {}
+    for name in shared:
+        row = runs["A"].rows[name]
+        tasks.setdefault((row["suite"], row["task_id"]), []).append(name)
+    return [
+        {"task_id": task_id, "instruction": runs["A"].rows[names[0]]["instruction"], "episodes": len(names)}
+        | {letter: _total(run, names) for letter, run in runs.items()}
+        for (_, task_id), names in sorted(tasks.items())
+    ]
+
+
+def _verdicts(runs: Mapping[str, Run], shared: list[str]) -> list[dict[str, Any]]:
+    """How often each run failed in each way; [] where neither run says."""
+    counts = {
+        letter: Counter(
+            run.rows[name]["verdict"] for name in shared if not run.outcomes[name] and run.rows[name].get("verdict")
+        )
+        for letter, run in runs.items()
+    }
+    every = sum(counts.values(), Counter()).most_common()
+    return [{"verdict": verdict} | {letter: counts[letter][verdict] for letter in counts} for verdict, _ in every]
+
+
+def _differences(before: Run, after: Run) -> list[tuple[str, Any, Any]]:
+    """Fact, its value in A, its value in B: what the numbers depend on and is not the same."""
+    names = [*after.identity, *(name for name in before.identity if name not in after.identity)]
+    values = [(name, after.identity.get(name), before.identity.get(name)) for name in names]
+    return [(name, ours, theirs) for name, ours, theirs in values if ours != theirs]
+
+
+def _task_name(row: Row) -> str:
+    return f"{row['task_id']} {row['instruction']}"
+
+
+def _margin_sentence(result: Comparison) -> str:
+    """Non-inferiority: A may lose up to the margin; shown when the interval's lower end is above it."""
+    low = 100 * result.interval_95[0]
+    shown = "is shown" if result.not_worse else "is not shown"
+    return (
+        f"Non-inferiority, that A loses less than the margin of {100 * result.margin:g} points to B, {shown}: "
+        f"the interval of the difference begins at {low:+.1f} points."
+    )

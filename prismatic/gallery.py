@@ -1,0 +1,114 @@
+"""What the report and the comparison share: episodes as cards with video and action traces, and jinja2's environment.
+
+A card is what pieces.jinja draws. Fields that an older run's results.jsonl lacks (actions, stages, verdict, reason) are left out.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from prismatic import traces
+from prismatic.evaluation import poster_name
+from prismatic.video import FRAMES_PER_SECOND
+
+PAGES = Path(__file__).with_name("pages")
+# Of a trace, in its own units: room for names, length, height of a line's strip, room for the axis; 1 / units of a path.
+BOX = {"left": 46, "width": 200, "strip": 24, "foot": 16, "scale": 0.1}
+OUTCOMES: dict[bool | None, str] = {True: "success", False: "failure", None: "error"}
+
+Row = Mapping[str, Any]
+
+
+def render(template: str, **values: Any) -> bytes:
+    """A page of pages/ as UTF-8. Everything that stands in `values` is escaped."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(percent=_percent, share=_share, link=quote, value=_value, plain=plain)
+    page = environment.get_template(template).render(box=BOX, frames_per_second=FRAMES_PER_SECOND, **values)
+    return page.encode("utf-8", "replace")
+
+
+def cards(folder: Path, rows: Sequence[Row], limits: Sequence[float]) -> list[dict[str, Any]]:
+    """One card a row. limits: what `scales` gave, so that all cards of a page are drawn to one scale."""
+    return [_card(folder, row, limits) for row in rows]
+
+
+def scales(folders: Mapping[Path, Sequence[Row]]) -> list[float]:
+    """The largest |action| of each dimension in these episodes (folder → rows); 1 where there is no other."""
+    found = [traces.load(folder, row.get("actions")) for folder, rows in folders.items() for row in rows]
+    largest = [np.abs(np.nan_to_num(actions)).max(axis=0) for actions in found if actions is not None and len(actions)]
+    limits = np.max(largest, axis=0) if largest else np.zeros(len(traces.DIMENSIONS))
+    limits[traces.GRIPPER] = 1
+    return [float(limit) or 1.0 for limit in limits]
+
+
+def _card(folder: Path, row: Row, limits: Sequence[float]) -> dict[str, Any]:
+    outcome = OUTCOMES[row["success"]]
+    poster = poster_name(row["video"]) if row["video"] else None
+    wanted = ("suite", "task_id", "init_state", "env_seed", "instruction", "steps", "error", "video")
+    return {name: row[name] for name in wanted} | {
+        "outcome": outcome,
+        "verdict": row.get("verdict") or "",
+        # a success and an error say all with their outcome
+        "reason": row.get("reason") if outcome == "failure" else None,
+        "poster": poster if poster and (folder / poster).is_file() else None,
+        "trace": _trace(traces.load(folder, row.get("actions")), row.get("stages") or {}, limits),
+    }
+
+
+def _trace(actions: np.ndarray | None, stages: Mapping[str, int | None], limits: Sequence[float]) -> Row | None:
+    if actions is None or not len(actions):
+        return None
+    steps = len(actions)
+    values = actions.copy()
+    values[:, traces.GRIPPER] = 2 * values[:, traces.GRIPPER] - 1  # 1 open … 0 close fills its strip
+    width, height = round(BOX["width"] / BOX["scale"]), round((BOX["strip"] - 6) / BOX["scale"])
+    return {
+        "steps": steps,
+        "lines": [
+            {
+                "name": name,
+                "limit": limit,
+                "path": traces.line(values[:, column], width=width, height=height, limit=limit),
+            }
+            for column, (name, limit) in enumerate(zip(traces.DIMENSIONS, limits, strict=True))
+        ],
+        "stages": [
+            {"name": plain(name), "step": step, "x": round(BOX["left"] + BOX["width"] * min(step / steps, 1), 1)}
+            for name, step in stages.items()
+            if step is not None
+        ],
+    }
+
+
+def plain(code: str) -> str:
+    """A code such as closed_beside in words."""
+    return code.replace("_", " ")
+
+
+def _percent(rate: float | None) -> str:
+    return "–" if rate is None else f"{100 * rate:.1f}"
+
+
+def _share(rate: float) -> str:
+    return f"{100 * min(max(rate, 0), 1):.2f}%"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_value(item) for item in value) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_value(item)}" for name, item in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "–" if value is None else str(value)

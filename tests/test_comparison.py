@@ -1,0 +1,84 @@
+"""comparison.py: two folders as eval.py leaves them, and the page about both."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+
+from prismatic import comparison, statistics, traces
+from prismatic.errors import ConfigError
+from tests.test_report import Reader, folder_with, row
+
+VERDICTS = {False: ("closed_beside", "It shut on nothing."), True: ("success", "Solved.")}
+
+
+def run(path: Path, outcomes: list[bool | None], **identity: Any) -> Path:
+    path.mkdir()
+    rows = [row(n // 3, n % 3, outcome, "died" if outcome is None else None) for n, outcome in enumerate(outcomes)]
+    for line in [line for line in rows if line["success"] is not None]:
+        line["verdict"], line["reason"] = VERDICTS[line["success"]]
+        line["actions"] = traces.save(path, line["episode_id"], np.zeros((5, 7)))
+    folder_with(path, rows)
+    (path / "run.json").write_text(
+        json.dumps({"identity": {"policy": path.name, "env_seed": 0} | identity, "record": {}})
+    )
+    return path
+
+
+def build(before: Path, after: Path) -> str:
+    runs = comparison.Run.load(before), comparison.Run.load(after)
+    page = comparison.build(*runs, statistics.compare(runs[1].outcomes, runs[0].outcomes))
+    assert page.parent == after
+    return page.read_text()
+
+
+def test_pairs_test_and_margin(tmp_path: Path) -> None:
+    before = run(tmp_path / "before", [True, True, False, False, False, None])
+    after = run(tmp_path / "after", [True, False, True, True, True, True])
+    page = build(before, after)
+    read = Reader(page)
+    assert not read.unclosed
+    text = re.sub(r"\s+", " ", " ".join(read.texts))
+    assert "+40.0 points" in text and "A minus B over the 5 episodes" in text  # the error is no outcome
+    assert "3 and 1: p = 0.62" in text
+    assert "Nothing may be concluded" in text
+    assert "Non-inferiority, that A loses less than the margin of 5 points to B, is not shown" in text
+    assert re.search(r"A succeeded 1 3 A failed 1 0", text)  # the four cells
+    assert "A 2, B 2 of 3" in text and "A 2, B 0 of 2" in text  # by task
+    assert "closed beside 1 3" in text  # verdicts of A and B
+    assert "policy after before" in text  # what differs in the protocol
+
+
+def test_the_episodes_that_differ_stand_side_by_side(tmp_path: Path) -> None:
+    before = run(tmp_path / "before #1", [True, True, False])
+    after = run(tmp_path / "after", [True, False, True])
+    read = Reader(build(before, after))
+    sources = [unquote(video["src"] or "") for video in read.videos]
+    assert len(sources) == 4  # two pairs; the episode that ended alike is not shown
+    assert [source.startswith("../before #1/episode=") for source in sources] == [False, True] * 2
+    names = [Path(source).name.split("--")[0] for source in sources]
+    assert names[0] == names[1] and names[2] == names[3]
+    for source in sources:
+        assert (after / source).parent.resolve() in (before, after)
+    assert not [link for link in read.links if ":" in link or link.startswith("/")]
+
+
+def test_another_protocol_is_named(tmp_path: Path) -> None:
+    page = build(run(tmp_path / "before", [True, False]), run(tmp_path / "after", [True, True], env_seed=3))
+    assert "Not only the policies differ: env_seed is 0 in the first and 3 in the second." in page
+
+
+def test_equal_runs_and_hostile_names(tmp_path: Path) -> None:
+    page = build(run(tmp_path / "<b>x", [True, False]), run(tmp_path / "after", [True, False]))
+    assert "None: both runs solved the same episodes." in page
+    assert "<b>x" not in page and "&lt;b&gt;x" in page
+    assert (tmp_path / "after" / "compared-with-_b_x.html").is_file()
+
+
+def test_a_folder_without_results_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no results\.jsonl: give two rollout folders"):
+        comparison.Run.load(tmp_path)

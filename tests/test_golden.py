@@ -1,0 +1,16 @@
+"""golden.py: the reference itself is as expected, another picture is not."""
+
+import numpy as np
+from PIL import Image
+
+from prismatic import golden
+
+
+def test_the_reference_is_as_expected_and_a_darker_one_is_not() -> None:
+    frame = np.asarray(Image.open(golden.GOLDEN_FRAME))
+    card = golden.card(frame, "osmesa")
+    assert (card["differs_by"], card["as_expected"], len(card["sha256"])) == (0.0, True, 16)
+    darker = golden.card(frame - np.minimum(frame, 2), "osmesa")
+    assert darker["as_expected"] is False and 1 < darker["differs_by"] <= 2
+    assert darker["sha256"] != card["sha256"]
+    assert golden.card(frame - np.minimum(frame, 2), "egl")["as_expected"]  # drivers shade a little differently
