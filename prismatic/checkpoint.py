@@ -216,8 +216,7 @@ def load_policy(
         "adapter": None if adapter_folder is None else str(adapter_folder),
         "adapter_fingerprint": None if adapter_folder is None else adapter_fingerprint(adapter_folder),
     }
-    drafting = not device.startswith("cuda")  # faster on a CPU; on a GPU not measured
-    return Policy(vla, processor, card, decoder=capture(vla), drafting=drafting)
+    return Policy(vla, processor, card, decoder=capture(vla))
 
 
 def adapter_fingerprint(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""A built model made ready to act fast: on a GPU its passes are compiled and recorded as CUDA graphs, on a CPU its weights are packed.
+"""A built model made ready to act fast: on a GPU its passes are compiled and recorded as CUDA graphs; on a CPU it stays as it is.
 
 A decoding pass is a thousand small kernels, which a GPU runs faster than Python can name them; a recorded graph is started with one call.
 A graph has fixed shapes, so prompts are padded to a multiple of WIDTH words and batches to a power of two. Padding changes no answer: nothing
@@ -15,7 +15,6 @@ import torch
 from torch.nn import functional as F
 
 from prismatic.models.decode import Answer, Decoder, Decoding, Passes
-from prismatic.models.packed import pack
 from prismatic.models.vla import VLA
 
 WIDTH = 32  # words
@@ -34,7 +33,6 @@ def capture(vla: VLA) -> Decoder:
     if next(vla.parameters()).device.type == "cuda":
         compile_layers(vla, mode=COMPILE_MODE)
         return CapturedDecoder(vla)
-    pack(vla)
     return Decoder(vla)
 
 

@@ -46,8 +46,7 @@ class KVCache:
     def __init__(self, config: LlamaConfig, batch: int, length: int, like: torch.Tensor) -> None:
         head = config.hidden_size // config.num_attention_heads
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, head)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
-        self.length = length
+        self.layers = list(zip(like.new_zeros(shape), like.new_zeros(shape), strict=True))
 
     def slots(
         self,
@@ -60,9 +59,8 @@ class KVCache:
 
         wanted (B, N), with what they see: of the last layer, only these columns' output is computed.
         """
-        layers = list(zip(self.keys, self.values, strict=True))
-        last = [Slots(*layers.pop(), columns, wanted_seen, wanted)] if wanted is not None else []
-        return [Slots(k, v, columns, seen) for k, v in layers] + last
+        slots = [Slots(keys, values, columns, seen) for keys, values in self.layers]
+        return slots if wanted is None else [*slots[:-1], slots[-1]._replace(seen=wanted_seen, wanted=wanted)]
 
 
 class RMSNorm(nn.Module):
@@ -72,22 +70,23 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == self.weight.dtype == torch.float32:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
 
 
 def rotary(
     positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """positions (B, T) → cos, sin (B, 1, T, head_dim) of rotate-half RoPE, computed in float32."""
+    """positions (B, T) → cos, sin (B, 1, T, head_dim) of rotate-half RoPE, computed in float32; sin negated where `_rotate` wants -x."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions[:, None, :, None].float() * (1.0 / theta**exponents)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class Attention(nn.Module):
