@@ -1,10 +1,13 @@
-"""Measure: `python bench.py load | eval | infer | draft`. One table, and the same as JSON with --json FILE.
+"""Measure: `python bench.py load | train | data | eval | precision | infer | draft`. One table, and the same as JSON with --json FILE.
 
 python bench.py load                              a full-size folder with random weights (15 GB of disk, 16 GB of memory)
 python bench.py load --checkpoint FOLDER          a folder of yours
+python bench.py train                             training steps, ours against the plain way: full size on a GPU, small on a CPU
+python bench.py data                              an RLDS set as large as LIBERO-Spatial: its cache, the loader, host memory
 python bench.py eval --workers 2 4                episodes an hour: simulators side by side against one alone
+python bench.py precision --checkpoint FOLDER --data_root_dir DATA --dataset_name NAME      what quantising changes
 python bench.py infer --plot latency.png          time and memory of an action: full size and random on a GPU, the small model on a CPU
-python bench.py draft --task_ids 1 2              what drafting saves in episodes of the small model
+python bench.py draft --task_id 1                 what drafting saves in episodes of the small model
 """
 
 import json
@@ -12,7 +15,16 @@ from typing import Annotated, Any
 
 import tyro
 
-from config import WORKSPACE, BenchDraftConfig, BenchEvalConfig, BenchInferConfig, BenchLoadConfig
+from config import (
+    WORKSPACE,
+    BenchDataConfig,
+    BenchDraftConfig,
+    BenchEvalConfig,
+    BenchInferConfig,
+    BenchLoadConfig,
+    BenchPrecisionConfig,
+    BenchTrainConfig,
+)
 from prismatic.errors import exit_codes
 from prismatic.hub import resolve
 
@@ -41,16 +53,55 @@ def evaluation(cfg: BenchEvalConfig) -> Rows:
     )
 
 
+def train(cfg: BenchTrainConfig) -> Rows:
+    """Samples a second and memory of training steps, ours against the plain way."""
+    from prismatic.bench import train
+
+    return train.run(
+        full_size=cfg.full_size,
+        memory_cap_gib=cfg.memory_cap_gib,
+        batch_sizes=cfg.batch_sizes,
+        steps=cfg.steps,
+        compiled=cfg.compile,
+    )
+
+
+def data(cfg: BenchDataConfig) -> Rows:
+    """An RLDS set of LIBERO-Spatial's size: writing, reading into the cache, loading."""
+    from prismatic.bench import data
+
+    return data.run(cfg.folder, episodes=cfg.episodes, frames=cfg.frames, workers=cfg.num_workers)
+
+
+def precision(cfg: BenchPrecisionConfig) -> Rows:
+    """Action tokens of every precision beside those of the unquantised model."""
+    from prismatic.bench import precision
+    from prismatic.data.dataset_folder import find_dataset
+    from prismatic.data.frames import FrameCache
+    from prismatic.data.rlds import build_cache
+
+    cache = FrameCache(build_cache(find_dataset(cfg.data_root_dir, cfg.dataset_name), cfg.cache_dir))
+    return precision.run(
+        cfg.checkpoint,
+        cfg.adapter,
+        cache,
+        num_frames=cfg.num_frames,
+        every_episode=cfg.held_out == "all",
+        batch_size=cfg.batch_size,
+        unnorm_key=cfg.unnorm_key,
+    )
+
+
 def infer(cfg: BenchInferConfig) -> Rows:
     """Ways of decoding: the plain one, the plain one at its best, ours."""
     import torch
 
     from prismatic.bench import infer
 
-    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    checkpoint = cfg.checkpoint or (None if cfg.full_size or device != "cpu" else "checkpoints/openvla-tiny")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    checkpoint = cfg.checkpoint or ("checkpoints/openvla-tiny" if device == "cpu" else "random")
     rows = infer.run(
-        resolve(checkpoint) if checkpoint else None,
+        None if checkpoint == "random" else resolve(checkpoint),
         batch_sizes=cfg.batch_sizes,
         precisions=cfg.quantize,
         rounds=cfg.rounds,
@@ -69,22 +120,34 @@ def draft(cfg: BenchDraftConfig) -> Rows:
     return draft.run(
         cfg.checkpoint,
         suite=cfg.task_suite_name,
-        task_ids=cfg.task_ids,
-        num_trials=cfg.num_trials_per_task,
+        task_id=cfg.task_id,
+        episodes=cfg.episodes,
+        steps=cfg.steps,
         quality=cfg.render_quality,
     )
 
 
-BENCHES = {BenchLoadConfig: load, BenchEvalConfig: evaluation, BenchInferConfig: infer, BenchDraftConfig: draft}
+BENCHES = {
+    BenchLoadConfig: load,
+    BenchTrainConfig: train,
+    BenchDataConfig: data,
+    BenchEvalConfig: evaluation,
+    BenchPrecisionConfig: precision,
+    BenchInferConfig: infer,
+    BenchDraftConfig: draft,
+}
 Config = (
     Annotated[BenchLoadConfig, tyro.conf.subcommand("load")]
+    | Annotated[BenchTrainConfig, tyro.conf.subcommand("train")]
+    | Annotated[BenchDataConfig, tyro.conf.subcommand("data")]
     | Annotated[BenchEvalConfig, tyro.conf.subcommand("eval")]
+    | Annotated[BenchPrecisionConfig, tyro.conf.subcommand("precision")]
     | Annotated[BenchInferConfig, tyro.conf.subcommand("infer")]
     | Annotated[BenchDraftConfig, tyro.conf.subcommand("draft")]  # one a bench, joined by |
 )
 
 
-def main(cfg: BenchLoadConfig | BenchEvalConfig | BenchInferConfig | BenchDraftConfig) -> None:
+def main(cfg: Any) -> None:
     """Measure, print one table, and write it as JSON where asked."""
     rows = BENCHES[type(cfg)](cfg)
     names = list(rows[0])

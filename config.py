@@ -17,7 +17,24 @@ WORKSPACE = Path(os.environ.get("WORKSPACE", "workspace"))
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class MemoryOptions:
+    """What makes a training run fit a card, and fast; finetune.py prints what it will take before it loads anything."""
+
+    # Pack the base's linear maps (not lm_head) into 4 bits, NF4, as QLoRA does; for adapters only, on a GPU or a CPU.
+    use_quantization: bool = False
+    # Keep only each block's input and run the block again in the backward pass: same gradients, much less memory, a third slower.
+    # auto: where it doesn't fit otherwise.
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    # Number format in which the adapter is kept and updated; it computes in the base's.
+    lora_dtype: Literal["float32", "bfloat16"] = "float32"
+    # paged_adamw_8bit: moments in 8 bits, a quarter of the memory, moved to the host when the card is full (bitsandbytes).
+    optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
+    # torch.compile each block. Minutes at the start; not measured on a GPU yet.
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(MemoryOptions):
     # Base model: checkpoint folder, or hub id such as openvla/openvla-7b.
     vla_path: str = "openvla/openvla-7b"
     # Folder of RLDS data sets (modified_libero_rlds), or the hub id of such a data set.
@@ -148,9 +165,11 @@ class EvalConfig(VideoOptions, ControlOptions):
     unnorm_key: str | None = None
     # Whether it was trained with random crops. None: what the folder says, True where it says nothing.
     center_crop: bool | None = None
-    # Weights in 8 bits.
+    # Weights in 8 or 4 bits (torchao, weight only). A folder that export.py quantised needs no flag.
+    quantize: Literal["none", "int8", "int4"] = "none"
+    # OpenVLA's name for bitsandbytes' LLM.int8, which rounds the activations too.
     load_in_8bit: bool = False
-    # Weights in 4 bits.
+    # OpenVLA's name for bitsandbytes' NF4.
     load_in_4bit: bool = False
     # Simulator processes, of each rank under torchrun. auto: one a core, as far as the memory goes (2 GB each).
     num_workers: Annotated[int | Literal["auto"], tyro.conf.arg(aliases=("--workers",))] = "auto"
@@ -215,6 +234,8 @@ class ExportConfig:
     center_crop: bool | None = None
     # Number format of the weights. None: the checkpoint's own.
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    # int8 or int4: quantised weights, for this project alone (dtype then is that of the rest).
+    quantize: Literal["none", "int8", "int4"] = "none"
 
 
 @dataclass(frozen=True)
@@ -235,66 +256,95 @@ class DoctorConfig:
     simulator: bool = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    # Also write the table here.
+    json: Path | None = None
+
+
 @dataclass(frozen=True)
-class BenchEvalConfig:
+class BenchDraftConfig(BenchConfig):
     # Checkpoint folder, adapter folder or hub id that acts.
     checkpoint: str = "checkpoints/openvla-tiny"
     # Suite and task whose simulator is measured.
     task_suite_name: str = "libero_spatial"
     task_id: int = 0
-    # Numbers of simulator processes, each against one process alone.
-    workers: tuple[int, ...] = (2,)
-    # Episodes of each row; at least one a process.
+    # Episodes of each row (at least one a process), and steps after which one is cut off.
     episodes: int = 4
-    # Steps after which an episode is cut off.
     steps: int = 60
     # fast: three times faster on a CPU. standard: LIBERO's own pixels.
     render_quality: Literal["standard", "fast"] = "standard"
-    # Also write the table here.
-    json: Path | None = None
 
 
 @dataclass(frozen=True)
-class BenchLoadConfig:
+class BenchEvalConfig(BenchDraftConfig):
+    # Numbers of simulator processes, each against one process alone.
+    workers: tuple[int, ...] = (2,)
+
+
+@dataclass(frozen=True)
+class BenchLoadConfig(BenchConfig):
     # Checkpoint folder or hub id; none makes one of full size with random weights below WORKSPACE.
     checkpoint: str | None = None
-    # Also write the table here.
-    json: Path | None = None
 
 
 @dataclass(frozen=True)
-class BenchInferConfig:
-    # Checkpoint folder or hub id. None: random weights of full size on a GPU, checkpoints/openvla-tiny on a CPU.
+class BenchTrainConfig(BenchConfig):
+    # openvla-7b's size, or a small model's. None: full where there is a GPU.
+    full_size: bool | None = None
+    # GPU memory that may be taken, such as a 24 GB card's.
+    memory_cap_gib: float = 24.0
+    # Micro-batches to try, rising; a way that doesn't fit is not tried at larger ones. None: 1 to 32 on a GPU, 1 and 4 on a CPU.
+    batch_sizes: tuple[int, ...] | None = None
+    # Timed steps of each.
+    steps: int = 5
+    # torch.compile our blocks.
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class BenchDataConfig(BenchConfig):
+    # Episodes of the set that is made: libero_spatial_no_noops has 432 …
+    episodes: int = 432
+    # … and 52,970 frames.
+    frames: int = 52_970
+    # Loader processes to try; 0 loads in the main process.
+    num_workers: tuple[int, ...] = (0, 1, 2, 4)
+    # Folder for it, deleted afterwards.
+    folder: Path = WORKSPACE / "bench-data"
+
+
+@dataclass(frozen=True)
+class BenchPrecisionConfig(BenchConfig):
+    # Checkpoint folder, adapter folder (it knows its base), or hub id.
+    checkpoint: str
+    # Adapter folder that goes on top.
+    adapter: Path | None = None
+    # Key of the data set's statistics, where the checkpoint has several.
+    unnorm_key: str | None = None
+    # Folder of data sets; the demonstrations are data_root_dir/dataset_name.
+    data_root_dir: Path = WORKSPACE / "datasets"
+    # Data set in it.
+    dataset_name: str = "libero_spatial_no_noops"
+    # Folder of frame caches.
+    cache_dir: Path = WORKSPACE / "cache"
+    # validation: its last 5 % of episodes (or its validation split). all: a data set that the checkpoint has never seen.
+    held_out: Literal["validation", "all"] = "validation"
+    # Frames that are asked about, evenly spread over them.
+    num_frames: int = 1000
+    # Frames of one pass.
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class BenchInferConfig(BenchConfig):
+    # Checkpoint folder or hub id, or random: weights of openvla-7b's size (16 GB). None: random on a GPU, checkpoints/openvla-tiny on a CPU.
     checkpoint: str | None = None
-    # Random weights of full size on a CPU too (bfloat16, 16 GB of memory; prefill takes seconds).
-    full_size: bool = False
-    # Rows of a batch.
+    # Rows of a batch, and number formats of the weights.
     batch_sizes: tuple[int, ...] = (1, 8, 32)
-    # Number formats of the weights.
     quantize: tuple[Literal["none", "int8", "int4"], ...] = ("none", "int8", "int4")
-    # Timed actions of each way of decoding.
+    # Timed actions of each way, and whether the plain way at its best is one (compiled: minutes for each batch size on a CPU).
     rounds: int = 30
-    # Include the plain way at its best, which is compiled (minutes for each batch size on a CPU).
     compiled: bool = True
-    # cuda or cpu. None: cuda where there is one.
-    device: str | None = None
     # Draw latency against memory into this file (png, pdf, svg).
     plot: Path | None = None
-    # Also write the table here.
-    json: Path | None = None
-
-
-@dataclass(frozen=True)
-class BenchDraftConfig:
-    # Checkpoint folder, adapter folder (it knows its base), or hub id.
-    checkpoint: str = "checkpoints/openvla-tiny"
-    # LIBERO suite.
-    task_suite_name: str = "libero_spatial"
-    # Tasks of it, one episode of each stored state below.
-    task_ids: tuple[int, ...] = (1, 2)
-    # Episodes of each task, from the first stored state on.
-    num_trials_per_task: int = 2
-    # standard: LIBERO's pixels. fast: three times faster on a CPU.
-    render_quality: Literal["standard", "fast"] = "fast"
-    # Also write the table here.
-    json: Path | None = None

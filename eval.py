@@ -168,9 +168,17 @@ def load_policy(cfg: EvalConfig) -> Any:
         adapter=cfg.lora_checkpoint,
         unnorm_key=cfg.unnorm_key,
         center_crop=cfg.center_crop,
-        quantize="int8" if cfg.load_in_8bit else "int4" if cfg.load_in_4bit else "none",
+        quantize=precision(cfg)[0],
+        backend=precision(cfg)[1],
         device=f"cuda:{local_rank}" if local_rank and torch.cuda.is_available() else None,
     )
+
+
+def precision(cfg: EvalConfig) -> tuple[str, str | None]:
+    """Precision and backend; None: the default one, or none is needed."""
+    if cfg.load_in_8bit or cfg.load_in_4bit:
+        return "int8" if cfg.load_in_8bit else "int4", "bitsandbytes"
+    return cfg.quantize, None
 
 
 def check(cfg: EvalConfig) -> None:
@@ -189,13 +197,10 @@ def check(cfg: EvalConfig) -> None:
         )
     if cfg.save_gifs and not cfg.save_videos:
         raise ConfigError("save_gifs needs the videos that GIFs are made from: leave out --save_videos False")
-    if cfg.load_in_8bit and cfg.load_in_4bit:
-        raise ConfigError("load_in_8bit and load_in_4bit exclude each other: set one of them")
-    for name in ("load_in_8bit", "load_in_4bit"):
-        if getattr(cfg, name):
-            raise ConfigError(
-                f"--{name} is accepted but not built yet: leave it out (bfloat16 on a GPU, float32 on a CPU)"
-            )
+    given = [name for name in ("load_in_8bit", "load_in_4bit") if getattr(cfg, name)]
+    given += [f"quantize {cfg.quantize}"] * (cfg.quantize != "none")
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} exclude each other: set one of them")
     for name in ("env_seed", "seed"):
         if getattr(cfg, name) < 0:
             raise ConfigError(f"--{name} must not be negative, it is {getattr(cfg, name)}")
@@ -223,6 +228,7 @@ def run_name(cfg: EvalConfig) -> str:
     if cfg.policy == "checkpoint":
         folder = Path(cfg.lora_checkpoint or cfg.pretrained_checkpoint).resolve()
         policy = f"{folder.parent.name}-{folder.name}" if STEP_FOLDER.fullmatch(folder.name) else folder.name
+        policy += "".join(f"-{word}" for word in precision(cfg) if word and word != "none")
     if cfg.policy == "replay":
         policy += f"-{cfg.dataset_name}"
     if cfg.instruction != "keep":
@@ -253,6 +259,8 @@ def identity(cfg: EvalConfig, renderer: str) -> dict[str, Any]:
         "load_in_4bit": cfg.load_in_4bit,
         "deterministic": cfg.deterministic,
     }
+    if cfg.quantize != "none":  # named only then, so that runs of before it was there go on
+        checkpoint["quantize"] = cfg.quantize
     return {
         "task_suite_name": cfg.task_suite_name,
         "policy": cfg.policy,

@@ -21,21 +21,23 @@ from tqdm import tqdm
 
 from config import FinetuneConfig
 from prismatic import first_batch
-from prismatic.checkpoint import load_tokenizer, load_vla, save_checkpoint
+from prismatic.checkpoint import load_tokenizer, save_checkpoint
 from prismatic.data.examples import Examples, batches
 from prismatic.data.frames import DrawBatches, Mixture
 from prismatic.data.mixture import open_mixture
 from prismatic.display import Display
-from prismatic.distributed import Ranks, joined, shard
+from prismatic.distributed import Ranks, joined
 from prismatic.errors import ConfigError, Terminated, exit_codes
 from prismatic.hub import resolve
 from prismatic.image import AUGMENTATIONS
 from prismatic.loggers import NoLogger, check_installed, open_logger
-from prismatic.models import weights
+from prismatic.models import quantize, weights
 from prismatic.models.vla import VLA, VLAConfig
+from prismatic.optimizer import make_optimizer
 from prismatic.processor import Batch, Processor, ProcessorConfig
 from prismatic.run_folder import SKIPPED, STEP_FOLDER, RunFolder
 from prismatic.training import Metrics, StopSignal, backward, clip_gradients, learning_rate
+from prismatic.training_model import ModelOptions, planned_model
 from prismatic.training_state import Progress, capture, restore, seed_everything
 from prismatic.validation import BEST_BY, Validation, is_best
 
@@ -43,7 +45,7 @@ LOG_STEPS = 10  # steps between lines of metrics.jsonl
 MAY_CHANGE = (  # on resuming; batch_size and passes as far as their product, the effective batch, stays
     "max_steps", "save_steps", "val_steps", "log_to", "max_bad_steps", "keep", "num_workers", "resume", "shuffle_buffer_size",
     "run_root_dir", "cache_dir",
-    "batch_size", "grad_accumulation_steps", "shard",
+    "batch_size", "grad_accumulation_steps", "shard", "gradient_checkpointing",
 )  # fmt: skip
 
 
@@ -80,6 +82,7 @@ def prepare(cfg: FinetuneConfig, ranks: Ranks) -> Job:
         )
     )
     base = ranks.first_then_all(lambda: resolve(cfg.vla_path))
+    quantize.refuse(base / "config.json", "training needs weights that are not")
     processor = build_processor(cfg, base, mixture)
     run = RunFolder(cfg.run_root_dir / run_name(cfg), keep=cfg.keep, ranks=ranks)
     resumed = ranks.on_first(lambda: last_checkpoint(cfg, run))
@@ -94,9 +97,10 @@ def prepare(cfg: FinetuneConfig, ranks: Ranks) -> Job:
     data = {cache.name: cache.fingerprint for cache in mixture.caches}
     ranks.on_first(lambda: run.check_options(dataclasses.asdict(cfg) | {"data": data}, may_change=MAY_CHANGE))
     ranks.on_first(lambda: run.cut_metrics(resumed))
-    vla = build_model(cfg, base, resumed, ranks)
+    words = processor.longest_row(mixture.instructions)
+    vla = build_model(cfg, base, resumed, ranks, batch_size=batch_size, passes=passes, words=words)
     trainable = [parameter for parameter in vla.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
+    optimizer = make_optimizer(cfg.optimizer, trainable, learning_rate=cfg.learning_rate, weight_decay=cfg.weight_decay)
     if state:
         progress = restore(state, optimizer, ranks, seed=cfg.seed)
     elif not ranks.is_first:
@@ -129,7 +133,7 @@ def loop(job: Job, validation: Validation, display: Display) -> None:
     cfg, ranks, progress, vla = job.cfg, job.ranks, job.progress, job.vla
     model = ranks.parallel(vla)
     stream = open_stream(job)
-    autocast = cfg.autocast == "bfloat16" or (cfg.autocast == "auto" and ranks.device != "cpu")
+    autocast = in_bfloat16(cfg, ranks)
     stop = StopSignal()
     vla.train()
     for step in range(progress.step, cfg.max_steps):
@@ -270,22 +274,15 @@ def build_processor(cfg: FinetuneConfig, base: Path, mixture: Mixture) -> Proces
     return Processor(config, load_tokenizer(base), mixture.statistics)
 
 
-def build_model(cfg: FinetuneConfig, base: Path, resumed: Path | None, ranks: Ranks) -> VLA:
-    """Base with adapter, or all of a model; from the run's last checkpoint if there is one. The adapter's weights are float32."""
-    device = ranks.device
-    dtype = torch.bfloat16 if device != "cpu" and cfg.use_lora else torch.float32
-    if not cfg.use_lora:
-        cut = (lambda vla: shard(vla, ranks)) if cfg.shard and ranks.size > 1 else None
-        return load_vla(resumed or base, dtype=dtype, device=device, shard=cut)
-    vla = load_vla(base, resumed, dtype=dtype, device=device, adapter_dtype=torch.float32)
-    if resumed is None:
-        from prismatic.models.lora import add_lora
+def build_model(cfg: FinetuneConfig, base: Path, resumed: Path | None, ranks: Ranks, **sizes: int) -> VLA:
+    """Base with adapter, or all of a model; from the run's last checkpoint if there is one. First says what it will take of the card."""
+    values = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(ModelOptions) if f.name != "autocast"}
+    return planned_model(base, resumed, ModelOptions(autocast=in_bfloat16(cfg, ranks), **values), ranks, **sizes)
 
-        add_lora(vla, rank=cfg.lora_rank, dropout=cfg.lora_dropout)
-    for parameter in vla.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return vla
+
+def in_bfloat16(cfg: FinetuneConfig, ranks: Ranks) -> bool:
+    """Whether autocast is needed: on a GPU for weights that are trained; under an adapter the base is bfloat16 itself."""
+    return cfg.autocast == "bfloat16" or (cfg.autocast == "auto" and ranks.device != "cpu" and not cfg.use_lora)
 
 
 def last_checkpoint(cfg: FinetuneConfig, run: RunFolder) -> Path | None:

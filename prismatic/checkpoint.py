@@ -17,11 +17,13 @@ from transformers import PreTrainedTokenizerFast
 
 from prismatic.errors import ConfigError, read_json
 from prismatic.hub import resolve
-from prismatic.models import weights
+from prismatic.models import backends, weights
+from prismatic.models import quantize as quantization
 from prismatic.models.captured import capture
+from prismatic.models.nf4 import prepare_nf4
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.policy import Policy
-from prismatic.processor import Processor, ProcessorConfig
+from prismatic.processor import Processor, ProcessorConfig, preprocessor_json
 
 CONFIG, PROCESSOR, STATISTICS, PREPROCESSOR = (
     "config.json",
@@ -45,13 +47,16 @@ def load_vla(
     device: str = "cpu",
     adapter_dtype: torch.dtype | None = None,
     shard: Callable[[VLA], None] | None = None,
+    nf4: bool = False,
 ) -> VLA:
     """A model from a checkpoint folder or hub id, with an adapter on it if one is given (then only the adapter is trainable).
 
     adapter_dtype: None means dtype. Training keeps its adapter in float32 on a bfloat16 base.
     shard: is given the model while it is empty, so that no process ever holds all of one that is cut up among several.
+    nf4: pack the base's linear maps into 4 bits while loading (see models/nf4.py); dtype is then what is computed in.
 
     ConfigError, before anything is loaded, for a missing, surplus or mis-shaped tensor, a truncated file, or an adapter of another base.
+    A folder that export.py quantised comes out quantised (and frozen), and takes no adapter.
     """
     folder = resolve(checkpoint)
     adapter = None if adapter is None else resolve(adapter)
@@ -61,17 +66,49 @@ def load_vla(
     stored = weights.stored_tensors(folder)
     with torch.device("meta"):
         vla = VLA(config)
+    if saved := quantization.saved_as(folder / CONFIG):
+        if adapter is not None:
+            quantization.refuse(folder / CONFIG, "an adapter is merged before")
+        shapes = {name: shape for name, (shape, _) in quantization.layout(vla, saved).items()}
+        weights.check_names(shapes, stored, folder)
+        quantization.fill(vla, stored, saved, dtype=dtype, device=device)
+        return vla
     weights.check_names({name: tuple(tensor.shape) for name, tensor in vla.state_dict().items()}, stored, folder)
     if adapter is not None:
         _check_base(adapter, folder, stored)
     if shard is not None:
         shard(vla)
+    if nf4:
+        prepare_nf4(vla, on_cpu=torch.device(device).type == "cpu")
     weights.fill(vla, stored, dtype=dtype, device=device)
     if adapter is not None:
         from prismatic.adapter import load_adapter  # here, because peft takes seconds to import
 
         load_adapter(vla, adapter, dtype=adapter_dtype or dtype)
     return vla
+
+
+def load_quantized(
+    folder: Path,
+    adapter: Path | None,
+    precision: str,
+    *,
+    backend: str | None = None,
+    vision: bool | None = None,
+    dtype: torch.dtype,
+    device: str = "cpu",
+) -> VLA:
+    """A checkpoint folder that is quantised as it loads (see quantize.quantize) and computes in dtype.
+
+    An adapter is merged in float32 into weights of the checkpoint's own number format, as export.py does it: both answer alike.
+    """
+    own = weights.stored_dtype(weights.stored_tensors(folder))
+    vla = load_vla(folder, adapter, dtype=own, device=device, adapter_dtype=torch.float32)
+    if adapter is not None:
+        from prismatic.models.lora import merge_lora
+
+        merge_lora(vla)
+    return quantization.quantize(vla, precision, backend, vision=vision, dtype=dtype)
 
 
 def _check_base(adapter: Path, base: Path, stored: Mapping[str, weights.StoredTensor]) -> None:
@@ -184,17 +221,8 @@ def _preprocessor(folder: Path) -> dict[str, Any]:
     return {"means": tuple(tuple(t["mean"]) for t in towers), "stds": tuple(tuple(t["std"]) for t in towers)}
 
 
-def load_policy(
-    checkpoint: str | Path,
-    adapter: str | Path | None = None,
-    unnorm_key: str | None = None,
-    center_crop: bool | None = None,
-    quantize: str = "none",
-    device: str | None = None,
-) -> Policy:
-    """A policy from a checkpoint folder, a hub id or an adapter folder (which knows its base). bfloat16 on a GPU, float32 on a CPU."""
-    if quantize != "none":
-        raise ConfigError(f"quantize {quantize!r} is not there yet: use none")
+def base_and_adapter(checkpoint: str | Path, adapter: str | Path | None = None) -> tuple[Path, Path | None]:
+    """Folders of the base and of the adapter, which may be given as the checkpoint alone. ConfigError for two adapters."""
     folder = resolve(checkpoint)
     if (folder / ADAPTER_CONFIG).exists():
         if adapter is not None:
@@ -202,12 +230,31 @@ def load_policy(
                 f"{folder} is itself an adapter: give its base as the checkpoint, or leave the second adapter out"
             )
         folder, adapter = resolve(adapter_base(folder)), folder
-    adapter_folder = None if adapter is None else resolve(adapter)
+    return folder, None if adapter is None else resolve(adapter)
+
+
+def load_policy(
+    checkpoint: str | Path,
+    adapter: str | Path | None = None,
+    unnorm_key: str | None = None,
+    center_crop: bool | None = None,
+    quantize: str = "none",
+    device: str | None = None,
+    backend: str | None = None,
+) -> Policy:
+    """A policy from a checkpoint folder, a hub id or an adapter folder (which knows its base). bfloat16 on a GPU, float32 on a CPU.
+
+    quantize: none (a folder that export.py quantised stays so), int8 or int4; backend: torchao or bitsandbytes, None: as measured best.
+    """
+    folder, adapter_folder = base_and_adapter(checkpoint, adapter)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     processor = load_processor(folder, adapter_folder, unnorm_key=unnorm_key, center_crop=center_crop)
-    vla = load_vla(
-        folder, adapter_folder, dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32, device=device
-    )
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    precision, backend = quantization.choose(folder / CONFIG, quantize, backend, device)
+    if backend is None or quantization.saved_as(folder / CONFIG):
+        vla = load_vla(folder, adapter_folder, dtype=dtype, device=device)
+    else:
+        vla = load_quantized(folder, adapter_folder, precision, backend=backend, dtype=dtype, device=device)
     if processor.config.num_images_in_input != vla.config.num_images_in_input:
         raise ConfigError(f"{folder / CONFIG} and its processor.json disagree about num_images_in_input")
     card = {
@@ -215,6 +262,8 @@ def load_policy(
         "checkpoint_fingerprint": weights.fingerprint(weights.stored_tensors(folder)),
         "adapter": None if adapter_folder is None else str(adapter_folder),
         "adapter_fingerprint": None if adapter_folder is None else adapter_fingerprint(adapter_folder),
+        "quantize": precision,
+        "quantize_backend": backend and backends.described(backend),
     }
     return Policy(vla, processor, card, decoder=capture(vla))
 
@@ -248,17 +297,25 @@ def save_checkpoint(
     tokenizer_from: Path,
     dtype: torch.dtype,
     tensors: Mapping[str, torch.Tensor] | None = None,
+    precision: str = "none",
 ) -> None:
     """Write a checkpoint folder in OpenVLA's form from a model without adapters. The folder appears whole or not at all.
 
     tensors: what to write in place of vla's own, which may be sharded over processes.
+    precision int8 or int4 quantises it on the way (for load_vla only; the original code can't read it), which empties vla.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors = vla.state_dict() if tensors is None else tensors
-    weights.save_weights({name: tensor.detach().to(dtype) for name, tensor in tensors.items()}, partial)
     config = vla.config.to_json() | {"norm_stats": statistics, "torch_dtype": str(dtype).removeprefix("torch.")}
+    if precision == "none":
+        tensors = vla.state_dict() if tensors is None else tensors
+        tensors = {name: tensor.detach().to(dtype) for name, tensor in tensors.items()}
+    else:
+        saved = quantization.Saved(precision, quantization.with_vision(precision))
+        tensors = quantization.take_state(vla, saved, dtype=dtype)
+        config |= saved.to_json()
+    weights.save_weights(tensors, partial)
     (partial / CONFIG).write_text(json.dumps(config, indent=2))
     (partial / STATISTICS).write_text(json.dumps(statistics, indent=2))
     (partial / PROCESSOR).write_text(processor.config.to_json())
@@ -269,25 +326,3 @@ def save_checkpoint(
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
-
-
-def preprocessor_json(config: ProcessorConfig) -> dict[str, Any]:
-    """preprocessor_config.json as OpenVLA's image processor reads it."""
-    size, towers = config.image_size, len(config.means)
-    return {
-        "image_processor_type": "PrismaticImageProcessor",
-        "processor_class": "PrismaticProcessor",
-        "image_resize_strategy": "resize-naive",
-        "use_fused_vision_backbone": True,
-        "input_sizes": [[3, size, size]] * towers,
-        "interpolations": ["bicubic"] * towers,
-        "means": config.means,
-        "stds": config.stds,
-        "tvf_resize_params": [{"antialias": True, "interpolation": 3, "max_size": None, "size": [size, size]}] * towers,
-        "tvf_crop_params": [{"output_size": [size, size]}] * towers,
-        "tvf_normalize_params": [
-            {"inplace": False, "mean": mean, "std": std} for mean, std in zip(config.means, config.stds, strict=True)
-        ],
-        "tvf_do_letterbox": False,
-        "tvf_letterbox_fill": None,
-    }

@@ -7,7 +7,7 @@ through JPEG and Lanczos, because recorded ones did.
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -85,6 +85,28 @@ class ProcessorConfig:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
 
+def preprocessor_json(config: ProcessorConfig) -> dict[str, Any]:
+    """preprocessor_config.json as OpenVLA's image processor reads it."""
+    size, towers = config.image_size, len(config.means)
+    return {
+        "image_processor_type": "PrismaticImageProcessor",
+        "processor_class": "PrismaticProcessor",
+        "image_resize_strategy": "resize-naive",
+        "use_fused_vision_backbone": True,
+        "input_sizes": [[3, size, size]] * towers,
+        "interpolations": ["bicubic"] * towers,
+        "means": config.means,
+        "stds": config.stds,
+        "tvf_resize_params": [{"antialias": True, "interpolation": 3, "max_size": None, "size": [size, size]}] * towers,
+        "tvf_crop_params": [{"output_size": [size, size]}] * towers,
+        "tvf_normalize_params": [
+            {"inplace": False, "mean": mean, "std": std} for mean, std in zip(config.means, config.stds, strict=True)
+        ],
+        "tvf_do_letterbox": False,
+        "tvf_letterbox_fill": None,
+    }
+
+
 @dataclass(frozen=True)
 class Example:
     """One training sample: ids and labels (T,) int64, pixel_values (6·n_images, S, S) float32."""
@@ -135,6 +157,11 @@ class Processor:
         """Token ids of the prompt, BOS first, the empty token last."""
         ids = list(self.tokenizer(PROMPT.format(instruction=instruction.lower())).input_ids)
         return ids if ids[-1] == self.config.empty_token_id else [*ids, self.config.empty_token_id]
+
+    def longest_row(self, instructions: Iterable[str]) -> int:
+        """Ids of the longest training row that these instructions give: prompt, action, end."""
+        longest = max(len(self.prompt_ids(text.replace(IMAGE_MARK, ""))) for text in set(instructions))
+        return min(longest + max(len(entry["action"]["q01"]) for entry in self.statistics.values()) + 1, MAX_LENGTH)
 
     def example(
         self,

@@ -36,8 +36,8 @@ def shows(path: Path, colour: tuple[int, int, int]) -> bool:
 def test_training_and_validation_have_a_line_each(tmp_path: Path) -> None:
     blue, orange = (31, 119, 180), (255, 127, 14)
     write_rows(tmp_path, 100)
-    picture = curves.draw(tmp_path)
-    assert picture == tmp_path / "curves.png" and shows(picture, blue) and shows(picture, orange)
+    picture = tmp_path / "curves.png"
+    assert curves.draw(tmp_path) == picture and shows(picture, blue) and shows(picture, orange)
     write_rows(tmp_path, 100, held_out=False)
     curves.draw(tmp_path)
     assert shows(picture, blue) and not shows(picture, orange)

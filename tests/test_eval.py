@@ -65,6 +65,29 @@ def test_run_names(tmp_path: Path) -> None:
     assert script.run_name(dataclasses.replace(lora, lora_checkpoint=run)) == f"EVAL-libero_spatial-{run.name}"
 
 
+def test_a_quantised_run_has_its_own_folder_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prismatic import checkpoint
+
+    asked: list[tuple[str, str | None]] = []
+    monkeypatch.setattr(
+        checkpoint, "load_policy", lambda *args, quantize, backend, **rest: asked.append((quantize, backend))
+    )
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    plain = EvalConfig(pretrained_checkpoint=str(tmp_path / "policy"))
+    runs = [
+        dataclasses.replace(plain, **changes)
+        for changes in ({}, {"quantize": "int8"}, {"quantize": "int4"}, {"load_in_8bit": True}, {"load_in_4bit": True})
+    ]
+    assert [script.run_name(cfg).removeprefix("EVAL-libero_spatial-policy") for cfg in runs] == [
+        *("", "-int8", "-int4", "-int8-bitsandbytes", "-int4-bitsandbytes")
+    ]
+    assert len({json.dumps(script.identity(cfg, "osmesa")) for cfg in runs}) == 5
+    assert "quantize" not in script.identity(plain, "osmesa")  # runs begun before the flag was there go on
+    for cfg in runs:
+        script.load_policy(cfg)
+    assert asked == [("none", None), ("int8", None), ("int4", None), ("int8", "bitsandbytes"), ("int4", "bitsandbytes")]
+
+
 def test_identity_follows_the_weights_and_not_the_workers(tmp_path: Path, fake: None) -> None:
     (tmp_path / "config.json").write_text("1")
     cfg = config(tmp_path, policy="checkpoint", pretrained_checkpoint=str(tmp_path))
@@ -92,9 +115,9 @@ def test_identity_follows_the_weights_and_not_the_workers(tmp_path: Path, fake: 
             {"policy": "checkpoint", "pretrained_checkpoint": "x", "lora_checkpoint": Path("no")},
             "no is not a folder",
         ),
-        ({"load_in_8bit": True, "load_in_4bit": True}, "exclude each other"),
         ({"save_gifs": True, "save_videos": False}, "save_gifs needs the videos"),
-        ({"load_in_8bit": True}, "--load_in_8bit is accepted but not built yet"),
+        ({"load_in_8bit": True, "load_in_4bit": True}, "load_in_8bit and load_in_4bit exclude each other"),
+        ({"load_in_8bit": True, "quantize": "int4"}, "load_in_8bit and quantize int4 exclude each other"),
         ({"env_seed": -1}, "--env_seed must not be negative"),
         ({"num_workers": 0}, "num_workers is 0"),
         ({"num_steps_wait": -1}, "num_steps_wait is -1"),

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import export
 from config import ExportConfig
@@ -142,3 +145,106 @@ def test_a_full_folder_is_not_overwritten(place: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not empty"):
         export.main(ExportConfig(str(place / "base"), tmp_path))
     assert (tmp_path / "kept").read_text() == "mine"
+
+
+@pytest.fixture(scope="module")
+def half(place: Path) -> Path:
+    """A base in bfloat16, as the published ones are, whose merge with the adapter has to be rounded."""
+    half = export.main(ExportConfig(str(place / "base"), place / "half", dtype="bfloat16"))
+    shutil.copytree(place / "adapter", place / "adapter_of_half")
+    learnt = json.loads((place / "adapter" / "processor.json").read_text()) | {"base_fingerprint": ""}
+    (place / "adapter_of_half" / "processor.json").write_text(json.dumps(learnt))
+    return half
+
+
+@pytest.mark.parametrize(("precision", "most"), [("int8", 0.73), ("int4", 0.5)])
+def test_a_quantised_folder_answers_as_quantising_at_load(
+    place: Path, half: Path, tmp_path: Path, precision: Literal["int8", "int4"], most: float
+) -> None:
+    """most: of the bytes of the bfloat16 folder; the small model's embeddings and convolutions weigh more than the large one's."""
+    adapter = place / "adapter_of_half"
+    folder = export.main(ExportConfig(str(half), tmp_path / precision, adapter=adapter, quantize=precision))
+    stored = load_policy(folder, device="cpu")
+    at_load = load_policy(half, adapter, quantize=precision, device="cpu")
+    ids, pixels = torch.randint(4, 700, (2, 9)), torch.randn(2, 12, 128, 128)
+    with torch.inference_mode():
+        assert torch.equal(stored.vla(ids, None, pixels).logits, at_load.vla(ids, None, pixels).logits)
+    rng = np.random.default_rng(0)
+    frames = list(rng.integers(0, 255, (2, 256, 256, 3)).astype(np.uint8))
+    words = ["put it on the plate", "go"]
+    np.testing.assert_array_equal(stored.batch(frames, words, frames), at_load.batch(frames, words, frames))
+    sizes = [(place / "model.safetensors").stat().st_size for place in (folder, half)]
+    assert sizes[0] < most * sizes[1]
+    for policy in (stored, at_load):
+        card = policy.card()
+        assert card["quantize"] == precision and card["quantize_backend"].startswith("torchao 0.")
+    assert load_policy(folder, quantize=precision, device="cpu").card()["quantize"] == precision
+    assert load_policy(half, unnorm_key="base", device="cpu").card()["quantize"] == "none"
+
+
+def test_what_a_quantised_folder_refuses(place: Path, half: Path, tmp_path: Path) -> None:
+    import finetune
+    from config import FinetuneConfig
+
+    folder = export.main(ExportConfig(str(half), tmp_path / "int8", quantize="int8"))
+    for call in (
+        lambda: load_vla(folder, place / "adapter_of_half"),
+        lambda: export.main(ExportConfig(str(folder), tmp_path / "again")),
+        lambda: export.main(ExportConfig(str(folder), tmp_path / "again", quantize="int4")),
+        lambda: finetune.quantize.refuse(Path(FinetuneConfig(vla_path=str(folder)).vla_path) / "config.json", "x"),
+    ):
+        with pytest.raises(
+            ConfigError, match=r"is quantised to int8, but .*: give the checkpoint that it was made from"
+        ):
+            call()
+    assert not (tmp_path / "again").exists()
+    for quantize, backend in (("int4", None), ("int8", "bitsandbytes")):
+        with pytest.raises(ConfigError, match=r"is quantised to int8 for torchao, not .*: leave that out"):
+            load_policy(folder, quantize=quantize, backend=backend, device="cpu")
+    with pytest.raises(ConfigError, match="quantize 'int2' is unknown"):
+        load_policy(half, quantize="int2", device="cpu")
+    with pytest.raises(ConfigError, match="is not empty"):
+        export.main(ExportConfig(str(half), folder, quantize="int8"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (
+            lambda tensors, config: tensors.pop("projector.fc1.weight_scale"),
+            r"tensor projector.fc1.weight_scale is missing",
+        ),
+        (
+            lambda tensors, config: tensors.update({"projector.fc1.weight_int8": torch.zeros(3, 3, dtype=torch.int8)}),
+            r"weight_int8 has shape \[3, 3\]",
+        ),
+        (
+            lambda tensors, config: tensors.update(
+                {"projector.fc1.weight_int8": tensors["projector.fc1.weight_int8"].float()}
+            ),
+            "weight_int8 is torch.float32, not torch.int8",
+        ),
+        (lambda tensors, config: tensors["projector.fc1.weight_scale"].fill_(torch.nan), "weight_scale holds NaN"),
+        (
+            lambda tensors, config: config.update(quantization={"format": 1, "precision": "int4", "vision": True}),
+            "is missing",
+        ),
+        (lambda tensors, config: config.update(quantization={"format": 2}), "quantization .* is damaged or of a later"),
+        (lambda tensors, config: config.update(quantization="int8"), "quantization 'int8' is damaged or of a later"),
+        (lambda tensors, config: config.pop("quantization"), "is missing"),
+        (
+            lambda tensors, config: config.update(quantization_config={"bits": 4}),
+            "another program quantised this folder",
+        ),
+    ],
+)
+def test_a_damaged_quantised_folder_is_one_sentence(
+    half: Path, tmp_path: Path, damage: Callable[[dict, dict], Any], sentence: str
+) -> None:
+    folder = export.main(ExportConfig(str(half), tmp_path / "int8", quantize="int8"))
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    damage(tensors, config)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=sentence):
+        load_policy(folder, device="cpu")

@@ -66,16 +66,21 @@ def test_the_numbers_are_those_of_one_sample_after_another(mixture: Mixture, pro
     vla = random_vla(TINY, seed=0)
     check = Validation(mixture, processor, batch_size=4)
     assert len(check.frames) % 4, "the last batch should be smaller than the others"
+    seen: list[torch.Tensor] = []
+    hook = vla.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[2]))
     measured = check(vla, autocast=False, stopped=never)
+    hook.remove()
     losses, predicted, true = [], [], []
-    for dataset, frame in check.frames:
+    for pixels, (dataset, frame) in zip(seen, check.frames, strict=True):
         batch = processor.collate([example(mixture.caches[dataset][frame], processor, as_acting=True)])
+        assert torch.equal(pixels, batch.pixel_values[0])
         out = vla.eval()(batch.input_ids, batch.attention_mask, batch.pixel_values, batch.labels)
         losses.append(out.loss.item())
         predicted.append(out.logits.argmax(-1)[:7].numpy())
         true.append(batch.labels[batch.labels != IGNORE][:7].numpy())
     right = np.equal(predicted, true)
-    distance = np.abs(processor.action_tokenizer.decode(predicted) - processor.action_tokenizer.decode(true))
+    values, targets = (processor.action_tokenizer.decode(np.array(ids)) for ids in (predicted, true))
+    distance = np.abs(values - targets)
     assert measured["val_frames"] == len(check.frames)
     expected = [np.mean(losses), right.mean(), distance.mean(), right.mean(axis=0), distance.mean(axis=0)]
     for name, value in zip((*NUMBERS, *PER_DIMENSION), expected, strict=True):
@@ -105,7 +110,7 @@ def test_when_it_is_due(mixture: Mixture, processor: Processor) -> None:
 
 
 def test_validation_changes_nothing_that_is_learnt_and_survives_a_stop(cfg: FinetuneConfig) -> None:
-    cfg = dataclasses.replace(cfg, val_share=0.5, learning_rate=1e-2, max_steps=3)
+    cfg = dataclasses.replace(cfg, val_share=0.5, learning_rate=1e-2, lora_dropout=0.1, max_steps=3)
     plain = finetune.main(dataclasses.replace(cfg, run_id_note="plain", val_steps=0)).parent
     whole = finetune.main(dataclasses.replace(cfg, run_id_note="whole", val_steps=1)).parent
     finetune.main(dataclasses.replace(cfg, run_id_note="halves", val_steps=1, max_steps=2))

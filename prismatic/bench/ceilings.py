@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from prismatic.models.decode import Decoding
+from prismatic.models.quantize import stored_bytes
 from prismatic.models.vla import VLA, VLAConfig
 
 REPEATS = 5
@@ -62,18 +63,6 @@ def prompt_flop(config: VLAConfig, words: int) -> int:
     return counter.get_total_flops()
 
 
-def weight_bytes(module: torch.nn.Module) -> int:
-    """Bytes of a module's weights as they are stored: of a quantised one its packed parts, not the numbers that it stands for."""
-    total, tensors = 0, list(module.state_dict(keep_vars=True).values())
-    while tensors:
-        tensor = tensors.pop()
-        if hasattr(tensor, "__tensor_flatten__"):
-            tensors += [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-        else:
-            total += tensor.nbytes
-    return total
-
-
 def step_bytes(vla: VLA) -> int:
     """Bytes of the weights that a one-word pass reads; the action rows of the head and one row of the table are small beside them."""
-    return weight_bytes(vla.language_model.model.layers) + weight_bytes(vla.language_model.model.norm)
+    return stored_bytes(vla.language_model.model.layers) + stored_bytes(vla.language_model.model.norm)

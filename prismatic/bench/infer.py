@@ -6,7 +6,6 @@ anything is timed each way's words are compared with the plain way's: in float32
 """
 
 import gc
-import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from prismatic.bench.stock import StockDecoder
 from prismatic.checkpoint import CONFIG, load_vla
 from prismatic.models.captured import capture
 from prismatic.models.decode import Decoder
+from prismatic.models.quantize import quantize, stored_bytes
 from prismatic.models.vla import VLA, VLAConfig
 
 ACTION_DIM = 7
@@ -119,7 +119,7 @@ def run(
         vla.requires_grad_(False)
         try:
             if precision != "none":
-                importlib.import_module("prismatic.models.quantize").quantize(vla, precision)
+                quantize(vla, precision)
         except Exception as error:  # the pass or its backend is not installed, or has no kernel for this device
             rows += [_skipped(precision, batch, "all", error) for batch in batch_sizes]
             continue
@@ -147,7 +147,7 @@ def _batch(
     """Rows of one precision and batch size. floor: seconds that an action takes at least."""
     norm = vla.language_model.model.norm.weight
     ids, pixels = inputs(vla.config, batch, norm.device, norm.dtype)
-    weights = ceilings.weight_bytes(vla)
+    weights = stored_bytes(vla)
     ready: dict[str, tuple[Run, Row]] = {}
     rows = []
     held = _reserved(norm.device)

@@ -183,6 +183,11 @@ class Mixture:
         """The content of dataset_statistics.json: an entry per data set, each normalised by its own."""
         return {cache.name: cache.statistics for cache in self.caches}
 
+    @property
+    def instructions(self) -> set[str]:
+        """Everything that is said in the data."""
+        return {text for cache in self.caches for text in cache.instructions}
+
     def __len__(self) -> int:
         return int(self._ends[-1])
 

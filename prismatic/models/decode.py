@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from prismatic.models.llama import KVCache
+from prismatic.models.quantize import head_rows
 
 if TYPE_CHECKING:
     from prismatic.models.vla import VLA
@@ -50,10 +51,8 @@ def with_empty_token(
 
 
 def action_logits(head: nn.Module, hidden: torch.Tensor, first_id: int, last_id: int) -> torch.Tensor:
-    """(..., H) → (..., last_id - first_id) float32: the action rows of the head only, where the head is a plain matrix."""
-    if type(head) is nn.Linear:
-        return F.linear(hidden, head.weight[first_id:last_id]).float()
-    return head(hidden)[..., first_id:last_id].float()
+    """(..., H) → (..., last_id - first_id) float32: the action rows of the head only, unless an adapter is on it."""
+    return head_rows(head, first_id, last_id)(hidden).float()
 
 
 class Decoding:

@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from prismatic.models.vla import VLA
 
@@ -37,6 +38,39 @@ def add_lora(vla: VLA, *, rank: int = 32, alpha: int | None = None, dropout: flo
     """Freeze vla and put trainable adapters on it, in place; returns it. Its names then hold `base_layer` and `lora_A.default`."""
     vla.requires_grad_(False)
     peft.inject_adapter_in_model(lora_config(rank=rank, alpha=alpha, dropout=dropout), vla, adapter_name=ADAPTER)
+    return vla
+
+
+class CastLinear(nn.Linear):
+    """A linear map that computes in its input's number format, whatever its own."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(input, self.weight.to(input.dtype))
+
+
+class CastConv2d(nn.Conv2d):
+    """The same for a convolution."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(input, self.weight.to(input.dtype), None)
+
+
+def compute_in_base_dtype(vla: VLA) -> VLA:
+    """Let adapters that are kept in float32 compute in the base's bfloat16, in place; returns vla. Gradients arrive in float32.
+
+    By itself peft casts the *input* of every adapter up instead: a float32 copy of each activation, kept until the backward pass.
+    """
+    for _, layer in lora_layers(vla):
+        layer.cast_input_dtype_enabled = False
+        for half in (layer.lora_A, layer.lora_B):
+            old = half[ADAPTER]
+            if isinstance(old, nn.Conv2d):
+                sizes: dict[str, Any] = {"kernel_size": old.kernel_size, "stride": old.stride, "padding": old.padding}
+                new = CastConv2d(old.in_channels, old.out_channels, bias=False, device="meta", **sizes)
+            else:
+                new = CastLinear(old.in_features, old.out_features, bias=False, device="meta")
+            new.weight = old.weight
+            half[ADAPTER] = new
     return vla
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from prismatic.errors import ConfigError, read_json
+from prismatic.models import nf4
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # a shard that export writes is at most this large
@@ -112,10 +113,13 @@ def check_names(expected: dict[str, tuple[int, ...]], stored: dict[str, StoredTe
 def fill(model: nn.Module, stored: dict[str, StoredTensor], *, dtype: torch.dtype, device: torch.device | str) -> None:
     """Replace every (meta) parameter of model by its stored tensor, cast to dtype on device, one at a time.
 
-    A parameter that is sharded over processes has its place already: its own piece is copied in.
+    A parameter that is sharded over processes has its place already: its own piece is copied in. One that is kept in 4 bits is packed.
     """
     for name, tensor in stored.items():
         parent, _, last = name.rpartition(".")
+        if nf4.is_packed(model.get_submodule(parent), last):
+            nf4.pack(model.get_submodule(parent), tensor.read().to(dtype), device)
+            continue
         sharded = getattr(model.get_submodule(parent), last)
         if hasattr(sharded, "placements"):
             from torch.distributed.tensor import distribute_tensor  # here, because it is slow to import and few need it
@@ -126,6 +130,11 @@ def fill(model: nn.Module, stored: dict[str, StoredTensor], *, dtype: torch.dtyp
             continue
         value = tensor.read().to(device=device, dtype=dtype, copy=True)
         setattr(model.get_submodule(parent), last, nn.Parameter(value))
+
+
+def stored_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
+    """Number format of a checkpoint: that of its first tensor."""
+    return next(iter(stored.values())).read().dtype
 
 
 def fingerprint(stored: dict[str, StoredTensor]) -> str:

@@ -1,0 +1,121 @@
+"""What a training step keeps alive between forward and backward pass, counted block by block on fake tensors: no memory, no card, a second.
+
+In: a VLAConfig, sizes and number formats. Out: bytes. One block of each kind goes through its own forward and backward code, and is
+multiplied by how often it stands in the model: the count follows the code, whatever is changed there.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from prismatic.live_bytes import LiveBytes
+from prismatic.models.llama import rotary
+from prismatic.models.lora import add_lora, compute_in_base_dtype
+from prismatic.models.vision import CHANNELS
+from prismatic.models.vla import VLA, VLAConfig
+
+LABELS = 8  # positions a row that have a label: 7 actions and </s>
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Number formats of a training run. lora_rank 0: every weight is trained."""
+
+    lora_rank: int = 32
+    lora_dropout: float = 0.0
+    base_dtype: torch.dtype = torch.bfloat16
+    lora_dtype: torch.dtype = torch.float32
+    autocast: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes of one block: kept from forward to backward pass, the most at any moment of the two, and its output alone."""
+
+    saved: int
+    peak: int
+    output: int
+
+
+def fake_vla(config: VLAConfig, precision: Precision, mode: FakeTensorMode) -> VLA:
+    """A model of mode's fake tensors, with adapters and number formats as in training."""
+    with torch.device("meta"):
+        vla = VLA(config)
+        if precision.lora_rank:
+            add_lora(vla, rank=precision.lora_rank, dropout=precision.lora_dropout)
+    for module in vla.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            own = parameter.requires_grad and precision.lora_rank > 0
+            with mode:
+                fake = torch.empty(parameter.shape, dtype=precision.lora_dtype if own else precision.base_dtype)
+            setattr(module, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
+    if precision.lora_rank and precision.lora_dtype != precision.base_dtype:
+        compute_in_base_dtype(vla)
+    return vla.train()
+
+
+def shallow(config: VLAConfig) -> VLAConfig:
+    """The same widths with one block of each kind that is run."""
+    towers = {name: {**config.tiny_timm_kwargs.get(name, {}), "depth": 2} for name in config.timm_model_ids}
+    text = dataclasses.replace(config.text_config, num_hidden_layers=1)
+    return dataclasses.replace(config, tiny_timm_kwargs=towers, text_config=text)
+
+
+def pieces(config: VLAConfig, precision: Precision, *, batch_size: int, words: int) -> dict[str, Piece]:
+    """A Piece of each kind: "dino", "siglip" (a block), their "… patches", "projector", "layer" (of the decoder), "head" (norm, logits, loss)."""
+    mode = FakeTensorMode()
+    vla = fake_vla(shallow(config), precision, mode)
+    with mode:
+        return {name: _measure(*what, precision=precision) for name, *what in _runs(vla, batch_size, words)}
+
+
+def _runs(
+    vla: VLA, batch: int, words: int
+) -> Iterator[tuple[str, Callable[[torch.Tensor], torch.Tensor], tuple[int, ...]]]:
+    """(name, what is run, shape of its input) of each piece."""
+    config, llama = vla.config, vla.language_model
+    text = config.text_config
+    pictures = batch * config.num_images_in_input
+    for name, tower in (("dino", vla.vision_backbone.featurizer), ("siglip", vla.vision_backbone.fused_featurizer)):
+        yield f"{name} patches", tower.patch_embed, (pictures, CHANNELS, config.image_size, config.image_size)
+        yield name, tower.blocks[0], (pictures, config.num_patches + tower.num_prefix_tokens, tower.embed_dim)
+    patches = config.num_patches * config.num_images_in_input
+    yield "projector", vla.projector, (batch, patches, vla.vision_backbone.width)
+    length = patches + words
+    positions = torch.arange(length).expand(batch, -1)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        cos_sin = rotary(positions, text.hidden_size // text.num_attention_heads, text.rope_theta, x.dtype)
+        return llama.model.layers[0](x, cos_sin, positions, None)
+
+    def head(x: torch.Tensor) -> torch.Tensor:
+        chosen = llama.lm_head(llama.model.norm(x)[:, -LABELS:].flatten(0, 1)).float()
+        return F.cross_entropy(chosen, torch.zeros(chosen.shape[0], dtype=torch.long))
+
+    yield "layer", layer, (batch, length, text.hidden_size)
+    yield "head", head, (batch, length, text.hidden_size)
+
+
+def _measure(run: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...], *, precision: Precision) -> Piece:
+    needs_gradient = shape[1] != CHANNELS  # pixels have none
+    leaf = torch.empty(shape, dtype=precision.base_dtype, requires_grad=needs_gradient)
+
+    def forward() -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision.autocast):
+            return run(leaf.clone())  # the clone is freed where no backward pass needs it
+
+    out = forward()
+    torch.autograd.backward(
+        out, torch.empty_like(out)
+    )  # gradients are there from now on: they have a line of their own
+    with LiveBytes() as live:
+        out = forward()
+        saved = live.now - out.nbytes
+        torch.autograd.backward(out, torch.empty_like(out))
+    return Piece(saved=saved, peak=live.peak, output=out.nbytes)

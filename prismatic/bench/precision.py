@@ -1,0 +1,131 @@
+"""Does quantising change what a policy does? In: a checkpoint and frames of demonstrations. Out: a row for each precision.
+
+Teacher-forced: every token is predicted behind the *demonstrated* ones, so that one early difference does not colour the six that follow.
+Pictures are cropped as when acting. Matches are with the unquantised model on the same frames (float32 on a CPU, bfloat16 on a GPU); of the
+L1 distances in normalised units ([-1, 1]) one is to the unquantised model's action and one to the demonstrated action.
+This says how alike the answers are; whether the robot still succeeds is for `eval.py --compare` to say.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prismatic.checkpoint import CONFIG, base_and_adapter, load_policy, load_quantized
+from prismatic.data.examples import example
+from prismatic.data.frames import FrameCache
+from prismatic.errors import ConfigError
+from prismatic.models import quantize
+from prismatic.models.quantize import stored_bytes
+from prismatic.models.vla import IGNORE, VLA
+from prismatic.normalize import normalize
+from prismatic.processor import Batch, Processor
+
+FLOAT32_BYTES = 4
+WAYS = (  # name, precision, backend, whether the image towers are quantised too (None: what is usual for the precision)
+    ("int8", "int8", "torchao", None),
+    ("int8, image towers too", "int8", "torchao", True),
+    ("int4", "int4", "torchao", None),
+    ("LLM.int8", "int8", "bitsandbytes", None),
+    ("NF4", "int4", "bitsandbytes", None),
+)
+
+
+def held_out(cache: FrameCache, num_frames: int, *, every_episode: bool) -> np.ndarray:
+    """num_frames frame numbers, evenly spread over the validation episodes, or over all of them. ConfigError if there are fewer."""
+    frames = (
+        np.concatenate([cache.train_indices(), cache.validation_indices()])
+        if every_episode
+        else cache.validation_indices()
+    )
+    if len(frames) < num_frames:
+        raise ConfigError(
+            f"data set {cache.name} has {len(frames)} held-out frames, fewer than --num_frames {num_frames}: ask for fewer, or collect "
+            "demonstrations that the checkpoint has never seen (another --seed) and give --held_out all"
+        )
+    return frames[np.linspace(0, len(frames) - 1, num_frames).round().astype(int)]
+
+
+def batches(
+    cache: FrameCache, frames: np.ndarray, processor: Processor, size: int
+) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Samples with pictures as when acting, and the (B, D) demonstrated actions, normalised."""
+    for start in range(0, len(frames), size):
+        steps = [cache[frame]._replace(dataset=processor.config.unnorm_key) for frame in frames[start : start + size]]
+        actions = np.stack([normalize(step.action, processor.action_statistics()) for step in steps])
+        yield processor.collate([example(step, processor, as_acting=True) for step in steps]), actions
+
+
+@torch.inference_mode()
+def forced_ids(vla: VLA, batch: Batch, action_dim: int) -> np.ndarray:
+    """(B, D) ids: the likeliest action word at each place, behind the demonstrated ones."""
+    first = next(vla.parameters())
+    batch = batch.to(first.device)
+    pixels = batch.pixel_values.to(first.dtype)
+    embeddings = vla.embed(batch.input_ids, pixels)
+    positions = torch.arange(embeddings.shape[1], device=first.device).expand(embeddings.shape[:2])
+    hidden = vla.language_model(embeddings, positions)[:, -batch.labels.shape[1] : -1]
+    counts = (batch.labels[:, 1:] != IGNORE) & (batch.labels[:, 1:] != vla.config.eos_token_id)
+    low, high = vla.config.vocab_size - vla.config.n_action_bins, vla.config.vocab_size
+    logits = quantize.head_rows(vla.language_model.lm_head, low, high)(hidden[counts])
+    return (low + logits.float().argmax(dim=-1)).reshape(-1, action_dim).cpu().numpy()
+
+
+def answers(vla: VLA, samples: Sequence[tuple[Batch, np.ndarray]], action_dim: int) -> np.ndarray:
+    """(N, D) ids over all samples."""
+    return np.concatenate([forced_ids(vla, batch, action_dim) for batch, _ in samples])
+
+
+def row(
+    what: str, vla: VLA, ids: np.ndarray, reference: np.ndarray, demonstrated: np.ndarray, processor: Processor
+) -> dict[str, Any]:
+    """One line of the table. Sizes: what the weights take on this device, against the model's (without an adapter) in float32."""
+    tokenizer = processor.action_tokenizer
+    with torch.device("meta"):
+        float32 = FLOAT32_BYTES * sum(parameter.numel() for parameter in VLA(vla.config).parameters())
+    action, plain = tokenizer.decode(ids), tokenizer.decode(reference)
+    same = ids == reference
+    return {
+        "what": what,
+        "MB": round(stored_bytes(vla) / 1e6, 2),
+        "% of float32": round(100 * stored_bytes(vla) / float32, 1),
+        "frames": len(ids),
+        "tokens alike %": round(100 * float(same.mean()), 2),
+        "actions alike %": round(100 * float(same.all(axis=1).mean()), 2),
+        "alike % by dimension": [round(100 * share, 1) for share in same.mean(axis=0).tolist()],
+        "L1 to unquantised": round(float(np.abs(action - plain).mean()), 5),
+        "its dimensions": [round(value, 4) for value in np.abs(action - plain).mean(axis=0).tolist()],
+        "L1 to demonstrated": round(float(np.abs(action - demonstrated).mean()), 5),
+    }
+
+
+def run(
+    checkpoint: str,
+    adapter: Path | None,
+    cache: FrameCache,
+    *,
+    num_frames: int,
+    every_episode: bool,
+    batch_size: int,
+    unnorm_key: str | None,
+) -> list[dict[str, Any]]:
+    """The unquantised model's row, then one for each of WAYS. ConfigError for a quantised folder, or too few frames.
+
+    Host memory holds the pictures of all frames meanwhile: 1 MB each at 224 pixels.
+    """
+    folder, adapter = base_and_adapter(checkpoint, adapter)
+    quantize.refuse(folder / CONFIG, "the comparison begins with the unquantised model")
+    policy = load_policy(folder, adapter, unnorm_key=unnorm_key)
+    processor, device, dtype = policy.processor, str(policy.device), policy.dtype
+    samples = list(batches(cache, held_out(cache, num_frames, every_episode=every_episode), processor, batch_size))
+    demonstrated = np.concatenate([actions for _, actions in samples])
+    reference = answers(policy.vla, samples, processor.action_dim)
+    rows = [row("none", policy.vla, reference, reference, demonstrated, processor)]
+    del policy  # the device holds one model at a time
+    for what, precision, backend, vision in WAYS:
+        vla = load_quantized(folder, adapter, precision, backend=backend, vision=vision, dtype=dtype, device=device)
+        ids = answers(vla.eval(), samples, processor.action_dim)
+        rows.append(row(what, vla, ids, reference, demonstrated, processor))
+    return rows

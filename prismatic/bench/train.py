@@ -1,0 +1,309 @@
+"""Training steps a second and their memory: the plain way (plain.py) against ours, in one run, on random weights.
+
+In: sizes. Out: a table. Before anything is timed both ways must give one loss and the same gradients. On a GPU the full size, peak memory is
+torch.cuda.max_memory_reserved under a cap; on a CPU a small model, its peak is counted (live_bytes.py), not measured.
+"""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from prismatic.bench.plain import PlainVLA
+from prismatic.errors import ConfigError
+from prismatic.live_bytes import LiveBytes
+from prismatic.models import weights
+from prismatic.models.checkpointing import checkpoint_activations, compile_blocks
+from prismatic.models.llama import LlamaConfig
+from prismatic.models.lora import add_lora, compute_in_base_dtype
+from prismatic.models.nf4 import prepare_nf4
+from prismatic.models.vla import DINO_ID, IGNORE, SIGLIP_ID, VLA, VLAConfig
+from prismatic.optimizer import make_optimizer
+
+WORDS, LABELS = 40, 8  # of a row: a LIBERO instruction with its prompt, and 7 actions with </s>
+RANK = 32
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # relative, of the loss and of all gradients together
+SMALL = VLAConfig(  # every part has about the share of the work that it has at full size; 256 patches as there
+    tiny_timm_kwargs={
+        name: {"embed_dim": 96, "depth": 12, "num_heads": 3, "patch_size": 14} for name in (DINO_ID, SIGLIP_ID)
+    },
+    text_config=LlamaConfig(
+        hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=4, vocab_size=1088
+    ),
+    pad_token_id=1024,
+    empty_token_id=3,
+)  # fmt: skip
+SIZES = {"cuda": (1, 2, 4, 8, 16, 32), "cpu": (1, 4)}  # micro-batches, where none are asked for
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured where."""
+
+    config: VLAConfig
+    device: str
+    dtype: torch.dtype
+    steps: int
+    seed: int = 0
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device != "cpu"
+
+    def synchronise(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+
+def random_base(bench: Bench, *, nf4: bool = False) -> VLA:
+    """A model of random weights, made on the device tensor by tensor; norms and LayerScale 1."""
+    generator = torch.Generator(bench.device).manual_seed(bench.seed)
+    with torch.device("meta"):
+        vla = VLA(bench.config)
+
+    def drawn(name: str, shape: torch.Size) -> torch.Tensor:
+        tensor = torch.empty(shape, dtype=bench.dtype, device=bench.device)
+        if "norm" in name.rpartition(".")[0].rpartition(".")[2] or name.endswith("scale_factor"):
+            return tensor.fill_(float(not name.endswith("bias")))
+        return tensor.normal_(std=0.02, generator=generator)
+
+    stored = {
+        name: weights.StoredTensor(
+            Path("random"), tuple(tensor.shape), lambda name=name, tensor=tensor: drawn(name, tensor.shape)
+        )
+        for name, tensor in vla.state_dict().items()
+    }
+    if nf4:
+        prepare_nf4(vla, on_cpu=not bench.on_gpu)
+    weights.fill(vla, stored, dtype=bench.dtype, device=bench.device)
+    return vla
+
+
+def with_adapter(model: nn.Module, bench: Bench) -> Any:
+    """LoRA in float32, as both ways train it, the second half not zero: else half of the gradients would be."""
+    torch.manual_seed(bench.seed)
+    add_lora(model, rank=RANK)  # pyright: ignore[reportArgumentType]  (any module whose names are a VLA's)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+            if ".lora_B." in name:
+                torch.nn.init.normal_(parameter, std=0.01)
+    return model.train()
+
+
+def ours(base: VLA, bench: Bench, *, checkpointing: bool, compiled: bool = False) -> VLA:
+    """Our way on the base's weights: one copy of them, a structure of its own."""
+    if any(type(module).__name__ == "Linear4bit" for module in base.modules()):
+        vla = base
+    else:
+        with torch.device("meta"):
+            vla = VLA(base.config)
+        vla.load_state_dict(base.state_dict(), assign=True)
+    with_adapter(vla, bench)
+    if bench.dtype != torch.float32:
+        compute_in_base_dtype(vla)
+    if checkpointing:
+        checkpoint_activations(vla)
+    if compiled:
+        compile_blocks(vla)
+    return vla
+
+
+def batch_of(bench: Bench, size: int) -> dict[str, torch.Tensor]:
+    """Random rows: BOS, words, and at the end what is trained on."""
+    generator = torch.Generator().manual_seed(bench.seed + 1)
+    config, side = bench.config, bench.config.image_size
+    ids = torch.randint(3, config.vocab_size, (size, WORDS), generator=generator)
+    labels = ids.clone()
+    labels[:, :-LABELS] = IGNORE
+    pixels = torch.randn(size, 6 * config.num_images_in_input, side, side, generator=generator)
+    rows = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids, dtype=torch.bool), "pixel_values": pixels, "labels": labels,
+    }  # fmt: skip
+    return {name: tensor.to(bench.device) for name, tensor in rows.items()}
+
+
+def loss_of(model: nn.Module, batch: dict[str, torch.Tensor], bench: Bench) -> torch.Tensor:
+    """Ours computes in the base's format; the plain way leaves that to autocast, as the original does."""
+    plain = isinstance(model, PlainVLA)
+    with torch.autocast(bench.device, dtype=torch.bfloat16, enabled=plain and bench.dtype == torch.bfloat16):
+        out = model(**batch)
+    return out if plain else out.loss
+
+
+def gradients(model: nn.Module, batch: dict[str, torch.Tensor], bench: Bench) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and every gradient of one pass."""
+    loss = loss_of(model, batch, bench)
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return loss.item(), found
+
+
+def check_equal(base: VLA, bench: Bench) -> tuple[float, float]:
+    """Relative difference of loss and gradients between the two ways; ConfigError where one is above the tolerance."""
+    batch = batch_of(bench, 2)
+    plain_loss, plain = gradients(with_adapter(PlainVLA.share(base), bench), batch, bench)
+    our_loss, mine = gradients(ours(base, bench, checkpointing=True), batch, bench)
+    if set(plain) != set(mine):
+        raise ConfigError(f"the two ways train other parameters: {sorted(set(plain) ^ set(mine))[0]}")
+    squares = sum((plain[name] - mine[name]).square().sum().item() for name in plain)
+    gradient = math.sqrt(squares / sum(g.square().sum().item() for g in plain.values()))
+    loss = abs(plain_loss - our_loss) / plain_loss
+    limit = TOLERANCE[bench.dtype]
+    if not (loss <= limit and gradient <= limit):
+        raise ConfigError(
+            f"the two ways differ: loss {loss:.1e}, gradients {gradient:.1e}, at most {limit:.0e} is allowed"
+        )
+    return loss, gradient
+
+
+def matrix_rate(bench: Bench) -> float:
+    """Floating point operations a second of a large matrix product in the base's format: what the machine can do at best."""
+    size, times = (8192, 20) if bench.on_gpu else (1024, 5)
+    a, b = (torch.randn(size, size, device=bench.device).to(bench.dtype) for _ in range(2))
+    a @ b
+    bench.synchronise()
+    start = time.perf_counter()
+    for _ in range(times):
+        a @ b
+    bench.synchronise()
+    return 2 * size**3 * times / (time.perf_counter() - start)
+
+
+def step_flops(base: VLA, bench: Bench) -> int:
+    """Operations that one sample's forward and backward pass need, without anything computed twice."""
+    vla = ours(base, bench, checkpointing=False)
+    with FlopCounterMode(display=False) as counter:
+        gradients(vla, batch_of(bench, 1), bench)
+    return counter.get_total_flops()
+
+
+def measure(make: Callable[[], nn.Module], bench: Bench, size: int, *, fused: bool) -> tuple[float, float]:
+    """Samples a second and peak GiB of training steps; torch.OutOfMemoryError where it doesn't fit."""
+    model = make()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if fused:
+        optimizer = make_optimizer("adamw", trained, learning_rate=1e-5, weight_decay=0.01)
+    else:
+        optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.01)
+    batch = batch_of(bench, size)
+
+    def step() -> None:
+        loss_of(model, batch, bench).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()  # the optimizer's state and the libraries' plans are made
+    if bench.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        step()
+    else:
+        with LiveBytes() as live:
+            step()
+        held = {p.untyped_storage().data_ptr(): p.nbytes for p in model.parameters()}
+        state = [t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+    bench.synchronise()
+    start = time.perf_counter()
+    for _ in range(bench.steps):
+        step()
+    bench.synchronise()
+    rate = bench.steps * size / (time.perf_counter() - start)
+    if bench.on_gpu:
+        return rate, torch.cuda.max_memory_reserved() / GIB
+    return rate, (live.peak + sum(held.values()) + sum(state)) / GIB
+
+
+def tried(make: Callable[[], nn.Module], bench: Bench, size: int, *, fused: bool) -> tuple[float, float] | None:
+    """As measure; None where the memory doesn't suffice. What it took is given back."""
+    try:
+        return measure(make, bench, size, fused=fused)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        gc.collect()
+        if bench.on_gpu:
+            torch.cuda.empty_cache()
+
+
+def run(
+    *, full_size: bool | None, memory_cap_gib: float, batch_sizes: tuple[int, ...] | None, steps: int, compiled: bool
+) -> list[dict[str, Any]]:
+    """The table. full_size None: where there is a GPU. Ours recomputes activations only where it wouldn't fit otherwise."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    full_size = device == "cuda" if full_size is None else full_size
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    bench = Bench(VLAConfig() if full_size else SMALL, device, dtype, steps)
+    if device == "cuda":
+        cap = memory_cap_gib * GIB / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(cap, 1.0))
+    base = random_base(bench)
+    loss, gradient = check_equal(base, bench)
+    print(f"the two ways agree: relative difference of the loss {loss:.1e}, of the gradients {gradient:.1e}")
+    facts = {"rate": matrix_rate(bench), "flops": step_flops(base, bench)}
+    rows = list(_rows(base, bench, batch_sizes or SIZES[device], compiled=compiled))
+    del base
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    found = tried(lambda: ours(random_base(bench, nf4=True), bench, checkpointing=True), bench, 1, fused=True)
+    rows.append(Row("ours, NF4 base", 1, True, found))
+    return _table(rows, bench, **facts)
+
+
+@dataclass(frozen=True)
+class Row:
+    way: str
+    size: int
+    checkpointing: bool
+    found: tuple[float, float] | None  # samples a second, GiB
+
+
+def _rows(base: VLA, bench: Bench, sizes: tuple[int, ...], *, compiled: bool) -> Iterator[Row]:
+    """Both ways at each micro-batch, ours with and without recomputing; a way that doesn't fit is not tried at larger ones."""
+    full: set[tuple[str, bool]] = set()
+    for size in sizes:
+        for way, checkpointing in (("plain", False), ("ours", False), ("ours", True)):
+            if (way, checkpointing) in full:
+                continue
+
+            def make(way: str = way, checkpointing: bool = checkpointing) -> nn.Module:
+                if way == "plain":
+                    return with_adapter(PlainVLA.share(base), bench)
+                return ours(base, bench, checkpointing=checkpointing, compiled=compiled)
+
+            found = tried(make, bench, size, fused=way == "ours")
+            if found is None:
+                full.add((way, checkpointing))
+            yield Row(way, size, checkpointing, found)
+
+
+def _table(rows: list[Row], bench: Bench, *, rate: float, flops: int) -> list[dict[str, Any]]:
+    """ratio: to the plain way at the same micro-batch, or where that doesn't fit at its largest."""
+    plain = {row.size: row.found for row in rows if row.way == "plain" and row.found}
+    place = torch.cuda.get_device_name(0) if bench.on_gpu else "CPU"
+    table = []
+    for row in rows:
+        speed, memory = row.found or (0.0, 0.0)
+        against = plain[row.size if row.size in plain else max(plain)][0] if plain else None
+        table.append(
+            {
+                "way": row.way,
+                "micro-batch": row.size,
+                "recomputed": "yes" if row.checkpointing else "no",
+                "samples/s": round(speed, 3) if row.found else "doesn't fit",
+                "ratio": round(speed / against, 2) if row.found and against else "",
+                "peak GiB": round(memory, 3) if row.found else "",
+                "of the matrix rate": f"{speed * flops / rate:.0%}" if row.found else "",
+                "on": f"{place}, {str(bench.dtype).removeprefix('torch.')}",
+            }
+        )
+    return table

@@ -1,0 +1,211 @@
+"""What a training run will take of a card, before anything is loaded. In: a VLAConfig, settings, the card's free bytes. Out: a plan in lines,
+and the setting that was left to it (gradient_checkpointing None); what can't fit is one sentence with the settings that would.
+
+Weights, adapters, gradients and optimizer are counted from the model without memory (meta device), activations from its own code
+(activations.py). The plan is the steady state: gradients of earlier passes and the optimizer's state are there when activations peak.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from prismatic.activations import Piece, Precision, pieces
+from prismatic.errors import ConfigError
+from prismatic.machine import available_memory
+from prismatic.models.lora import add_lora
+from prismatic.models.nf4 import BYTES_PER_VALUE, quantised_linears
+from prismatic.models.vla import VLA, VLAConfig
+
+GIB = 2**30
+EIGHT_BIT_STATE = 2 * (1 + 4 / 256)  # bytes a value: two moments, each with a float32 scale for 256 values
+RESERVE_SHARE = 0.03  # of all else, for the allocator's rounding; an allowance, not measured
+RESERVE_BYTES = 64 * 2**20  # for cuBLAS' workspaces, likewise
+TOWERS = ("dino", "siglip")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What counts of a model and its number formats."""
+
+    base: int  # values without adapters
+    linear: int  # of them those that NF4 packs
+    largest: int  # values of the largest packed matrix
+    adapters: int  # values
+    trained: int  # values that ever get a gradient: not those of blocks that aren't run
+    depths: Mapping[str, int]  # blocks that are run, by kind
+    of_one: Mapping[str, Piece]  # activations of each kind at batch 1
+    of_two: Mapping[str, Piece]  # and at batch 2: the rest lies on the line through both
+    precision: Precision
+
+    def piece(self, kind: str, batch_size: int) -> Piece:
+        """Bytes of one block of a kind at a batch size."""
+        one, two = dataclasses.astuple(self.of_one[kind]), dataclasses.astuple(self.of_two[kind])
+        return Piece(*(a + (batch_size - 1) * (b - a) for a, b in zip(one, two, strict=True)))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a person may change to make it fit. gradient_checkpointing None: if it doesn't fit without."""
+
+    batch_size: int
+    grad_accumulation_steps: int
+    gradient_checkpointing: bool | None = None
+    use_quantization: bool = False
+    optimizer: str = "adamw"
+    shares: int = 1  # processes among which weights, gradients and optimizer are cut up (--shard)
+
+    @property
+    def flags(self) -> str:
+        parts = [f"--batch_size {self.batch_size} --grad_accumulation_steps {self.grad_accumulation_steps}"]
+        parts += ["--gradient_checkpointing True"] * bool(self.gradient_checkpointing)
+        parts += ["--use_quantization True"] * self.use_quantization
+        parts += [f"--optimizer {self.optimizer}"] * (self.optimizer != "adamw")
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes at the worst moment of a step."""
+
+    settings: Settings
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    reserve: int
+
+    @property
+    def parts(self) -> dict[str, int]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[1:]}
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def describe(config: VLAConfig, precision: Precision, *, words: int, on_cpu: bool = False) -> Model:
+    """Count a model of which nothing is loaded. words: ids of the longest row, without patches. on_cpu: where it will run."""
+    with torch.device("meta"):
+        vla = VLA(config)
+        base = sum(p.numel() for p in vla.parameters())
+        linears = [module.weight.numel() for _, module in quantised_linears(vla, on_cpu=on_cpu)]
+        if precision.lora_rank:
+            add_lora(vla, rank=precision.lora_rank)
+    vision = vla.vision_backbone
+    towers = dict(zip(TOWERS, (vision.featurizer, vision.fused_featurizer), strict=True))
+    unread = set(vla.unread_parameters())
+    trained = sum(p.numel() for name, p in vla.named_parameters() if p.requires_grad and name not in unread)
+    depths = {name: len(tower.blocks) - 1 for name, tower in towers.items()} | {
+        "layer": config.text_config.num_hidden_layers
+    }
+    return Model(
+        base=base,
+        linear=sum(linears),
+        largest=max(linears, default=0),
+        adapters=sum(p.numel() for p in vla.parameters()) - base,
+        trained=trained,
+        depths=depths,
+        of_one=pieces(config, precision, batch_size=1, words=words),
+        of_two=pieces(config, precision, batch_size=2, words=words),
+        precision=precision,
+    )
+
+
+def plan(model: Model, settings: Settings) -> Plan:
+    """Bytes of a run. Pure: depends on nothing but its arguments."""
+    size = model.precision.base_dtype.itemsize
+    own = model.precision.lora_dtype.itemsize if model.precision.lora_rank else size
+    weights = model.base * size
+    if settings.use_quantization:
+        weights += int(model.linear * (BYTES_PER_VALUE - size))
+    state = 2 * own if settings.optimizer == "adamw" else EIGHT_BIT_STATE
+    activations, logits = _activations(model, settings)
+    if settings.use_quantization:
+        activations += model.largest * size  # a matrix is unpacked while it is used
+    split = [weights, model.adapters * own, model.trained * own, int(model.trained * state)]
+    counted = (*(size // settings.shares for size in split), activations, logits)
+    return Plan(settings, *counted, reserve=int(RESERVE_SHARE * sum(counted)) + RESERVE_BYTES)
+
+
+def _activations(model: Model, settings: Settings) -> tuple[int, int]:
+    """Bytes while the backward pass is where it takes most, and what the head adds to that."""
+    piece = {kind: model.piece(kind, settings.batch_size) for kind in model.of_one}
+    blocks = {kind: piece[kind] for kind in model.depths}
+    edges = sum(piece[f"{tower} patches"].saved for tower in TOWERS)
+    if settings.gradient_checkpointing:  # a block's input is as large as its output
+        kept = {kind: depth * blocks[kind].output for kind, depth in model.depths.items()}
+        working = {kind: block.peak for kind, block in blocks.items()}
+    else:
+        kept = {kind: depth * blocks[kind].saved for kind, depth in model.depths.items()}
+        working = {kind: block.peak - block.saved for kind, block in blocks.items()}
+    vision = edges + sum(kept[tower] for tower in TOWERS)
+    projector = piece["projector"]
+    everything = vision + projector.saved + kept["layer"]
+    body = max(everything + working["layer"], vision + projector.peak, *(vision + working[tower] for tower in TOWERS))
+    return body, max(everything + piece["head"].peak - body, 0)
+
+
+def choose(model: Model, settings: Settings, card: int, *, place: str) -> Plan:
+    """The plan of settings, with gradient_checkpointing decided where it is None: on only if it doesn't fit without.
+
+    card: free bytes of place. ConfigError that names settings of the same effective batch that fit, if these don't.
+    """
+    decide = settings.gradient_checkpointing is None
+    for on in (False, True) if decide else (settings.gradient_checkpointing,):
+        asked = plan(model, dataclasses.replace(settings, gradient_checkpointing=on))
+        if asked.total <= card:
+            return asked
+    need = f"{asked.settings.flags} needs {asked.total / GIB:.1f} GiB, but {place} has {card / GIB:.1f} GiB free"
+    for smaller in _smaller(settings, quantisable=model.precision.lora_rank > 0):
+        least = plan(model, smaller)
+        if least.total <= card:
+            raise ConfigError(f"{need}: {smaller.flags} (the same effective batch) needs {least.total / GIB:.1f} GiB")
+    raise ConfigError(f"{need}, and even {smaller.flags} needs {least.total / GIB:.1f} GiB: take a larger card")
+
+
+def _smaller(settings: Settings, *, quantisable: bool) -> Iterator[Settings]:
+    """Settings that take less, the least change first; the effective batch stays."""
+    effective = settings.batch_size * settings.grad_accumulation_steps
+    changes = [(settings.use_quantization, settings.optimizer), (settings.use_quantization, "paged_adamw_8bit")]
+    if quantisable:
+        changes += [(True, settings.optimizer), (True, "paged_adamw_8bit")]
+    for use_quantization, optimizer in changes:
+        for batch in range(settings.batch_size, 0, -1):
+            if effective % batch == 0:
+                yield Settings(batch, effective // batch, True, use_quantization, optimizer, settings.shares)
+
+
+def largest_batch(model: Model, settings: Settings, card: int) -> int:
+    """The largest micro-batch that divides the effective batch and fits; 0 if none does."""
+    effective = settings.batch_size * settings.grad_accumulation_steps
+    sizes = (size for size in range(effective, 0, -1) if effective % size == 0)
+    fits = (
+        size
+        for size in sizes
+        if plan(model, dataclasses.replace(settings, batch_size=size, grad_accumulation_steps=1)).total <= card
+    )
+    return next(fits, 0)
+
+
+def lines(chosen: Plan, model: Model, card: int, *, place: str) -> Iterator[str]:
+    """The plan as it is printed."""
+    settings = chosen.settings
+    effective = settings.batch_size * settings.grad_accumulation_steps
+    most = largest_batch(model, settings, card)
+    yield "memory plan, GiB: " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in chosen.parts.items())
+    yield f"  together {chosen.total / GIB:.2f} of {card / GIB:.2f} free on {place} (planned from counted bytes)"
+    yield (
+        f"  {settings.batch_size} x {settings.grad_accumulation_steps} = {effective} samples a step, gradient_checkpointing "
+        f"{settings.gradient_checkpointing}; up to {most} x {effective // most} would fit"
+    )
+
+
+def free_memory(device: str) -> tuple[int, str]:
+    """Bytes that a run can take here, and of what: a card, or this machine's memory where the model runs on the CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
+    return available_memory(), "this machine"

@@ -1,0 +1,98 @@
+"""Linear weights as small integers: plain tensors, worked out in float32 whatever the weights are, so alike on every device.
+
+    int8   weight_int8 (out, in) int8, weight_scale (out,) float32                       W ≈ int8 · scale
+    int4   weight_int4 (out, in/2) uint8, weight_scale, weight_zero (out, in/group) bfloat16   W ≈ (nibble - 8) · scale + zero
+
+These names, behind a layer's own, are what a quantised folder holds. Column 2j is the high nibble of byte j, column 2j + 1 the low one.
+"""
+
+import torch
+
+from prismatic.errors import ConfigError
+
+LARGEST_INT8, LARGEST_NIBBLE, MIDDLE_NIBBLE = 127, 15, 8
+GROUPS = (
+    128,
+    64,
+    32,
+)  # columns that share a scale in int4, the first that divides the width: those that the kernels know
+SHRINKS = (
+    1.0,
+    0.95,
+    0.9,
+    0.85,
+    0.8,
+    0.75,
+    0.7,
+)  # of a group's range that are tried: cutting its ends off can cost less than coarse steps
+SMALLEST = 1e-8  # scale of a row or group of zeros
+
+Parts = dict[str, torch.Tensor]
+
+
+def group_size(width: int) -> int | None:
+    """Columns that share a scale in int4; None: this width can't be int4 and stays int8."""
+    return next((size for size in GROUPS if width % size == 0), None)
+
+
+def layout(kind: str, out: int, width: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and number format of each part of an (out, width) weight; kind int8 or int4."""
+    if kind == "int8":
+        return {"weight_int8": ((out, width), torch.int8), "weight_scale": ((out,), torch.float32)}
+    groups = width // (group_size(width) or width)
+    return {
+        "weight_int4": ((out, width // 2), torch.uint8),
+        "weight_scale": ((out, groups), torch.bfloat16),
+        "weight_zero": ((out, groups), torch.bfloat16),
+    }
+
+
+def to_parts(kind: str, weight: torch.Tensor) -> Parts:
+    """(out, in) weight → its parts on the same device. ConfigError for NaN or infinity."""
+    weight = weight.detach().float()
+    if not torch.isfinite(weight).all():
+        raise ConfigError("weights that hold NaN or infinity can't be quantised: take another checkpoint")
+    return _to_int8(weight) if kind == "int8" else _to_int4(weight)
+
+
+def _to_int8(weight: torch.Tensor) -> Parts:
+    """Symmetric, a scale for each row; the largest weight of a row is ±127."""
+    scale = (weight.abs().amax(dim=1) / LARGEST_INT8).clamp_min(SMALLEST)
+    return {"weight_int8": (weight / scale[:, None]).round().to(torch.int8), "weight_scale": scale}
+
+
+def _to_int4(weight: torch.Tensor) -> Parts:
+    """Sixteen levels between a group's ends, or within: the range of SHRINKS with the least squared error, group by group."""
+    out, width = weight.shape
+    groups = weight.reshape(out, -1, group_size(width) or width)  # (out, groups, group)
+    low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+    least = torch.full_like(low, torch.inf)
+    nibbles = torch.zeros_like(groups, dtype=torch.uint8)
+    scale, zero = torch.zeros_like(low, dtype=torch.bfloat16), torch.zeros_like(low, dtype=torch.bfloat16)
+    for shrink in SHRINKS:
+        step = ((high - low) * shrink / LARGEST_NIBBLE).clamp_min(SMALLEST).bfloat16()
+        middle = ((high + low) / 2 + step.float() / 2).bfloat16()  # what nibble 8 stands for
+        near = ((groups - middle.float()[..., None]) / step.float()[..., None]).round() + MIDDLE_NIBBLE
+        near = near.clamp(0, LARGEST_NIBBLE)
+        error = ((near - MIDDLE_NIBBLE) * step.float()[..., None] + middle.float()[..., None] - groups).square().sum(-1)
+        better = error < least
+        least = torch.where(better, error, least)
+        scale, zero = torch.where(better, step, scale), torch.where(better, middle, zero)
+        nibbles = torch.where(better[..., None], near.to(torch.uint8), nibbles)
+    nibbles = nibbles.reshape(out, width)
+    return {"weight_int4": nibbles[:, ::2] << 4 | nibbles[:, 1::2], "weight_scale": scale, "weight_zero": zero}
+
+
+def unpacked(parts: Parts) -> torch.Tensor:
+    """weight_int4 (out, in/2) → (out, in) uint8, 0 … 15."""
+    packed = parts["weight_int4"]
+    return torch.stack([packed >> 4, packed & LARGEST_NIBBLE], dim=-1).reshape(packed.shape[0], -1)
+
+
+def to_float(parts: Parts) -> torch.Tensor:
+    """The (out, in) float32 weight that parts stand for."""
+    if "weight_int8" in parts:
+        return parts["weight_int8"].float() * parts["weight_scale"][:, None]
+    scale, zero = parts["weight_scale"].float()[..., None], parts["weight_zero"].float()[..., None]
+    nibbles = unpacked(parts).float().reshape(*parts["weight_scale"].shape, -1)
+    return ((nibbles - MIDDLE_NIBBLE) * scale + zero).flatten(1)

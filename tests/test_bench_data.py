@@ -1,0 +1,18 @@
+"""The benchmark of data, at a hundredth of the size."""
+
+from pathlib import Path
+
+from prismatic.bench import data
+
+
+def test_it_writes_reads_and_loads_what_was_asked_for(tmp_path: Path) -> None:
+    rows = data.run(tmp_path / "new", episodes=5, frames=96, workers=(0,))
+    assert [row["what"] for row in rows] == [
+        "write as RLDS", "read into the cache", "load with 0 processes", "an epoch, load with 0 processes",
+    ]  # fmt: skip
+    assert [row["frames"] for row in rows[:2]] == [96, 96] and all(row["frames/s"] > 0 for row in rows)
+    jpegs = sum(len(jpeg) for jpeg in data.drawn_pictures()) / data.PICTURES
+    assert 8_000 < jpegs < 30_000
+    assert 0.5 < rows[1]["GB"] * 1e9 / (2 * 96 * jpegs) < 2 or rows[1]["GB"] == 0.0
+    assert rows[-1]["RssAnon MiB over it"].count("→") == data.EPOCH_MARKS - 1
+    assert not (tmp_path / "new").exists()

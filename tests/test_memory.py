@@ -1,0 +1,126 @@
+"""The plan: equal to what the whole model's own code keeps alive at full size, and its advice fits."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from prismatic.activations import LABELS, Precision, fake_vla
+from prismatic.errors import ConfigError
+from prismatic.live_bytes import LiveBytes
+from prismatic.memory import GIB, Model, Settings, choose, describe, lines, plan
+from prismatic.models.checkpointing import checkpoint_activations
+from prismatic.models.tiny import TINY
+from prismatic.models.vla import VLAConfig
+
+WORDS = 40
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return describe(VLAConfig(), Precision(), words=WORDS)
+
+
+def counted_peak(config: VLAConfig, precision: Precision, batch: int, *, checkpointing: bool) -> int:
+    """Bytes beyond weights and gradients at the worst moment of a whole model's pass, on fake tensors."""
+    mode = FakeTensorMode()
+    vla = fake_vla(config, precision, mode)
+    if checkpointing:
+        checkpoint_activations(vla)
+    patches = config.num_patches * config.num_images_in_input
+
+    def step() -> None:  # VLA.forward, but for choosing labelled rows by value: fake tensors have none
+        ids, size = torch.zeros(batch, WORDS, dtype=torch.long), config.image_size
+        embeddings = vla.embed(ids, torch.zeros(batch, 6 * config.num_images_in_input, size, size))
+        hidden = vla.language_model(embeddings, torch.arange(patches + WORDS).expand(batch, -1))
+        del embeddings
+        logits = vla.language_model.lm_head(hidden[:, -LABELS:].flatten(0, 1)).float()
+        del hidden
+        F.cross_entropy(logits, torch.zeros(batch * LABELS, dtype=torch.long)).backward()
+
+    with mode:
+        step()  # gradients are there from now on, as in the second pass of a step
+        with LiveBytes() as live:
+            step()
+    return live.peak
+
+
+@pytest.mark.parametrize(("batch", "checkpointing"), [(1, False), (4, True)])
+def test_the_plan_is_what_the_full_sizes_own_code_keeps_alive(model: Model, batch: int, checkpointing: bool) -> None:
+    planned = plan(model, Settings(batch, 1, checkpointing))
+    counted = counted_peak(VLAConfig(), Precision(), batch, checkpointing=checkpointing)
+    assert planned.activations + planned.logits == pytest.approx(counted, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        Precision(lora_rank=4, lora_dropout=0.1, base_dtype=torch.float32),
+        Precision(lora_rank=4, lora_dtype=torch.bfloat16),
+        Precision(lora_rank=0, base_dtype=torch.float32),
+    ],
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_and_in_other_formats_at_a_small_size(precision: Precision, checkpointing: bool) -> None:
+    planned = plan(describe(TINY, precision, words=WORDS), Settings(8, 1, checkpointing))
+    counted = counted_peak(TINY, precision, 8, checkpointing=checkpointing)
+    assert planned.activations + planned.logits == pytest.approx(counted, rel=0.1)
+
+
+def test_what_does_not_depend_on_the_batch_is_counted_exactly(model: Model) -> None:
+    assert (model.base, model.adapters) == (7_541_237_184, 110_828_288)
+    chosen = plan(model, Settings(4, 4, True))
+    assert chosen.weights == 2 * model.base and chosen.adapters == 4 * model.adapters
+    assert chosen.optimizer == 2 * chosen.gradients == 8 * model.trained
+    unread = model.adapters - model.trained  # two towers' last blocks, and SigLIP's pooling
+    dino = 32 * (4 * 1024 + 2 * 1024 + 2 * 5 * 1024)  # rank x (in + out) of qkv, proj, fc1 and fc2
+    siglip = 32 * (4 * 1152 + 2 * 1152 + 2 * (1152 + 4304))
+    pooling = 32 * (2 * 1152 + 3 * 1152 + 2 * 1152 + 2 * (1152 + 4304))  # q, kv, proj, fc1, fc2
+    assert unread == dino + siglip + pooling
+    packed = plan(model, Settings(1, 16, True, True))
+    assert 2 * model.base - packed.weights == pytest.approx(model.linear * (2 - 0.5 - 4 / 64))
+
+
+def test_full_size_is_planned_below_its_targets(model: Model) -> None:
+    assert plan(model, Settings(4, 4, True)).total < 18 * GIB  # a 24 GB card
+    assert plan(model, Settings(1, 16, True, True)).total < 10 * GIB  # a 12 GB card
+
+
+def test_recomputing_is_switched_on_only_where_it_is_needed(model: Model) -> None:
+    asked = Settings(4, 4)
+    assert choose(model, asked, 80 * GIB, place="card").settings.gradient_checkpointing is False
+    chosen = choose(model, asked, 22 * GIB, place="card")
+    assert chosen.settings.gradient_checkpointing is True and chosen.total <= 22 * GIB
+    text = "\n".join(lines(chosen, model, 22 * GIB, place="card"))
+    assert "4 x 4 = 16 samples a step" in text and f"{chosen.total / GIB:.2f} of 22.00 free on card" in text
+
+
+@pytest.mark.parametrize("card", [17, 12, 6])
+def test_what_cannot_fit_names_settings_that_do(model: Model, card: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        choose(model, Settings(16, 2), card * GIB, place="card")
+    sentence = str(caught.value)
+    assert "\n" not in sentence and "card has" in sentence
+    advice = sentence.partition("free: ")[2]
+    batch, passes = (
+        int(re.search(rf"--{name} (\d+)", advice)[1])  # pyright: ignore[reportOptionalSubscript]
+        for name in ("batch_size", "grad_accumulation_steps")
+    )
+    assert batch * passes == 32
+    settings = Settings(
+        batch,
+        passes,
+        "--gradient_checkpointing True" in advice,
+        "--use_quantization True" in advice,
+        "paged_adamw_8bit" if "paged_adamw_8bit" in advice else "adamw",
+    )
+    assert plan(model, settings).total <= card * GIB
+    assert choose(model, dataclasses.replace(settings), card * GIB, place="card").settings == settings
+
+
+def test_where_nothing_fits_it_says_how_much_would(model: Model) -> None:
+    with pytest.raises(ConfigError, match=r"even --batch_size 1 .* needs 5\.\d GiB: take a larger card"):
+        choose(model, Settings(16, 1), 4 * GIB, place="card")

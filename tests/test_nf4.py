@@ -1,0 +1,99 @@
+"""A base in 4 bits on the CPU: what is packed, that an adapter learns on it, and that the adapter serves the whole base."""
+
+from pathlib import Path
+
+import bitsandbytes
+import pytest
+import torch
+
+from prismatic.adapter import save_adapter
+from prismatic.checkpoint import load_vla, save_checkpoint
+from prismatic.models.checkpointing import checkpoint_activations
+from prismatic.models.lora import add_lora, lora_layers, lora_state_dict
+from prismatic.models.nf4 import BYTES_PER_VALUE, quantised_linears
+from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
+from prismatic.optimizer import make_optimizer
+from prismatic.processor import Processor, ProcessorConfig
+from tests.test_checkpointing import BATCH
+
+ENTRY = {"action": {name: [value] * 7 for name, value in (("q01", -1.0), ("q99", 1.0), ("min", -1.0), ("max", 1.0))}}
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    config = ProcessorConfig.for_model(TINY, unnorm_key="demo", center_crop=True, base_model="base")
+    return Processor(config, tiny_tokenizer(["put it there"]), {"demo": ENTRY})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, processor: Processor) -> Path:
+    folder = tmp_path_factory.mktemp("place") / "base"
+    processor.tokenizer.save_pretrained(folder.parent / "words")
+    save_checkpoint(
+        folder,
+        random_vla(TINY, seed=0),
+        processor=processor,
+        statistics=processor.statistics,
+        tokenizer_from=folder.parent / "words",
+        dtype=torch.float32,
+    )
+    return folder
+
+
+def test_linear_maps_are_packed_and_nothing_else(base: Path) -> None:
+    plain, packed, packed_values = load_vla(base), load_vla(base, nf4=True), 0
+    for name, module in plain.named_modules():
+        now = packed.get_submodule(name)
+        if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head") and module.in_features % 64 == 0:
+            assert isinstance(now, bitsandbytes.nn.Linear4bit) and now.weight.dtype == torch.uint8, name
+            state = now.weight.quant_state
+            assert state.quant_type == "nf4" and not state.nested
+            assert now.weight.nbytes + state.absmax.nbytes == module.weight.numel() * BYTES_PER_VALUE
+            unpacked = bitsandbytes.functional.dequantize_4bit(now.weight.data, state)
+            assert (unpacked - module.weight).norm() < 0.1 * module.weight.norm(), name
+            packed_values += module.weight.numel()
+        else:
+            assert type(now) is type(module), name
+            for mine, theirs in zip(now.parameters(False), module.parameters(False), strict=True):
+                assert torch.equal(mine, theirs)
+    assert packed_values == sum(linear.weight.numel() for _, linear in quantised_linears(plain, on_cpu=True))
+    everything = {name for name, _ in quantised_linears(plain, on_cpu=False)}
+    assert "vision_backbone.fused_featurizer.blocks.0.mlp.fc2" in everything and "projector.fc1" in everything
+    assert not any(name.endswith("lm_head") for name in everything)
+
+
+@pytest.mark.parametrize("optimizer_name", ["adamw", "paged_adamw_8bit"])
+def test_an_adapter_learns_on_it_and_loads_on_the_whole_base(
+    base: Path, processor: Processor, tmp_path: Path, optimizer_name: str
+) -> None:
+    torch.manual_seed(0)
+    vla = checkpoint_activations(add_lora(load_vla(base, nf4=True), rank=8).train())
+    assert {type(layer).__name__ for _, layer in lora_layers(vla)} == {"Linear4bit", "Linear", "Conv2d"}
+    trained = [parameter for parameter in vla.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(optimizer_name, trained, learning_rate=5e-3, weight_decay=0.0)
+    losses = []
+    for _ in range(8):
+        losses.append(vla(**BATCH).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1].item() < 0.8 * losses[0].item()
+    save_adapter(tmp_path / "a", vla, processor=processor, statistics=processor.statistics, options={})
+    whole = load_vla(base, tmp_path / "a")
+    mine, theirs = lora_state_dict(vla), lora_state_dict(whole)
+    assert set(mine) == set(theirs) and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    again = load_vla(base, tmp_path / "a", nf4=True)  # as a resumed run does
+    with torch.no_grad():
+        last, unpacked = vla(**BATCH).loss, whole(**BATCH).loss
+        assert torch.equal(again(**BATCH).loss, last)
+    assert unpacked.item() == pytest.approx(last.item(), rel=0.1) and unpacked.item() < 0.9 * losses[0].item()
+
+
+def test_acting_between_steps_leaves_the_gradients(base: Path) -> None:
+    """bitsandbytes repacks weights for a CPU's fast kernels when a model acts; those have no backward pass."""
+    vla = load_vla(base, nf4=True)
+    add_lora(vla, rank=4).eval()
+    vla.generate_action_ids(BATCH["input_ids"], BATCH["pixel_values"])
+    assert not any(m.support_avx512bf16_for_cpu for m in vla.modules() if isinstance(m, bitsandbytes.nn.Linear4bit))
+    vla.train()(**BATCH).loss.backward()
+    assert sum(parameter.grad is not None for parameter in vla.parameters()) == 100

@@ -1,0 +1,131 @@
+"""The table of what quantising changes: its numbers by hand, teacher forcing against generating, and which frames count as held out."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from action_tokenizer import ActionTokenizer
+from prismatic.bench import precision
+from prismatic.checkpoint import save_checkpoint
+from prismatic.data.frames import CACHE_FORMAT, FrameCache, Step
+from prismatic.errors import ConfigError
+from prismatic.image import encode_jpeg
+from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
+from prismatic.normalize import unnormalize
+from prismatic.processor import Processor, ProcessorConfig
+from tests.drawn_episodes import drawn_jpeg
+
+ENTRY = {
+    "action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "min": [-1.0] * 7, "max": [1.0] * 7, "mask": [True] * 6 + [False]}
+}
+EPISODES, STEPS = 20, 2  # round(0.95 · 20) = 19 are for training
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    words = tiny_tokenizer(["put it on the plate"])
+    return Processor(ProcessorConfig.for_model(TINY, unnorm_key="demo", center_crop=True), words, {"demo": ENTRY})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, processor: Processor) -> Path:
+    place = tmp_path_factory.mktemp("precision")
+    processor.tokenizer.save_pretrained(place / "words")
+    save_checkpoint(
+        place / "tiny",
+        random_vla(TINY, seed=3),
+        processor=processor,
+        statistics={"demo": ENTRY},
+        tokenizer_from=place / "words",
+        dtype=torch.float32,
+    )
+    return place / "tiny"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> FrameCache:
+    folder = tmp_path_factory.mktemp("cache")
+    frames = EPISODES * STEPS
+    jpegs = [drawn_jpeg(frame % 9, view) for frame in range(frames) for view in (1, 2)]
+    (folder / "frames.bin").write_bytes(b"".join(jpegs))
+    rng = np.random.default_rng(0)
+    np.savez(
+        folder / "steps.npz",
+        offsets=np.cumsum([0, *map(len, jpegs)]),
+        action=np.clip(rng.normal(size=(frames, 7)), -1, 1).astype(np.float32),
+        episode=np.repeat(np.arange(EPISODES, dtype=np.int32), STEPS),
+        timestep=np.tile(np.arange(STEPS, dtype=np.int32), EPISODES),
+        instruction=np.arange(frames, dtype=np.int32) % 2,
+    )
+    meta = {
+        "format": CACHE_FORMAT,
+        "name": "demo",
+        "fingerprint": "1",
+        "train_episodes": None,
+        "images": ["image", "wrist_image"],
+        "instructions": ["go", "put it on the plate"],
+        "file_paths": [""] * EPISODES,
+    }
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return FrameCache(folder)
+
+
+def test_held_out_frames(cache: FrameCache) -> None:
+    assert precision.held_out(cache, 2, every_episode=False).tolist() == [38, 39]
+    assert precision.held_out(cache, 3, every_episode=True).tolist() == [0, 20, 39]
+    with pytest.raises(ConfigError, match="2 held-out frames, fewer than --num_frames 1000"):
+        precision.held_out(cache, 1000, every_episode=False)
+
+
+def test_behind_its_own_tokens_forcing_is_generating(cache: FrameCache, processor: Processor) -> None:
+    """Demonstrate what the model itself would do: each place then predicts what generating chose there."""
+    vla = random_vla(TINY, seed=3).eval()
+    frames = np.arange(6)
+    (batch, _), *_ = precision.batches(cache, frames, processor, 6)
+    prompts = batch.labels[:, :] == -100
+    prompts &= batch.attention_mask
+    answer = vla.generate_action_ids(batch.input_ids * prompts, batch.pixel_values, 7, prompts)
+    for row, ids in zip(range(6), answer, strict=True):
+        start = int(prompts[row].sum())
+        batch.input_ids[row, start : start + 7] = ids
+    assert len({int(count) for count in prompts.sum(1)}) == 2  # instructions of two lengths
+    np.testing.assert_array_equal(precision.forced_ids(vla, batch, 7), answer.numpy())
+
+
+def test_frames_are_seen_as_when_acting(processor: Processor) -> None:
+    live = list(np.random.default_rng(0).integers(0, 255, (2, 256, 256, 3)).astype(np.uint8))
+    action = np.linspace(-1, 1, 7).astype(np.float32)
+    step = Step("of another name", encode_jpeg(live[0]), encode_jpeg(live[1]), "go", action)
+    ((batch, actions),) = precision.batches({5: step}, np.array([5]), processor, 4)  # type: ignore[arg-type]
+    assert torch.equal(batch.pixel_values[0], processor.inputs(live, "go")[1])
+    np.testing.assert_allclose(unnormalize(actions[0], ENTRY["action"]), action, atol=1e-6)
+
+
+def test_a_row_by_hand(processor: Processor) -> None:
+    tokenizer = ActionTokenizer(TINY.vocab_size, TINY.n_action_bins)
+    reference = tokenizer.encode(np.zeros((4, 7)))
+    ids = reference.copy()
+    ids[0, 2] += 3
+    step = abs(float((tokenizer.decode(ids) - tokenizer.decode(reference))[0, 2]))
+    vla = random_vla(TINY, seed=0)
+    row = precision.row("x", vla, ids, reference, tokenizer.decode(reference), processor)
+    assert row["% of float32"] == 100 and row["frames"] == 4
+    assert row["tokens alike %"] == round(100 * 27 / 28, 2) and row["actions alike %"] == 75
+    assert row["alike % by dimension"] == [100, 100, 75, 100, 100, 100, 100]
+    assert row["L1 to unquantised"] == round(step / 28, 5) and row["its dimensions"][2] == round(step / 4, 4)
+    assert row["L1 to demonstrated"] == row["L1 to unquantised"]
+
+
+def test_every_way_has_a_row(checkpoint: Path, cache: FrameCache) -> None:
+    how = {"num_frames": 40, "every_episode": True, "batch_size": 16, "unnorm_key": None}
+    rows = {row["what"]: row for row in precision.run(str(checkpoint), None, cache, **how)}
+    assert list(rows) == ["none", *(way[0] for way in precision.WAYS)]
+    assert rows["none"]["tokens alike %"] == 100 and rows["none"]["L1 to unquantised"] == 0
+    assert (
+        90 < rows["int8"]["tokens alike %"] <= 100 and rows["int4"]["tokens alike %"] < rows["int8"]["tokens alike %"]
+    )
+    sizes = [rows[name]["MB"] for name in ("int8, image towers too", "int8", "none")]
+    assert sizes == sorted(sizes)
