@@ -94,7 +94,7 @@ def lively() -> VLA:
     vla = random_vla(TINY, seed=3).eval()
     for name, parameter in vla.language_model.model.layers.named_parameters():
         if "norm" not in name:
-            parameter.data *= 3
+            parameter.data *= 4
     return vla
 
 
