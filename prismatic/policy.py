@@ -91,7 +91,8 @@ class Policy:
         mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
         pixels = torch.stack([pixel_values for _, pixel_values in rows])
         names = [None] * len(rows) if episodes is None else list(episodes)
-        draft = self._draft(names) if self.drafting else None
+        remembered = any(name in self._last for name in names)
+        draft = self._draft(names) if self.drafting and remembered else None
         answer = self.decoder(
             input_ids.to(self.device),
             pixels.to(self.device, self.dtype),
@@ -104,6 +105,7 @@ class Policy:
         self.counts.update(actions=len(ids), calls=1, passes=answer.passes, doubtful=answer.doubtful)
         if draft is not None:
             self.counts["confirmed"] += int((draft == ids).cumprod(dim=1).sum())
+        if self.drafting:
             self._remember(names, ids)
         return ids.numpy()
 

@@ -45,6 +45,23 @@ def test_padding_and_static_tensors_change_no_answer(lively: VLA, batch: int) ->
     assert sorted(tape.recorded) == ["again", "first", "plain"]
 
 
+def test_each_input_is_taken_anew(lively: VLA) -> None:  # noqa: F811
+    plain, captured = Decoder(lively), CapturedDecoder(lively, record=Tape())
+    ids, mask, pixels = prompts(4)
+    other_ids, _, other_pixels = prompts(4, seed=1)
+    full = torch.ones_like(mask)
+    answers = []
+    for inputs in (
+        (ids, pixels, 7, full),
+        (other_ids, pixels, 7, full),
+        (ids, other_pixels, 7, full),
+        (ids, pixels, 7, mask),
+    ):
+        answers.append(captured(*inputs).ids)
+        assert answers[-1].equal(plain(*inputs).ids)
+    assert len({tuple(answer.flatten().tolist()) for answer in answers}) == 4
+
+
 def test_shapes_share_graphs_and_old_ones_are_dropped(lively: VLA) -> None:  # noqa: F811
     tape = Tape()
     captured = CapturedDecoder(lively, record=tape)

@@ -120,10 +120,13 @@ def test_sixty_four_rows_answer_as_each_alone(lively: VLA) -> None:
 def test_cached_words_equal_a_full_pass_over_prompt_and_answer(lively: VLA) -> None:
     ids, _, pixels = prompts(2)
     ids = torch.cat([ids.clamp(max=700), torch.full((2, 1), TINY.empty_token_id)], dim=1)
-    answer = lively.generate_action_ids(ids, pixels)
+    margins: list[torch.Tensor] = []
+    answer = lively.generate_action_ids(ids, pixels, margins=margins)
     with torch.inference_mode():
-        logits = lively(torch.cat([ids, answer], dim=1), None, pixels).logits
-    assert (logits[:, -8:-1, FIRST : LAST + 1].argmax(-1) + FIRST).equal(answer)
+        logits = lively(torch.cat([ids, answer], dim=1), None, pixels).logits[:, -8:-1, FIRST : LAST + 1]
+    best = logits.topk(2, dim=-1)
+    assert (best.indices[..., 0] + FIRST).equal(answer)
+    torch.testing.assert_close(torch.stack(margins, dim=1), -best.values.diff(dim=-1)[..., 0], atol=1e-3, rtol=0)
 
 
 def hostile_drafts(answer: torch.Tensor) -> dict[str, torch.Tensor]:
