@@ -13,6 +13,12 @@ from tests.conftest import REPOSITORY
 CHECKPOINT = Path(REPOSITORY / "checkpoints" / "openvla-tiny")
 
 
+@pytest.fixture(autouse=True)
+def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "CPU_BYTES", 10**7)
+    monkeypatch.setattr(ceilings, "CPU_SIDE", 256)
+
+
 def test_every_way_says_the_same_and_is_timed(tmp_path: Path) -> None:
     rows = infer.run(CHECKPOINT, batch_sizes=(2,), precisions=("none",), rounds=2, device="cpu", compiled=False)
     named = {row["way"]: row for row in rows}
@@ -52,9 +58,7 @@ def test_flop_of_ten_more_words() -> None:
     assert ceilings.prompt_flop(TINY, 40) - ceilings.prompt_flop(TINY, 30) == 2 * (products + scores)
 
 
-def test_ceilings_are_numbers_of_a_computer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ceilings, "CPU_BYTES", 10**7)
-    monkeypatch.setattr(ceilings, "CPU_SIDE", 256)
+def test_ceilings_are_numbers_of_a_computer() -> None:
     cpu = torch.device("cpu")
     assert 1e7 < ceilings.bandwidth(cpu) < 1e13
     assert 1e7 < ceilings.matrix_rate(cpu, torch.float32) < 1e15
