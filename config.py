@@ -73,6 +73,9 @@ class FinetuneConfig(MemoryOptions):
     val_steps: int = 5000
     # Share of the episodes held out, the last on disk, where a data set has no split named val (OpenVLA's 5 %).
     val_share: float = 0.05
+    # By which statistics actions are scaled to tokens. dataset: the data set's own, as in OpenVLA. base: those that the base learnt with,
+    # so that its tokens keep their meaning; better for few demonstrations of the same robot.
+    action_statistics: Literal["dataset", "base"] = "dataset"
     # Where the numbers go besides metrics.jsonl and curves.png.
     log_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     # Train a LoRA adapter; False trains every weight (a small model, or a large machine).

@@ -41,7 +41,7 @@ stage "LoRA fine-tuning" env OMP_NUM_THREADS=1 .venv/bin/python -m torch.distrib
     finetune.py --vla_path $base \
     --data_root_dir "workspace/$name/datasets" --dataset_name libero_spatial_task$task --run_root_dir "$run" --cache_dir "workspace/$name/cache" \
     --batch_size 8 --learning_rate 2e-3 --lr_schedule cosine --warmup_steps 50 --max_grad_norm 1.0 --max_steps $steps --save_steps 500 \
-    --num_workers 1 --augment_order random_resized_crop --run_id_note "$name"
+    --num_workers 1 --augment_order random_resized_crop --action_statistics base --run_id_note "$name"
 adapter=$(ls -td "$run"/*/latest | head -n 1) # the newest, should settings have changed since
 stage "the adapter after" .venv/bin/python eval.py --pretrained_checkpoint "$adapter" \
     --task_suite_name libero_spatial --task_ids $task --num_trials_per_task $trials --render_quality $quality --run_id_note "$name-after"

@@ -335,8 +335,9 @@ def print_result(cfg: EvalConfig, folder: Path, summary: evaluation.Row) -> None
         print(f"    {line}")
     for found in unpinned_simulator():
         print(f"beware: {found}: not to be compared with scores of the pinned version")
-    print(f"report   {folder / report.PAGE}")
-    print(f"results  {folder / evaluation.RESULTS}")
+    for label, file in (("report ", report.PAGE), ("results", evaluation.RESULTS)):
+        if (folder / file).exists():  # neither is there after an open loop alone
+            print(f"{label}  {folder / file}")
     rows = [row for row in evaluation.read_rows(folder) if row["video"]]
     for success, label in ((True, "a success"), (False, "a failure")):
         for row in [row for row in rows if row["success"] is success][:1]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from config import FinetuneConfig
 from prismatic import first_batch
-from prismatic.checkpoint import load_tokenizer, save_checkpoint
+from prismatic.checkpoint import load_statistics, load_tokenizer, save_checkpoint, statistics_key
 from prismatic.data.examples import Examples, batches
 from prismatic.data.frames import DrawBatches, Mixture
 from prismatic.data.mixture import open_mixture
@@ -271,7 +271,11 @@ def build_processor(cfg: FinetuneConfig, base: Path, mixture: Mixture) -> Proces
         base_model=str(base.resolve()) if Path(cfg.vla_path).is_dir() else cfg.vla_path,
         base_fingerprint=weights.fingerprint(weights.stored_tensors(base)) if cfg.use_lora else "",
     )
-    return Processor(config, load_tokenizer(base), mixture.statistics)
+    statistics = mixture.statistics
+    if cfg.action_statistics == "base":
+        learnt = load_statistics(base)
+        statistics = dict.fromkeys(names, learnt[statistics_key(learnt, None, base)])
+    return Processor(config, load_tokenizer(base), statistics)
 
 
 def build_model(cfg: FinetuneConfig, base: Path, resumed: Path | None, ranks: Ranks, **sizes: int) -> VLA:
@@ -298,7 +302,7 @@ def last_checkpoint(cfg: FinetuneConfig, run: RunFolder) -> Path | None:
 def save(job: Job) -> None:
     """A step folder with everything that a resumed run needs, written by rank 0."""
     cfg, ranks, step = job.cfg, job.ranks, job.progress.step
-    given: dict[str, Any] = {"processor": job.processor, "statistics": job.mixture.statistics}
+    given: dict[str, Any] = {"processor": job.processor, "statistics": job.processor.statistics}
     tensors = ranks.whole(job.vla.state_dict())
     state = capture(job.progress, job.optimizer, ranks)
 

@@ -1,5 +1,7 @@
 """Layers of both libraries compute what the integers say; what only a GPU can run is checked by its shapes."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -33,11 +35,11 @@ def test_torchao_computes_with_the_rounded_weight(kind: str, width: int, dtype: 
 def test_the_gpu_layout_of_int4_by_its_shapes(out: int, width: int) -> None:
     shapes = integers.layout("int4", out, width)
     parts = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
-    packed = backends._tile_packed(parts, torch.bfloat16)
+    packed: Any = backends._tile_packed(parts, torch.bfloat16)
     padded = -(-width // 1024) * 1024
     assert packed.shape == (out, width) and packed.dtype == torch.bfloat16
     assert packed.qdata.shape == (out // 8, padded // 128, 32, 4)
-    assert packed.scale_and_zero.shape == (padded // integers.group_size(width), out, 2)
+    assert packed.scale_and_zero.shape == (padded // (integers.group_size(width) or 1), out, 2)
     with pytest.raises(ConfigError, match="computes in bfloat16"):
         backends._tile_packed(parts, torch.float32)
 
@@ -49,7 +51,7 @@ def test_the_gpu_layout_of_int4_by_the_cpus_kernel(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         torch.ops.aten, "_convert_weight_to_int4pack", lambda packed, tiles: given.append(packed) or packed
     )
-    layer = backends._tile_packed(parts, torch.bfloat16)
+    layer: Any = backends._tile_packed(parts, torch.bfloat16)
     nibbles = integers.unpacked({"weight_int4": given[0]})
     assert nibbles.shape == (40, 1024) and torch.equal(nibbles[:, :352], integers.unpacked(parts))
     x = F.pad(torch.randn(3, 352), (0, 1024 - 352)).bfloat16()

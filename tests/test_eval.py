@@ -176,6 +176,7 @@ def test_controls_stand_beside_the_score(
     script.main(dataclasses.replace(acting, open_loop=True, open_loop_frames=5))
     printed = capsys.readouterr().out
     assert "control open loop, 5 train frames: action accuracy" in printed
+    assert str(tmp_path / "EVAL-fake-openvla-tiny" / "report.html") not in printed  # nothing was played: there is none
     assert json.loads((tmp_path / "EVAL-fake-openvla-tiny" / "summary.json").read_text())["episodes"] == 0
     script.main(dataclasses.replace(acting, instruction="swap"))
     told = read_rows(tmp_path / "EVAL-fake-openvla-tiny--instruction-swap")

@@ -49,33 +49,6 @@ def behaviour(path: Path) -> list[tuple[Any, ...]]:
     return sorted(tuple(row[name] for name in names) for row in evaluation.read_rows(path))
 
 
-# --- the plan ------------------------------------------
-
-
-def test_plan_names_every_episode_by_what_it_is() -> None:
-    trials = evaluation.plan("fake", task_ids=(2, 0), num_trials=2, first_init_state=3, env_seed=5, simulator=FAKE)
-    assert [trial.id for trial in trials] == [
-        "fake/task0/state3/seed5",
-        "fake/task0/state4/seed5",
-        "fake/task2/state3/seed5",
-        "fake/task2/state4/seed5",
-    ]
-    assert len(evaluation.plan("fake", num_trials=8, simulator=FAKE)) == 24  # no task named: all
-
-
-def test_plan_refuses_what_is_not_there() -> None:
-    with pytest.raises(ConfigError, match=r"8 stored initial states.*num_trials_per_task 9"):
-        evaluation.plan("fake", num_trials=9, simulator=FAKE)
-    with pytest.raises(ConfigError, match="from first_init_state 7 on asks for more"):
-        evaluation.plan("fake", num_trials=2, first_init_state=7, simulator=FAKE)
-    with pytest.raises(ConfigError, match="no task 9"):
-        evaluation.plan("fake", task_ids=(9,), num_trials=1, simulator=FAKE)
-    with pytest.raises(ConfigError, match="unknown suite 'real'"):
-        evaluation.plan("real", num_trials=1, simulator=FAKE)
-    with pytest.raises(ConfigError, match="num_trials_per_task must be at least 1"):
-        evaluation.plan("fake", num_trials=0, simulator=FAKE)
-
-
 # --- stopping and going on ------------------------------------------
 
 

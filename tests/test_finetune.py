@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,6 +81,21 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(cfg: FinetuneConfi
     for name, tensor in mine.items():
         assert torch.equal(tensor, theirs[name]), name
     assert any((tensor != 0).any() for name, tensor in mine.items() if ".lora_B." in name)
+
+
+def test_the_base_s_statistics_keep_the_meaning_of_its_tokens(cfg: FinetuneConfig, place: Path, tmp_path: Path) -> None:
+    wide = {"q01": [-4.0] * 7, "q99": [4.0] * 7, "min": [-5.0] * 7, "max": [5.0] * 7, "mask": [True] * 6 + [False]}
+    base = shutil.copytree(place / "base", tmp_path / "wide")
+    (base / "dataset_statistics.json").write_text(json.dumps({"elsewhere": {"action": wide}}))
+    kept = dataclasses.replace(cfg, vla_path=str(base), max_steps=1, action_statistics="base")
+    adapter = finetune.main(dataclasses.replace(kept, run_root_dir=tmp_path / "kept"))
+    assert json.loads((adapter / "dataset_statistics.json").read_text()) == {"drawn": {"action": wide}}
+    frame = np.zeros((64, 64, 3), np.uint8)
+    assert load_policy(adapter)(frame, "put block 1 on the plate", frame).shape == (7,)
+    own = finetune.main(dataclasses.replace(kept, action_statistics="dataset", run_root_dir=tmp_path / "own"))
+    assert losses(own.parent) != losses(adapter.parent)  # other tokens
+    with pytest.raises(ConfigError, match="statistics"):
+        finetune.main(dataclasses.replace(cfg, action_statistics="base"))  # this base has none
 
 
 def test_the_number_of_loader_processes_changes_nothing(cfg: FinetuneConfig) -> None:
