@@ -104,7 +104,6 @@ def infer(cfg: BenchInferConfig) -> Rows:
         None if checkpoint == "random" else resolve(checkpoint),
         batch_sizes=cfg.batch_sizes,
         precisions=cfg.quantize,
-        rounds=cfg.rounds,
         device=device,
         compiled=cfg.compiled,
     )

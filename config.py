@@ -267,9 +267,8 @@ class BenchConfig:
 
 @dataclass(frozen=True)
 class BenchDraftConfig(BenchConfig):
-    # Checkpoint folder, adapter folder or hub id that acts.
+    # Checkpoint folder, adapter folder or hub id that acts, and the suite and task that it acts in.
     checkpoint: str = "checkpoints/openvla-tiny"
-    # Suite and task whose simulator is measured.
     task_suite_name: str = "libero_spatial"
     task_id: int = 0
     # Episodes of each row (at least one a process), and steps after which one is cut off.
@@ -343,11 +342,9 @@ class BenchPrecisionConfig(BenchConfig):
 class BenchInferConfig(BenchConfig):
     # Checkpoint folder or hub id, or random: weights of openvla-7b's size (16 GB). None: random on a GPU, checkpoints/openvla-tiny on a CPU.
     checkpoint: str | None = None
-    # Rows of a batch, and number formats of the weights.
+    # Rows of a batch, number formats of the weights, and whether the plain way is also compiled (minutes a batch size on a CPU).
     batch_sizes: tuple[int, ...] = (1, 8, 32)
     quantize: tuple[Literal["none", "int8", "int4"], ...] = ("none", "int8", "int4")
-    # Timed actions of each way, and whether the plain way at its best is one (compiled: minutes for each batch size on a CPU).
-    rounds: int = 30
     compiled: bool = True
     # Draw latency against memory into this file (png, pdf, svg).
     plot: Path | None = None

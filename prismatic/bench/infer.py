@@ -24,6 +24,7 @@ from prismatic.models.quantize import quantize, stored_bytes
 from prismatic.models.vla import VLA, VLAConfig
 
 ACTION_DIM = 7
+ROUNDS = 30  # timed actions of each way
 PROMPT_WORDS = 30  # of LIBERO's instructions with the prompt around them
 SEED = 0
 DECISIVE = (
@@ -100,8 +101,8 @@ def run(
     *,
     batch_sizes: Sequence[int],
     precisions: Sequence[str],
-    rounds: int,
     device: str,
+    rounds: int = ROUNDS,
     compiled: bool = True,
 ) -> list[Row]:
     """The table. folder None: random weights of full size. rounds: timed calls of each way. compiled: whether to include what takes a compiler
