@@ -29,7 +29,7 @@ from prismatic.versions import folder_fingerprint
 
 ATTEMPTS_PER_DEMO = 3  # a task is given up when so many attempts for each wanted episode,
 SPARE_ATTEMPTS = 10  # and so many more, were not enough
-STAGE_FORMAT = 1  # is raised when episodes would come out otherwise: old and new ones must not be mixed
+STAGE_FORMAT = 2  # is raised when episodes would come out otherwise: old and new ones must not be mixed
 
 
 class Schedule:

@@ -8,11 +8,11 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-demos=40 steps=1000 trials=20 quality=fast name=demo task=0
+demos=50 steps=1000 trials=20 quality=fast name=demo task=0
 for option in "$@"; do
     case "$option" in
         --quick) demos=6 steps=60 trials=2 name=demo_quick ;;
-        --long) demos=80 steps=3000 trials=50 quality=standard name=demo_long ;;
+        --long) demos=100 steps=3000 trials=50 quality=standard name=demo_long ;;
         --fresh) fresh=1 ;;
         *) sed -n '2,9s/^# \{0,1\}//p' "$0"; [ "$option" = --help ] || { echo "error: unknown option $option" >&2; exit 2; }; exit 0 ;;
     esac

@@ -72,7 +72,7 @@ def pieces(config: VLAConfig, precision: Precision, *, batch_size: int, words: i
     mode = FakeTensorMode()
     vla = fake_vla(shallow(config), precision, mode)
     with mode:
-        return {name: _measure(*what, precision=precision) for name, *what in _runs(vla, batch_size, words)}
+        return {name: _measure(run, shape, precision=precision) for name, run, shape in _runs(vla, batch_size, words)}
 
 
 def _runs(

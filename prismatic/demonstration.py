@@ -1,7 +1,8 @@
 """One demonstration: the scripted expert acts from a randomised state, now and then pushed off course.
 
 Recorded is what the expert answers, not the pushes: so the data holds, for states beside the expert's own path, the
-action that leads back. With a policy that already learnt, that policy acts first, for a random number of steps, and the
+action that leads back. Held back at the first steps of lifting, too: shut fingers on a still hand would else be so rare
+that a policy stays there for ever. With a policy that already learnt, that policy acts first, for a random number of steps, and the
 expert says what it should have done (DAgger: Ross, Gordon and Bagnell, 2011). Left out, as in the public data sets, are
 failures and no-ops.
 """
@@ -29,6 +30,7 @@ BURST_SHARE = 0.07  # chance that a push starts at a step
 BURST_STEPS = (3, 9)
 DISPLACEMENT_SHARE = 0.5  # of the episodes start with a long push
 DISPLACEMENT_STEPS = (5, 16)
+HESITATION_STEPS = (0, 9)  # for which the hand is held back when it begins to lift
 POLICY_STEPS = (5, 80)  # of an episode, where a policy acts first
 
 
@@ -159,6 +161,11 @@ def beginning(generator: np.random.Generator, perturbation: float) -> tuple[int,
     return int(generator.integers(FIRST_ENV_SEED, 2**31)), pushes
 
 
+def lifts(action: np.ndarray) -> bool:
+    """Whether an expert's action (7,) raises what the fingers hold."""
+    return bool(action[6] < 0.5 and action[2] > 0)
+
+
 def demonstrate(sim: Simulator, job: Demonstration) -> int:
     """Record one episode into `job.path`; the number of recorded steps, or 0 (and no file) where the expert failed."""
     generator = np.random.default_rng([job.seed, job.task_id, job.attempt, *([1] if job.policy else [])])
@@ -167,6 +174,7 @@ def demonstrate(sim: Simulator, job: Demonstration) -> int:
     expert = Expert(sim)
     policy = learnt_policy(job.policy) if job.policy else None
     policy_steps = int(generator.integers(*POLICY_STEPS)) if policy else 0
+    hesitation = int(generator.integers(*HESITATION_STEPS)) if job.perturbation else 0
     recording = Recording(sim)
     for step in range(step_limit(job.suite)):
         action = expert(None, sim.instruction)
@@ -180,6 +188,9 @@ def demonstrate(sim: Simulator, job: Demonstration) -> int:
             recording.note(recorded)
             executed = action.copy()
             executed[:3] = np.clip(action[:3] + pushes(), -1, 1)
+            if hesitation and lifts(action):
+                executed[:6] = 0.0
+                hesitation -= 1
         if sim.step(executed):
             begun_by = "/policy" if job.policy else ""
             recording.stage(

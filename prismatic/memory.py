@@ -128,7 +128,8 @@ def plan(model: Model, settings: Settings) -> Plan:
         activations += model.largest * size  # a matrix is unpacked while it is used
     split = [weights, model.adapters * own, model.trained * own, int(model.trained * state)]
     counted = (*(size // settings.shares for size in split), activations, logits)
-    return Plan(settings, *counted, reserve=int(RESERVE_SHARE * sum(counted)) + RESERVE_BYTES)
+    reserve = int(RESERVE_SHARE * sum(counted)) + RESERVE_BYTES
+    return Plan(settings, *counted, reserve=reserve)  # pyright: ignore[reportCallIssue]
 
 
 def _activations(model: Model, settings: Settings) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 """AdamW, as --optimizer names it: torch's fused one, or bitsandbytes' with 8-bit moments that move to the host when the card is full."""
 
+import importlib
 import warnings
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ def make_optimizer(
         return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
     if name != "paged_adamw_8bit":
         raise ConfigError(f"--optimizer {name}: there is only adamw and paged_adamw_8bit")
-    import bitsandbytes  # here, because it loads a native library
+    bitsandbytes: Any = importlib.import_module("bitsandbytes")  # here, because it loads a native library
 
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
     return bitsandbytes.optim.PagedAdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)

@@ -208,7 +208,8 @@ def _seal(folder: Path) -> None:
 def _damage(folder: Path) -> str | None:
     """What is wrong with a step folder; None if every file is as it was sealed."""
     try:
-        sums = dict(reversed(line.split("  ", 1)) for line in (folder / SUMS).read_text().splitlines())
+        lines = [line.split("  ", 1) for line in (folder / SUMS).read_text().splitlines()]
+        sums = {name: digest for digest, name in lines}
         for name, digest in sums.items():
             if _sha256(folder / name) != digest:
                 return f"{name} is not as it was written"

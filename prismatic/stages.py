@@ -197,8 +197,8 @@ def _placing(signals: Signals, goal: int, stages: dict[str, int | None]) -> dict
     assert target is not None
     if target.way is not None:
         stages = {OPENED: first(target.way.left(signals.values[:, target.way.part]) < 0), **stages}
-    touched = signals.touch[:, thing].any(axis=1)
-    stages["approached"] = first((signals.gap(thing) < NEAR) | touched)
+    touched = np.any(signals.touch[:, thing], axis=1)
+    stages["approached"] = first(np.logical_or(signals.gap(thing) < NEAR, touched))
     stages["touched"] = first(touched)
     grasps, lifts = signals.grasps(thing), signals.lifts(thing)
     stages["grasped"] = grasps[0][0] if grasps else None
@@ -217,8 +217,8 @@ def _placing(signals: Signals, goal: int, stages: dict[str, int | None]) -> dict
 def _moving(signals: Signals, goal: int, stages: dict[str, int | None]) -> dict[str, int | None]:
     way = signals.ways[goal]
     assert way is not None
-    touched = signals.touch[:, len(signals.objects) + way.part].any(axis=1)
-    stages["approached"] = first((signals.part_gap[:, way.part] < NEAR) | touched)
+    touched = np.any(signals.touch[:, len(signals.objects) + way.part], axis=1)
+    stages["approached"] = first(np.logical_or(signals.part_gap[:, way.part] < NEAR, touched))
     stages["touched"] = first(touched)
     stages["moved"] = first(progress(way, signals.values[:, way.part]) >= MOVED)
     return stages

@@ -9,6 +9,7 @@ import math
 import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +69,7 @@ def action_metrics(logits: torch.Tensor, labels: torch.Tensor, tokenizer: Action
     return float(correct.mean()), float(distance.mean())
 
 
-def attention_kernel(device: str, autocast: bool) -> contextlib.AbstractContextManager[None]:
+def attention_kernel(device: str, autocast: bool) -> contextlib.AbstractContextManager[Any]:
     """The plain sum of products on a CPU in bfloat16: the fused kernel's gradient takes four times as long there (torch 2.15)."""
     return sdpa_kernel(SDPBackend.MATH) if autocast and device == "cpu" else contextlib.nullcontext()
 

@@ -170,7 +170,7 @@ class _Case:
         slipped = bool(signals.closing[stop])
         if not over[stop - 1] and fall > FALL:
             how = "it slipped out of the closed gripper" if slipped else "the gripper opened"
-            away = np.linalg.norm(signals.offset[stop - 1, self.number, :2])
+            away = float(np.linalg.norm(signals.offset[stop - 1, self.number, :2]))
             text = f"Dropped the {self.name} at step {stop}, {_cm(away)} from the {aim}: {how}"
             return "dropped", self._sentence(f"{text}; it fell {_cm(fall)}")
         wrong = [name for name in signals.supports[self.number] if name != target.owner]

@@ -12,6 +12,9 @@ EXCERPT = Path(__file__).resolve().parent / "reference"
 FULL = Path(os.environ.get("OPENVLA_REFERENCE", REPOSITORY / "../shared/reference"))
 
 torch.set_num_threads(1)  # the suite runs in parallel processes
+# Autograd counts devices at its first use in a process. Fake CUDA tensors (the memory plan's) pretend that there is one, and after a first use
+# with those a process can't be forked any more, as some tests do.
+torch.zeros(1, requires_grad=True).sum().backward()
 
 
 @pytest.fixture(scope="session")

@@ -131,7 +131,7 @@ def start(
     processes = [multiprocessing.get_context("fork").Process(target=body, args=(rank,)) for rank in range(ranks)]
     for process in processes:
         process.start()
-    return processes
+    return list(processes)
 
 
 def finish(processes: list[BaseProcess]) -> list[int | None]:

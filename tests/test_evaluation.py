@@ -200,7 +200,7 @@ def test_stopped_at_any_moment_it_loses_only_what_is_under_way(tmp_path: Path, s
         process.send_signal(stop)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == code
-    assert "Traceback" not in errors
+    assert "Traceback" not in errors, errors
     deadline = time.monotonic() + 60
     while any(_is_alive(int(child)) for child in children):
         assert time.monotonic() < deadline, "a simulator process outlives its parent"

@@ -1,8 +1,9 @@
 """A base in 4 bits on the CPU: what is packed, that an adapter learns on it, and that the adapter serves the whole base."""
 
+import importlib
 from pathlib import Path
+from typing import Any
 
-import bitsandbytes
 import pytest
 import torch
 
@@ -15,6 +16,8 @@ from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
 from prismatic.optimizer import make_optimizer
 from prismatic.processor import Processor, ProcessorConfig
 from tests.test_checkpointing import BATCH
+
+bitsandbytes: Any = importlib.import_module("bitsandbytes")  # exports without saying so
 
 ENTRY = {"action": {name: [value] * 7 for name, value in (("q01", -1.0), ("q99", 1.0), ("min", -1.0), ("max", 1.0))}}
 
@@ -43,7 +46,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, processor: Processor) -> Path
 def test_linear_maps_are_packed_and_nothing_else(base: Path) -> None:
     plain, packed, packed_values = load_vla(base), load_vla(base, nf4=True), 0
     for name, module in plain.named_modules():
-        now = packed.get_submodule(name)
+        now: Any = packed.get_submodule(name)
         if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head") and module.in_features % 64 == 0:
             assert isinstance(now, bitsandbytes.nn.Linear4bit) and now.weight.dtype == torch.uint8, name
             state = now.weight.quant_state

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ def test_formats(place: Path) -> None:  # noqa: F811
     vla = build_training_model(place / "base", None, options, checkpointing=True, device="cpu")
     trained = [parameter for parameter in vla.parameters() if parameter.requires_grad]
     assert len(trained) == 126 and {parameter.dtype for parameter in trained} == {torch.bfloat16}
-    assert vla.language_model.lm_head.base_layer.weight.dtype == torch.float32
+    head: Any = vla.language_model.lm_head
+    assert head.base_layer.weight.dtype == torch.float32
     assert any(layer.base_layer.weight.dtype == torch.uint8 for _, layer in lora_layers(vla))
     assert OPTIONS.precision("cuda").base_dtype == torch.bfloat16
     whole = dataclasses.replace(OPTIONS, use_lora=False)

@@ -38,7 +38,7 @@ class PlainVLA(nn.Module):
                 max_position_embeddings=text.max_position_embeddings,
                 rope_parameters={"rope_type": "default", "rope_theta": text.rope_theta},
                 tie_word_embeddings=False,
-                attn_implementation="sdpa",
+                attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
             )
         )
 

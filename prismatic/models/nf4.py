@@ -8,6 +8,7 @@ Surprising: bitsandbytes' CPU kernel (0.50.2) unpacks a matrix wrongly whose row
 matrices stay as they are: at full size SigLIP's fc2.
 """
 
+import importlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ def quantised_linears(vla: nn.Module, *, on_cpu: bool) -> Iterator[tuple[str, nn
 
 def prepare_nf4(vla: "VLA", *, on_cpu: bool) -> "VLA":
     """Replace those modules of an empty model (on the meta device) by bitsandbytes', in place; `pack` then makes their weights."""
-    import bitsandbytes  # here, because it loads a native library
+    bitsandbytes: Any = importlib.import_module("bitsandbytes")  # here, because it loads a native library
 
     for name, linear in list(quantised_linears(vla, on_cpu=on_cpu)):
         packed = bitsandbytes.nn.Linear4bit(
@@ -52,7 +53,7 @@ def prepare_nf4(vla: "VLA", *, on_cpu: bool) -> "VLA":
         )
         parent, _, last = name.rpartition(".")
         setattr(vla.get_submodule(parent), last, packed)
-    vla.is_loaded_in_4bit = True  # pyright: ignore[reportAttributeAccessIssue]  (how peft knows)
+    vla.is_loaded_in_4bit = True  # pyright: ignore  (how peft knows)
     return vla
 
 
@@ -63,7 +64,7 @@ def is_packed(module: nn.Module, name: str) -> bool:
 
 def pack(module: Any, weight: torch.Tensor, device: torch.device | str) -> None:
     """Give a prepared module its weight (out, in), packed on device."""
-    import bitsandbytes
+    bitsandbytes: Any = importlib.import_module("bitsandbytes")
 
     module.weight = bitsandbytes.nn.Params4bit(
         weight, requires_grad=False, quant_type="nf4", blocksize=BLOCK, compress_statistics=False, module=module
