@@ -1,4 +1,4 @@
-"""Measure: `python bench.py load | train | data | eval | precision`. One table, and the same as JSON with --json FILE.
+"""Measure: `python bench.py load | train | data | eval | precision | infer | draft`. One table, and the same as JSON with --json FILE.
 
 python bench.py load                              a full-size folder with random weights (15 GB of disk, 16 GB of memory)
 python bench.py load --checkpoint FOLDER          a folder of yours
@@ -6,6 +6,8 @@ python bench.py train                             training steps, ours against t
 python bench.py data                              an RLDS set as large as LIBERO-Spatial: its cache, the loader, host memory
 python bench.py eval --workers 2 4                episodes an hour: simulators side by side against one alone
 python bench.py precision --checkpoint FOLDER --data_root_dir DATA --dataset_name NAME      what quantising changes
+python bench.py infer --plot latency.png          time and memory of an action: full size and random on a GPU, the small model on a CPU
+python bench.py draft --task_id 1                 what drafting saves in episodes of the small model
 """
 
 import json
@@ -16,7 +18,9 @@ import tyro
 from config import (
     WORKSPACE,
     BenchDataConfig,
+    BenchDraftConfig,
     BenchEvalConfig,
+    BenchInferConfig,
     BenchLoadConfig,
     BenchPrecisionConfig,
     BenchTrainConfig,
@@ -86,19 +90,57 @@ def precision(cfg: BenchPrecisionConfig) -> Rows:
     )
 
 
+def infer(cfg: BenchInferConfig) -> Rows:
+    """Ways of decoding: the plain one, the plain one at its best, ours."""
+    import torch
+
+    from prismatic.bench import infer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    checkpoint = cfg.checkpoint or ("checkpoints/openvla-tiny" if device == "cpu" else "random")
+    rows = infer.run(
+        None if checkpoint == "random" else resolve(checkpoint),
+        batch_sizes=cfg.batch_sizes,
+        precisions=cfg.quantize,
+        device=device,
+        compiled=cfg.compiled,
+    )
+    if cfg.plot:
+        infer.plot(rows, cfg.plot)
+    return rows
+
+
+def draft(cfg: BenchDraftConfig) -> Rows:
+    """Passes and confirmed words of drafting, frame by frame of episodes in LIBERO."""
+    from prismatic.bench import draft
+
+    return draft.run(
+        cfg.checkpoint,
+        suite=cfg.task_suite_name,
+        task_id=cfg.task_id,
+        episodes=cfg.episodes,
+        steps=cfg.steps,
+        quality=cfg.render_quality,
+    )
+
+
 BENCHES = {
     BenchLoadConfig: load,
     BenchTrainConfig: train,
     BenchDataConfig: data,
     BenchEvalConfig: evaluation,
     BenchPrecisionConfig: precision,
+    BenchInferConfig: infer,
+    BenchDraftConfig: draft,
 }
 Config = (
     Annotated[BenchLoadConfig, tyro.conf.subcommand("load")]
     | Annotated[BenchTrainConfig, tyro.conf.subcommand("train")]
     | Annotated[BenchDataConfig, tyro.conf.subcommand("data")]
     | Annotated[BenchEvalConfig, tyro.conf.subcommand("eval")]
-    | Annotated[BenchPrecisionConfig, tyro.conf.subcommand("precision")]  # one a bench, joined by |
+    | Annotated[BenchPrecisionConfig, tyro.conf.subcommand("precision")]
+    | Annotated[BenchInferConfig, tyro.conf.subcommand("infer")]
+    | Annotated[BenchDraftConfig, tyro.conf.subcommand("draft")]  # one a bench, joined by |
 )
 
 

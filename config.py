@@ -259,35 +259,39 @@ class DoctorConfig:
     simulator: bool = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    # Also write the table here.
+    json: Path | None = None
+
+
 @dataclass(frozen=True)
-class BenchEvalConfig:
-    # Checkpoint folder, adapter folder or hub id that acts.
+class BenchDraftConfig(BenchConfig):
+    # Checkpoint folder, adapter folder or hub id that acts, and the suite and task that it acts in.
     checkpoint: str = "checkpoints/openvla-tiny"
-    # Suite and task whose simulator is measured.
     task_suite_name: str = "libero_spatial"
     task_id: int = 0
-    # Numbers of simulator processes, each against one process alone.
-    workers: tuple[int, ...] = (2,)
-    # Episodes of each row; at least one a process.
+    # Episodes of each row (at least one a process), and steps after which one is cut off.
     episodes: int = 4
-    # Steps after which an episode is cut off.
     steps: int = 60
     # fast: three times faster on a CPU. standard: LIBERO's own pixels.
     render_quality: Literal["standard", "fast"] = "standard"
-    # Also write the table here.
-    json: Path | None = None
 
 
 @dataclass(frozen=True)
-class BenchLoadConfig:
+class BenchEvalConfig(BenchDraftConfig):
+    # Numbers of simulator processes, each against one process alone.
+    workers: tuple[int, ...] = (2,)
+
+
+@dataclass(frozen=True)
+class BenchLoadConfig(BenchConfig):
     # Checkpoint folder or hub id; none makes one of full size with random weights below WORKSPACE.
     checkpoint: str | None = None
-    # Also write the table here.
-    json: Path | None = None
 
 
 @dataclass(frozen=True)
-class BenchTrainConfig:
+class BenchTrainConfig(BenchConfig):
     # openvla-7b's size, or a small model's. None: full where there is a GPU.
     full_size: bool | None = None
     # GPU memory that may be taken, such as a 24 GB card's.
@@ -298,12 +302,10 @@ class BenchTrainConfig:
     steps: int = 5
     # torch.compile our blocks.
     compile: bool = False
-    # Also write the table here.
-    json: Path | None = None
 
 
 @dataclass(frozen=True)
-class BenchDataConfig:
+class BenchDataConfig(BenchConfig):
     # Episodes of the set that is made: libero_spatial_no_noops has 432 …
     episodes: int = 432
     # … and 52,970 frames.
@@ -312,12 +314,10 @@ class BenchDataConfig:
     num_workers: tuple[int, ...] = (0, 1, 2, 4)
     # Folder for it, deleted afterwards.
     folder: Path = WORKSPACE / "bench-data"
-    # Also write the table here.
-    json: Path | None = None
 
 
 @dataclass(frozen=True)
-class BenchPrecisionConfig:
+class BenchPrecisionConfig(BenchConfig):
     # Checkpoint folder, adapter folder (it knows its base), or hub id.
     checkpoint: str
     # Adapter folder that goes on top.
@@ -336,5 +336,15 @@ class BenchPrecisionConfig:
     num_frames: int = 1000
     # Frames of one pass.
     batch_size: int = 16
-    # Also write the table here.
-    json: Path | None = None
+
+
+@dataclass(frozen=True)
+class BenchInferConfig(BenchConfig):
+    # Checkpoint folder or hub id, or random: weights of openvla-7b's size (16 GB). None: random on a GPU, checkpoints/openvla-tiny on a CPU.
+    checkpoint: str | None = None
+    # Rows of a batch, number formats of the weights, and whether the plain way is also compiled (minutes a batch size on a CPU).
+    batch_sizes: tuple[int, ...] = (1, 8, 32)
+    quantize: tuple[Literal["none", "int8", "int4"], ...] = ("none", "int8", "int4")
+    compiled: bool = True
+    # Draw latency against memory into this file (png, pdf, svg).
+    plot: Path | None = None

@@ -19,6 +19,7 @@ from prismatic.errors import ConfigError, read_json
 from prismatic.hub import resolve
 from prismatic.models import backends, weights
 from prismatic.models import quantize as quantization
+from prismatic.models.captured import capture
 from prismatic.models.nf4 import prepare_nf4
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.policy import Policy
@@ -264,7 +265,7 @@ def load_policy(
         "quantize": precision,
         "quantize_backend": backend and backends.described(backend),
     }
-    return Policy(vla, processor, card)
+    return Policy(vla, processor, card, decoder=capture(vla))
 
 
 def adapter_fingerprint(folder: Path) -> str:

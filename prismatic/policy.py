@@ -1,9 +1,11 @@
 """A policy is one call: frame and instruction in, seven numbers out, in the data set's units.
 
-`policy(frame, instruction, wrist=None)`; `policy.batch(frames, instructions, wrists=None)` gives the same rows for many robots at once.
+`policy(frame, instruction, wrist=None)`; `policy.batch(frames, instructions, wrists=None)` gives the same rows for many robots at once. Both take
+the name of the episode that a frame belongs to: the answer to its last frame then is the draft of the next, which saves passes and changes nothing.
 """
 
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,15 +13,34 @@ import torch
 
 from prismatic import image
 from prismatic.errors import ConfigError
+from prismatic.models.decode import Decoder
 from prismatic.models.vla import VLA
 from prismatic.processor import Processor, ProcessorConfig
 
+REMEMBERED = 1024  # episodes whose last answer is kept
+
 
 class Policy:
-    """A model and the processor it learnt with. `num_images` 2 means that it wants the wrist frame too."""
+    """A model and the processor it learnt with. `num_images` 2 means that it wants the wrist frame too.
 
-    def __init__(self, vla: VLA, processor: Processor, card: dict[str, Any]) -> None:
+    decoder: None decodes pass by pass. drafting: whether answers are drafted from the last one (see decode.py). `counts`: what decoding has
+    done so far (actions, passes, confirmed words of drafts, doubtful rows).
+    """
+
+    def __init__(
+        self,
+        vla: VLA,
+        processor: Processor,
+        card: dict[str, Any],
+        *,
+        decoder: Decoder | None = None,
+        drafting: bool = False,
+    ) -> None:
         self.vla = vla.eval()
+        self.decoder = decoder or Decoder(vla)
+        self.drafting = drafting
+        self.counts: Counter[str] = Counter()
+        self._last: OrderedDict[Hashable, torch.Tensor] = OrderedDict()
         self.processor = processor
         self.num_images = processor.config.num_images_in_input
         self._card = card
@@ -27,22 +48,36 @@ class Policy:
         first = next(vla.parameters())
         self.device, self.dtype = first.device, first.dtype
 
-    def __call__(self, frame: np.ndarray, instruction: str, wrist: np.ndarray | None = None) -> np.ndarray:
-        """(H, W, 3) uint8, upright → (7,) float32, gripper 1 open … 0 close."""
-        return self.batch([frame], [instruction], None if wrist is None else [wrist])[0]
+    def __call__(
+        self, frame: np.ndarray, instruction: str, wrist: np.ndarray | None = None, *, episode: Hashable = None
+    ) -> np.ndarray:
+        """(H, W, 3) uint8, upright → (7,) float32, gripper 1 open … 0 close. episode: the same name while the robot goes on."""
+        return self.batch([frame], [instruction], None if wrist is None else [wrist], episodes=[episode])[0]
 
     def batch(
-        self, frames: Sequence[np.ndarray], instructions: Sequence[str], wrists: Sequence[np.ndarray] | None = None
+        self,
+        frames: Sequence[np.ndarray],
+        instructions: Sequence[str],
+        wrists: Sequence[np.ndarray] | None = None,
+        *,
+        episodes: Sequence[Hashable] | None = None,
     ) -> np.ndarray:
-        """B frames and instructions of any length → (B, 7) float32, equal to B single calls."""
+        """B frames and instructions of any length → (B, 7) float32, equal to B single calls. episodes: a name a row, None for none."""
         if self.num_images == 2 and wrists is None:
             raise ConfigError(
                 "this policy learnt with two pictures (num_images_in_input 2): pass the wrist camera's frame as wrist="
             )
-        return self.processor.actions(self.action_ids(frames, instructions, wrists)).astype(np.float32)
+        return self.processor.actions(self.action_ids(frames, instructions, wrists, episodes=episodes)).astype(
+            np.float32
+        )
 
     def action_ids(
-        self, frames: Sequence[np.ndarray], instructions: Sequence[str], wrists: Sequence[np.ndarray] | None = None
+        self,
+        frames: Sequence[np.ndarray],
+        instructions: Sequence[str],
+        wrists: Sequence[np.ndarray] | None = None,
+        *,
+        episodes: Sequence[Hashable] | None = None,
     ) -> np.ndarray:
         """As batch, but the (B, 7) token ids."""
         pairs = [[frame] for frame in frames]
@@ -55,16 +90,38 @@ class Policy:
             row[: len(ids)] = torch.tensor(ids)
         mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
         pixels = torch.stack([pixel_values for _, pixel_values in rows])
-        margins: list[torch.Tensor] = []
-        ids = self.vla.generate_action_ids(
+        names = [None] * len(rows) if episodes is None else list(episodes)
+        remembered = any(name in self._last for name in names)
+        draft = self._draft(names) if self.drafting and remembered else None
+        answer = self.decoder(
             input_ids.to(self.device),
             pixels.to(self.device, self.dtype),
             self.processor.action_dim,
             mask.to(self.device),
-            margins,
+            draft,
         )
-        self.last_margins = torch.stack(margins).amin(dim=0).cpu().numpy()
-        return ids.cpu().numpy()
+        ids = answer.ids.cpu()
+        self.last_margins = answer.lead.amin(dim=1).cpu().numpy()
+        self.counts.update(actions=len(ids), calls=1, passes=answer.passes, doubtful=answer.doubtful)
+        if draft is not None:
+            self.counts["confirmed"] += int((draft == ids).cumprod(dim=1).sum())
+        if self.drafting:
+            self._remember(names, ids)
+        return ids.numpy()
+
+    def _draft(self, names: Sequence[Hashable]) -> torch.Tensor:
+        """(B, action_dim): what each named episode was answered last; to the others the middle word, which is no motion."""
+        config = self.processor.config
+        middle = torch.full((self.processor.action_dim,), config.vocab_size - config.n_action_bins // 2)
+        return torch.stack([middle if name is None else self._last.get(name, middle) for name in names])
+
+    def _remember(self, names: Sequence[Hashable], ids: torch.Tensor) -> None:
+        for name, row in zip(names, ids, strict=True):
+            if name is not None:
+                self._last[name] = row
+                self._last.move_to_end(name)
+        while len(self._last) > REMEMBERED:
+            self._last.popitem(last=False)
 
     def card(self) -> dict[str, Any]:
         """What a result must say about the policy that made it."""

@@ -186,8 +186,7 @@ class _Pool:
         waiting = [worker for worker in self.workers if worker.observation is not None]
         if not waiting:
             return
-        observations = [worker.observation for worker in waiting if worker.observation is not None]
-        actions, margins = self._act(observations)
+        actions, margins = self._act(waiting)
         for worker, action, margin in zip(waiting, actions, margins, strict=True):
             if margin < NEAR_TIE:
                 worker.near_ties.append(worker.answers)
@@ -196,14 +195,18 @@ class _Pool:
             worker.heard = time.monotonic()
             worker.tell(action)
 
-    def _act(self, observations: Sequence[tuple[np.ndarray, str, np.ndarray | None]]) -> tuple[np.ndarray, np.ndarray]:
-        """(B, 7) actions for B observations, and (B,) by how much they were chosen (inf from a policy that can't say)."""
-        if self.one_by_one and len(observations) > 1:
-            actions, margins = zip(*(self._act([observation]) for observation in observations), strict=True)
+    def _act(self, waiting: Sequence[_Worker]) -> tuple[np.ndarray, np.ndarray]:
+        """(B, 7) actions for the observations of B processes, and (B,) by how much they were chosen (inf from a policy that can't say)."""
+        if self.one_by_one and len(waiting) > 1:
+            actions, margins = zip(*(self._act([worker]) for worker in waiting), strict=True)
             return np.concatenate(actions), np.concatenate(margins)
+        observations = [worker.observation for worker in waiting if worker.observation is not None]
         frames, instructions, wrists = (list(column) for column in zip(*observations, strict=True))
+        names = {}
+        if getattr(self.policy, "drafting", False):  # an attempt after a crash is another episode
+            names["episodes"] = [(worker.trial, self.attempts[worker.trial]) for worker in waiting if worker.trial]
         wrists = wrists if self.setup.num_images > 1 else None
-        actions = self.policy.batch(frames, instructions, wrists=wrists)
+        actions = self.policy.batch(frames, instructions, wrists=wrists, **names)
         margins = getattr(self.policy, "last_margins", np.full(len(observations), np.inf))
         return np.asarray(actions, dtype=np.float32).reshape(len(observations), 7), margins
 

@@ -1,4 +1,4 @@
-"""Greedy decoding: the original's ids, batched rows equal to single ones, and no word but an action."""
+"""Greedy decoding: the original's ids, batched rows equal to single ones, no word but an action, and drafts that change nothing."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prismatic.checkpoint import load_statistics, load_vla
 from prismatic.image import resize_bicubic
+from prismatic.models.decode import Decoder, Decoding, verified
 from prismatic.models.tiny import TINY, random_vla
 from prismatic.models.vla import VLA
 from prismatic.normalize import unnormalize
@@ -81,3 +83,126 @@ def test_the_empty_token_is_appended_only_where_it_is_missing() -> None:
     pixels = torch.randn(1, 12, 128, 128)
     without, with_it = torch.tensor([[1, 5, 6, 7]]), torch.tensor([[1, 5, 6, 7, TINY.empty_token_id]])
     torch.testing.assert_close(vla.generate_action_ids(without, pixels), vla.generate_action_ids(with_it, pixels))
+
+
+FIRST, LAST = TINY.vocab_size - TINY.n_action_bins, TINY.vocab_size - 1
+
+
+@pytest.fixture(scope="module")
+def lively() -> VLA:
+    """A small random model, whose answers depend on the picture and on the words before: what a layer adds outweighs the word it reads."""
+    vla = random_vla(TINY, seed=3).eval()
+    for name, parameter in vla.language_model.model.layers.named_parameters():
+        if "norm" not in name:
+            parameter.data *= 4
+    return vla
+
+
+def prompts(batch: int, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids (B, 12) of 5 to 12 words, mask, pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 700, (batch, 12), generator=generator)
+    mask = torch.arange(12) < torch.randint(5, 13, (batch, 1), generator=generator)
+    ids[:, 0] = TINY.bos_token_id
+    pixels = torch.randn(batch, 12, 128, 128, generator=generator)
+    return ids.masked_fill(~mask, TINY.pad_token_id), mask, pixels
+
+
+def test_sixty_four_rows_answer_as_each_alone(lively: VLA) -> None:
+    ids, mask, pixels = prompts(64)
+    together = lively.generate_action_ids(ids, pixels, 7, mask)
+    assert len({tuple(row.tolist()) for row in together}) > 50
+    for row in range(0, 64, 9):
+        alone = ids[row : row + 1, : int(mask[row].sum())]
+        assert lively.generate_action_ids(alone, pixels[row : row + 1])[0].tolist() == together[row].tolist()
+
+
+def test_cached_words_equal_a_full_pass_over_prompt_and_answer(lively: VLA) -> None:
+    ids, _, pixels = prompts(2)
+    ids = torch.cat([ids.clamp(max=700), torch.full((2, 1), TINY.empty_token_id)], dim=1)
+    margins: list[torch.Tensor] = []
+    answer = lively.generate_action_ids(ids, pixels, margins=margins)
+    with torch.inference_mode():
+        logits = lively(torch.cat([ids, answer], dim=1), None, pixels).logits[:, -8:-1, FIRST : LAST + 1]
+    best = logits.topk(2, dim=-1)
+    assert (best.indices[..., 0] + FIRST).equal(answer)
+    torch.testing.assert_close(torch.stack(margins, dim=1), -best.values.diff(dim=-1)[..., 0], atol=1e-3, rtol=0)
+
+
+def hostile_drafts(answer: torch.Tensor) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    half_right = answer.clone()
+    half_right[:, 3] = FIRST + (answer[:, 3] - FIRST + 1) % 256
+    return {
+        "right": answer,
+        "half right": half_right,
+        "only the last wrong": torch.cat([answer[:, :-1], FIRST + (answer[:, -1:] - FIRST + 1) % 256], dim=1),
+        "random": torch.randint(FIRST, LAST + 1, answer.shape, generator=generator),
+        "another row's": answer.roll(1, dims=0),
+        "shifted": answer.roll(1, dims=1),
+        "all equal": torch.full_like(answer, FIRST + 100),
+        "words": torch.full_like(answer, 5),
+        "out of range": torch.where(torch.arange(answer.shape[1]) % 2 == 0, -(2**40), 2**40).expand_as(answer),
+    }
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_no_draft_changes_the_answer(lively: VLA, batch: int) -> None:
+    ids, mask, pixels = prompts(batch, seed=batch)
+    decode = Decoder(lively)
+    plain = decode(ids, pixels, 7, mask)
+    assert plain.passes == 7
+    for name, draft in hostile_drafts(plain.ids).items():
+        answer = decode(ids, pixels, 7, mask, draft)
+        assert answer.ids.equal(plain.ids), name
+        assert answer.doubtful == 0 and answer.passes <= 7, name
+        if name in ("right", "only the last wrong"):  # nothing is behind the last word
+            assert answer.passes == 1
+        if name == "half right":
+            assert 2 <= answer.passes <= 4
+
+
+def test_an_action_that_rounding_could_change_is_decoded_plainly(lively: VLA) -> None:
+    ids, mask, pixels = prompts(3)
+    lengths = mask.sum(dim=1)
+    with torch.inference_mode():
+        passes = Decoding(lively, ids, lengths, pixels, 7)
+        plain = passes.plain()
+        sure = verified(passes, plain, doubt=0.0)
+        doubt = float(passes.lead.amin(dim=1).sort().values[1])  # one row's closest word is closer than this
+        answer = verified(passes, plain, doubt=doubt)
+        passes.plain = lambda: torch.full_like(plain, FIRST)  # type: ignore[method-assign]
+        replaced = verified(passes, plain, doubt=doubt)
+    assert (sure.doubtful, sure.passes) == (0, 1)
+    assert (answer.doubtful, answer.passes) == (1, 1 + 7)
+    assert answer.ids.equal(plain)
+    assert (replaced.ids == FIRST).all(dim=1).sum() == 1 and (replaced.ids == plain).all(dim=1).sum() == 2
+
+
+class Watched(TorchDispatchMode):
+    """Refuses what makes the host wait for a device, and remembers the shapes of matrices that are multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_consecutive"), name
+        result = func(*args, **(kwargs or {}))
+        if name in ("mm", "addmm", "bmm", "linear"):
+            self.widths.add(result.shape[-1])
+        return result
+
+
+def test_no_pass_waits_for_the_device_nor_multiplies_more_of_the_head_than_the_actions(lively: VLA) -> None:
+    ids, mask, pixels = prompts(2)
+    with torch.inference_mode():
+        passes = Decoding(lively, ids, mask.sum(dim=1), pixels, 7)
+        with Watched() as watched:
+            passes.plain()
+            passes.first()
+            passes.again(0)
+            passes.again(3)
+    assert TINY.n_action_bins in watched.widths
+    assert not watched.widths & {TINY.vocab_size, TINY.text_config.vocab_size}

@@ -1,10 +1,12 @@
 """The decoder of Llama-2 in plain PyTorch, under the published names. In: embeddings (B, T, H). Out: hidden states (B, T, H).
 
 Surprising: RoPE's cos and sin and RMSNorm's mean are computed in float32 whatever the weights are, then cast; right padding needs no mask,
-because nothing before it can see it; a cache slot is a position, so rows of different length decode side by side.
+because nothing before it can see it; a cache slot is a *column* of the padded batch, not a position: rows of different length write the same
+slot at the same time, each with its own position, and a mask says what a row has.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -26,23 +28,39 @@ class LlamaConfig:
     max_position_embeddings: int = 2048
 
 
+class Slots(NamedTuple):
+    """One layer's part of the cache in one pass: what it holds, where this pass writes, what its columns see."""
+
+    keys: torch.Tensor  # (B, kv_heads, length, D)
+    values: torch.Tensor
+    columns: torch.Tensor  # (T,) int64: the slots that this pass fills
+    seen: torch.Tensor | None  # (B, 1, T, length) bool; None: plain causal among the columns of this pass
+    wanted: torch.Tensor | None = (
+        None  # (B, N): the columns whose output is needed, if not all; `seen` is then (B, 1, N, length)
+    )
+
+
 class KVCache:
-    """Keys and values of every layer at fixed size: slot p of row b holds what position p of that row left there."""
+    """Keys and values of every layer, allocated once: slot c of row b holds what column c of that row left there."""
 
     def __init__(self, config: LlamaConfig, batch: int, length: int, like: torch.Tensor) -> None:
         head = config.hidden_size // config.num_attention_heads
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, head)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
-        self.slots = torch.arange(length, device=like.device)
-        self.rows = torch.arange(batch, device=like.device)[:, None]
+        self.layers = list(zip(like.new_zeros(shape), like.new_zeros(shape), strict=True))
 
-    def write(
-        self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """k, v (B, heads, T, D) into slots positions (B, T) → the whole layer (B, heads, length, D)."""
-        self.keys[layer][self.rows, :, positions] = k.transpose(1, 2)
-        self.values[layer][self.rows, :, positions] = v.transpose(1, 2)
-        return self.keys[layer], self.values[layer]
+    def slots(
+        self,
+        columns: torch.Tensor,
+        seen: torch.Tensor | None,
+        wanted: torch.Tensor | None = None,
+        wanted_seen: torch.Tensor | None = None,
+    ) -> list[Slots]:
+        """Each layer's part for a pass that writes columns (T,) and lets them see `seen` (B, 1, T, length); None: causal among themselves.
+
+        wanted (B, N), with what they see: of the last layer, only these columns' output is computed.
+        """
+        slots = [Slots(keys, values, columns, seen) for keys, values in self.layers]
+        return slots if wanted is None else [*slots[:-1], slots[-1]._replace(seen=wanted_seen, wanted=wanted)]
 
 
 class RMSNorm(nn.Module):
@@ -52,50 +70,54 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        if x.dtype == self.weight.dtype == torch.float32:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
 
 
 def rotary(
     positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """positions (B, T) → cos, sin (B, 1, T, head_dim) of rotate-half RoPE, computed in float32."""
+    """positions (B, T) → cos, sin (B, 1, T, head_dim) of rotate-half RoPE, computed in float32; sin negated where `_rotate` wants -x."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions[:, None, :, None].float() * (1.0 / theta**exponents)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class Attention(nn.Module):
-    def __init__(self, config: LlamaConfig, layer: int) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.layer, self.heads, self.kv_heads = layer, config.num_attention_heads, config.num_key_value_heads
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor, cos_sin, positions: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
+    def forward(self, asking: torch.Tensor, x: torch.Tensor, cos_sin, slots: Slots | None) -> torch.Tensor:
+        """asking: x, or its wanted columns."""
         batch, length, _ = x.shape
-        q = self.q_proj(x).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
+        q = self.q_proj(asking).view(batch, -1, self.heads, self.head_dim).transpose(1, 2)
         k = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        q, k = _rotate(q, *cos_sin), _rotate(k, *cos_sin)
+        k = _rotate(k, *cos_sin)
+        if slots is not None and slots.wanted is not None:
+            cos_sin = [torch.take_along_dim(part, slots.wanted[:, None, :, None], dim=2) for part in cos_sin]
+        q = _rotate(q, *cos_sin)
         grouped = self.kv_heads != self.heads
-        if cache is None:
+        if slots is not None:
+            slots.keys.index_copy_(2, slots.columns, k)
+            slots.values.index_copy_(2, slots.columns, v)
+        if slots is None or slots.seen is None:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         else:
-            k, v = cache.write(self.layer, k, v, positions)
-            seen = cache.slots <= positions[:, None, :, None]  # (B, 1, T, slots)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+            out = F.scaled_dot_product_attention(q, slots.keys, slots.values, attn_mask=slots.seen, enable_gqa=grouped)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -110,15 +132,18 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: LlamaConfig, layer: int) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, cos_sin, positions: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos_sin, positions, cache)
+    def forward(self, x: torch.Tensor, cos_sin, slots: Slots | None) -> torch.Tensor:
+        read = asking = self.input_layernorm(x)
+        if slots is not None and slots.wanted is not None:
+            x, asking = (torch.take_along_dim(part, slots.wanted[..., None], dim=1) for part in (x, read))
+        x = x + self.self_attn(asking, read, cos_sin, slots)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -128,7 +153,7 @@ class Decoder(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -141,13 +166,18 @@ class Llama(nn.Module):
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, embeddings: torch.Tensor, positions: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """embeddings (B, T, H), positions (B, T) → normed hidden states (B, T, H). With a cache, attends to every slot up to its position."""
+    def forward(
+        self, embeddings: torch.Tensor, positions: torch.Tensor, slots: list[Slots] | None = None
+    ) -> torch.Tensor:
+        """embeddings (B, T, H), positions (B, T) → normed hidden states (B, T, H), or (B, N, H) of the wanted columns.
+
+        slots: of a KVCache, one a layer; None reads nothing and keeps nothing.
+        """
         config = self.config
         cos_sin = rotary(
             positions, config.hidden_size // config.num_attention_heads, config.rope_theta, embeddings.dtype
         )
         x = embeddings
-        for layer in self.model.layers:
-            x = layer(x, cos_sin, positions, cache)
+        for number, layer in enumerate(self.model.layers):
+            x = layer(x, cos_sin, None if slots is None else slots[number])
         return self.model.norm(x)

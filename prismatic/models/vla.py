@@ -195,4 +195,7 @@ class VLA(nn.Module):
 
         margins: a list that gets, for each id, by how much its logit beats the second best: (B,) float32.
         """
-        return decode.greedy_action_ids(self, input_ids, pixel_values, action_dim, attention_mask, margins)
+        answer = decode.Decoder(self)(input_ids, pixel_values, action_dim, attention_mask)
+        if margins is not None:
+            margins.extend(answer.lead.unbind(dim=1))
+        return answer.ids

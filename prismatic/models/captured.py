@@ -1,0 +1,153 @@
+"""A built model made ready to act fast: on a GPU its passes are compiled and recorded as CUDA graphs; on a CPU it stays as it is.
+
+A decoding pass is a thousand small kernels, which a GPU runs faster than Python can name them; a recorded graph is started with one call.
+A graph has fixed shapes, so prompts are padded to a multiple of WIDTH words and batches to a power of two. Padding changes no answer: nothing
+reads a padded word, and padded rows are dropped.
+"""
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from prismatic.models.decode import Answer, Decoder, Decoding, Passes
+from prismatic.models.vla import VLA
+
+WIDTH = 32  # words
+MAX_BATCH = 64  # rows; larger batches are decoded as they come
+KEPT = 8  # shapes whose graphs and caches are kept; the one unused for longest goes first
+WARM_UP = 3  # calls before recording: kernels are compiled and chosen, libraries allocate their workspaces
+COMPILE_MODE = "max-autotune-no-cudagraphs"  # the graphs are recorded here
+VARIANTS = 256  # shapes that one layer may be compiled for: each shape above has six
+
+Record = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
+
+
+def capture(vla: VLA) -> Decoder:
+    """Prepare vla for acting, in place (after adapters are merged and weights quantised), and return its decoder."""
+    vla.requires_grad_(False)
+    if next(vla.parameters()).device.type == "cuda":
+        compile_layers(vla, mode=COMPILE_MODE)
+        return CapturedDecoder(vla)
+    return Decoder(vla)
+
+
+def compile_layers(vla: VLA, **how: Any) -> None:
+    """Compile the language model's layers in place, one by one: they share their code, so each shape is compiled once. how: torch.compile's."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    for layer in vla.language_model.model.layers:
+        layer.compile(dynamic=False, **how)
+
+
+def record_graph(function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Record what function puts on the GPU; the result replays it and returns the same tensor each time, filled anew."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+
+    def play() -> torch.Tensor:
+        graph.replay()
+        return result
+
+    return play
+
+
+class Recorded:
+    """A Decoding whose passes are recorded the first time they are asked for."""
+
+    def __init__(self, decoding: Decoding, record: Record) -> None:
+        self.decoding, self.record = decoding, record
+        self.answer, self.lead, self.action_dim = decoding.answer, decoding.lead, decoding.action_dim
+        self._recorded: dict[str, Callable[[], torch.Tensor]] = {}
+
+    def plain(self) -> torch.Tensor:
+        return self._play("plain")
+
+    def first(self) -> torch.Tensor:
+        return self._play("first")
+
+    def again(self, start: int = 0) -> torch.Tensor:
+        """All columns, whatever start: one graph serves, and a GPU that waits for weights reads six columns as fast as one."""
+        return self._play("again")
+
+    def _play(self, name: str) -> torch.Tensor:
+        if name not in self._recorded:
+            before = self.answer.clone()
+            self._recorded[name] = self.record(getattr(self.decoding, name))
+            self.answer.copy_(before)  # warming up has run the pass
+        return self._recorded[name]()
+
+
+class CapturedDecoder(Decoder):
+    """Decodes from recorded passes; where recording fails it says so once and decodes pass by pass from then on."""
+
+    def __init__(self, vla: VLA, record: Record = record_graph) -> None:
+        super().__init__(vla)
+        self.record = record
+        self._shapes: OrderedDict[tuple[int, ...], Recorded] = OrderedDict()
+        self._broken = False
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        action_dim: int,
+        attention_mask: torch.Tensor | None = None,
+        draft: torch.Tensor | None = None,
+    ) -> Answer:
+        """As Decoder's."""
+        rows, words = input_ids.shape
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
+        surplus = (1 << (rows - 1).bit_length()) - rows if rows <= MAX_BATCH else 0
+
+        def widened(rows_of: torch.Tensor) -> torch.Tensor:
+            return torch.cat([rows_of, rows_of[:1].expand(surplus, *rows_of.shape[1:])])
+
+        inputs = (
+            widened(F.pad(input_ids, (0, -words % WIDTH), value=self.vla.config.pad_token_id)),
+            widened(pixel_values),
+            action_dim,
+            widened(F.pad(attention_mask, (0, -words % WIDTH))),
+            None if draft is None else widened(draft),
+        )
+        try:
+            answer = super().__call__(*inputs)
+        except RuntimeError as error:  # out of memory, or something that cannot be recorded
+            if self._broken:
+                raise
+            self._broken = True
+            self._shapes.clear()
+            warnings.warn(f"decoding is not captured, each pass is started by itself: {error}", stacklevel=2)
+            answer = super().__call__(*inputs)
+        # a graph's own tensors are filled anew by the next call
+        return replace(answer, ids=answer.ids[:rows].clone(), lead=answer.lead[:rows].clone())
+
+    def _passes(
+        self, input_ids: torch.Tensor, lengths: torch.Tensor, pixel_values: torch.Tensor, action_dim: int
+    ) -> Passes:
+        if self._broken or len(input_ids) > MAX_BATCH:
+            return super()._passes(input_ids, lengths, pixel_values, action_dim)
+        key = (*input_ids.shape, *pixel_values.shape, action_dim)
+        if key not in self._shapes:
+            while len(self._shapes) >= KEPT:
+                self._shapes.popitem(last=False)
+            decoding = Decoding(self.vla, input_ids.clone(), lengths.clone(), pixel_values.clone(), action_dim)
+            self._shapes[key] = Recorded(decoding, self.record)
+        self._shapes.move_to_end(key)
+        decoding = self._shapes[key].decoding
+        decoding.words.copy_(input_ids)
+        decoding.lengths.copy_(lengths)
+        decoding.pixel_values.copy_(pixel_values)
+        return self._shapes[key]

@@ -1,0 +1,53 @@
+"""A policy's memory of its last answers: it saves passes and changes nothing."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prismatic import policy as policy_module
+from prismatic.checkpoint import load_policy
+from prismatic.policy import Policy
+from tests.conftest import REPOSITORY
+
+WORDS = "pick up the black bowl and place it on the plate"
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return load_policy(Path(REPOSITORY / "checkpoints" / "openvla-tiny"), device="cpu")
+
+
+def frames(number: int) -> list[np.ndarray]:
+    generator = np.random.default_rng(number)
+    return [generator.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(3)]
+
+
+def test_an_episodes_last_answer_is_the_next_draft(policy: Policy) -> None:
+    pictures, words = frames(0), [WORDS, "open the drawer", WORDS]
+    policy.drafting = False
+    policy.counts.clear()
+    plain = policy.batch(pictures, words, pictures)
+    assert policy.counts["passes"] == 7 and "confirmed" not in policy.counts
+    policy.drafting = True
+    policy.counts.clear()
+    for episodes in (None, ["a", "b", None], ["a", "b", None]):
+        np.testing.assert_array_equal(policy.batch(pictures, words, pictures, episodes=episodes), plain)
+    policy.counts.clear()
+    np.testing.assert_array_equal(policy.batch(pictures[:2], words[:2], pictures[:2], episodes=["a", "b"]), plain[:2])
+    assert dict(policy.counts) == {"actions": 2, "calls": 1, "passes": 1, "doubtful": 0, "confirmed": 14}
+    policy.counts.clear()
+    np.testing.assert_array_equal(
+        policy(pictures[1], words[1], wrist=pictures[1], episode="a"), plain[1]
+    )  # a wrong draft
+    np.testing.assert_array_equal(policy(pictures[1], words[1], wrist=pictures[1], episode="a"), plain[1])
+    assert policy.counts["actions"] == 2 and policy.counts["passes"] < 14
+
+
+def test_memory_of_episodes_is_bounded(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy_module, "REMEMBERED", 2)
+    policy.drafting = True
+    picture = frames(1)[0]
+    for episode in range(4):
+        policy(picture, WORDS, wrist=picture, episode=episode)
+    assert list(policy._last) == [2, 3]
