@@ -28,14 +28,14 @@ class StockDecoder:
         self._options: dict = {}
         if best:
             compiled = CompileConfig(mode="reduce-overhead" if device.type == "cuda" else "default")
-            compiled._compile_all_devices = True  # transformers leaves a CPU uncompiled otherwise
+            compiled._compile_all_devices = True  # type: ignore[attr-defined] # transformers leaves a CPU uncompiled otherwise
             self._options = {"cache_implementation": "static", "compile_config": compiled}
 
     @torch.inference_mode()
     def __call__(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, action_dim: int) -> torch.Tensor:
         """(B, T) prompts that end in the empty token → (B, action_dim) ids."""
         embeddings = self.vla.embed(input_ids, pixel_values)
-        return self.llama.generate(
+        return self.llama.generate(  # type: ignore[attr-defined] # its stubs deny it
             inputs_embeds=embeddings,
             attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device),
             max_new_tokens=action_dim,
