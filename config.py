@@ -189,8 +189,8 @@ class EvalConfig(VideoOptions, ControlOptions):
     local_log_dir: Path = Path("rollouts")
     # Is added to the rollout folder's name.
     run_id_note: str | None = None
-    # Play nothing: compare two rollout folders over the episodes that they share.
-    compare: tuple[Path, Path] | None = None
+    # Play nothing: compare two rollout folders, or several twos together (before after before after …), over the episodes that they share.
+    compare: tuple[Path, ...] = ()
     # Accepted because OpenVLA's command lines have it.
     model_family: Literal["openvla"] = "openvla"
 

@@ -20,7 +20,7 @@ import tyro
 from tqdm import tqdm
 
 from config import EvalConfig
-from prismatic import comparison, evaluation, machine, report, simulator, statistics, suite_mean
+from prismatic import comparison, evaluation, machine, report, simulator, suite_mean
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.player import Setup, Trial
 from prismatic.summary import sentences
@@ -38,7 +38,7 @@ LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of them on this ma
 
 def main(cfg: EvalConfig) -> None:
     if cfg.compare:
-        compare(*cfg.compare, margin=cfg.margin, difference=cfg.difference)
+        print(*comparison.told(cfg.compare, margin=cfg.margin, difference=cfg.difference), sep="\n")
         return
     if cfg.mean_of:
         print(*suite_mean.mean_over_suites(cfg.mean_of), sep="\n")
@@ -292,32 +292,6 @@ def record(cfg: EvalConfig) -> dict[str, Any]:
         "unpinned_simulator": unpinned_simulator(),
         "versions": versions(),
     }
-
-
-def compare(before: Path, after: Path, *, margin: float = 0.05, difference: float = 0.05) -> None:
-    """Two rollout folders, episode by episode: both rates with intervals, what may be concluded, and a page. ConfigError if they share none."""
-    runs = comparison.Run.load(before), comparison.Run.load(after)
-    for run in runs:
-        wins = sum(run.outcomes.values())
-        low, high = (100 * limit for limit in statistics.wilson_interval(wins, len(run.rows)))
-        print(f"{run.path.name}: {wins} of {len(run.rows)} episodes, 95 % interval {low:.0f} to {high:.0f} %")
-        print(f"    {run.path / report.PAGE}")
-        for success, label in ((True, "success"), (False, "failure")):
-            for row in [row for row in run.rows.values() if row["success"] is success and row["video"]][:1]:
-                print(f"    a {label}: {run.path / row['video']}")
-    if not runs[0].rows.keys() & runs[1].rows.keys():
-        raise ConfigError(
-            f"--compare: {before} and {after} share no episode that ended: give two runs of the same trials"
-        )
-    for warning in comparison.warnings(*runs):
-        print(f"beware: {warning}")
-    result = statistics.compare(runs[1].outcomes, runs[0].outcomes, margin=margin, difference_asked=difference)
-    print(f"A is the second, B the first. {result.sentence}")
-    print(
-        f"to show a difference of {100 * difference:g} points takes {result.episodes_needed} shared episodes, when as many of "
-        f"them end differently as here ({result.only_a + result.only_b} of {result.episodes})"
-    )
-    print(f"side by side: {comparison.build(*runs, result)}")
 
 
 def print_result(cfg: EvalConfig, folder: Path, summary: evaluation.Row) -> None:

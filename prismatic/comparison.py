@@ -6,12 +6,12 @@ A is the second run, B the first, as in statistics.compare: "A succeeds more oft
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prismatic import gallery
+from prismatic import gallery, report, statistics
 from prismatic.atomic import write_whole
 from prismatic.errors import ConfigError, read_json
 from prismatic.evaluation import RESULTS, RUN, read_rows
@@ -44,6 +44,49 @@ class Run:
     def outcomes(self) -> dict[str, bool]:
         """Episode id → success."""
         return {name: bool(row["success"]) for name, row in self.rows.items()}
+
+
+def told(folders: Sequence[Path], *, margin: float = 0.05, difference: float = 0.05) -> Iterator[str]:
+    """Lines about rollout folders B A, or B A B A …: rates, what may be concluded of all pairs of episodes together, and a page for each two.
+
+    margin and difference: as in statistics.compare. ConfigError for an odd number of folders, or two that share no episode.
+    """
+    if len(folders) % 2:
+        raise ConfigError(f"--compare takes rollout folders in twos, before and after, not {len(folders)}")
+    firsts, seconds = [[Run.load(folder) for folder in folders[start::2]] for start in (0, 1)]
+    options = {"margin": margin, "difference_asked": difference}
+    pages = []
+    for before, after in zip(firsts, seconds, strict=True):
+        yield from _rate(before)
+        yield from _rate(after)
+        if not before.rows.keys() & after.rows.keys():
+            raise ConfigError(
+                f"--compare: {before.path} and {after.path} share no episode that ended: give two runs of the same trials"
+            )
+        yield from (f"beware: {warning}" for warning in warnings(before, after))
+        pages.append(build(before, after, statistics.compare(after.outcomes, before.outcomes, **options)))
+    result = statistics.compare(_pooled(seconds), _pooled(firsts), **options)
+    yield f"A is the second, B the first. {result.sentence}"
+    yield (
+        f"to show a difference of {100 * difference:g} points takes {result.episodes_needed} shared episodes, when as many of "
+        f"them end differently as here ({result.only_a + result.only_b} of {result.episodes})"
+    )
+    yield from (f"side by side: {page}" for page in pages)
+
+
+def _pooled(runs: Sequence[Run]) -> dict[tuple[int, str], bool]:
+    """(number of the pair of runs, episode id) → success."""
+    return {(number, name): won for number, run in enumerate(runs) for name, won in run.outcomes.items()}
+
+
+def _rate(run: Run) -> Iterator[str]:
+    wins = sum(run.outcomes.values())
+    low, high = (100 * limit for limit in wilson_interval(wins, len(run.rows)))
+    yield f"{run.path.name}: {wins} of {len(run.rows)} episodes, 95 % interval {low:.0f} to {high:.0f} %"
+    yield f"    {run.path / report.PAGE}"
+    for success, label in ((True, "success"), (False, "failure")):
+        for row in [row for row in run.rows.values() if row["success"] is success and row["video"]][:1]:
+            yield f"    a {label}: {run.path / row['video']}"
 
 
 def warnings(before: Run, after: Run) -> list[str]:

@@ -282,6 +282,14 @@ def test_two_runs_are_compared_on_a_page(tmp_path: Path, fake: None, capsys: pyt
     assert "A minus B over the 6 episodes" in page.read_text()
     with pytest.raises(ConfigError, match=r"nowhere has no results\.jsonl"):
         script.main(config(tmp_path, compare=(before, tmp_path / "nowhere")))
+    with pytest.raises(ConfigError, match="in twos, before and after, not 3"):
+        script.main(config(tmp_path, compare=(before, after, before)))
+    capsys.readouterr()
+    script.main(
+        config(tmp_path, compare=(before, after, after, before))
+    )  # the same six episodes twice: they count twice
+    printed = capsys.readouterr().out
+    assert "12 shared episodes" in printed and printed.count("side by side: ") == 2
 
 
 def test_a_mistyped_flag_or_value_exits_2(tmp_path: Path) -> None:
