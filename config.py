@@ -174,12 +174,13 @@ class EvalConfig(VideoOptions, ControlOptions):
     load_in_8bit: bool = False
     # OpenVLA's name for bitsandbytes' NF4.
     load_in_4bit: bool = False
+    # Guess each action from the last one and verify it: the same words in fewer passes. auto: on a CPU, where it measured faster.
+    drafting: bool | Literal["auto"] = "auto"
     # Simulator processes, of each rank under torchrun. auto: one a core, as far as the memory goes (2 GB each).
     num_workers: Annotated[int | Literal["auto"], tyro.conf.arg(aliases=("--workers",))] = "auto"
     # Ask the policy one row at a time, so that not even rounding depends on the number of workers; slower.
     deterministic: bool = False
-    # standard: LIBERO's pixels. fast: three times faster on a CPU, pixels differ by about 1.5 of 255, so not
-    # for scores to be compared.
+    # standard: LIBERO's pixels. fast: three times faster on a CPU, pixels differ by about 1.5 of 255, so not for scores to be compared.
     render_quality: Literal["standard", "fast"] = "standard"
     # Play again the episodes that ended as errors in an earlier call.
     retry_errors: bool = False
@@ -191,8 +192,7 @@ class EvalConfig(VideoOptions, ControlOptions):
     run_id_note: str | None = None
     # Play nothing: compare two rollout folders, or several twos together (before after before after …), over the episodes that they share.
     compare: tuple[Path, ...] = ()
-    # Accepted because OpenVLA's command lines have it.
-    model_family: Literal["openvla"] = "openvla"
+    model_family: Literal["openvla"] = "openvla"  # accepted because OpenVLA's command lines have it
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,7 @@ def load_policy(cfg: EvalConfig) -> Any:
         center_crop=cfg.center_crop,
         quantize=quantize,
         backend=backend,
+        drafting=None if cfg.drafting == "auto" else cfg.drafting,
         device=f"cuda:{local_rank}" if local_rank and torch.cuda.is_available() else None,
     )
 

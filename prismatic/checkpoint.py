@@ -241,10 +241,12 @@ def load_policy(
     quantize: str = "none",
     device: str | None = None,
     backend: str | None = None,
+    drafting: bool | None = None,
 ) -> Policy:
     """A policy from a checkpoint folder, a hub id or an adapter folder (which knows its base). bfloat16 on a GPU, float32 on a CPU.
 
     quantize: none (a folder that export.py quantised stays so), int8 or int4; backend: torchao or bitsandbytes, None: as measured best.
+    drafting: whether a named episode's last answer is the draft of its next (same words, fewer passes); None: where it measured faster, on a CPU.
     """
     folder, adapter_folder = base_and_adapter(checkpoint, adapter)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -265,7 +267,8 @@ def load_policy(
         "quantize": precision,
         "quantize_backend": backend and backends.described(backend),
     }
-    return Policy(vla, processor, card, decoder=capture(vla))
+    drafting = device == "cpu" if drafting is None else drafting
+    return Policy(vla, processor, card, decoder=capture(vla), drafting=drafting)
 
 
 def adapter_fingerprint(folder: Path) -> str:

@@ -29,11 +29,15 @@ class Meter:
         self._golden: dict[str, Any] | None = None
 
     def batch(
-        self, frames: Sequence[np.ndarray], instructions: Sequence[str], wrists: Sequence[np.ndarray] | None = None
+        self,
+        frames: Sequence[np.ndarray],
+        instructions: Sequence[str],
+        wrists: Sequence[np.ndarray] | None = None,
+        **names: Any,
     ) -> np.ndarray:
         """The policy's own answer (B, 7), timed: it is on the host when it returns, so nothing is left to wait for."""
         start = time.perf_counter()
-        actions = self._policy.batch(frames, instructions, wrists=wrists)
+        actions = self._policy.batch(frames, instructions, wrists=wrists, **names)
         self._seconds.append(time.perf_counter() - start)
         self._rows += len(frames)
         return actions
@@ -65,6 +69,7 @@ class Meter:
             "episodes": self.episodes,
             "seconds": round(time.monotonic() - self._clock, 1),
             "policy_latency_ms": self._latency(),
+            "decoding": self._decoding(),
             "host_memory_peak_bytes": self._host_memory(),
             "gpu_memory_peak_bytes": self._gpu_memory(),
             "golden_frame": self._golden,
@@ -80,6 +85,18 @@ class Meter:
             "p95": round(float(p95), 2),
             "calls": calls,
             "rows_per_call": round(self._rows / calls, 2),
+        }
+
+    def _decoding(self) -> dict[str, float] | None:
+        """Passes through the language model a call; of drafting: leading words of the last answer that were right, a row, and rows decoded anew."""
+        counts = getattr(self._policy, "counts", None)
+        if not counts:
+            return None
+        rows = counts["actions"]
+        return {
+            "passes_per_call": round(counts["passes"] / counts["calls"], 2),
+            "confirmed_words": round(counts["confirmed"] / rows, 2),
+            "doubtful_rows": counts["doubtful"],
         }
 
     def _host_memory(self) -> dict[str, Any]:

@@ -132,7 +132,8 @@ class Policy:
             "center_crop": config.center_crop,
             "num_images_in_input": config.num_images_in_input,
             "picture": _picture(config),
-            "decode": f"greedy over the {config.n_action_bins} action tokens",
+            "decode": f"greedy over the {config.n_action_bins} action tokens"
+            + ", drafted from the last answer and verified" * self.drafting,
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "backend": _backend(self.device),

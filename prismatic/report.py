@@ -138,6 +138,7 @@ def _session(session: Row) -> list[str]:
     """A line of the table of calls."""
     latency, gpu = session["policy_latency_ms"], session["gpu_memory_peak_bytes"]
     host, golden = session["host_memory_peak_bytes"], session["golden_frame"] or {}
+    decoding = session.get("decoding")  # runs of before it was counted have none
     return [
         session["started"].replace("T", " ").removesuffix("+00:00") + " UTC",
         str(session["rank"]),
@@ -146,6 +147,7 @@ def _session(session: Row) -> list[str]:
         f"{session['seconds']:.0f} s",
         f"{latency['p50']:.0f} / {latency['p95']:.0f} ms" if latency else "acts in the simulator",
         f"{latency['rows_per_call']:.1f}" if latency else "–",
+        f"{decoding['passes_per_call']:.1f}" if decoding else "–",
         f"{host['sum'] / GIGABYTE:.1f} GB (policy {host['parent'] / GIGABYTE:.1f})",
         f"{gpu['device'] / GIGABYTE:.1f} GB (policy {gpu['reserved'] / GIGABYTE:.1f})" if gpu else "no GPU",
         f"{golden['sha256']}, {golden['differs_by']:.3f}" if "sha256" in golden else golden.get("error", "–"),

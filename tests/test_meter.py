@@ -1,5 +1,7 @@
 """meter.py: what a call measured of itself, and nothing where there was nothing."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -40,11 +42,28 @@ def test_memory_is_the_sum_of_what_lived_at_once() -> None:
     assert (session["rank"], session["episodes"], session["workers"]) == (3, 4, 2)
 
 
+def test_what_decoding_took_and_whose_frames_they_are() -> None:
+    class Drafting:
+        def __init__(self) -> None:
+            self.counts = Counter(actions=8, calls=4, passes=7, confirmed=30, doubtful=1)
+            self.asked: list[object] = []
+
+        def batch(self, frames: object, instructions: object, wrists: object = None, *, episodes: object) -> np.ndarray:
+            self.asked.append(episodes)
+            return np.zeros((1, 7))
+
+    policy = Drafting()
+    measured = Meter(policy, workers=1)
+    measured.batch([np.zeros((8, 8, 3), np.uint8)], ["a"], episodes=["first"])
+    assert policy.asked == [["first"]]
+    assert measured.session()["decoding"] == {"passes_per_call": 1.75, "confirmed_words": 3.75, "doubtful_rows": 1}
+
+
 def test_nothing_measured_is_null() -> None:
     session = Meter(None, workers=1).session()
     assert session["policy_latency_ms"] is None
     assert session["gpu_memory_peak_bytes"] is None
-    assert session["golden_frame"] is None
+    assert session["golden_frame"] is None and session["decoding"] is None
     measured = Meter(None, workers=1)
     measured.see({"sha256": "0123"})
     assert measured.session()["golden_frame"] == {"sha256": "0123"}

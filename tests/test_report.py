@@ -201,6 +201,7 @@ def test_what_forbids_a_comparison_is_said(tmp_path: Path) -> None:
     session = {
         **{"started": "2026-01-02T03:04:05+00:00", "rank": 0, "episodes": 3, "workers": 2, "seconds": 5.0},
         "policy_latency_ms": {"p50": 61.2, "p95": 80.9, "calls": 9, "rows_per_call": 1.5},
+        "decoding": {"passes_per_call": 1.7, "confirmed_words": 4.1, "doubtful_rows": 0},
         "host_memory_peak_bytes": {"parent": 1e9, "workers": [2e9, 2e9], "sum": 5e9},
         "gpu_memory_peak_bytes": {"allocated": 14e9, "reserved": 15e9, "device": 17e9},
         "git_commit": "0123456789abcdef",
@@ -215,7 +216,7 @@ def test_what_forbids_a_comparison_is_said(tmp_path: Path) -> None:
         "mujoco 3.17.0, pinned 3.2.3: another simulator",
         "the golden frame differs by 36.0 of 255",
         "drew different golden frames",
-        "61 / 81 ms", "5.0 GB (policy 1.0)", "17.0 GB (policy 15.0)", "aa, 36.000", "0123456789", "2026-01-02 03:04:05 UTC",
+        "61 / 81 ms", "<td>1.7</td>", "5.0 GB (policy 1.0)", "17.0 GB (policy 15.0)", "aa, 36.000", "0123456789", "2026-01-02 03:04:05 UTC",
         "something_new", "kept",
     ):  # fmt: skip
         assert fact in page, fact

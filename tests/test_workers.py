@@ -248,3 +248,21 @@ def test_closing_leaves_no_process_behind() -> None:
     assert len(players) == 2
     outcomes.close()
     assert not [player for player in players if Path(f"/proc/{player}").exists()]
+
+
+def test_a_policy_that_drafts_is_told_which_episode_a_frame_belongs_to() -> None:
+    class Drafting(BrightnessPolicy):
+        drafting = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.frames: dict[object, int] = {}
+
+        def batch(self, frames: list[np.ndarray], *rest: Any, episodes: list[object], **more: Any) -> np.ndarray:
+            self.frames.update({episode: self.frames.get(episode, 0) + 1 for episode in episodes})
+            return super().batch(frames, *rest, **more)
+
+    played, policy = trials(), Drafting()
+    outcomes = play(played, policy=policy, num_workers=2)
+    assert behaviour(outcomes) == behaviour(play(played))
+    assert policy.frames == {(outcome.trial, 0): outcome.steps for outcome in outcomes}
