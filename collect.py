@@ -197,6 +197,8 @@ def collect(cfg: CollectConfig) -> Path:
     for name in ("num_demos_per_task", "num_workers"):
         if getattr(cfg, name) < 1:
             raise ConfigError(f"{name} is {getattr(cfg, name)}: give at least 1")
+    if cfg.policy_checkpoint and cfg.from_hdf5:
+        raise ConfigError("policy_checkpoint acts before the expert, and from_hdf5 has none: leave one of them out")
     if cfg.policy_checkpoint and not cfg.policy_checkpoint.is_dir():
         raise ConfigError(f"policy_checkpoint {cfg.policy_checkpoint} isn't there: give a checkpoint or adapter folder")
     for task_id in cfg.task_ids:

@@ -6,6 +6,7 @@ from typing import Any
 
 from prismatic.stages import funnel
 from prismatic.statistics import clustered_bootstrap, needed, wilson_interval
+from prismatic.workers import NEAR_TIE
 
 Row = dict[str, Any]
 FEWEST_TASKS = 2  # fewer clusters than that have no bootstrap
@@ -105,7 +106,7 @@ def sentences(summary: Row) -> list[str]:
     ties = summary["near_ties"]
     if ties["steps"]:
         lines.append(
-            f"near ties: at {ties['steps']} steps of {ties['episodes']} episodes the two best logits differ by less than 1e-4, "
+            f"near ties: at {ties['steps']} steps of {ties['episodes']} episodes the two best logits differ by less than {NEAR_TIE:g}, "
             "so that rounding may choose: --deterministic True makes them repeatable"
         )
     if summary["replay"]:

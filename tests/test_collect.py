@@ -145,6 +145,7 @@ def test_ctrl_c_ends_everything_with_130(tmp_path: Path) -> None:
         (["--num_workers", "0"], "num_workers is 0"),
         (["--dataset_name", "Task-0"], "'Task-0' can't name a data set"),
         (["--policy_checkpoint", "nowhere"], "nowhere"),
+        (["--policy_checkpoint", "nowhere", "--from_hdf5", "there"], "leave one of them out"),
         (["--task_suite_name", "libero_goal", "--task_ids", "0"], "no scripted expert for task 0"),
     ],
 )
