@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from prismatic.bench import ceilings, infer
+from prismatic.bench.draft import WARM_UP, InEpisode, Ways
 from prismatic.bench.stock import StockDecoder
+from prismatic.checkpoint import load_policy
 from prismatic.models.tiny import TINY
 from tests.conftest import REPOSITORY
 
@@ -62,3 +65,18 @@ def test_ceilings_are_numbers_of_a_computer() -> None:
     cpu = torch.device("cpu")
     assert 1e7 < ceilings.bandwidth(cpu) < 1e13
     assert 1e7 < ceilings.matrix_rate(cpu, torch.float32) < 1e15
+
+
+def test_three_ways_of_a_frame_say_the_same_and_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = load_policy(CHECKPOINT, drafting=True)
+    policy.decoder = ways = Ways(policy.decoder)
+    frame = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
+    act = InEpisode(policy, 0)
+    for _ in range(WARM_UP + 2):
+        act(frame, "pick up the black bowl", frame)
+    assert ways.different == 0 and min(ways.seconds.values()) > 0
+    assert policy.counts["confirmed"] == 7 * (WARM_UP + 1)  # the same frame again: each draft is right
+    honest = StockDecoder.__call__
+    monkeypatch.setattr(StockDecoder, "__call__", lambda self, *inputs: honest(self, *inputs) - 1)
+    act(frame, "pick up the black bowl", frame)
+    assert ways.different == 7
