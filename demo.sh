@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-demos=40 steps=1500 trials=20 quality=fast name=demo task=0
+demos=40 steps=1200 trials=20 quality=fast name=demo task=0
 for option in "$@"; do
     case "$option" in
         --quick) demos=4 steps=60 trials=2 name=demo_quick ;;
@@ -25,36 +25,50 @@ autocast=auto
 if [ -e /dev/nvidiactl ]; then processes=1 batch=16; else processes=2 batch=8; fi
 if [ $processes = 2 ] && grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then autocast=bfloat16; fi # only with instructions for it is it faster
 export OMP_WAIT_POLICY=PASSIVE # a thread that waits must not take the core from the one it waits for
-base=checkpoints/openvla-tiny
-run=workspace/$name/runs
+python=.venv/bin/python base=checkpoints/openvla-tiny work=workspace/$name
+first=libero_spatial_task$task second=libero_spatial_task${task}_second # data sets: the expert's; with those that the first round began
 times=()
-stage() { # stage NAME COMMAND …: run it, remember how long it took
+stage() { # stage LABEL COMMAND …: show it, run it, remember how long it took
     local label=$1 start=$SECONDS
     shift
-    printf '\n== %s\n   %s\n' "$label" "$*"
+    printf '\n== %s\n' "$label"
     "$@"
     times+=("$(printf '%4d s  %s' $((SECONDS - start)) "$label")")
 }
-
-collect() {
-    .venv/bin/python collect.py --task_suite_name libero_spatial --task_ids $task --num_demos_per_task $demos \
-        --data_root_dir "workspace/$name/datasets" --dataset_name libero_spatial_task$task "$@"
+show() {
+    printf '   %s\n' "$*"
+    "$@"
 }
-stage "expert demonstrations of task $task → RLDS" collect
-stage "as many that the base policy begins and the expert ends" collect --policy_checkpoint $base
-stage "the base policy before" .venv/bin/python eval.py --pretrained_checkpoint $base \
-    --task_suite_name libero_spatial --task_ids $task --num_trials_per_task $trials --render_quality $quality --run_id_note "$name-before"
-stage "LoRA fine-tuning" env OMP_NUM_THREADS=1 .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node $processes \
-    finetune.py --vla_path $base \
-    --data_root_dir "workspace/$name/datasets" --dataset_name libero_spatial_task$task --run_root_dir "$run" --cache_dir "workspace/$name/cache" \
-    --batch_size $batch --learning_rate 2e-3 --autocast $autocast --lr_schedule cosine --warmup_steps 50 --max_grad_norm 1.0 --max_steps $steps --save_steps 500 \
-    --num_workers 1 --augment_order random_resized_crop --action_statistics base --run_id_note "$name"
-adapter=$(ls -td "$run"/*/latest | head -n 1) # the newest, should settings have changed since
-stage "the adapter after" .venv/bin/python eval.py --pretrained_checkpoint "$adapter" \
-    --task_suite_name libero_spatial --task_ids $task --num_trials_per_task $trials --render_quality $quality --run_id_note "$name-after"
+collect() { # collect DATASET NUMBER OPTION …
+    show $python collect.py --task_suite_name libero_spatial --task_ids $task --num_demos_per_task "$2" \
+        --data_root_dir "$work/datasets" --dataset_name "$1" "${@:3}"
+}
+train() { # train DATASET STEPS; `adapter` is what comes out
+    show env OMP_NUM_THREADS=1 $python -m torch.distributed.run --standalone --nproc-per-node $processes finetune.py --vla_path $base \
+        --data_root_dir "$work/datasets" --dataset_name "$1" --run_root_dir "$work/runs" --cache_dir "$work/cache" \
+        --batch_size $batch --autocast $autocast --learning_rate 2e-3 --lr_schedule cosine --warmup_steps 50 --max_grad_norm 1.0 \
+        --max_steps "$2" --save_steps 500 --num_workers 1 --augment_order random_resized_crop --action_statistics base --run_id_note "$name"
+    adapter=$(ls -td "$work/runs"/*+"$1"+*/latest | head -n 1) # the newest, should settings have changed since
+}
+evaluate() { # evaluate CHECKPOINT NOTE
+    show $python eval.py --pretrained_checkpoint "$1" --task_suite_name libero_spatial --task_ids $task --num_trials_per_task $trials \
+        --render_quality $quality --run_id_note "$name-$2"
+}
+
+stage "the base policy, which has never seen task $task" evaluate $base before
+stage "expert demonstrations → RLDS" collect $first $demos
+stage "LoRA fine-tuning, first round" train $first $((steps / 2))
+if [ ! -d "$work/datasets/${second}_staged" ]; then
+    rm -rf "$work/datasets/copying"
+    cp -r "$work/datasets/${first}_staged" "$work/datasets/copying"
+    mv "$work/datasets/copying" "$work/datasets/${second}_staged"
+fi
+stage "demonstrations that the first round's policy begins and the expert ends" collect $second $((demos * 3 / 4)) --policy_checkpoint "$adapter"
+stage "LoRA fine-tuning on all of them" train $second $steps
+stage "the adapter" evaluate "$adapter" after
 
 printf '\n== result\n'
 before=$(ls -td rollouts/EVAL-libero_spatial-*--"$name"-before | head -n 1)
 after=$(ls -td rollouts/EVAL-libero_spatial-*--"$name"-after | head -n 1)
-.venv/bin/python eval.py --compare "$before" "$after"
+$python eval.py --compare "$before" "$after"
 printf '%s\n' "" "${times[@]}" "$(printf '%4d s  in all' $SECONDS)"
