@@ -1,8 +1,9 @@
-"""Measure: `python bench.py load | train | data | eval | precision | infer | draft`. One table, and the same as JSON with --json FILE.
+"""Measure: `python bench.py load | train | memory | data | eval | precision | infer | draft`. One table, and the same as JSON with --json FILE.
 
 python bench.py load                              a full-size folder with random weights (15 GB of disk, 16 GB of memory)
 python bench.py load --checkpoint FOLDER          a folder of yours
 python bench.py train                             training steps, ours against the plain way: full size on a GPU, small on a CPU
+python bench.py memory                            what fits on which card, planned
 python bench.py data                              an RLDS set as large as LIBERO-Spatial: its cache, the loader, host memory
 python bench.py eval --workers 2 4                episodes an hour: simulators side by side against one alone
 python bench.py precision --checkpoint FOLDER --data_root_dir DATA --dataset_name NAME      what quantising changes
@@ -22,6 +23,7 @@ from config import (
     BenchEvalConfig,
     BenchInferConfig,
     BenchLoadConfig,
+    BenchMemoryConfig,
     BenchPrecisionConfig,
     BenchTrainConfig,
 )
@@ -64,6 +66,13 @@ def train(cfg: BenchTrainConfig) -> Rows:
         steps=cfg.steps,
         compiled=cfg.compile,
     )
+
+
+def memory(cfg: BenchMemoryConfig) -> Rows:
+    """What fits on which card, by finetune.py's plans."""
+    from prismatic.bench import memory
+
+    return memory.run(cfg.cards)
 
 
 def data(cfg: BenchDataConfig) -> Rows:
@@ -127,6 +136,7 @@ def draft(cfg: BenchDraftConfig) -> Rows:
 BENCHES = {
     BenchLoadConfig: load,
     BenchTrainConfig: train,
+    BenchMemoryConfig: memory,
     BenchDataConfig: data,
     BenchEvalConfig: evaluation,
     BenchPrecisionConfig: precision,
@@ -136,6 +146,7 @@ BENCHES = {
 Config = (
     Annotated[BenchLoadConfig, tyro.conf.subcommand("load")]
     | Annotated[BenchTrainConfig, tyro.conf.subcommand("train")]
+    | Annotated[BenchMemoryConfig, tyro.conf.subcommand("memory")]
     | Annotated[BenchDataConfig, tyro.conf.subcommand("data")]
     | Annotated[BenchEvalConfig, tyro.conf.subcommand("eval")]
     | Annotated[BenchPrecisionConfig, tyro.conf.subcommand("precision")]

@@ -19,6 +19,7 @@ import tyro
 from tqdm import tqdm
 
 from config import CollectConfig
+from prismatic.atomic import write_json
 from prismatic.data.rlds import check_name, write_dataset
 from prismatic.data.staging import writing_to
 from prismatic.demonstration import Demonstration, Job, Worker, stop
@@ -146,9 +147,7 @@ def open_stage(cfg: CollectConfig) -> Path:
     if not note.is_file():
         with writing_to(stage):
             stage.mkdir(parents=True, exist_ok=True)
-            unfinished = note.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps(settings))
-            unfinished.replace(note)
+        write_json(note, settings)
     before = json.loads(note.read_text())
     for name, value in settings.items():
         if before.get(name) != value:

@@ -22,10 +22,9 @@ class MemoryOptions:
 
     # Pack the base's linear maps (not lm_head) into 4 bits, NF4, as QLoRA does; for adapters only, on a GPU or a CPU.
     use_quantization: bool = False
-    # Keep only each block's input and run the block again in the backward pass: same gradients, much less memory, a third slower.
-    # auto: where it doesn't fit otherwise.
+    # Keep only each block's input, run the block again in the backward pass: same gradients, less memory, a third slower. auto: where needed.
     gradient_checkpointing: bool | Literal["auto"] = "auto"
-    # Number format in which the adapter is kept and updated; it computes in the base's.
+    # Number format in which the adapter is kept; it computes in the base's. bfloat16: 0.8 GiB less at full size, half of each update rounded away.
     lora_dtype: Literal["float32", "bfloat16"] = "float32"
     # paged_adamw_8bit: moments in 8 bits, a quarter of the memory, moved to the host when the card is full (bitsandbytes).
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
@@ -73,8 +72,7 @@ class FinetuneConfig(MemoryOptions):
     val_steps: int = 5000
     # Share of the episodes held out, the last on disk, where a data set has no split named val (OpenVLA's 5 %).
     val_share: float = 0.05
-    # By which statistics actions are scaled to tokens. dataset: the data set's own, as in OpenVLA. base: those that the base learnt with,
-    # so that its tokens keep their meaning; better for few demonstrations of the same robot.
+    # Actions become tokens by the data set's statistics (as in OpenVLA) or the base's: its tokens keep their meaning, better for little data.
     action_statistics: Literal["dataset", "base"] = "dataset"
     # Where the numbers go besides metrics.jsonl and curves.png.
     log_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
@@ -106,8 +104,8 @@ class FinetuneConfig(MemoryOptions):
 class ControlOptions:
     """What stands beside a score: controls, and what is asked of the statistics."""
 
-    # What the policy is told. swap: the sentence of another task of the suite. empty: nothing. paraphrase: LIBERO-PRO's
-    # wording of the task, or where it has none other verbs. A score that stays high shows that it doesn't read.
+    # What the policy is told. swap: the sentence of another task of the suite. empty: nothing. paraphrase: LIBERO-PRO's wording, or where it
+    # has none other verbs. A score that stays high shows that it doesn't read.
     instruction: Literal["keep", "swap", "empty", "paraphrase"] = "keep"
     # Play nothing: ask the checkpoint about frames of the data set, and compare its answers with what was recorded.
     open_loop: bool = False
@@ -141,16 +139,13 @@ class VideoOptions:
 
 @dataclass(frozen=True)
 class EvalConfig(VideoOptions, ControlOptions):
-    # Checkpoint folder, adapter folder (it knows its base), or hub id such as
-    # openvla/openvla-7b-finetuned-libero-spatial.
+    # Checkpoint folder, adapter folder (it knows its base), or hub id such as openvla/openvla-7b-finetuned-libero-spatial.
     pretrained_checkpoint: str = ""
     # Adapter folder that goes on top of the checkpoint.
     lora_checkpoint: Path | None = None
-    # Who acts: the checkpoint; or, to check the set-up, the scripted expert, a data set's recorded actions (replay, from
-    # the states in which they were recorded), random actions, none (zero).
+    # Who acts: the checkpoint; or, to check the set-up, the scripted expert, recorded actions from their own states (replay), random, zero.
     policy: Literal["checkpoint", "expert", "replay", "random", "zero"] = "checkpoint"
-    # libero_spatial, libero_object, libero_goal, libero_10, libero_90, or a LIBERO-PRO suite such as
-    # libero_spatial_swap.
+    # libero_spatial, libero_object, libero_goal, libero_10, libero_90, or a LIBERO-PRO suite such as libero_spatial_swap.
     task_suite_name: str = "libero_spatial"
     # Tasks of the suite, such as `--task_ids 0 3`; none means all.
     task_ids: tuple[int, ...] = ()
@@ -201,8 +196,8 @@ class CollectConfig:
     task_suite_name: str = "libero_spatial"
     # Tasks of the suite, such as `--task_ids 0 3`; none means all.
     task_ids: tuple[int, ...] = ()
-    # Folder of LIBERO's own demonstrations, <task name>_demo.hdf5: they are played again, with LIBERO's own pixels, and
-    # perturbation, render_quality and seed play no part. None: the scripted expert makes new ones.
+    # Folder of LIBERO's own demonstrations, <task name>_demo.hdf5, played again with LIBERO's own pixels (perturbation, render_quality and
+    # seed play no part). None: the scripted expert makes new ones.
     from_hdf5: Path | None = None
     # Successful episodes wanted of each task; with from_hdf5, how many of each file are played.
     num_demos_per_task: int = 50
@@ -294,14 +289,20 @@ class BenchLoadConfig(BenchConfig):
 class BenchTrainConfig(BenchConfig):
     # openvla-7b's size, or a small model's. None: full where there is a GPU.
     full_size: bool | None = None
-    # GPU memory that may be taken, such as a 24 GB card's.
-    memory_cap_gib: float = 24.0
+    # GPU memory that tensors may take. Of a 24 GB card ECC and the driver leave about this much.
+    memory_cap_gib: float = 22.0
     # Micro-batches to try, rising; a way that doesn't fit is not tried at larger ones. None: 1 to 32 on a GPU, 1 and 4 on a CPU.
     batch_sizes: tuple[int, ...] | None = None
     # Timed steps of each.
     steps: int = 5
     # torch.compile our blocks.
     compile: bool = False
+
+
+@dataclass(frozen=True)
+class BenchMemoryConfig(BenchConfig):
+    # Sizes of cards in GiB.
+    cards: tuple[float, ...] = (12, 16, 24, 48, 80)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from prismatic.models import quantize, weights
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.optimizer import make_optimizer
 from prismatic.processor import Batch, Processor, ProcessorConfig
-from prismatic.run_folder import SKIPPED, STEP_FOLDER, RunFolder
+from prismatic.run_folder import LATEST, SKIPPED, STEP_FOLDER, RunFolder
 from prismatic.training import Metrics, StopSignal, backward, clip_gradients, learning_rate
 from prismatic.training_model import ModelOptions, planned_model
 from prismatic.training_state import Progress, capture, restore, seed_everything
@@ -70,7 +70,8 @@ def main(cfg: FinetuneConfig) -> Path:
         ranks.on_first(lambda: check(cfg, ranks))
         job = prepare(cfg, ranks)
         train(job)
-        return job.run.path / "latest"
+        print(f"done: {job.run.path / LATEST} is what eval.py takes as --pretrained_checkpoint")
+        return job.run.path / LATEST
 
 
 def prepare(cfg: FinetuneConfig, ranks: Ranks) -> Job:

@@ -1,7 +1,8 @@
 """What a training step keeps alive between forward and backward pass, counted block by block on fake tensors: no memory, no card, a second.
 
 In: a VLAConfig, sizes and number formats. Out: bytes. One block of each kind goes through its own forward and backward code, and is
-multiplied by how often it stands in the model: the count follows the code, whatever is changed there.
+multiplied by how often it stands in the model: the count follows the code, whatever is changed there. What a GPU's autocast keeps more than
+a CPU's (the towers' LayerNorms in float32) is left out: counted, it is 2 % of a full-size plan at most.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from prismatic.models.llama import rotary
 from prismatic.models.lora import add_lora, compute_in_base_dtype
 from prismatic.models.vision import CHANNELS
 from prismatic.models.vla import VLA, VLAConfig
+from prismatic.training import attention_kernel
 
 LABELS = 8  # positions a row that have a label: 7 actions and </s>
 
@@ -29,9 +31,13 @@ class Precision:
 
     lora_rank: int = 32
     lora_dropout: float = 0.0
-    base_dtype: torch.dtype = torch.bfloat16
+    base_dtype: torch.dtype = torch.bfloat16  # in which the base computes
     lora_dtype: torch.dtype = torch.float32
     autocast: bool = False
+    shard_dtype: torch.dtype | None = None  # in which shares of a model are kept that computes in base_dtype (--shard)
+
+
+SHARDED = Precision(lora_rank=0, shard_dtype=torch.float32)  # what distributed.shard makes of a model on GPUs
 
 
 @dataclass(frozen=True)
@@ -67,11 +73,13 @@ def shallow(config: VLAConfig) -> VLAConfig:
     return dataclasses.replace(config, tiny_timm_kwargs=towers, text_config=text)
 
 
-def pieces(config: VLAConfig, precision: Precision, *, batch_size: int, words: int) -> dict[str, Piece]:
+def pieces(
+    config: VLAConfig, precision: Precision, *, batch_size: int, words: int, on_cpu: bool = False
+) -> dict[str, Piece]:
     """A Piece of each kind: "dino", "siglip" (a block), their "… patches", "projector", "layer" (of the decoder), "head" (norm, logits, loss)."""
     mode = FakeTensorMode()
     vla = fake_vla(shallow(config), precision, mode)
-    with mode:
+    with mode, attention_kernel("cpu" if on_cpu else "cuda", precision.autocast):
         return {name: _measure(run, shape, precision=precision) for name, run, shape in _runs(vla, batch_size, words)}
 
 
@@ -107,7 +115,7 @@ def _measure(run: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...]
     leaf = torch.empty(shape, dtype=precision.base_dtype, requires_grad=needs_gradient)
 
     def forward() -> Any:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision.autocast):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision.autocast, cache_enabled=False):
             return run(leaf.clone())  # the clone is freed where no backward pass needs it
 
     out = forward()

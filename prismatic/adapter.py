@@ -12,7 +12,6 @@ from typing import Any
 
 import peft
 import torch
-from safetensors.torch import save_file
 
 from prismatic.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROCESSOR, STATISTICS
 from prismatic.errors import ConfigError, read_json
@@ -50,7 +49,7 @@ def save_adapter(
     partial.mkdir(parents=True)
     _, layer = next(lora_layers(vla))
     tensors = {name: tensor.detach().float().contiguous().cpu() for name, tensor in lora_state_dict(vla).items()}
-    save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    weights.save_tensors(tensors, partial / ADAPTER_WEIGHTS)
     config = PLAIN_FIELDS | {
         "base_model_name_or_path": processor.config.base_model,
         "r": layer.r[ADAPTER],

@@ -3,6 +3,7 @@
 python -m prismatic.curves RUN
 """
 
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from prismatic.atomic import write_whole
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.run_folder import METRICS
 
@@ -63,9 +65,9 @@ def draw(folder: Path) -> Path | None:
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-    unfinished = folder / f".{PICTURE}"
-    figure.savefig(unfinished, format="png", dpi=100)
-    unfinished.replace(folder / PICTURE)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=100)
+    write_whole(folder / PICTURE, drawn.getvalue())
     return folder / PICTURE
 
 

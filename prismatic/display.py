@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from prismatic import curves
 from prismatic.distributed import ALONE, Ranks
+from prismatic.errors import ConfigError
 from prismatic.loggers import NoLogger, scalars
 from prismatic.machine import resident_with_children
 from prismatic.run_folder import RunFolder
@@ -100,8 +101,8 @@ class Display:
             return
         try:
             curves.draw(self.run.path)
-        except OSError as error:
-            self.say(f"notice: {self.run.path / curves.PICTURE} wasn't drawn ({error.strerror})")
+        except ConfigError as error:
+            self.say(f"notice: {error}")
 
     def say(self, line: str) -> None:
         """A line above the bar."""

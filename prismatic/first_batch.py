@@ -3,6 +3,7 @@
 In: the batches of one step, on the CPU. Out: a PNG; the pictures in it are those of the batches, pixel by pixel.
 """
 
+import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from prismatic.atomic import write_whole
 from prismatic.models.vla import IGNORE
 from prismatic.normalize import ACTION_DIMENSIONS
 from prismatic.processor import Batch, Processor
@@ -19,7 +21,7 @@ MOST = 16  # samples shown
 COLUMNS = 4
 SMALLEST_SIDE = 224  # pixels; smaller pictures are enlarged by a whole number, so that the words below have room
 TEXT_SIZE, LINE, GAP = 12, 16, 12  # pixels
-TEXT_LINES = 8  # below a sample: instruction, then actions; enough for one picture of 224 pixels
+TEXT_LINES = 8  # at most, below a sample: instruction, then actions; enough for one picture of 224 pixels
 
 
 def draw(batches: Sequence[Batch], processor: Processor, path: Path) -> None:
@@ -30,7 +32,8 @@ def draw(batches: Sequence[Batch], processor: Processor, path: Path) -> None:
     side = pictures[0][0].shape[0]
     scale = -(-SMALLEST_SIDE // side)
     width = side * scale * len(pictures[0]) + GAP
-    height = side * scale + TEXT_LINES * LINE + GAP
+    said = [_words(*sample, processor, width=(width - GAP) // (TEXT_SIZE // 2 + 1))[:TEXT_LINES] for sample in shown]
+    height = side * scale + max(map(len, said)) * LINE + GAP
     rows = -(-samples // COLUMNS)
     sheet = Image.new("RGB", (width * min(samples, COLUMNS) + GAP, height * rows + GAP), "white")
     pen, font = ImageDraw.Draw(sheet), _font()
@@ -38,11 +41,10 @@ def draw(batches: Sequence[Batch], processor: Processor, path: Path) -> None:
         left, top = GAP + width * (number % COLUMNS), GAP + height * (number // COLUMNS)
         enlarged = np.concatenate(views, axis=1).repeat(scale, axis=0).repeat(scale, axis=1)
         sheet.paste(Image.fromarray(enlarged), (left, top))
-        lines = _words(*shown[number], processor, width=(width - GAP) // (TEXT_SIZE // 2 + 1))
-        pen.multiline_text((left, top + side * scale + 2), "\n".join(lines[:TEXT_LINES]), "black", font, spacing=2)
-    unfinished = path.with_name(f".{path.name}")
-    sheet.save(unfinished, format="PNG")
-    unfinished.replace(path)
+        pen.multiline_text((left, top + side * scale + 2), "\n".join(said[number]), "black", font, spacing=2)
+    drawn = io.BytesIO()
+    sheet.save(drawn, format="PNG")
+    write_whole(path, drawn.getvalue())
 
 
 def _words(batch: Batch, row: int, processor: Processor, *, width: int) -> list[str]:

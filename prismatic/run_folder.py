@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 
+from prismatic.atomic import write_json, write_whole
 from prismatic.data.staging import writing_to
 from prismatic.distributed import ALONE, Ranks
 from prismatic.errors import ConfigError, read_json
@@ -75,16 +76,16 @@ class RunFolder:
 
     def check_options(self, options: Mapping[str, Any], *, may_change: tuple[str, ...]) -> None:
         """Remember the options of the run; ConfigError that names the first one that differs from what it began with."""
-        path = self.path / OPTIONS
+        path, options = self.path / OPTIONS, json.loads(json.dumps(options, default=str))
         if path.exists():
             before = read_json(path)
-            for name, value in json.loads(json.dumps(options, default=str)).items():
+            for name, value in options.items():
                 if name not in may_change and name in before and before[name] != value:
                     raise ConfigError(
                         f"{self.path} was begun with --{name} {before[name]}, not {value}: "
                         "give that, or a --run_id_note to begin another run"
                     )
-        self._replace(OPTIONS, json.dumps(options, indent=2, default=str))
+        write_json(path, options)
 
     def save(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any]) -> Path:
         """Make step-<step> from what `write` puts into a folder, add the state, then link it and delete the oldest."""
@@ -130,7 +131,7 @@ class RunFolder:
         folder = self.folder(step)
         if not folder.is_dir():
             raise ValueError(f"step {step} is not saved: save it, then mark it")
-        self._replace(BEST_VALUE, json.dumps({"step": step, "value": value}))
+        write_json(self.path / BEST_VALUE, {"step": step, "value": value})
         self._link(BEST, folder)
         self._delete_old()
 
@@ -145,13 +146,6 @@ class RunFolder:
     def folder(self, step: int) -> Path:
         """Where a step is saved."""
         return self.path / f"step-{step:06d}"
-
-    def _replace(self, name: str, text: str) -> None:
-        """A file that is there whole, new or old, at any moment."""
-        unfinished = self.path / f".unfinished-{name}"
-        with writing_to(self.path):
-            unfinished.write_text(text)
-            unfinished.replace(self.path / name)
 
     def newest_whole(self) -> Path | None:
         """The step folder to go on from; newer ones that are damaged are set aside. None in a new run; ConfigError where none is whole."""
@@ -187,7 +181,7 @@ class RunFolder:
     def cut_metrics(self, folder: Path | None) -> None:
         """Take metrics.jsonl back to what a step folder holds; None: to nothing."""
         if folder is not None and (folder / METRICS).exists():
-            self._replace(METRICS, (folder / METRICS).read_text())
+            write_whole(self.path / METRICS, (folder / METRICS).read_bytes())
         else:
             (self.path / METRICS).unlink(missing_ok=True)
 

@@ -85,11 +85,10 @@ def backward(
     for number, batch in enumerate(passes, start=1):
         device = next(model.parameters()).device
         batch = batch.to(device)
-        with gradients_wait(model, number < len(passes)):
-            with (
-                torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast),
-                attention_kernel(device.type, autocast),
-            ):
+        # the kernel is chosen for the backward pass too, which computes blocks again where activations are recomputed
+        with gradients_wait(model, number < len(passes)), attention_kernel(device.type, autocast):
+            # no cache: it would hold a copy of every trained weight until the end of the pass, recomputing or not
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast, cache_enabled=False):
                 out = model(batch.input_ids, batch.attention_mask, batch.pixel_values, batch.labels)
             (out.loss / len(passes)).backward()
         accuracy, l1 = action_metrics(out.logits.detach(), batch.labels, tokenizer)

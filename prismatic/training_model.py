@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from prismatic import memory
-from prismatic.activations import Precision
+from prismatic.activations import SHARDED, Precision
 from prismatic.checkpoint import CONFIG, load_vla
 from prismatic.distributed import Ranks, shard
 from prismatic.errors import ConfigError
@@ -65,9 +65,10 @@ def plan_training(
     if options.use_quantization and not options.use_lora:
         raise ConfigError("--use_quantization packs a base that isn't trained: leave out --use_lora False")
     device, config = ranks.device, VLAConfig.from_json(base / CONFIG)
-    model = memory.describe(config, options.precision(device), words=words, on_cpu=device == "cpu")
-    checkpointing = None if options.gradient_checkpointing == "auto" else bool(options.gradient_checkpointing)
     shares = ranks.size if options.shard else 1
+    precision = SHARDED if shares > 1 and device != "cpu" else options.precision(device)
+    model = memory.describe(config, precision, words=words, on_cpu=device == "cpu")
+    checkpointing = None if options.gradient_checkpointing == "auto" else bool(options.gradient_checkpointing)
     asked = memory.Settings(batch_size, passes, checkpointing, options.use_quantization, options.optimizer, shares)
     free, place = memory.free_memory(device)
     plan = memory.choose(model, asked, free, place=place)

@@ -1,6 +1,7 @@
 """Checkpoint folders: every layout gives the same weights; whatever is missing, surplus, mis-shaped or truncated is named."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -126,6 +127,17 @@ def test_what_save_writes_load_reads(tiny: Path) -> None:
     for name, tensor in random_vla(TINY, seed=3).state_dict().items():
         torch.testing.assert_close(vla.state_dict()[name], tensor, rtol=0, atol=0)
     assert vla.config == TINY
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_others_may_read_a_file_where_the_umask_lets_them(tmp_path: Path, mask: int, mode: int) -> None:
+    before = os.umask(mask)
+    try:
+        weights.save_tensors({"x": torch.zeros(2)}, tmp_path / "x.safetensors")
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == mode
 
 
 def test_shards_are_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,14 +46,14 @@ def test_the_sheet_shows_every_sample_of_a_step(processor: Processor, tmp_path: 
     first_batch.draw([one, two], processor, tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     side = 2 * 128  # enlarged twice
-    height = side + first_batch.TEXT_LINES * first_batch.LINE + first_batch.GAP
+    height = (sheet.shape[0] - first_batch.GAP) // 2  # of a row of samples: pictures and the words below them
     width = 2 * side + first_batch.GAP
     for number, pictures in enumerate([*first, *second]):
         row, column = divmod(number, first_batch.COLUMNS)
         top, left = first_batch.GAP + row * height, first_batch.GAP + column * width
         shown = sheet[top : top + side : 2, left : left + 2 * side : 2]
         np.testing.assert_array_equal(shown, np.concatenate(pictures, axis=1), err_msg=f"sample {number}")
-        below = sheet[top + side : top + side + first_batch.TEXT_LINES * first_batch.LINE, left : left + 2 * side]
+        below = sheet[top + side : top + height, left : left + 2 * side]
         assert (below < 128).any(), "no words"
     assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
 

@@ -8,13 +8,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from prismatic.activations import LABELS, Precision, fake_vla
+from prismatic.activations import LABELS, SHARDED, Precision, fake_vla
 from prismatic.errors import ConfigError
 from prismatic.live_bytes import LiveBytes
 from prismatic.memory import GIB, Model, Settings, choose, describe, lines, plan
 from prismatic.models.checkpointing import checkpoint_activations
 from prismatic.models.tiny import TINY
 from prismatic.models.vla import VLAConfig
+from prismatic.training import attention_kernel
 
 WORDS = 40
 
@@ -32,14 +33,22 @@ def counted_peak(config: VLAConfig, precision: Precision, batch: int, *, checkpo
         checkpoint_activations(vla)
     patches = config.num_patches * config.num_images_in_input
 
-    def step() -> None:  # VLA.forward, but for choosing labelled rows by value: fake tensors have none
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision.autocast, cache_enabled=False)
+
+    def step() -> None:
+        with attention_kernel("cpu", precision.autocast):
+            with autocast:
+                loss = forward()
+            loss.backward()
+
+    def forward() -> torch.Tensor:  # VLA.forward, but for choosing labelled rows by value: fake tensors have none
         ids, size = torch.zeros(batch, WORDS, dtype=torch.long), config.image_size
         embeddings = vla.embed(ids, torch.zeros(batch, 6 * config.num_images_in_input, size, size))
         hidden = vla.language_model(embeddings, torch.arange(patches + WORDS).expand(batch, -1))
         del embeddings
         logits = vla.language_model.lm_head(hidden[:, -LABELS:].flatten(0, 1)).float()
         del hidden
-        F.cross_entropy(logits, torch.zeros(batch * LABELS, dtype=torch.long)).backward()
+        return F.cross_entropy(logits, torch.zeros(batch * LABELS, dtype=torch.long))
 
     with mode:
         step()  # gradients are there from now on, as in the second pass of a step
@@ -61,11 +70,12 @@ def test_the_plan_is_what_the_full_sizes_own_code_keeps_alive(model: Model, batc
         Precision(lora_rank=4, lora_dropout=0.1, base_dtype=torch.float32),
         Precision(lora_rank=4, lora_dtype=torch.bfloat16),
         Precision(lora_rank=0, base_dtype=torch.float32),
+        Precision(lora_rank=0, base_dtype=torch.float32, autocast=True),
     ],
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_and_in_other_formats_at_a_small_size(precision: Precision, checkpointing: bool) -> None:
-    planned = plan(describe(TINY, precision, words=WORDS), Settings(8, 1, checkpointing))
+    planned = plan(describe(TINY, precision, words=WORDS, on_cpu=True), Settings(8, 1, checkpointing))
     counted = counted_peak(TINY, precision, 8, checkpointing=checkpointing)
     assert planned.activations + planned.logits == pytest.approx(counted, rel=0.1)
 
@@ -82,6 +92,16 @@ def test_what_does_not_depend_on_the_batch_is_counted_exactly(model: Model) -> N
     assert unread == dino + siglip + pooling
     packed = plan(model, Settings(1, 16, True, True))
     assert 2 * model.base - packed.weights == pytest.approx(model.linear * (2 - 0.5 - 4 / 64))
+
+
+def test_shares_hold_their_part_and_what_is_gathered() -> None:
+    model = describe(TINY, SHARDED, words=WORDS)
+    alone, shared = (plan(model, Settings(2, 1, True, shares=number)) for number in (1, 4))
+    assert model.block < model.outside < model.base  # the small model is mostly tables
+    assert alone.weights == 4 * model.base and alone.optimizer == 8 * model.trained
+    for name in ("weights", "gradients", "optimizer"):
+        assert getattr(shared, name) == getattr(alone, name) // 4
+    assert shared.activations - alone.activations == 2 * (3 * model.block + 2 * model.outside) + 4 * model.outside
 
 
 def test_full_size_is_planned_below_its_targets(model: Model) -> None:

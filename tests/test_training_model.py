@@ -55,14 +55,17 @@ def test_a_run_on_a_packed_base_resumes_bit_equal(cfg: FinetuneConfig) -> None: 
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
 
 
+@pytest.mark.parametrize("autocast", ["none", "bfloat16"])
 def test_the_plan_is_printed_and_recomputing_changes_nothing(
     cfg: FinetuneConfig,  # noqa: F811
+    autocast: Any,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = finetune.main(dataclasses.replace(cfg, max_steps=2))
+    cfg = dataclasses.replace(cfg, max_steps=2, autocast=autocast, run_id_note=autocast)
+    run = finetune.main(cfg)
     text = capsys.readouterr().out
     assert "memory plan, GiB: weights" in text and "gradient_checkpointing False" in text
-    forced = dataclasses.replace(cfg, max_steps=2, gradient_checkpointing=True, run_id_note="recomputed")
+    forced = dataclasses.replace(cfg, gradient_checkpointing=True, run_id_note=f"recomputed-{autocast}")
     assert losses(finetune.main(forced).parent) == losses(run.parent)
     assert "gradient_checkpointing True" in capsys.readouterr().out
 

@@ -1,23 +1,24 @@
 """Data at the real size: an RLDS set as large as LIBERO-Spatial is written, read into the frame cache, and loaded by 0, 1, … processes.
 
-In: numbers of episodes and frames. Out: a table of seconds, sizes, frames a second, and what the training process holds over an epoch. The
-pictures are drawn (gradients, shapes and noise, as hard to compress as the simulator's), two cameras, 256 × 256.
+In: numbers of episodes and frames. Out: a table of seconds, sizes, frames a second, and what the training process and its loader hold over an
+epoch. The pictures are drawn (gradients, shapes and noise, as hard to compress as the simulator's), two cameras, 256 × 256.
 """
 
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from prismatic.bench.load import resident
 from prismatic.data.examples import Examples, batches
 from prismatic.data.frames import DrawBatches, FrameCache, Mixture
 from prismatic.data.rlds import build_cache, find_dataset, stage_episode, write_dataset
 from prismatic.image import AUGMENTATIONS, encode_jpeg
+from prismatic.machine import resident_with_children
 from prismatic.models.tiny import tiny_tokenizer
 from prismatic.models.vla import VLAConfig
 from prismatic.processor import Processor, ProcessorConfig
@@ -27,7 +28,7 @@ SIDE = 256  # pixels
 PICTURES = 256  # that are drawn; each step's is one of them, and its JPEG is stored anew
 BATCH = 16
 TIMED_FRAMES = 512  # for each number of loader processes
-EPOCH_MARKS = 4  # moments of an epoch at which memory is read
+EARLY, LATE = 0.1, 1.0  # parts of a row at which memory is read: flat, if both are alike
 INSTRUCTION = "pick up the black bowl between the plate and the ramekin and place it on the plate"
 
 
@@ -79,29 +80,30 @@ def loading(mixture: Mixture, processor: Processor, workers: int, frames: int) -
 
 
 def loader_row(mixture: Mixture, processor: Processor, workers: int, frames: int) -> dict[str, Any]:
-    """Frames a second once the processes run, and this process's memory over the frames."""
-    start, held = 0.0, []
-    marks = {frames * mark // EPOCH_MARKS // BATCH * BATCH for mark in range(1, EPOCH_MARKS + 1)}
+    """Frames a second once the processes run, and the memory of this process and the loader's, early and late."""
+    start, held = 0.0, {}
+    marks = {max(int(frames * part) // BATCH, 1) * BATCH: part for part in (EARLY, LATE)}
     warm = min(BATCH * (2 * workers + 1), frames // 2 // BATCH * BATCH)
     done = 0
     for done in loading(mixture, processor, workers, frames):
         if done == warm:
             start = time.perf_counter()
         if done in marks:
-            held.append(resident("RssAnon"))
+            held[marks[done]] = resident_with_children()
     rate = (done - warm) / (time.perf_counter() - start)
-    memory = " → ".join(str(round(size / 2**20)) for size in held)
-    return row(f"load with {workers} processes", frames=done, rate=rate, memory=memory)
+    return row(f"load with {workers} processes", frames=done, rate=rate, memory=held)
 
 
-def row(what: str, *, frames: int, rate: float, size: int = 0, memory: str = "") -> dict[str, Any]:
+def row(
+    what: str, *, frames: int, rate: float, size: int = 0, memory: Mapping[float, int] = MappingProxyType({})
+) -> dict[str, Any]:
     return {
         "what": what,
         "frames": frames,
         "seconds": round(frames / rate, 1),
         "frames/s": round(rate),
         "GB": round(size / 1e9, 2) if size else "",
-        "RssAnon MiB over it": memory,
+        **{f"RssAnon MiB at {part:.0%}": round(memory[part] / 2**20) if memory else "" for part in (EARLY, LATE)},
     }
 
 

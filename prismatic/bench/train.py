@@ -6,6 +6,7 @@ torch.cuda.max_memory_reserved under a cap; on a CPU a small model, its peak is 
 
 import gc
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from prismatic.bench.ceilings import matrix_rate
 from prismatic.bench.plain import PlainVLA
 from prismatic.errors import ConfigError
 from prismatic.live_bytes import LiveBytes
@@ -166,19 +168,6 @@ def check_equal(base: VLA, bench: Bench) -> tuple[float, float]:
     return loss, gradient
 
 
-def matrix_rate(bench: Bench) -> float:
-    """Floating point operations a second of a large matrix product in the base's format: what the machine can do at best."""
-    size, times = (8192, 20) if bench.on_gpu else (1024, 5)
-    a, b = (torch.randn(size, size, device=bench.device).to(bench.dtype) for _ in range(2))
-    a @ b
-    bench.synchronise()
-    start = time.perf_counter()
-    for _ in range(times):
-        a @ b
-    bench.synchronise()
-    return 2 * size**3 * times / (time.perf_counter() - start)
-
-
 def step_flops(base: VLA, bench: Bench) -> int:
     """Operations that one sample's forward and backward pass need, without anything computed twice."""
     vla = ours(base, bench, checkpointing=False)
@@ -211,27 +200,35 @@ def measure(make: Callable[[], nn.Module], bench: Bench, size: int, *, fused: bo
             step()
         held = {p.untyped_storage().data_ptr(): p.nbytes for p in model.parameters()}
         state = [t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
-    bench.synchronise()
-    start = time.perf_counter()
+    seconds = []
     for _ in range(bench.steps):
+        bench.synchronise()
+        start = time.perf_counter()
         step()
-    bench.synchronise()
-    rate = bench.steps * size / (time.perf_counter() - start)
+        bench.synchronise()
+        seconds.append(time.perf_counter() - start)
+    rate = size / statistics.median(seconds)
     if bench.on_gpu:
         return rate, torch.cuda.max_memory_reserved() / GIB
     return rate, (live.peak + sum(held.values()) + sum(state)) / GIB
 
 
 def tried(make: Callable[[], nn.Module], bench: Bench, size: int, *, fused: bool) -> tuple[float, float] | None:
-    """As measure; None where the memory doesn't suffice. What it took is given back."""
+    """As measure; None where the memory doesn't suffice. It begins without what was cached before: that would count as reserved."""
+    give_back(bench)
     try:
         return measure(make, bench, size, fused=fused)
     except torch.OutOfMemoryError:
         return None
     finally:
-        gc.collect()
-        if bench.on_gpu:
-            torch.cuda.empty_cache()
+        give_back(bench)
+
+
+def give_back(bench: Bench) -> None:
+    """Free what nobody holds any more, also what torch's allocator keeps for later."""
+    gc.collect()
+    if bench.on_gpu:
+        torch.cuda.empty_cache()
 
 
 def run(
@@ -248,12 +245,9 @@ def run(
     base = random_base(bench)
     loss, gradient = check_equal(base, bench)
     print(f"the two ways agree: relative difference of the loss {loss:.1e}, of the gradients {gradient:.1e}")
-    facts = {"rate": matrix_rate(bench), "flops": step_flops(base, bench)}
+    facts = {"rate": matrix_rate(torch.device(device), dtype), "flops": step_flops(base, bench)}
     rows = list(_rows(base, bench, batch_sizes or SIZES[device], compiled=compiled))
     del base
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
     found = tried(lambda: ours(random_base(bench, nf4=True), bench, checkpointing=True), bench, 1, fused=True)
     rows.append(Row("ours, NF4 base", 1, True, found))
     return _table(rows, bench, **facts)

@@ -3,6 +3,8 @@
 Surprising: the augmentation of draw p depends on the seed and p alone, so neither the number of workers nor a resumed run changes a pixel.
 """
 
+import atexit
+import os
 import signal
 from collections.abc import Iterator, Sequence
 
@@ -43,6 +45,9 @@ class Examples(Dataset[Example]):
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    atexit.register(
+        os._exit, 0
+    )  # an ordinary end aborts now and then: the thread that sends batches may still be in C++
     for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the parent saves and then ends us
         signal.signal(number, signal.SIG_IGN)
 

@@ -6,6 +6,7 @@ file into place, so host memory holds the model once.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +148,14 @@ def fingerprint(stored: dict[str, StoredTensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write one safetensors file with the permissions that any new file gets: safetensors leaves it to its owner alone."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    mask = os.umask(0)  # there is no other way to read it
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def save_weights(state: dict[str, torch.Tensor], folder: Path) -> None:
     """Write model.safetensors, or shards of at most SHARD_BYTES with their index, as transformers does."""
     shards: list[dict[str, torch.Tensor]] = [{}]
@@ -158,11 +167,11 @@ def save_weights(state: dict[str, torch.Tensor], folder: Path) -> None:
         shards[-1][name] = tensor.detach().contiguous().cpu()
         size += tensor.nbytes
     if len(shards) == 1:
-        save_file(shards[0], folder / SINGLE_FILE, metadata={"format": "pt"})
+        save_tensors(shards[0], folder / SINGLE_FILE)
         return
     index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": {}}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
+        save_tensors(shard, folder / name)
         index["weight_map"].update(dict.fromkeys(shard, name))
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2))
