@@ -7,8 +7,8 @@ A goal is a predicate of the task's BDDL file. Its stages, in order, and what mu
 | opened | the drawer or door of the target is open as LIBERO wants it (only where the target has one) |
 | approached | the hand is within 5 cm of the object's box |
 | touched | some part of the robot touches the object |
-| grasped | both fingers touch it and have stopped at more than 4 mm, told to close, in two steps running |
-| lifted | held, it has risen by 2 cm since it was grasped |
+| grasped | both fingers touch it and have stopped at more than 3 mm, told to close, in two steps running |
+| lifted | held, it is 2 cm higher than at its lowest since half a second before it was grasped (a hand may rise as it closes) |
 | carried | held and lifted (to a zone of the table: pushed, too), it is over the target's outline |
 | released | held no longer, and over the target's outline when let go |
 | predicate_held | LIBERO's own predicate holds |
@@ -40,10 +40,12 @@ NEAR = 0.05  # m between the grip site and a box
 LIFTED = 0.02  # m
 OVER = 0.01  # m beyond the target's outline that still count as over it
 MOVED = 0.1  # share of the way
-SHUT = 0.004  # m between the fingers, at which nothing can be between them
+SHUT = 0.004  # m between the fingers, below which they have shut: on nothing, or on a bowl's rim (3.6 to 4.6 mm)
+EMPTY = 0.003  # m between the fingers, at which nothing can be between them
 STOPPED = 0.002  # m a step: fingers that close on nothing move faster
 GRASP_STEPS = 2  # running, that make a grasp
 FLICKER = 2  # steps without contact that don't end one
+CLOSING_STEPS = 10  # before a grasp, in which the hand may lift what its fingers are still closing on
 
 Row = Mapping[str, Any]
 
@@ -140,7 +142,7 @@ class Signals:
     def grasps(self, thing: int) -> list[tuple[int, int]]:
         """[start, stop) of the moments at which an object was held."""
         stopped = np.abs(np.diff(self.opening, prepend=self.opening[0])) < STOPPED
-        both = self.touch[:, thing, 0] & self.touch[:, thing, 1] & self.closing & stopped & (self.opening > SHUT)
+        both = self.touch[:, thing, 0] & self.touch[:, thing, 1] & self.closing & stopped & (self.opening > EMPTY)
         spans: list[tuple[int, int]] = []
         for start, stop in runs(both):
             if spans and start - spans[-1][1] <= FLICKER:
@@ -153,7 +155,8 @@ class Signals:
         """[start, stop) from the moment at which a held object is lifted to that at which it is let go."""
         lifts = []
         for start, stop in self.grasps(thing):
-            height = self.places[start:stop, thing, 2] - self.places[start, thing, 2]
+            rest = self.places[max(start - CLOSING_STEPS, 0) : start + 1, thing, 2].min()
+            height = self.places[start:stop, thing, 2] - rest
             if height.max() >= LIFTED:
                 lifts.append((start + int(np.argmax(height >= LIFTED)), stop))
         return lifts

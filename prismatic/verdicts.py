@@ -16,14 +16,14 @@ that holds is the verdict.
 | wrong_target | lifted and let go, and it rests on an object or fixture that is not the target |
 | beside_target | lifted and let go (to a zone of the table: or only pushed, by 5 cm), and it ends farther from the target than the predicate allows |
 | never_held | it was let go, and lies at the target, but the predicate never held: wrong height, or no contact |
-| wrong_object | it was never lifted, but another object was |
+| wrong_object | it was never lifted, but another object was, which no goal names |
 | not_lifted | grasped, never lifted by 2 cm |
 | pushed_away | never grasped, but touched, and moved by 5 cm or tipped over by 45 degrees |
 | closed_beside | never grasped; the gripper shut on nothing within 10 cm of it |
 | **a drawer, door or knob** | |
 | not_open_enough, not_closed_enough, not_turned_enough | moved by a tenth of the way that is needed, not all of it |
-| wrong_part | not moved, but another drawer, door or knob was, by a tenth of its way |
-| wrong_object | not touched, but an object was lifted |
+| wrong_part | not moved, but another drawer, door or knob was, which no goal names, by a tenth of its way |
+| wrong_object | not touched, but an object was lifted, which no goal names |
 | not_moved | touched, moved by less than a tenth of the way |
 | **either** | |
 | idle | none of these, and the hand stood still for the last 50 steps or more (within 1 cm, the fingers within 5 mm) |
@@ -132,12 +132,14 @@ class _Case:
             return "not_open_enough", self._sentence(shut)
         if lifts:
             return self._after_lift(target, thing, *lifts[-1])
-        if other := self._other_lift(thing):
+        if other := self._other_lift():
             return "wrong_object", self._sentence(f"Lifted the {other} instead of the {self.name}")
         if target.owner is None and self._moved(thing) >= PUSHED:
             return "beside_target", self._sentence(f"Pushed the {self.name}; {self._where(target)}")
         if self.stages["grasped"] is not None:
             text = f"Grasped the {self.name} at step {self.stages['grasped']}, but never lifted it by 2 cm"
+            if self._moved(thing) >= PUSHED:
+                text += f"; it ended {_cm(self._moved(thing))} from where it stood"
             return "not_lifted", self._sentence(text)
         empty = self._empty_grasps(thing)
         if self.stages["touched"] is not None and (pushed := self._pushed(thing)):
@@ -200,9 +202,11 @@ class _Case:
     def _distance(self) -> str:
         return _cm(float(np.linalg.norm(self.signals.offset[-1, self.number, :2])))
 
-    def _other_lift(self, thing: int | None) -> str | None:
+    def _other_lift(self) -> str | None:
+        """An object that was lifted though no goal names it."""
+        named = {goal.subject for goal in self.signals.goals}
         for other, name in enumerate(self.signals.objects):
-            if other != thing and self.signals.lifts(other):
+            if name not in named and self.signals.lifts(other):
                 return _plain(name, self.signals)
         return None
 
@@ -220,7 +224,8 @@ class _Case:
     def _empty_grasps(self, thing: int) -> str | None:
         """How often, and how near, the fingers shut on nothing beside the object."""
         gap = self.signals.gap(thing)
-        shut = (self.signals.opening < SHUT) & self.signals.closing
+        between = np.any(np.all(self.signals.touch[:, : len(self.signals.objects), :2], axis=2), axis=1)
+        shut = (self.signals.opening < SHUT) & self.signals.closing & ~between
         near = [start for start, _ in runs(shut) if gap[start] < BESIDE]
         if not near:
             return None
@@ -236,16 +241,17 @@ class _Case:
             return NOT_ENOUGH[self.goal.predicate], self._sentence(
                 self._how_far(way, self.goal.predicate, self.goal.subject)
             )
+        asked = {other.part for other in signals.ways if other}
         for number, part in enumerate(signals.parts):
             travel = np.abs(signals.values[:, number] - signals.values[0, number]).max()
-            if number != way.part and travel >= MOVED * part.span:
+            if number not in asked and travel >= MOVED * part.span:
                 text = f"Moved the {_plain(part.name, signals)} by {_amount(travel, part.hinge)}, not the {self.name}"
                 return "wrong_part", self._sentence(text)
         if self.stages["touched"] is not None:
             best = progress(way, signals.values[:, way.part]).max()
             text = f"Touched the {self.name} at step {self.stages['touched']}, but moved it only {100 * best:.0f} % of the way"
             return "not_moved", self._sentence(text)
-        if other := self._other_lift(None):
+        if other := self._other_lift():
             return "wrong_object", self._sentence(f"Lifted the {other} and never touched the {self.name}")
         return self._nothing(signals.part_gap[:, way.part], "never_touched")
 
@@ -292,7 +298,8 @@ def _plain(name: str, signals: Signals) -> str:
         twins = [f"{match[1]}_{number}" for number in range(1, 10)]
         return match[1] if sum(twin in names for twin in twins) < 2 else match[0]
 
-    return re.sub(r"^(.*?)_1(?=_|$)", bare, name).removesuffix("_region").replace("_", " ")
+    name = re.sub(r"^(.*?)_1(?=_|$)", bare, name)
+    return re.sub(r"(_contain|_heating|_cook)?_region$", "", name).replace("_", " ")
 
 
 def _cm(metres: float) -> str:

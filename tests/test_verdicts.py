@@ -1,74 +1,17 @@
-"""stages.py and verdicts.py on recorded signals: a made-up scene of straight motions, changed at one point in each case."""
+"""stages.py and verdicts.py on signals of made-up episodes (drawn_signals.py)."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from prismatic.stages import Goal, Part, Signals, Target, Way, funnel, named
+from prismatic import verdicts
+from prismatic.stages import Goal, Signals, Target, Way, funnel, named
 from prismatic.verdicts import account
-
-T = 120
-CUP, JUG, PLATE = 0, 1, 2
-ON_PLATE = Goal("on", "cup_1", "plate_1")
-DRAWER = Part(name="chest_1_top_level", fixture="chest_1", hinge=False, span=0.17)
-DOOR = Part(name="oven_1_door", fixture="oven_1", hinge=True, span=2.0)
-
-
-def scene(**changes: Any) -> Signals:
-    """A cup, a jug, a plate, a drawer and a door; the hand 50 cm away. It stands still, and nothing happens."""
-    places = np.tile([[0.0, 0.0, 0.0], [0.3, 0.3, 0.0], [0.4, 0.0, 0.0]], (T + 1, 1, 1))
-    defaults: dict[str, Any] = {
-        "goals": [ON_PLATE],
-        "objects": ["cup_1", "jug_1", "plate_1"],
-        "parts": [DRAWER, DOOR],
-        "targets": [Target(owner="plate_1", outline=np.array([0.07, 0.07, 0.01]), room=np.full(3, 0.03))],
-        "ways": [None],
-        "centre": np.zeros((3, 3)),
-        "half": np.full((3, 3), 0.04),
-        "hand": np.tile([0.0, 0.0, 0.5], (T + 1, 1)),
-        "opening": np.full(T + 1, 0.08),
-        "closing": np.zeros(T + 1, bool),
-        "places": places,
-        "upright": np.tile([0.0, 0.0, 1.0], (T + 1, 3, 1)),
-        "touch": np.zeros((T + 1, 5, 3), bool),
-        "offset": np.zeros((T + 1, 1, 3)),
-        "values": np.zeros((T + 1, 2)),
-        "part_gap": np.full((T + 1, 2), 0.5),
-        "held": np.zeros((T + 1, 1), bool),
-        "supports": [[]],
-    }
-    signals = Signals(**(defaults | changes))
-    if "offset" not in changes and signals.targets[0] is not None:
-        signals = replace(signals, offset=(signals.places[:, CUP] - signals.places[:, PLATE])[:, None])
-    return signals
-
-
-def hand_at(place: Any, start: int = 10) -> np.ndarray:
-    """(T + 1, 3): it stays 50 cm above, then at a place but for a slow swing, which is no standing still."""
-    hand = np.tile([0.0, 0.0, 0.5], (T + 1, 1))
-    hand[start:] = place
-    hand[:, 0] += 0.012 * np.sin(np.arange(T + 1) / 3)
-    return hand
-
-
-def grasp(thing: int, path: dict[int, Any], *, start: int = 20, stop: int = T + 1, rest: Any = None) -> Signals:
-    """The hand takes a thing from `start` to `stop` through the places of `path` {step: (3,)}, then it lies at `rest`."""
-    base = scene()
-    places, touch, closing, opening = base.places, base.touch, base.closing, base.opening
-    steps = np.arange(T + 1)
-    known = {start: places[0, thing], **path}
-    for axis in range(3):
-        moved = np.interp(steps, list(known), [point[axis] for point in known.values()])
-        places[start:stop, thing, axis] = moved[start:stop]
-    places[stop:, thing] = places[0, thing] if rest is None else rest
-    touch[start:stop, thing, :2] = closing[start:stop] = True
-    opening[start - 5 : start] = np.linspace(0.08, 0.02, 5)
-    opening[start:stop] = 0.02
-    hand = places[:, thing] + np.where(steps < start - 5, 0.5, 0.0)[:, None]
-    return scene(places=places, touch=touch, closing=closing, opening=opening, hand=hand)
-
+from tests.drawn_signals import CUP, JUG, ON_PLATE, PLATE, T, grasp, hand_at, scene
+from tests.scripted_failures import CASES
 
 UP, OVER_PLATE = {40: (0.0, 0.0, 0.2)}, {40: (0.0, 0.0, 0.2), 60: (0.4, 0.02, 0.2)}
 TOUCHED = np.zeros((T + 1, 5, 3), bool)
@@ -163,6 +106,29 @@ def test_fingers_that_press_on_a_thing_while_they_close_hold_nothing() -> None:
     signals = grasp(CUP, {40: (0.0, 0.0, 0.2)})
     assert not replace(signals, opening=np.full(T + 1, 0.002)).grasps(CUP)
     assert not replace(signals, opening=np.linspace(0.5, 0.0, T + 1)).grasps(CUP)
+
+
+def test_a_thin_rim_between_the_fingers_is_a_grasp_and_no_empty_one() -> None:
+    signals = grasp(CUP, {40: (0.0, 0.0, 0.01)})
+    signals.opening[20:] = 0.0036
+    found = account(signals, success=False)
+    assert (found.verdict, found.stages["grasped"]) == ("not_lifted", 21)
+    signals.touch[:, CUP, 1] = False  # beside the rim, not around it
+    assert account(signals, success=False).verdict == "closed_beside"
+
+
+def test_a_hand_that_rises_while_it_closes_lifts_from_where_the_thing_stood() -> None:
+    signals = grasp(CUP, {25: (0.0, 0.0, 0.0)})
+    signals.places[15:20, CUP, 2] = np.linspace(0, 0.015, 5)  # on one finger, before the other is there
+    signals.places[20:, CUP, 2] = 0.024
+    assert account(signals, success=False).stages["lifted"] == 20
+    signals.places[5:20, CUP, 2] = 0.015  # long before
+    assert account(signals, success=False).stages["lifted"] is None
+
+
+def test_what_was_dragged_says_how_far() -> None:
+    signals = grasp(CUP, {40: (0.1, 0.0, 0.01)}, rest=(0.1, 0.0, 0.0))
+    assert "never lifted it by 2 cm; it ended 10.0 cm from where it stood" in account(signals, success=False).reason
 
 
 def test_a_push_to_a_zone_of_the_table_needs_no_grasp() -> None:
@@ -287,6 +253,23 @@ def test_of_several_goals_the_one_that_got_furthest_is_judged() -> None:
     assert found.reason.startswith("1 of 2 goals held at the end.")
 
 
+def test_what_was_lifted_for_another_goal_is_no_wrong_object() -> None:
+    signals = two_goals(first_held=slice(0, 0), second_held=slice(60, None))
+    assert account(signals, success=False).verdict == "idle"  # the drawer's goal is left, the cup had its own
+    base = scene()
+    signals = replace(
+        signals, goals=[signals.goals[0], Goal("on", "jug_1", "plate_1")], held=np.zeros((T + 1, 2), bool)
+    )
+    signals.held[60:, 1] = True
+    found = account(replace(signals, hand=base.hand), success=False)
+    assert (found.verdict, "Lifted the cup" in found.reason) == ("wrong_object", True)
+
+
+def test_a_region_is_called_by_what_it_belongs_to() -> None:
+    signals = replace(grasp(CUP, UP), goals=[Goal("in", "cup_1", "basket_1_contain_region")])
+    assert "40.0 cm from the basket;" in account(signals, success=False).reason
+
+
 def test_what_held_and_no_longer_does() -> None:
     found = account(two_goals(first_held=slice(60, 90), second_held=slice(100, None)), success=False)
     assert found.verdict == "undone"
@@ -324,3 +307,9 @@ def test_funnel_counts_what_has_the_stage() -> None:
     }
     assert list(funnel(rows)) == ["touched", "grasped", "moved", "predicate_held"]
     assert funnel([]) == {}
+
+
+def test_every_verdict_has_a_script_that_earns_it() -> None:
+    rows = [line.split("|")[1] for line in (verdicts.__doc__ or "").splitlines() if line.startswith("|")]
+    codes = {code.strip() for row in rows for code in row.split(",") if re.fullmatch(r"[a-z_]+", code.strip())}
+    assert codes - {"verdict", "error"} == {case.verdict for case in CASES}
