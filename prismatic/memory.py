@@ -215,8 +215,10 @@ def lines(chosen: Plan, model: Model, card: int, *, place: str) -> Iterator[str]
     settings = chosen.settings
     effective = settings.batch_size * settings.grad_accumulation_steps
     most = largest_batch(model, settings, card)
-    yield "memory plan, GiB: " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in chosen.parts.items())
-    yield f"  together {chosen.total / GIB:.2f} of {card / GIB:.2f} free on {place} (planned from counted bytes)"
+    unit, symbol, digits = (GIB, "GiB", 2) if chosen.total > GIB else (2**20, "MiB", 0)
+    parts = ", ".join(f"{name} {size / unit:.{digits}f}" for name, size in chosen.parts.items())
+    yield f"memory plan, {symbol}: {parts}"
+    yield f"  together {chosen.total / unit:.{digits}f} of {card / unit:.{digits}f} free on {place} (planned from counted bytes)"
     yield (
         f"  {settings.batch_size} x {settings.grad_accumulation_steps} = {effective} samples a step, gradient_checkpointing "
         f"{settings.gradient_checkpointing}; up to {most} x {effective // most} would fit"

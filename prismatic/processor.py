@@ -129,6 +129,10 @@ class Batch:
         """All four tensors on device, without waiting for the copy."""
         return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)))
 
+    def pin_memory(self) -> "Batch":
+        """What torch's loader asks for with pin_memory=True; without it a batch stays as it is, and its copy to a GPU is waited for."""
+        return Batch(*(getattr(self, f.name).pin_memory() for f in dataclasses.fields(self)))
+
 
 class Processor:
     """Frames and words in, tensors out; token ids in, actions out. `statistics`: the content of dataset_statistics.json."""

@@ -32,6 +32,7 @@ from prismatic.errors import ConfigError, read_json
 
 STEP_FOLDER = re.compile(r"latest|best|step-\d+")  # names within a run: the run's own name says more
 STATE, METRICS, LATEST, OPTIONS = "training_state.pt", "metrics.jsonl", "latest", "finetune.json"
+FULL = 2**20  # a disk with fewer free bytes is full: torch names a position in the file instead
 BEST, BEST_VALUE, SKIPPED, SUMS = "best", "best.json", "skipped.jsonl", "SHA256SUMS"
 
 
@@ -106,8 +107,10 @@ class RunFolder:
             _flush(self.path)
             self._delete_old()
         except (OSError, SafetensorError, RuntimeError) as error:  # the last two: safetensors and torch on a full disk
+            full = shutil.disk_usage(self.path).free < FULL
+            reason = "the disk is full" if full else getattr(error, "strerror", None) or error
             raise ConfigError(
-                f"{folder} can't be saved ({error}): free some space; what was saved before is whole"
+                f"{folder} can't be saved ({reason}): free some space; what was saved before is whole"
             ) from None
         finally:
             for left in self.path.glob(f"{unfinished.name}*"):

@@ -76,6 +76,13 @@ def test_batches_are_padded_on_the_right(tiny: Processor) -> None:
     assert batch.pixel_values.shape == (2, 12, 128, 128)
 
 
+def test_a_batch_can_be_pinned_for_its_copy_to_a_gpu(tiny: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = tiny.collate([tiny.example([np.zeros((128, 128, 3), np.uint8)] * 2, "go", np.zeros(7, np.float32))])
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)  # there is no GPU to pin for
+    pinned = torch.utils.data._utils.pin_memory.pin_memory(batch)
+    assert isinstance(pinned, type(batch)) and torch.equal(pinned.input_ids, batch.input_ids + 1)
+
+
 def test_actions_come_back_within_half_a_bin(tiny: Processor) -> None:
     action = np.random.default_rng(0).uniform(-1, 1, (50, 7))
     ids = tiny.action_tokenizer.encode(action)

@@ -64,7 +64,7 @@ def test_the_plan_is_printed_and_recomputing_changes_nothing(
     cfg = dataclasses.replace(cfg, max_steps=2, autocast=autocast, run_id_note=autocast)
     run = finetune.main(cfg)
     text = capsys.readouterr().out
-    assert "memory plan, GiB: weights" in text and "gradient_checkpointing False" in text
+    assert "memory plan, MiB: weights" in text and "gradient_checkpointing False" in text
     forced = dataclasses.replace(cfg, gradient_checkpointing=True, run_id_note=f"recomputed-{autocast}")
     assert losses(finetune.main(forced).parent) == losses(run.parent)
     assert "gradient_checkpointing True" in capsys.readouterr().out
