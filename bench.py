@@ -12,25 +12,29 @@ python bench.py draft --task_id 1                 what drafting saves in episode
 """
 
 import json
-from typing import Annotated, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from config import (
-    WORKSPACE,
-    BenchDataConfig,
-    BenchDraftConfig,
-    BenchEvalConfig,
-    BenchInferConfig,
-    BenchLoadConfig,
-    BenchMemoryConfig,
-    BenchPrecisionConfig,
-    BenchTrainConfig,
-)
+from config import WORKSPACE
 from prismatic.errors import exit_codes
 from prismatic.hub import resolve
 
 Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    # Also write the table here.
+    json: Path | None = None
+
+
+@dataclass(frozen=True)
+class BenchLoadConfig(BenchConfig):
+    # Checkpoint folder or hub id; none makes one of full size with random weights below WORKSPACE.
+    checkpoint: str | None = None
 
 
 def load(cfg: BenchLoadConfig) -> Rows:
@@ -38,6 +42,25 @@ def load(cfg: BenchLoadConfig) -> Rows:
     from prismatic.bench import load
 
     return load.run(resolve(cfg.checkpoint) if cfg.checkpoint else None, WORKSPACE)
+
+
+@dataclass(frozen=True)
+class BenchDraftConfig(BenchConfig):
+    # Checkpoint folder, adapter folder or hub id that acts, and the suite and task that it acts in.
+    checkpoint: str = "checkpoints/openvla-tiny"
+    task_suite_name: str = "libero_spatial"
+    task_id: int = 0
+    # Episodes of each row (at least one a process), and steps after which one is cut off.
+    episodes: int = 4
+    steps: int = 60
+    # fast: three times faster on a CPU. standard: LIBERO's own pixels.
+    render_quality: Literal["standard", "fast"] = "standard"
+
+
+@dataclass(frozen=True)
+class BenchEvalConfig(BenchDraftConfig):
+    # Numbers of simulator processes, each against one process alone.
+    workers: tuple[int, ...] = (2,)
 
 
 def evaluation(cfg: BenchEvalConfig) -> Rows:
@@ -55,6 +78,20 @@ def evaluation(cfg: BenchEvalConfig) -> Rows:
     )
 
 
+@dataclass(frozen=True)
+class BenchTrainConfig(BenchConfig):
+    # openvla-7b's size, or a small model's. None: full where there is a GPU.
+    full_size: bool | None = None
+    # GPU memory that tensors may take. Of a 24 GB card ECC and the driver leave about this much.
+    memory_cap_gib: float = 22.0
+    # Micro-batches to try, rising; a way that doesn't fit is not tried at larger ones. None: 1 to 32 on a GPU, 1 and 4 on a CPU.
+    batch_sizes: tuple[int, ...] | None = None
+    # Timed steps of each.
+    steps: int = 5
+    # torch.compile our blocks.
+    compile: bool = False
+
+
 def train(cfg: BenchTrainConfig) -> Rows:
     """Samples a second and memory of training steps, ours against the plain way."""
     from prismatic.bench import train
@@ -68,6 +105,12 @@ def train(cfg: BenchTrainConfig) -> Rows:
     )
 
 
+@dataclass(frozen=True)
+class BenchMemoryConfig(BenchConfig):
+    # Sizes of cards in GiB.
+    cards: tuple[float, ...] = (12, 16, 24, 48, 80)
+
+
 def memory(cfg: BenchMemoryConfig) -> Rows:
     """What fits on which card, by finetune.py's plans."""
     from prismatic.bench import memory
@@ -75,11 +118,45 @@ def memory(cfg: BenchMemoryConfig) -> Rows:
     return memory.run(cfg.cards)
 
 
+@dataclass(frozen=True)
+class BenchDataConfig(BenchConfig):
+    # Episodes of the set that is made: libero_spatial_no_noops has 432 …
+    episodes: int = 432
+    # … and 52,970 frames.
+    frames: int = 52_970
+    # Loader processes to try; 0 loads in the main process.
+    num_workers: tuple[int, ...] = (0, 1, 2, 4)
+    # Folder for it, deleted afterwards.
+    folder: Path = WORKSPACE / "bench-data"
+
+
 def data(cfg: BenchDataConfig) -> Rows:
     """An RLDS set of LIBERO-Spatial's size: writing, reading into the cache, loading."""
     from prismatic.bench import data
 
     return data.run(cfg.folder, episodes=cfg.episodes, frames=cfg.frames, workers=cfg.num_workers)
+
+
+@dataclass(frozen=True)
+class BenchPrecisionConfig(BenchConfig):
+    # Checkpoint folder, adapter folder (it knows its base), or hub id.
+    checkpoint: str
+    # Adapter folder that goes on top.
+    adapter: Path | None = None
+    # Key of the data set's statistics, where the checkpoint has several.
+    unnorm_key: str | None = None
+    # Folder of data sets; the demonstrations are data_root_dir/dataset_name.
+    data_root_dir: Path = WORKSPACE / "datasets"
+    # Data set in it.
+    dataset_name: str = "libero_spatial_no_noops"
+    # Folder of frame caches.
+    cache_dir: Path = WORKSPACE / "cache"
+    # validation: its last 5 % of episodes (or its validation split). all: a data set that the checkpoint has never seen.
+    held_out: Literal["validation", "all"] = "validation"
+    # Frames that are asked about, evenly spread over them.
+    num_frames: int = 1000
+    # Frames of one pass.
+    batch_size: int = 16
 
 
 def precision(cfg: BenchPrecisionConfig) -> Rows:
@@ -97,6 +174,18 @@ def precision(cfg: BenchPrecisionConfig) -> Rows:
         batch_size=cfg.batch_size,
         unnorm_key=cfg.unnorm_key,
     )
+
+
+@dataclass(frozen=True)
+class BenchInferConfig(BenchConfig):
+    # Checkpoint folder or hub id, or random: weights of openvla-7b's size (16 GB). None: random on a GPU, checkpoints/openvla-tiny on a CPU.
+    checkpoint: str | None = None
+    # Rows of a batch, number formats of the weights, and whether the plain way is also compiled (minutes a batch size on a CPU).
+    batch_sizes: tuple[int, ...] = (1, 8, 32)
+    quantize: tuple[Literal["none", "int8", "int4"], ...] = ("none", "int8", "int4")
+    compiled: bool = True
+    # Draw latency against memory into this file (png, pdf, svg).
+    plot: Path | None = None
 
 
 def infer(cfg: BenchInferConfig) -> Rows:

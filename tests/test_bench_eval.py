@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import bench
-from config import BenchEvalConfig
+from bench import BenchEvalConfig
 from prismatic.bench import eval as bench_eval
 from prismatic.errors import ConfigError
 from prismatic.player import Setup, Trial
