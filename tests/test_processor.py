@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from prismatic import image
 from prismatic.checkpoint import load_processor, load_tokenizer
@@ -79,7 +80,7 @@ def test_batches_are_padded_on_the_right(tiny: Processor) -> None:
 def test_a_batch_can_be_pinned_for_its_copy_to_a_gpu(tiny: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = tiny.collate([tiny.example([np.zeros((128, 128, 3), np.uint8)] * 2, "go", np.zeros(7, np.float32))])
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)  # there is no GPU to pin for
-    pinned = torch.utils.data._utils.pin_memory.pin_memory(batch)
+    pinned = pin_memory(batch)
     assert isinstance(pinned, type(batch)) and torch.equal(pinned.input_ids, batch.input_ids + 1)
 
 
