@@ -23,7 +23,7 @@ from config import EvalConfig
 from prismatic import comparison, evaluation, machine, report, simulator, suite_mean
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.player import Setup, Trial
-from prismatic.summary import sentences
+from prismatic.summary import crashed, sentences
 from prismatic.versions import SIMULATOR_PACKAGES, SIMULATOR_PINS, folder_fingerprint, unpinned_simulator, versions
 
 # Nothing here may import torch at the top: each simulator process imports this file once more.
@@ -303,8 +303,8 @@ def print_result(cfg: EvalConfig, folder: Path, summary: evaluation.Row) -> None
         rate = f"{100 * summary['success_rate']:.1f} % success, 95 % interval {low:.1f} to {high:.1f} % "
         rate += f"({summary['successes']} of {judged} episodes)"
     print(f"{cfg.task_suite_name}, {folder.name}: {rate}")
-    if summary["errors"]:
-        print(f"{summary['errors']} more ended in an error and do not count: --retry_errors True plays them again")
+    if crashes := crashed(summary):
+        print(f"{crashes} more ended in an error and do not count: --retry_errors True plays them again")
     for line in sentences(summary):
         print(f"    {line}")
     for found in unpinned_simulator():

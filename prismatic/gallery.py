@@ -59,6 +59,7 @@ def _card(folder: Path, row: Row, limits: Sequence[float]) -> dict[str, Any]:
     return {name: row[name] for name in wanted} | {
         "outcome": outcome,
         "verdict": row.get("verdict") or "",
+        "instruction_given": row.get("instruction_given"),  # where it is another than the task's; "" is told, too
         # a success and an error say all with their outcome
         "reason": row.get("reason") if outcome == "failure" else None,
         "poster": poster if poster and (folder / poster).is_file() else None,

@@ -71,7 +71,12 @@ class Recorded:
         self.sim, self.demo = sim, demo
         self.step, self.retry = 0, True
         self.facts: dict[str, Any] = {
-            "replay": {"file_path": demo.file_path, "recorded_steps": len(demo.actions), "followed_steps": None}
+            "replay": {
+                "file_path": demo.file_path,
+                "recorded_steps": len(demo.actions),
+                "followed_steps": None,
+                "left_out": False,
+            }
         }
 
     def __call__(self, frame: Any, instruction: str, wrist: Any = None) -> np.ndarray:
@@ -94,6 +99,7 @@ class Recorded:
         picture = block_difference(self.sim.frame(), decode_jpeg(self.demo.first_frame))
         if (hand or 0.0) > START_HAND or picture > START_PICTURE:
             self.retry = False
+            self.facts["replay"]["left_out"] = True
             self.facts["reason"] = "Left out: it does not begin as it was recorded."
             raise ValueError(
                 f"the start is not the recorded one: the hand is {hand or 0.0:.0f} mm off, the picture {picture:.0f} of 255 "

@@ -15,6 +15,7 @@ from prismatic import gallery
 from prismatic.atomic import write_whole
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.evaluation import SUMMARY, read_rows
+from prismatic.summary import crashed, sentences
 
 PAGE = "report.html"
 SUCCESSES_A_TASK = 10  # shown; failures and errors are all shown
@@ -31,7 +32,7 @@ GROUPS = {
     ),
     "Software": ("git_commit", "versions"),
 }
-APART = ("policy_card", "sessions", "versions", "command")  # have a place of their own
+APART = ("policy_card", "sessions", "versions", "command", "open_loop")  # have a place of their own
 GIGABYTE = 1e9
 
 Row = Mapping[str, Any]
@@ -53,6 +54,8 @@ def build(folder: Path) -> Path:
         name=folder.resolve().name,
         summary=summary,
         judged=summary["successes"] + summary["failures"],
+        crashed=crashed(summary),
+        beside=sentences(summary),
         notes=list(_notes(summary["protocol"])),
         verdicts=[pair for pair in (summary.get("verdicts") or {}).items() if pair[0] not in ("success", "error")],
         funnel=summary.get("funnel") or {},

@@ -85,12 +85,18 @@ def _moved(rows: Sequence[Row]) -> dict[str, dict[str, float]] | None:
 
 
 def _replay(rows: Sequence[Row]) -> Row | None:
-    """Of a replay: episodes that began as recorded, and that followed the recorded path to the end."""
+    """Of a replay: episodes that began as recorded, that followed the recorded path to the end, and that were left out."""
     replays = [row["replay"] for row in rows if row.get("replay") and row["success"] is not None]
-    if not replays:
+    left_out = sum(bool((row.get("replay") or {}).get("left_out")) for row in rows)
+    if not replays and not left_out:
         return None
     followed = [replay["followed_steps"] == replay["recorded_steps"] for replay in replays]
-    return {"started_as_recorded": len(replays), "followed_to_the_end": sum(followed)}
+    return {"started_as_recorded": len(replays), "followed_to_the_end": sum(followed), "left_out": left_out}
+
+
+def crashed(summary: Row) -> int:
+    """Errors that may pass when the episode is played again: a replay that was left out begins as it did."""
+    return summary["errors"] - ((summary.get("replay") or {}).get("left_out") or 0)
 
 
 def sentences(summary: Row) -> list[str]:
@@ -115,6 +121,11 @@ def sentences(summary: Row) -> list[str]:
             f"replay: {replay['started_as_recorded']} began as recorded, {replay['followed_to_the_end']} of them "
             "followed the recorded path to its end (a pushed or differently rendered one may leave it)"
         )
+        if replay.get("left_out"):
+            lines.append(
+                f"left out, as it does not begin as it was recorded: {replay['left_out']}; "
+                "is it the recording's --render_quality, and its version of the simulator?"
+            )
     if summary["moved_by_env_seed_mm"] is not None:
         lines += [_moved_sentence(summary["moved_by_env_seed_mm"], summary["protocol"].get("env_seed"))]
     return lines + _controls_sentences(summary["controls"])

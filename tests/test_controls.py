@@ -61,6 +61,20 @@ def test_what_the_env_seed_moves_is_named() -> None:
     assert moved_by_seed(sim, settle=0) == {}
 
 
+def test_what_hardly_moves_stands_still() -> None:
+    class Shifted:
+        env_seed = 3
+
+        def reset(self, state: int, *, settle: int) -> None:
+            self.shift = 1e-3 if self.env_seed else 0.0
+
+        def places(self) -> dict[str, np.ndarray]:
+            upright = np.array([1.0, 0, 0, 0])
+            return {name: np.append([self.shift * far, 0, 0], upright) for name, far in (("cup", 0.4), ("stove", 0.6))}
+
+    assert moved_by_seed(Shifted(), settle=0) == {"stove": 0.6}
+
+
 def test_a_turn_counts_as_a_move() -> None:
     class Turned:
         env_seed = 3

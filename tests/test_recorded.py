@@ -13,6 +13,7 @@ from prismatic.errors import ConfigError
 from prismatic.image import encode_jpeg
 from prismatic.player import Setup
 from prismatic.suites import init_states, instruction, task_name
+from prismatic.summary import crashed, sentences
 from tests.drawn_cache import write_cache
 from tests.fake_simulator import GOAL, SIDE
 from tests.test_replay import write_libero_file
@@ -68,8 +69,10 @@ def test_a_replay_follows_leaves_or_is_left_out(
     )
     # without the push the point is ahead of its recording from there on
     assert (rows[2]["success"], rows[2]["replay"]["followed_steps"]) == (True, 3)
-    assert summary["replay"] == {"started_as_recorded": 2, "followed_to_the_end": 1}
+    assert summary["replay"] == {"started_as_recorded": 2, "followed_to_the_end": 1, "left_out": 1}
     assert (summary["successes"], summary["errors"]) == (2, 1)
+    assert crashed(summary) == 0  # so nobody is told that playing it again may help
+    assert any(sentence.startswith("left out, ") and " 1; " in sentence for sentence in sentences(summary))
 
 
 def started(*numbers: int, perturbation: float = 0.0) -> tuple[int, Pushes]:

@@ -60,7 +60,7 @@ def test_replays_and_controls_are_told() -> None:
     metrics = {"action_accuracy": 0.5, "l1_loss": 0.25}
     split = {"frames": 9, "policy": metrics, "teacher_forced": metrics, "same_first_id": 1.0}
     summary = summarise(rows, protocol={"open_loop": {"splits": {"train": split}}}, controls=controls)
-    assert summary["replay"] == {"started_as_recorded": 2, "followed_to_the_end": 1}
+    assert summary["replay"] == {"started_as_recorded": 2, "followed_to_the_end": 1, "left_out": 0}
     text = "\n".join(sentences(summary))
     assert "2 began as recorded, 1 of them followed" in text
     assert "control zero: 1 of 4 episodes on these tasks, 95 % interval 4.6 to 69.9 %" in text
