@@ -75,6 +75,19 @@ def test_what_hardly_moves_stands_still() -> None:
     assert moved_by_seed(Shifted(), settle=0) == {"stove": 0.6}
 
 
+def test_a_quaternion_and_its_negative_are_one_attitude() -> None:
+    class Renamed:
+        env_seed = 3
+
+        def reset(self, state: int, *, settle: int) -> None:
+            self.sign = -1.0 if self.env_seed else 1.0
+
+        def places(self) -> dict[str, np.ndarray]:
+            return {"cup": np.array([0, 0, 0, 0.6 * self.sign, 0, 0, 0.8 * self.sign])}
+
+    assert moved_by_seed(Renamed(), settle=0) == {}
+
+
 def test_a_turn_counts_as_a_move() -> None:
     class Turned:
         env_seed = 3
