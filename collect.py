@@ -22,9 +22,9 @@ from config import CollectConfig
 from prismatic.atomic import write_json
 from prismatic.data.rlds import check_name, write_dataset
 from prismatic.data.staging import writing_to
-from prismatic.demonstration import Demonstration, Job, Worker, stop
+from prismatic.episodes.demonstration import Demonstration, Job, Worker, stop
+from prismatic.episodes.replay import Replays, find_replays
 from prismatic.errors import ConfigError, exit_codes
-from prismatic.replay import Replays, find_replays
 from prismatic.simulator import choose_renderer, instruction, num_tasks
 from prismatic.versions import folder_fingerprint
 

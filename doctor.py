@@ -16,8 +16,9 @@ import torchvision  # noqa: F401  (before the first osmesa context: afterwards i
 import tyro
 
 from config import DoctorConfig
-from prismatic import golden, machine, simulator
+from prismatic import machine, simulator
 from prismatic.errors import ConfigError, exit_codes
+from prismatic.scene import golden
 from prismatic.versions import SIMULATOR_PINS, versions
 
 RAMEKIN_TASK, BOWL, RAMEKIN = 5, "akita_black_bowl_1", "glazed_rim_porcelain_ramekin_1"

@@ -20,9 +20,10 @@ import tyro
 from tqdm import tqdm
 
 from config import EvalConfig
-from prismatic import comparison, evaluation, machine, report, simulator, suite_mean
+from prismatic import evaluation, machine, report, simulator, suite_mean
+from prismatic.episodes.player import Setup, Trial
 from prismatic.errors import ConfigError, exit_codes
-from prismatic.player import Setup, Trial
+from prismatic.pages import comparison
 from prismatic.summary import crashed, sentences
 from prismatic.versions import SIMULATOR_PACKAGES, SIMULATOR_PINS, folder_fingerprint, unpinned_simulator, versions
 
@@ -67,7 +68,7 @@ def main(cfg: EvalConfig) -> None:
 def plan(cfg: EvalConfig) -> list[Trial]:
     """What is to be played, of all ranks together."""
     if cfg.policy == "replay":
-        from prismatic import recorded
+        from prismatic.episodes import recorded
 
         demos, sentence = recorded.demos(
             open_data(cfg),
@@ -99,7 +100,7 @@ def open_data(cfg: EvalConfig) -> Any:
 
 def ask_open_loop(cfg: EvalConfig, folder: evaluation.RolloutFolder) -> None:
     """The control that plays nothing; its result stands in the run's record, and so beside its score."""
-    from prismatic.open_loop import open_loop
+    from prismatic.episodes.open_loop import open_loop
 
     policy, cache = load_policy(cfg), open_data(cfg)
     if policy.num_images > 1 and not cache.has_wrist:

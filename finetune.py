@@ -20,26 +20,26 @@ import tyro
 from tqdm import tqdm
 
 from config import FinetuneConfig
-from prismatic import first_batch
 from prismatic.checkpoint import load_statistics, load_tokenizer, save_checkpoint, statistics_key
 from prismatic.data.examples import Examples, batches
 from prismatic.data.frames import DrawBatches, Mixture
 from prismatic.data.mixture import open_mixture
-from prismatic.display import Display
-from prismatic.distributed import Ranks, joined
 from prismatic.errors import ConfigError, Terminated, exit_codes
 from prismatic.hub import resolve
 from prismatic.image import AUGMENTATIONS
-from prismatic.loggers import NoLogger, check_installed, open_logger
 from prismatic.models import quantize, weights
 from prismatic.models.vla import VLA, VLAConfig
-from prismatic.optimizer import make_optimizer
 from prismatic.processor import Batch, Processor, ProcessorConfig
-from prismatic.run_folder import LATEST, SKIPPED, STEP_FOLDER, RunFolder
-from prismatic.training import Metrics, StopSignal, backward, clip_gradients, learning_rate
-from prismatic.training_model import ModelOptions, planned_model
-from prismatic.training_state import Progress, capture, restore, seed_everything
-from prismatic.validation import BEST_BY, Validation, is_best
+from prismatic.training import first_batch
+from prismatic.training.display import Display
+from prismatic.training.distributed import Ranks, joined
+from prismatic.training.loggers import NoLogger, check_installed, open_logger
+from prismatic.training.model import ModelOptions, planned_model
+from prismatic.training.optimizer import make_optimizer
+from prismatic.training.run_folder import LATEST, SKIPPED, STEP_FOLDER, RunFolder
+from prismatic.training.state import Progress, capture, restore, seed_everything
+from prismatic.training.step import Metrics, StopSignal, backward, clip_gradients, learning_rate
+from prismatic.training.validation import BEST_BY, Validation, is_best
 
 LOG_STEPS = 10  # steps between lines of metrics.jsonl
 MAY_CHANGE = (  # on resuming; batch_size and passes as far as their product, the effective batch, stays

@@ -18,17 +18,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
-from prismatic import traces
 from prismatic.atomic import no_room, write_json
-from prismatic.controls import beside
+from prismatic.episodes import traces
+from prismatic.episodes.controls import beside
+from prismatic.episodes.meter import Meter
+from prismatic.episodes.player import Outcome, Setup, Trial
+from prismatic.episodes.trials import names
+from prismatic.episodes.trials import plan as plan
+from prismatic.episodes.workers import SILENCE_LIMIT, play
 from prismatic.errors import ConfigError
-from prismatic.meter import Meter
-from prismatic.player import Outcome, Setup, Trial
+from prismatic.scene.verdicts import Account
 from prismatic.summary import summarise as summarise
-from prismatic.trials import names
-from prismatic.trials import plan as plan
-from prismatic.verdicts import Account
-from prismatic.workers import SILENCE_LIMIT, play
 
 RESULTS, SUMMARY, RUN = "results.jsonl", "summary.json", "run.json"
 POSTERS = "posters"  # folder of the videos' last frames

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from prismatic.errors import ConfigError
-from prismatic.shapes import Shapes
+from prismatic.scene.shapes import Shapes
+from prismatic.scene.suites import init_states
 from prismatic.simulator import Simulator
-from prismatic.suites import init_states
 
 GAIN = 32.0  # command per metre of error: full speed (about 13 mm a step) from 3 cm on
 TURN_GAIN = 2.5  # command per radian of error

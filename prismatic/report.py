@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prismatic import gallery
 from prismatic.atomic import write_whole
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.evaluation import SUMMARY, read_rows
+from prismatic.pages import gallery
 from prismatic.summary import crashed, sentences
 
 PAGE = "report.html"

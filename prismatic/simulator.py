@@ -33,15 +33,15 @@ from typing import Any
 import numpy as np
 
 from prismatic.errors import ConfigError
-from prismatic.stages import Signals
-from prismatic.suites import STEP_LIMITS as STEP_LIMITS
-from prismatic.suites import bddl_file, init_states
-from prismatic.suites import instruction as instruction
-from prismatic.suites import num_init_states as num_init_states
-from prismatic.suites import num_tasks as num_tasks
-from prismatic.suites import step_limit as step_limit
-from prismatic.suites import suites as suites
-from prismatic.witness import Witness
+from prismatic.scene.stages import Signals
+from prismatic.scene.suites import STEP_LIMITS as STEP_LIMITS
+from prismatic.scene.suites import bddl_file, init_states
+from prismatic.scene.suites import instruction as instruction
+from prismatic.scene.suites import num_init_states as num_init_states
+from prismatic.scene.suites import num_tasks as num_tasks
+from prismatic.scene.suites import step_limit as step_limit
+from prismatic.scene.suites import suites as suites
+from prismatic.scene.witness import Witness
 
 SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)  # LIBERO's convention: hold still, fingers open
 RESOLUTION = 256  # pixels a side, as the data sets were rendered

@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prismatic.stages import funnel
+from prismatic.episodes.workers import NEAR_TIE
+from prismatic.scene.stages import funnel
 from prismatic.statistics import clustered_bootstrap, needed, wilson_interval
-from prismatic.workers import NEAR_TIE
 
 Row = dict[str, Any]
 FEWEST_TASKS = 2  # fewer clusters than that have no bootstrap

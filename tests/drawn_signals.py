@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from prismatic.stages import Goal, Part, Signals, Target
+from prismatic.scene.stages import Goal, Part, Signals, Target
 
 T = 120
 CUP, JUG, PLATE = 0, 1, 2

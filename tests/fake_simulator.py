@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from prismatic.errors import ConfigError
+from prismatic.scene.stages import Goal, Signals, Target
 from prismatic.simulator import rollout as rollout  # the real loop
-from prismatic.stages import Goal, Signals, Target
 
 STATES, TASKS, LIMIT, SIDE = 8, 3, 12, 32
 GOAL = 200.0

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prismatic.scene.stages import MOVE_STAGES, PLACE_STAGES
+from prismatic.scene.verdicts import Account, account
 from prismatic.simulator import Simulator, rollout
-from prismatic.stages import MOVE_STAGES, PLACE_STAGES
-from prismatic.verdicts import Account, account
 from tests.scripted_hand import CLOSE, OPEN, Actions, Hand, Script, held, still
 
 # --- a bowl to be put on a plate ------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import pytest
 import bench
 from bench import BenchEvalConfig
 from prismatic.bench import eval as bench_eval
+from prismatic.episodes.player import Setup, Trial
 from prismatic.errors import ConfigError
-from prismatic.player import Setup, Trial
 from tests.fake_simulator import BrightnessPolicy
 
 TRIALS = [Trial(suite="fake", task_id=0, init_state=state, env_seed=0) for state in range(4)]

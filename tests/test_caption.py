@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from prismatic.caption import MARGIN, PAPER, Caption
+from prismatic.episodes.caption import MARGIN, PAPER, Caption
 
 SENTENCE = "pick up the black bowl between the plate and the ramekin and place it on the plate"
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from prismatic.live_bytes import LiveBytes
 from prismatic.models.checkpointing import checkpoint_activations, compile_blocks
 from prismatic.models.lora import add_lora
 from prismatic.models.tiny import TINY, random_vla
 from prismatic.models.vla import VLA
+from prismatic.training.live_bytes import LiveBytes
 
 GENERATOR = torch.Generator().manual_seed(0)
 BATCH = {

@@ -15,7 +15,7 @@ import pytest
 from collect import ATTEMPTS_PER_DEMO, SPARE_ATTEMPTS, Schedule, open_stage
 from config import CollectConfig
 from prismatic.data.staging import load_episode
-from prismatic.demonstration import Pushes, is_no_op
+from prismatic.episodes.demonstration import Pushes, is_no_op
 from prismatic.errors import ConfigError
 from prismatic.image import decode_jpeg
 

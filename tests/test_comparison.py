@@ -9,8 +9,10 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
-from prismatic import comparison, statistics, traces
+from prismatic import statistics
+from prismatic.episodes import traces
 from prismatic.errors import ConfigError
+from prismatic.pages import comparison
 from tests.test_report import Reader, folder_with, row
 
 VERDICTS = {False: ("closed_beside", "It shut on nothing."), True: ("success", "Solved.")}

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prismatic import suites
-from prismatic.controls import beside, instruction_given, moved_by_seed
+from prismatic.episodes.controls import beside, instruction_given, moved_by_seed
 from prismatic.errors import ConfigError
+from prismatic.scene import suites
 from tests import fake_simulator
 
 

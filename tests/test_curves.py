@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prismatic import curves
 from prismatic.errors import ConfigError
+from prismatic.training import curves
 
 
 def write_rows(folder: Path, count: int, *, held_out: bool = True) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prismatic import demonstration
 from prismatic.data.staging import load_episode
-from prismatic.demonstration import POLICY_STEPS, Demonstration, demonstrate
+from prismatic.episodes import demonstration
+from prismatic.episodes.demonstration import POLICY_STEPS, Demonstration, demonstrate
 
 EXPERT = np.array([0.5, 0, 0, 0, 0, 0, 1], np.float32)  # the gripper is open
 POLICY = np.array([0, -0.5, 0, 0, 0, 0, 0], np.float32)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from prismatic import display
-from prismatic.display import Display
 from prismatic.errors import ConfigError
-from prismatic.loggers import NoLogger
-from prismatic.run_folder import RunFolder
-from prismatic.training import Metrics
-from prismatic.training_state import Progress
+from prismatic.training import display
+from prismatic.training.display import Display
+from prismatic.training.loggers import NoLogger
+from prismatic.training.run_folder import RunFolder
+from prismatic.training.state import Progress
+from prismatic.training.step import Metrics
 
 HELD_OUT = {
     "val_loss": 2.0,

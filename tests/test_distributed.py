@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 import finetune
 from config import FinetuneConfig
 from prismatic.data.frames import Mixture
-from prismatic.distributed import Ranks
 from prismatic.errors import ConfigError
-from prismatic.training_state import Progress
+from prismatic.training.distributed import Ranks
+from prismatic.training.state import Progress
 from tests.drawn_run import finish, rows, run_folder, start
 
 pytest_plugins = ["tests.drawn_run"]

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prismatic import evaluation, traces
+from prismatic import evaluation
+from prismatic.episodes import traces
+from prismatic.episodes.player import Outcome, Setup, Trial
 from prismatic.errors import ConfigError
-from prismatic.player import Outcome, Setup, Trial
 from tests.fake_simulator import BrightnessPolicy
 
 FAKE = "tests.fake_simulator"
@@ -165,7 +166,7 @@ sys.path[:0] = [{repository!r}]
 from pathlib import Path
 from prismatic import evaluation
 from prismatic.errors import exit_codes
-from prismatic.player import Setup
+from prismatic.episodes.player import Setup
 from tests.fake_simulator import BrightnessPolicy
 
 class Slow(BrightnessPolicy):

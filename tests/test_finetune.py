@@ -20,8 +20,8 @@ from config import FinetuneConfig
 from prismatic.checkpoint import load_policy
 from prismatic.data import rlds
 from prismatic.errors import ConfigError
-from prismatic.run_folder import RunFolder
-from prismatic.training import learning_rate
+from prismatic.training.run_folder import RunFolder
+from prismatic.training.step import learning_rate
 from tests.conftest import REPOSITORY
 from tests.drawn_episodes import drawn_episode
 from tests.drawn_run import save_base

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prismatic import first_batch
 from prismatic.image import Augmentation
 from prismatic.models.tiny import TINY, tiny_tokenizer
 from prismatic.processor import Batch, Processor, ProcessorConfig
+from prismatic.training import first_batch
 
 ENTRY = {"action": {"q01": [-2.0] * 7, "q99": [2.0] * 7, "min": [-2.0] * 7, "max": [2.0] * 7, "mask": [True] * 7}}
 SAID = "Put the <red> bowl in?\nOut: the drawer"

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from prismatic import golden
+from prismatic.scene import golden
 
 
 def test_the_reference_is_as_expected_and_a_darker_one_is_not() -> None:

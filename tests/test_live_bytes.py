@@ -2,7 +2,7 @@
 
 import torch
 
-from prismatic.live_bytes import LiveBytes
+from prismatic.training.live_bytes import LiveBytes
 
 
 def test_counts_what_is_alive_once() -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from prismatic import loggers
 from prismatic.errors import ConfigError
-from prismatic.loggers import NoLogger, check_installed, open_logger, scalars
+from prismatic.training import loggers
+from prismatic.training.loggers import NoLogger, check_installed, open_logger, scalars
 from tests.conftest import REPOSITORY
 
 TRACKER = """
@@ -96,7 +96,7 @@ def test_a_tracker_that_cannot_start_is_one_sentence(
 TENSORBOARD = """
 import sys
 from pathlib import Path
-from prismatic.loggers import open_logger
+from prismatic.training.loggers import open_logger
 folder = Path(sys.argv[1])
 for first_step, last in ((0, 5), (3, 6)):  # killed after step 5, resumed from step 3
     logger = open_logger("tensorboard", folder, options={}, first_step=first_step)

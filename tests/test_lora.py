@@ -2,10 +2,10 @@
 
 import torch
 
-from prismatic.live_bytes import LiveBytes
 from prismatic.models.lora import add_lora, compute_in_base_dtype, lora_state_dict
 from prismatic.models.tiny import TINY, random_vla
 from prismatic.models.vla import VLA
+from prismatic.training.live_bytes import LiveBytes
 from tests.test_checkpointing import BATCH
 
 

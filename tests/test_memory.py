@@ -8,14 +8,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from prismatic.activations import LABELS, SHARDED, Precision, fake_vla
 from prismatic.errors import ConfigError
-from prismatic.live_bytes import LiveBytes
-from prismatic.memory import GIB, Model, Settings, choose, describe, lines, plan
 from prismatic.models.checkpointing import checkpoint_activations
 from prismatic.models.tiny import TINY
 from prismatic.models.vla import VLAConfig
-from prismatic.training import attention_kernel
+from prismatic.training.activations import LABELS, SHARDED, Precision, fake_vla
+from prismatic.training.live_bytes import LiveBytes
+from prismatic.training.memory import GIB, Model, Settings, choose, describe, lines, plan
+from prismatic.training.step import attention_kernel
 
 WORDS = 40
 

@@ -5,9 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from prismatic import machine, meter
-from prismatic.meter import Meter
-from prismatic.player import Outcome, Trial
+from prismatic import machine
+from prismatic.episodes import meter
+from prismatic.episodes.meter import Meter
+from prismatic.episodes.player import Outcome, Trial
 from tests.fake_simulator import BrightnessPolicy
 
 

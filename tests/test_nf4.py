@@ -13,8 +13,8 @@ from prismatic.models.checkpointing import checkpoint_activations
 from prismatic.models.lora import add_lora, lora_layers, lora_state_dict
 from prismatic.models.nf4 import BYTES_PER_VALUE, quantised_linears
 from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
-from prismatic.optimizer import make_optimizer
 from prismatic.processor import Processor, ProcessorConfig
+from prismatic.training.optimizer import make_optimizer
 from tests.test_checkpointing import BATCH
 
 bitsandbytes: Any = importlib.import_module("bitsandbytes")  # exports without saying so

@@ -9,10 +9,10 @@ from PIL import Image
 
 from prismatic.checkpoint import load_policy
 from prismatic.data.frames import FrameCache, Step
+from prismatic.episodes.open_loop import open_loop
 from prismatic.image import center_crop, decode_jpeg, encode_jpeg
-from prismatic.open_loop import open_loop
 from prismatic.policy import Policy
-from prismatic.training import action_metrics
+from prismatic.training.step import action_metrics
 from tests.conftest import REPOSITORY
 from tests.drawn_cache import write_cache
 from tests.drawn_episodes import drawn_episode
@@ -26,7 +26,7 @@ def policy() -> Policy:
 @pytest.fixture
 def cache(tmp_path: Path) -> FrameCache:
     """The golden frame, pushed a little to the side at each step."""
-    frame = np.asarray(Image.open(REPOSITORY / "prismatic" / "golden_frame.png").convert("RGB"))
+    frame = np.asarray(Image.open(REPOSITORY / "prismatic" / "scene" / "golden_frame.png").convert("RGB"))
     episodes = [drawn_episode(number) for number in (0, 1, 2, 4)]
     for number, episode in enumerate(episodes):
         steps = range(len(episode["images"]))

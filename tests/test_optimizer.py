@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prismatic.errors import ConfigError
-from prismatic.optimizer import make_optimizer
+from prismatic.training.optimizer import make_optimizer
 
 
 def parameter() -> torch.nn.Parameter:

@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prismatic import evaluation, recorded
+from prismatic import evaluation
 from prismatic.data.frames import FrameCache
-from prismatic.demonstration import Pushes, beginning
+from prismatic.episodes import recorded
+from prismatic.episodes.demonstration import Pushes, beginning
+from prismatic.episodes.player import Setup
 from prismatic.errors import ConfigError
 from prismatic.image import encode_jpeg
-from prismatic.player import Setup
-from prismatic.suites import init_states, instruction, task_name
+from prismatic.scene.suites import init_states, instruction, task_name
 from prismatic.summary import crashed, sentences
 from tests.drawn_cache import write_cache
 from tests.fake_simulator import GOAL, SIDE

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prismatic import recording
+from prismatic.episodes import recording
+from prismatic.episodes.recording import HOLD, Recording
 from prismatic.errors import ConfigError
-from prismatic.recording import HOLD, Recording
 
 FRAMES = 12
 

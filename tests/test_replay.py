@@ -19,12 +19,12 @@ import pytest
 from collect import open_stage
 from config import CollectConfig
 from prismatic.data.staging import load_episode
+from prismatic.episodes.replay import Replay, Replays, find_replays
 from prismatic.errors import ConfigError
 from prismatic.expert import Expert
 from prismatic.image import decode_jpeg, encode_jpeg
-from prismatic.replay import Replay, Replays, find_replays
+from prismatic.scene.suites import bddl_file, init_states, task_name
 from prismatic.simulator import Simulator, choose_renderer
-from prismatic.suites import bddl_file, init_states, task_name
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITE, TASK = "libero_spatial", 0

@@ -10,7 +10,8 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
-from prismatic import evaluation, report, traces
+from prismatic import evaluation, report
+from prismatic.episodes import traces
 from prismatic.errors import ConfigError
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from prismatic.errors import ConfigError
-from prismatic.run_folder import Best, RunFolder
+from prismatic.training.run_folder import Best, RunFolder
 
 
 def names(run: RunFolder) -> list[str]:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prismatic import simulator, suites
+from prismatic import simulator
 from prismatic.errors import ConfigError
+from prismatic.scene import suites
 from prismatic.simulator import SETTLE_ACTION, Simulator, choose_renderer, rollout
 
 SUITE, TASK, STATE = "libero_spatial", 0, 3

@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 
-from prismatic import suites
-from prismatic.stages import MOVE_STAGES, MOVING, PLACE_STAGES, PLACING, Goal
-from prismatic.verdicts import NOT_ENOUGH, SENTENCES
+from prismatic.scene import suites
+from prismatic.scene.stages import MOVE_STAGES, MOVING, PLACE_STAGES, PLACING, Goal
+from prismatic.scene.verdicts import NOT_ENOUGH, SENTENCES
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from prismatic import evaluation, suites
+from prismatic import evaluation
+from prismatic.scene import suites
 
 PARENTS = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 PRO = [f"{parent}_{kind}" for parent in PARENTS for kind in ("lan", "object", "swap", "task")]

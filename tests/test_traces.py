@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prismatic import traces
+from prismatic.episodes import traces
 from prismatic.errors import ConfigError
 
 

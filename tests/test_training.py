@@ -5,7 +5,7 @@ import torch
 
 from action_tokenizer import ActionTokenizer
 from prismatic.models.vla import IGNORE
-from prismatic.training import action_errors, action_metrics
+from prismatic.training.step import action_errors, action_metrics
 
 
 def test_errors_stand_with_their_dimension() -> None:

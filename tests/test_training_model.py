@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 import finetune
 from config import FinetuneConfig
-from prismatic import memory
 from prismatic.errors import ConfigError
 from prismatic.models.lora import lora_layers
-from prismatic.training_model import ModelOptions, build_training_model
+from prismatic.training import memory
+from prismatic.training.model import ModelOptions, build_training_model
 from tests.test_finetune import cfg, every_step_is_logged, losses, place  # noqa: F401  (fixtures)
 
 OPTIONS = ModelOptions(
@@ -75,7 +75,7 @@ def test_what_cannot_fit_is_said_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 20_000_000)
-    monkeypatch.setattr("prismatic.training_model.load_vla", lambda *a, **k: pytest.fail("it was loaded"))
+    monkeypatch.setattr("prismatic.training.model.load_vla", lambda *a, **k: pytest.fail("it was loaded"))
     with pytest.raises(ConfigError, match=r"this machine has 0\.0 GiB free"):
         finetune.main(cfg)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from prismatic.distributed import ALONE
-from prismatic.training_state import Progress, capture, restore, seed_everything
+from prismatic.training.distributed import ALONE
+from prismatic.training.state import Progress, capture, restore, seed_everything
 
 
 def some_numbers() -> list[float]:

@@ -2,8 +2,8 @@
 
 import pytest
 
+from prismatic.episodes.trials import plan
 from prismatic.errors import ConfigError
-from prismatic.trials import plan
 
 FAKE = "tests.fake_simulator"
 

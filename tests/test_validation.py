@@ -11,14 +11,15 @@ from safetensors.torch import load_file
 
 import finetune
 from config import FinetuneConfig
-from prismatic import image, validation
+from prismatic import image
 from prismatic.data.examples import example
 from prismatic.data.frames import FrameCache, Mixture
 from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
 from prismatic.models.vla import IGNORE
 from prismatic.normalize import ACTION_DIMENSIONS
 from prismatic.processor import Processor, ProcessorConfig
-from prismatic.validation import Validation
+from prismatic.training import validation
+from prismatic.training.validation import Validation
 
 pytest_plugins = ["tests.drawn_run"]
 

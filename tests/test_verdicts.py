@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prismatic import verdicts
-from prismatic.stages import Goal, Signals, Target, Way, funnel, named
-from prismatic.verdicts import account
+from prismatic.scene import verdicts
+from prismatic.scene.stages import Goal, Signals, Target, Way, funnel, named
+from prismatic.scene.verdicts import account
 from tests.drawn_signals import CUP, JUG, ON_PLATE, PLATE, T, grasp, hand_at, scene
 from tests.scripted_failures import CASES
 

@@ -8,9 +8,9 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 
-from prismatic import video
+from prismatic.episodes import video
+from prismatic.episodes.video import Video
 from prismatic.errors import ConfigError
-from prismatic.video import Video
 
 
 def frames(count: int = 7) -> np.ndarray:

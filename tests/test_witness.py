@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from prismatic.verdicts import Account
+from prismatic.scene.verdicts import Account
 from tests.scripted_failures import CASES, run
 
 PLAYED = [case for case in CASES if case.stages is not None]

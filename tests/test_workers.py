@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prismatic import workers
+from prismatic.episodes import workers
+from prismatic.episodes.player import Outcome, Setup, Trial
 from prismatic.errors import ConfigError
-from prismatic.player import Outcome, Setup, Trial
 from tests.conftest import REPOSITORY
 from tests.fake_simulator import CLOSE_CALLS, STATES, BrightnessPolicy, CloseCallPolicy
 

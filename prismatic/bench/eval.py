@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from prismatic import machine
+from prismatic.episodes.player import Outcome, Setup, Trial
+from prismatic.episodes.workers import play
 from prismatic.errors import ConfigError
-from prismatic.player import Outcome, Setup, Trial
-from prismatic.workers import play
 
 RENDERER_THREADS = "LP_NUM_THREADS"
 ONE_CORE, THREADED = "one core a process", "renderer's threads"

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from prismatic.activations import SHARDED, Precision
-from prismatic.memory import GIB, Model, Plan, Settings, describe, plan
 from prismatic.models.vla import VLAConfig
+from prismatic.training.activations import SHARDED, Precision
+from prismatic.training.memory import GIB, Model, Plan, Settings, describe, plan
 
 WORDS = 40  # ids of the longest row: a LIBERO instruction with its prompt, and the action
 SPARE = 0.1  # of the card: for the driver, ECC, and what the plan doesn't know

@@ -20,14 +20,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from prismatic.bench.ceilings import matrix_rate
 from prismatic.bench.plain import PlainVLA
 from prismatic.errors import ConfigError
-from prismatic.live_bytes import LiveBytes
 from prismatic.models import weights
 from prismatic.models.checkpointing import checkpoint_activations, compile_blocks
 from prismatic.models.llama import LlamaConfig
 from prismatic.models.lora import add_lora, compute_in_base_dtype
 from prismatic.models.nf4 import prepare_nf4
 from prismatic.models.vla import DINO_ID, IGNORE, SIGLIP_ID, VLA, VLAConfig
-from prismatic.optimizer import make_optimizer
+from prismatic.training.live_bytes import LiveBytes
+from prismatic.training.optimizer import make_optimizer
 
 WORDS, LABELS = 40, 8  # of a row: a LIBERO instruction with its prompt, and 7 actions with </s>
 RANK = 32

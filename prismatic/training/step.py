@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from action_tokenizer import ActionTokenizer
-from prismatic.distributed import ALONE, Ranks, gradients_wait
 from prismatic.errors import Terminated
 from prismatic.models.vla import IGNORE
 from prismatic.processor import Batch
+from prismatic.training.distributed import ALONE, Ranks, gradients_wait
 
 
 def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, max_steps: int) -> float:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from prismatic.distributed import Ranks
 from prismatic.errors import ConfigError
+from prismatic.training.distributed import Ranks
 from prismatic.versions import versions
 
 

@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from prismatic import suites
 from prismatic.data.frames import FrameCache
-from prismatic.demonstration import beginning, is_no_op
+from prismatic.episodes.demonstration import beginning, is_no_op
+from prismatic.episodes.player import Trial
+from prismatic.episodes.replay import find_replays, read_demo
 from prismatic.errors import ConfigError
 from prismatic.image import decode_jpeg
 from prismatic.normalize import gripper_open_is_one
-from prismatic.player import Trial
-from prismatic.replay import find_replays, read_demo
+from prismatic.scene import suites
 
 # file_path of the scripted expert's episodes; where a policy acted first, its actions were not recorded
 OWN = re.compile(r"(\w+)/task(\d+)/seed(\d+)/attempt(\d+)")

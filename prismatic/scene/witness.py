@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from prismatic.shapes import ROBOT_PARTS, Shapes
-from prismatic.stages import MOVING, PLACING, Goal, Part, Signals, Target, Way
+from prismatic.scene.shapes import ROBOT_PARTS, Shapes
+from prismatic.scene.stages import MOVING, PLACING, Goal, Part, Signals, Target, Way
 
 HINGE, SLIDE = 3, 2  # MuJoCo's joint types
 ON_RADIUS = 0.03  # m, LIBERO's own: between the origins of an object and of what it shall be on

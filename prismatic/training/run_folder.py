@@ -27,8 +27,8 @@ from safetensors import SafetensorError
 
 from prismatic.atomic import write_json, write_whole
 from prismatic.data.staging import writing_to
-from prismatic.distributed import ALONE, Ranks
 from prismatic.errors import ConfigError, read_json
+from prismatic.training.distributed import ALONE, Ranks
 
 STEP_FOLDER = re.compile(r"latest|best|step-\d+")  # names within a run: the run's own name says more
 STATE, METRICS, LATEST, OPTIONS = "training_state.pt", "metrics.jsonl", "latest", "finetune.json"

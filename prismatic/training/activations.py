@@ -15,12 +15,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from prismatic.live_bytes import LiveBytes
 from prismatic.models.llama import rotary
 from prismatic.models.lora import add_lora, compute_in_base_dtype
 from prismatic.models.vision import CHANNELS
 from prismatic.models.vla import VLA, VLAConfig
-from prismatic.training import attention_kernel
+from prismatic.training.live_bytes import LiveBytes
+from prismatic.training.step import attention_kernel
 
 LABELS = 8  # positions a row that have a label: 7 actions and </s>
 

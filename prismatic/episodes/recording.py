@@ -6,8 +6,8 @@ from types import TracebackType
 
 import numpy as np
 
-from prismatic.caption import Caption
-from prismatic.video import FRAMES_PER_SECOND, Video, unwritable
+from prismatic.episodes.caption import Caption
+from prismatic.episodes.video import FRAMES_PER_SECOND, Video, unwritable
 
 GIF_FRAMES_PER_SECOND = 10  # half the video's: GIFs are large
 POSTER_QUALITY = 80  # of JPEG's 100, about 10 KB

@@ -10,11 +10,11 @@ from urllib.parse import quote
 
 import numpy as np
 
-from prismatic import traces
+from prismatic.episodes import traces
+from prismatic.episodes.video import FRAMES_PER_SECOND
 from prismatic.evaluation import poster_name
-from prismatic.video import FRAMES_PER_SECOND
 
-PAGES = Path(__file__).with_name("pages")
+PAGES = Path(__file__).parent
 # Of a trace, in its own units: room for names, length, height of a line's strip, room for the axis; 1 / units of a path.
 BOX = {"left": 46, "width": 200, "strip": 24, "foot": 16, "scale": 0.1}
 OUTCOMES: dict[bool | None, str] = {True: "success", False: "failure", None: "error"}

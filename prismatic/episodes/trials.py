@@ -4,8 +4,8 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
+from prismatic.episodes.player import Trial
 from prismatic.errors import ConfigError
-from prismatic.player import Trial
 
 
 def plan(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from prismatic import machine
-from prismatic.player import Outcome
+from prismatic.episodes.player import Outcome
 from prismatic.versions import git_commit
 
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from prismatic import curves
-from prismatic.distributed import ALONE, Ranks
 from prismatic.errors import ConfigError
-from prismatic.loggers import NoLogger, scalars
 from prismatic.machine import resident_with_children
-from prismatic.run_folder import RunFolder
-from prismatic.training import Metrics
-from prismatic.training_state import Progress
+from prismatic.training import curves
+from prismatic.training.distributed import ALONE, Ranks
+from prismatic.training.loggers import NoLogger, scalars
+from prismatic.training.run_folder import RunFolder
+from prismatic.training.state import Progress
+from prismatic.training.step import Metrics
 
 GIB = 2**30
 LEARNING = "finetune"  # what the bar says while nothing else is done

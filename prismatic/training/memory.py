@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from prismatic.activations import Piece, Precision, pieces
 from prismatic.errors import ConfigError
 from prismatic.machine import available_memory
 from prismatic.models.lora import add_lora
 from prismatic.models.nf4 import BYTES_PER_VALUE, quantised_linears
 from prismatic.models.vla import VLA, VLAConfig
+from prismatic.training.activations import Piece, Precision, pieces
 
 GIB = 2**30
 EIGHT_BIT_STATE = 2 * (1 + 4 / 256)  # bytes a value: two moments, each with a float32 scale for 256 values

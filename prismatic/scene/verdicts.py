@@ -40,7 +40,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from prismatic.stages import MOVED, OPENED, SHUT, Signals, Target, Way, miss, named, progress, reached, runs
+from prismatic.scene.stages import MOVED, OPENED, SHUT, Signals, Target, Way, miss, named, progress, reached, runs
 
 FALL = 0.05  # m
 PUSHED = 0.05  # m

@@ -16,10 +16,10 @@ import h5py
 import numpy as np
 
 from prismatic.data.staging import ACTION_SIZE, writing_to
-from prismatic.demonstration import Job, Recording
+from prismatic.episodes.demonstration import Job, Recording
 from prismatic.errors import ConfigError
+from prismatic.scene.suites import init_states, task_name
 from prismatic.simulator import Simulator
-from prismatic.suites import init_states, task_name
 
 MOST_NAMED = 3  # missing files that an error names
 

@@ -1,6 +1,6 @@
 """A run folder in (metrics.jsonl), its curves.png out: loss, action accuracy, L1 and learning rate over the steps.
 
-python -m prismatic.curves RUN
+python -m prismatic.training.curves RUN
 """
 
 import io
@@ -14,7 +14,7 @@ import numpy as np
 
 from prismatic.atomic import write_whole
 from prismatic.errors import ConfigError, exit_codes
-from prismatic.run_folder import METRICS
+from prismatic.training.run_folder import METRICS
 
 PICTURE = "curves.png"
 PANELS = (
@@ -86,7 +86,7 @@ def _smoothed(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.nda
 if __name__ == "__main__":
     with exit_codes():
         if len(sys.argv) != 2:
-            raise ConfigError("one folder is needed: python -m prismatic.curves RUN")
+            raise ConfigError("one folder is needed: python -m prismatic.training.curves RUN")
         picture = draw(Path(sys.argv[1]))
         if picture is None:
             raise ConfigError(f"{sys.argv[1]} has no rows in {METRICS}: give the run folder that finetune.py writes")

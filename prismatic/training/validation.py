@@ -13,12 +13,12 @@ import torch
 
 from prismatic.data.examples import example
 from prismatic.data.frames import Mixture
-from prismatic.distributed import ALONE, Ranks
 from prismatic.models.vla import VLA
 from prismatic.normalize import ACTION_DIMENSIONS
 from prismatic.processor import Processor
-from prismatic.run_folder import RunFolder
-from prismatic.training import action_errors
+from prismatic.training.distributed import ALONE, Ranks
+from prismatic.training.run_folder import RunFolder
+from prismatic.training.step import action_errors
 
 FRAMES = 256  # at most, of all data sets together: 1,792 action tokens, an accuracy to about ±1 %
 BEST_BY = "val_l1_loss"  # the lower the better: unlike accuracy it tells a near miss from a far one

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from prismatic.episodes.player import Outcome, Setup, Trial, serve
 from prismatic.errors import ConfigError
-from prismatic.player import Outcome, Setup, Trial, serve
 
 ATTEMPTS = 3  # the first and two repeats
 SILENCE_LIMIT = 180.0  # s without a word from a process at play before it counts as hung; a step takes 0.1 s

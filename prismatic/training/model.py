@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from prismatic import memory
-from prismatic.activations import SHARDED, Precision
 from prismatic.checkpoint import CONFIG, load_vla
-from prismatic.distributed import Ranks, shard
 from prismatic.errors import ConfigError
 from prismatic.models.checkpointing import checkpoint_activations, compile_blocks
 from prismatic.models.lora import add_lora, compute_in_base_dtype
 from prismatic.models.vla import VLA, VLAConfig
+from prismatic.training import memory
+from prismatic.training.activations import SHARDED, Precision
+from prismatic.training.distributed import Ranks, shard
 
 
 @dataclass(frozen=True)

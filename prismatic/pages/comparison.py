@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prismatic import gallery, report, statistics
+from prismatic import report, statistics
 from prismatic.atomic import write_whole
 from prismatic.errors import ConfigError, read_json
 from prismatic.evaluation import RESULTS, RUN, read_rows
+from prismatic.pages import gallery
 from prismatic.statistics import Comparison, wilson_interval
 from prismatic.versions import SIMULATOR_PACKAGES
 

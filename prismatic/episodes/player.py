@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from prismatic import golden, machine
-from prismatic.controls import PROTOCOL_SEED, instruction_given, moved_by_seed
+from prismatic import machine
+from prismatic.episodes.controls import PROTOCOL_SEED, instruction_given, moved_by_seed
+from prismatic.episodes.recording import Recording
 from prismatic.errors import ConfigError
-from prismatic.recording import Recording
-from prismatic.verdicts import Account, account
+from prismatic.scene import golden
+from prismatic.scene.verdicts import Account, account
 
 HEARTBEAT = 1.0  # s between signs of life of a process that needs no answers
 PR_SET_PDEATHSIG = 1  # Linux prctl: be sent a signal when the parent dies
@@ -152,7 +153,7 @@ def _policy(setup: Setup, sim: Any, trial: Trial, connection: Connection) -> Any
 
         return _Alive(Expert(sim), connection)
     if setup.policy == "replay":
-        from prismatic.recorded import Demo, Recorded
+        from prismatic.episodes.recorded import Demo, Recorded
 
         assert isinstance(trial, Demo)
         return _Alive(Recorded(sim, trial), connection)

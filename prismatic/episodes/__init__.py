@@ -1,0 +1,1 @@
+"""Episodes: which there are, who plays them and where, what is recorded of them."""
