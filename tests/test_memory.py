@@ -14,7 +14,7 @@ from prismatic.models.tiny import TINY
 from prismatic.models.vla import VLAConfig
 from prismatic.training.activations import LABELS, SHARDED, Precision, fake_vla
 from prismatic.training.live_bytes import LiveBytes
-from prismatic.training.memory import GIB, Model, Settings, choose, describe, lines, plan
+from prismatic.training.memory import GIB, Model, Settings, _smaller, choose, describe, lines, plan
 from prismatic.training.step import attention_kernel
 
 WORDS = 40
@@ -77,7 +77,7 @@ def test_the_plan_is_what_the_full_sizes_own_code_keeps_alive(model: Model, batc
 def test_and_in_other_formats_at_a_small_size(precision: Precision, checkpointing: bool) -> None:
     planned = plan(describe(TINY, precision, words=WORDS, on_cpu=True), Settings(8, 1, checkpointing))
     counted = counted_peak(TINY, precision, 8, checkpointing=checkpointing)
-    assert planned.activations + planned.logits == pytest.approx(counted, rel=0.1)
+    assert planned.activations + planned.logits == pytest.approx(counted, rel=0.02)  # a block's output is 1 to 2 %
 
 
 def test_what_does_not_depend_on_the_batch_is_counted_exactly(model: Model) -> None:
@@ -92,6 +92,24 @@ def test_what_does_not_depend_on_the_batch_is_counted_exactly(model: Model) -> N
     assert unread == dino + siglip + pooling
     packed = plan(model, Settings(1, 16, True, True))
     assert 2 * model.base - packed.weights == pytest.approx(model.linear * (2 - 0.5 - 4 / 64))
+    unpacked = 2 * 4096 * 11008  # the decoder's feed-forward, the largest matrix, in bf16 while it is used
+    assert packed.activations - plan(model, Settings(1, 16, True)).activations == unpacked
+
+
+def test_shares_cut_up_what_is_held_and_not_what_is_computed(model: Model) -> None:
+    whole, shared = (plan(model, Settings(1, 16, True, shares=shares)) for shares in (1, 4))
+    for name in ("weights", "adapters", "gradients", "optimizer"):
+        assert getattr(shared, name) == getattr(whole, name) // 4
+    assert (shared.activations, shared.logits) == (whole.activations, whole.logits)
+
+
+def test_smaller_settings_keep_the_effective_batch() -> None:
+    tried = list(_smaller(Settings(5, 2), quantisable=False))
+    assert [(settings.batch_size, settings.grad_accumulation_steps) for settings in tried] == [
+        (5, 2),
+        (2, 5),
+        (1, 10),
+    ] * 2
 
 
 def test_shares_hold_their_part_and_what_is_gathered() -> None:

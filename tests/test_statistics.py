@@ -120,6 +120,12 @@ def test_clustered_bootstrap_equals_scipys_over_tasks_of_one_size() -> None:
     assert (low, high) == pytest.approx((scipys.low, scipys.high), abs=0.011)  # steps of 0.01
 
 
+def test_clustered_bootstrap_weighs_a_drawn_task_by_its_episodes() -> None:
+    outcomes = {"s": {0: [True] * 30, 1: [False] * 10}}
+    _, low, high = clustered_bootstrap(outcomes, confidence=0.0)  # the median draw: each task once
+    assert low == high == 0.75
+
+
 def test_how_many_episodes_a_difference_needs() -> None:
     needs = needed(0.5, 0.1)
     assert needs is not None and needs["separate_runs"] == 388  # R: power.prop.test(p1 = .5, p2 = .4, power = .8)
