@@ -238,3 +238,13 @@ def test_hostile_strings_stay_text(tmp_path: Path) -> None:
     assert "{{ 7 * 7 }}" in page and " 49 " not in page
     read = Reader(page)
     assert not read.unclosed and HOSTILE.replace("\ud800", "?") in read.texts
+
+
+def test_what_stands_beside_the_score_and_what_a_policy_was_told(tmp_path: Path) -> None:
+    rows = [ROWS[0] | {"instruction_given": words, "moved_by_env_seed_mm": {"stove": 4.0}} for words in ("", "grab it")]
+    rows[1] |= {"episode_id": "libero_spatial/task0/state99/seed0"}
+    folder = folder_with(tmp_path, rows)
+    text = " ".join(Reader(report.build(folder).read_text()).texts)
+    assert "env_seed" in text and "moved, against seed 0: task 0 stove 4 mm" in text
+    assert "told: nothing" in text and "told: grab it" in text
+    assert "told:" not in " ".join(Reader(report.build(folder_with(tmp_path / "plain", ROWS)).read_text()).texts)
