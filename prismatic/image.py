@@ -72,9 +72,11 @@ def _resample_rows(pixels: np.ndarray, size: int) -> np.ndarray:
     """(H, …) float32 → (size, …) float32; taps are added one after another, because float32 sums depend on their order."""
     first, weights = _lanczos3_taps(pixels.shape[0], size)
     out = np.zeros((size, *pixels.shape[1:]), np.float32)
+    rows = np.empty_like(out)
     for k in range(weights.shape[1]):
-        rows = pixels[np.minimum(first + k, pixels.shape[0] - 1)]
-        out += rows * weights[:, k].reshape(-1, *[1] * (pixels.ndim - 1))
+        pixels.take(first + k, axis=0, out=rows, mode="clip")  # beyond the last row the weight is zero
+        rows *= weights[:, k].reshape(-1, *[1] * (pixels.ndim - 1))
+        out += rows
     return out
 
 
@@ -117,10 +119,10 @@ def crop_and_resize(image: np.ndarray, box: Sequence[float]) -> np.ndarray:
     top, left = np.floor(y).astype(np.int64), np.floor(x).astype(np.int64)
     bottom, right = np.ceil(y).astype(np.int64), np.ceil(x).astype(np.int64)
     x_share, y_share = (x - left).astype(np.float32)[None, :, None], (y - top).astype(np.float32)[:, None, None]
-    upper, lower = image[top], image[bottom]
-    upper = upper[:, left] + (upper[:, right] - upper[:, left]) * x_share
-    lower = lower[:, left] + (lower[:, right] - lower[:, left]) * x_share
-    return upper + (lower - upper) * y_share
+    lefts = image.take(left, axis=1)
+    mixed = lefts + (image.take(right, axis=1) - lefts) * x_share  # every row once: most are the upper of one and the lower of another
+    upper = mixed.take(top, axis=0)
+    return upper + (mixed.take(bottom, axis=0) - upper) * y_share
 
 
 def center_crop(image: np.ndarray) -> np.ndarray:
