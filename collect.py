@@ -40,7 +40,8 @@ class Schedule:
 
     def __init__(self, cfg: CollectConfig, stage: Path) -> None:
         self._cfg, self._stage = cfg, stage
-        self._after = f"after-{folder_fingerprint(cfg.policy_checkpoint)[:6]}-" if cfg.policy_checkpoint else ""
+        acting = cfg.policy_checkpoint and folder_fingerprint(cfg.policy_checkpoint, weights_only=True)
+        self._after = f"after-{acting[:6]}-" if acting else ""
         self._limit = cfg.num_demos_per_task * ATTEMPTS_PER_DEMO + SPARE_ATTEMPTS
         self.tasks = list(cfg.task_ids or range(num_tasks(cfg.task_suite_name)))
         self._next = dict.fromkeys(self.tasks, 0)

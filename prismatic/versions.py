@@ -77,14 +77,15 @@ def _git(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
 
-def folder_fingerprint(path: Path) -> str:
+def folder_fingerprint(path: Path, *, weights_only: bool = False) -> str:
     """16 hex digits of a checkpoint or adapter, a folder or a file: of its JSON files and weights, wherever
-    it lies.
+    it lies. weights_only: an adapter's JSON names its base by where that lies.
 
     Of a large file 8 MB are read, spread over its length, so that 15 GB take well under a second.
     """
     digest = hashlib.sha256()
-    for file in sorted(_files(path), key=lambda file: file.name):
+    files = [file for file in _files(path) if file.suffix in WEIGHTS or not weights_only]
+    for file in sorted(files, key=lambda file: file.name):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as stream:

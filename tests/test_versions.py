@@ -57,8 +57,10 @@ def test_a_changed_weight_is_another(weights: Path, place: int) -> None:
 
 def test_a_changed_processor_is_another(weights: Path) -> None:
     before = versions.folder_fingerprint(weights)
+    alone = versions.folder_fingerprint(weights, weights_only=True)
     (weights / "processor.json").write_text('{"center_crop": true}')
     assert versions.folder_fingerprint(weights) != before
+    assert versions.folder_fingerprint(weights, weights_only=True) == alone != before
 
 
 def test_native_checkpoints_lie_one_folder_down(tmp_path: Path) -> None:
