@@ -29,9 +29,8 @@ from prismatic.versions import SIMULATOR_PACKAGES, SIMULATOR_PINS, folder_finger
 
 # Nothing here may import torch at the top: each simulator process imports this file once more.
 
-STEP_FOLDER = re.compile(
-    r"latest|best|step-\d+"
-)  # within a training run (run_folder.py, which needs torch): the run's name says more
+# Within a training run (training/run_folder.py, which needs torch): the run's name says more.
+STEP_FOLDER = re.compile(r"latest|best|step-\d+")
 VERSIONS = "versions.json"  # as beside an adapter
 RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
 LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of them on this machine, which they share

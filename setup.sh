@@ -3,8 +3,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-# libosmesa6, libegl1, libgl1: MuJoCo's renderers; libglib2.0-0: OpenCV, which robosuite imports; g++: torch.compile; python3-venv: .venv
-packages=(libosmesa6 libegl1 libgl1 libglib2.0-0 python3-venv g++)
+# libosmesa6, libegl1, libgl1: MuJoCo's renderers; libglib2.0-0: OpenCV, which robosuite imports; g++ and python3-dev: torch.compile; python3-venv: .venv
+packages=(libosmesa6 libegl1 libgl1 libglib2.0-0 python3-venv python3-dev g++)
 missing=()
 if command -v dpkg-query >/dev/null; then
     for package in "${packages[@]}"; do

@@ -247,6 +247,7 @@ def load_policy(
 
     quantize: none (a folder that export.py quantised stays so), int8 or int4; backend: torchao or bitsandbytes, None: as measured best.
     drafting: whether a named episode's last answer is the draft of its next (same words, fewer passes); None: where it measured faster, on a CPU.
+    ConfigError with bitsandbytes: LLM.int8 rounds a whole pass at a time, so its words would follow the draft.
     """
     folder, adapter_folder = base_and_adapter(checkpoint, adapter)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -267,7 +268,12 @@ def load_policy(
         "quantize": precision,
         "quantize_backend": backend and backends.described(backend),
     }
-    drafting = device == "cpu" if drafting is None else drafting
+    rounds_by_pass = backend == "bitsandbytes"  # also in NF4: layers whose width it doesn't take are LLM.int8's
+    if drafting and rounds_by_pass:
+        raise ConfigError(
+            "bitsandbytes rounds a whole pass at a time, so a draft could change its words: leave out --drafting True"
+        )
+    drafting = device == "cpu" and not rounds_by_pass if drafting is None else drafting
     return Policy(vla, processor, card, decoder=capture(vla), drafting=drafting)
 
 

@@ -120,7 +120,8 @@ def crop_and_resize(image: np.ndarray, box: Sequence[float]) -> np.ndarray:
     bottom, right = np.ceil(y).astype(np.int64), np.ceil(x).astype(np.int64)
     x_share, y_share = (x - left).astype(np.float32)[None, :, None], (y - top).astype(np.float32)[:, None, None]
     lefts = image.take(left, axis=1)
-    mixed = lefts + (image.take(right, axis=1) - lefts) * x_share  # every row once: most are the upper of one and the lower of another
+    # every row once: most are the upper of one and the lower of another
+    mixed = lefts + (image.take(right, axis=1) - lefts) * x_share
     upper = mixed.take(top, axis=0)
     return upper + (mixed.take(bottom, axis=0) - upper) * y_share
 

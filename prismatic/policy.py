@@ -102,7 +102,7 @@ class Policy:
         )
         ids = answer.ids.cpu()
         self.last_margins = answer.lead.amin(dim=1).cpu().numpy()
-        self.counts.update(actions=len(ids), calls=1, passes=answer.passes, doubtful=answer.doubtful)
+        self.counts.update(actions=len(ids), calls=1, passes=answer.passes, doubtful=int(answer.doubtful.sum()))
         if draft is not None:
             self.counts["confirmed"] += int((draft == ids).cumprod(dim=1).sum())
         if self.drafting:

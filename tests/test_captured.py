@@ -88,6 +88,19 @@ def test_what_cannot_be_recorded_is_decoded_pass_by_pass(lively: VLA) -> None:  
     assert captured(ids, pixels, 7, mask, expected).ids.equal(expected)
 
 
+def test_what_cannot_be_compiled_is_decoded_by_the_model_itself(lively: VLA) -> None:  # noqa: F811
+    def refuse(graph, inputs):
+        raise FileNotFoundError("no compiler")
+
+    ids, mask, pixels = prompts(2)
+    expected = Decoder(lively)(ids, pixels, 7, mask).ids
+    torch._dynamo.reset()
+    captured = CapturedDecoder(lively, compile_layers(lively, backend=refuse), record=Tape())
+    with pytest.warns(UserWarning, match="(?s)not captured.*no compiler"):
+        assert captured(ids, pixels, 7, mask).ids.equal(expected)
+    assert captured(ids, pixels, 7, mask, expected).ids.equal(expected)
+
+
 def test_on_a_cpu_nothing_is_recorded(lively: VLA) -> None:  # noqa: F811
     assert type(capture(lively)) is Decoder
 
@@ -98,9 +111,13 @@ def test_layers_compile_whole(lively: VLA) -> None:  # noqa: F811
     draft = torch.zeros(2, 7, dtype=torch.int64)
     expected = Decoder(lively)(ids, pixels, 7, mask, draft).ids
     torch._dynamo.reset()
-    compile_layers(vla, backend="eager", fullgraph=True)  # a graph break or one recompilation too many would raise
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        assert Decoder(vla)(ids, pixels, 7, mask, draft).ids.equal(expected)
-        assert vla.generate_action_ids(ids, pixels, 7, mask).equal(expected)
+    # a graph break or one recompilation too many would raise
+    compiled = compile_layers(vla, backend="eager", fullgraph=True)
     frames = torch._dynamo.utils.counters["frames"]
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        assert vla.generate_action_ids(ids, pixels, 7, mask).equal(expected)
+        assert frames["ok"] == 0  # the model itself is not compiled
+        assert Decoder(compiled)(ids, pixels, 7, mask, draft).ids.equal(expected)
+        assert compiled.generate_action_ids(ids, pixels, 7, mask).equal(expected)
+    assert next(compiled.parameters()) is next(vla.parameters())
     assert frames["ok"] <= 12  # not one a layer, nor one a column

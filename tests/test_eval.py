@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -284,10 +285,13 @@ def test_two_runs_are_compared_on_a_page(tmp_path: Path, fake: None, capsys: pyt
         script.main(config(tmp_path, compare=(before, tmp_path / "nowhere")))
     with pytest.raises(ConfigError, match="in twos, before and after, not 3"):
         script.main(config(tmp_path, compare=(before, after, before)))
+    with pytest.raises(ConfigError, match="EVAL-fake-zero is given more than once"):
+        script.main(config(tmp_path, compare=(before, after, before, after)))
+    more = [after.with_name(name) for name in ("EVAL-fake-zero--more", "EVAL-fake-random--more")]
+    for folder, copied in zip(more, (before, after), strict=True):
+        shutil.copytree(copied, folder)
     capsys.readouterr()
-    script.main(
-        config(tmp_path, compare=(before, after, after, before))
-    )  # the same six episodes twice: they count twice
+    script.main(config(tmp_path, compare=(before, after, *more)))
     printed = capsys.readouterr().out
     assert "12 shared episodes" in printed and printed.count("side by side: ") == 2
 

@@ -7,6 +7,7 @@ import pytest
 
 from prismatic import policy as policy_module
 from prismatic.checkpoint import load_policy
+from prismatic.errors import ConfigError
 from prismatic.policy import Policy
 from tests.conftest import REPOSITORY
 
@@ -51,3 +52,11 @@ def test_memory_of_episodes_is_bounded(policy: Policy, monkeypatch: pytest.Monke
     for episode in range(4):
         policy(picture, WORDS, wrist=picture, episode=episode)
     assert list(policy._last) == [2, 3]
+
+
+def test_drafting_is_off_where_rounding_follows_the_draft() -> None:
+    folder = REPOSITORY / "checkpoints" / "openvla-tiny"
+    assert load_policy(folder, device="cpu").drafting
+    assert not load_policy(folder, device="cpu", quantize="int8", backend="bitsandbytes").drafting
+    with pytest.raises(ConfigError, match="bitsandbytes rounds a whole pass at a time"):
+        load_policy(folder, device="cpu", quantize="int4", backend="bitsandbytes", drafting=True)

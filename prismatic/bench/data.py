@@ -17,6 +17,7 @@ import numpy as np
 from prismatic.data.examples import Examples, batches
 from prismatic.data.frames import DrawBatches, FrameCache, Mixture
 from prismatic.data.rlds import build_cache, find_dataset, stage_episode, write_dataset
+from prismatic.errors import ConfigError
 from prismatic.image import AUGMENTATIONS, encode_jpeg
 from prismatic.machine import resident_with_children
 from prismatic.models.tiny import tiny_tokenizer
@@ -28,6 +29,7 @@ SIDE = 256  # pixels
 PICTURES = 256  # that are drawn; each step's is one of them, and its JPEG is stored anew
 BATCH = 16
 TIMED_FRAMES = 512  # for each number of loader processes
+FEWEST = 4 * BATCH
 EARLY, LATE = 0.1, 1.0  # parts of a row at which memory is read: flat, if both are alike
 INSTRUCTION = "pick up the black bowl between the plate and the ramekin and place it on the plate"
 
@@ -108,7 +110,12 @@ def row(
 
 
 def run(folder: Path, *, episodes: int, frames: int, workers: Sequence[int]) -> list[dict[str, Any]]:
-    """The table; folder is made and deleted. What is written through a child process says so by its time, not its memory."""
+    """The table; folder is made and deleted. What is written through a child process says so by its time, not its memory.
+
+    ConfigError for fewer frames than can be timed.
+    """
+    if frames < FEWEST:
+        raise ConfigError(f"--frames {frames} are too few to time a loader: give {FEWEST} or more")
     folder.mkdir(parents=True)
     try:
         rows = []

@@ -5,6 +5,7 @@ The ways of one precision and batch size take turns, call by call, so that whate
 anything is timed each way's words are compared with the plain way's: in float32 they must be the same.
 """
 
+import functools
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,10 +28,10 @@ ACTION_DIM = 7
 ROUNDS = 30  # timed actions of each way
 PROMPT_WORDS = 30  # of LIBERO's instructions with the prompt around them
 SEED = 0
-DECISIVE = (
-    8  # times the deviation of other rows of a random head: then the likeliest word is an action, as in a trained model
-)
+# Times the deviation of other rows of a random head: then the likeliest word is an action, as in a trained model.
+DECISIVE = 8
 
+PLAIN = "plain"
 Run = Callable[[int], torch.Tensor]  # number of words → ids (B, words)
 Row = dict[str, Any]
 COLUMNS = (
@@ -56,14 +57,6 @@ def random_full_size(dtype: torch.dtype, device: torch.device) -> VLA:
     return vla.eval()
 
 
-def sharing(vla: VLA) -> VLA:
-    """Another model on the same weights, so that passes over its modules leave the first as it is."""
-    with torch.device("meta"):
-        other = VLA(vla.config)
-    other.load_state_dict(vla.state_dict(keep_vars=True), assign=True)
-    return other.eval().requires_grad_(False)
-
-
 def inputs(
     config: VLAConfig, batch: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,24 +69,28 @@ def inputs(
     return ids.to(device), torch.randn(shape, generator=generator).to(device, dtype)
 
 
-def ways(vla: VLA, precision: str, ids: torch.Tensor, pixels: torch.Tensor) -> Iterator[tuple[str, Run]]:
-    """(name, run) of every way of decoding this batch, the slowest first."""
-    if precision == "none":
-        for name, best in (("plain", False), ("plain, static cache, compiled", True)):
-            stock = StockDecoder(vla, best=best)
-            yield name, lambda words, stock=stock: stock(ids, pixels, words)
+def ways(vla: VLA, precision: str, ids: torch.Tensor, pixels: torch.Tensor) -> Iterator[tuple[str, Callable[[], Run]]]:
+    """(name, what makes its run) of every way of decoding this batch, the slowest first. Making one may run out of memory."""
+
+    def stock(*, best: bool) -> Run:
+        decoder = StockDecoder(vla, best=best)
+        return lambda words: decoder(ids, pixels, words)
+
     eager = Decoder(vla)
-    yield "ours, eager", lambda words: eager(ids, pixels, words).ids
-    captured = capture(sharing(vla))
-    yield "ours, captured", lambda words: captured(ids, pixels, words).ids
-    answer = eager(ids, pixels, ACTION_DIM).ids
-    first = vla.config.vocab_size - vla.config.n_action_bins
-    wrong = first + (answer - first + 1) % vla.config.n_action_bins
-    for name, draft in (("+ drafting, all right", answer), ("+ drafting, all wrong", wrong)):
-        yield (
-            f"ours, captured {name}",
-            lambda words, draft=draft: captured(ids, pixels, words, draft=draft[:, :words]).ids,
-        )
+    captured = functools.cache(lambda: capture(vla))
+
+    def drafted(*, wrong: int) -> Run:
+        first = vla.config.vocab_size - vla.config.n_action_bins
+        draft = first + (eager(ids, pixels, ACTION_DIM).ids - first + wrong) % vla.config.n_action_bins
+        return lambda words: captured()(ids, pixels, words, draft=draft[:, :words]).ids
+
+    if precision == "none":
+        yield PLAIN, lambda: stock(best=False)
+        yield "plain, static cache, compiled", lambda: stock(best=True)
+    yield "ours, eager", lambda: lambda words: eager(ids, pixels, words).ids
+    yield "ours, captured", lambda: lambda words: captured()(ids, pixels, words).ids
+    yield "ours, captured + drafting, all right", lambda: drafted(wrong=0)
+    yield "ours, captured + drafting, all wrong", lambda: drafted(wrong=1)
 
 
 def run(
@@ -118,22 +115,29 @@ def run(
     for precision in precisions:
         vla = random_full_size(dtype, place) if folder is None else load_vla(folder, dtype=dtype, device=device).eval()
         vla.requires_grad_(False)
-        try:
-            if precision != "none":
-                quantize(vla, precision)
-        except Exception as error:  # the pass or its backend is not installed, or has no kernel for this device
-            rows += [_skipped(precision, batch, "all", error) for batch in batch_sizes]
-            continue
+        missing = _quantised(vla, precision)
         for batch in batch_sizes:
             floor = (ACTION_DIM - 1) * ceilings.step_bytes(vla) / rates[0] + batch * prompt_seconds
-            rows += _batch(vla, precision, batch, plain, floor, rounds, compiled)
-        del vla
+            if missing:
+                rows.append(_skipped(precision, batch, "all", missing))
+            else:
+                rows += _batch(vla, precision, batch, plain, floor, rounds, compiled)
+        del vla  # before the next one is made
         gc.collect()
-    if any(row["of floor %"] for row in rows):
-        rows[0]["note"] = f"ceilings: {rates[0] / 1e9:.0f} GB/s, {rates[1] / 1e12:.3g} TFLOP/s ({dtype})".replace(
-            "torch.", ""
-        )
+    for row in [row for row in rows if row["p50 ms"]][:1]:
+        ceiling = f"ceilings: {rates[0] / 1e9:.0f} GB/s, {rates[1] / 1e12:.3g} TFLOP/s ({dtype})"
+        row["note"] = ceiling.replace("torch.", "")
     return rows
+
+
+def _quantised(vla: VLA, precision: str) -> str:
+    """Quantise it, in place; why not, where that fails: no such precision, a backend that isn't installed or has no kernel for this device."""
+    try:
+        if precision != "none":
+            quantize(vla, precision)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _batch(
@@ -152,29 +156,34 @@ def _batch(
     ready: dict[str, tuple[Run, Row]] = {}
     rows = []
     held = _reserved(norm.device)
-    for name, call in ways(vla, precision, ids, pixels):
+    for name, make in ways(vla, precision, ids, pixels):
         if not compiled and name.endswith("compiled"):
             rows.append(_skipped(precision, batch, name, "left out: --compiled False"))
             continue
         try:
+            call = make()
             words, more = _prepared(call, held, norm.device)
         except Exception as error:  # out of memory, or no compiler
             rows.append(_skipped(precision, batch, name, error))
             continue
-        plain.setdefault(batch, (float("nan"), words))
-        same = (words == plain[batch][1]).float().mean().item()
-        if precision == "none" and norm.dtype == torch.float32 and same < 1:
-            raise RuntimeError(f"{name}, batch {batch}: {100 * (1 - same):.1f} % of its words are not the plain way's")
-        row = _skipped(precision, batch, name, "") | {
-            "weights GB": _digits(weights / 1e9), "peak GB": _digits((weights + more) / 1e9), "same words %": round(100 * same, 1),
-        }  # fmt: skip
+        if name == PLAIN:
+            plain[batch] = float("nan"), words
+        row = _skipped(precision, batch, name, "")
+        row |= {"weights GB": _digits(weights / 1e9), "peak GB": _digits((weights + more) / 1e9)}
+        if batch in plain:
+            same = (words == plain[batch][1]).float().mean().item()
+            if precision == "none" and norm.dtype == torch.float32 and same < 1:
+                raise RuntimeError(
+                    f"{name}, batch {batch}: {100 * (1 - same):.1f} % of its words are not the plain way's"
+                )
+            row["same words %"] = round(100 * same, 1)
         ready[name] = call, row
         rows.append(row)
         if not name.startswith("ours, captured"):  # what is drafted stands on the same graphs and cache
             held = _reserved(norm.device)
     times = _take_turns({name: call for name, (call, _) in ready.items()}, rounds, norm.device)
-    if "plain" in times:
-        plain[batch] = float(times["plain"][1].quantile(0.5)), plain[batch][1]
+    if PLAIN in times:
+        plain[batch] = float(times[PLAIN][1].quantile(0.5)), plain[batch][1]
     for name, (first, whole) in times.items():
         p50, p95 = (float(whole.quantile(q)) for q in (0.5, 0.95))
         ready[name][1].update(
@@ -183,7 +192,7 @@ def _batch(
                 "p50 ms": _digits(1e3 * p50),
                 "p95 ms": _digits(1e3 * p95),
                 "actions/s": _digits(batch / p50),
-                "× plain": _digits(plain[batch][0] / p50),
+                "× plain": _digits(plain[batch][0] / p50) if batch in plain else "",
                 "of floor %": round(100 * floor / p50),
             }
         )

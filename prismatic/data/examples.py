@@ -45,9 +45,8 @@ class Examples(Dataset[Example]):
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    atexit.register(
-        os._exit, 0
-    )  # an ordinary end aborts now and then: the thread that sends batches may still be in C++
+    # an ordinary end aborts now and then: the thread that sends batches may still be in C++
+    atexit.register(os._exit, 0)
     for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the parent saves and then ends us
         signal.signal(number, signal.SIG_IGN)
 

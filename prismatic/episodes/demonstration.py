@@ -183,7 +183,8 @@ def demonstrate(sim: Simulator, job: Demonstration) -> int:
         if policy and step < policy_steps:
             frame, wrist = sim.frame(), sim.wrist()
             recording.note(recorded, (frame, wrist))
-            executed = policy(frame, sim.instruction, wrist if policy.num_images == 2 else None)
+            second = wrist if policy.num_images == 2 else None
+            executed = policy(frame, sim.instruction, second, episode=job.path)
         else:
             recording.note(recorded)
             executed = action.copy()

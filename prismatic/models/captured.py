@@ -1,10 +1,13 @@
 """A built model made ready to act fast: on a GPU its passes are compiled and recorded as CUDA graphs; on a CPU it stays as it is.
 
 A decoding pass is a thousand small kernels, which a GPU runs faster than Python can name them; a recorded graph is started with one call.
+The model itself stays as it was: compiled are layers of its own, on the same weights, so whatever else asks the model is not compiled anew for it.
 A graph has fixed shapes, so prompts are padded to a multiple of WIDTH words and batches to a power of two. Padding changes no answer: nothing
 reads a padded word, and padded rows are dropped.
 """
 
+import copy
+import gc
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -12,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from prismatic.models.decode import Answer, Decoder, Decoding, Passes
@@ -28,19 +32,34 @@ Record = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
 
 
 def capture(vla: VLA) -> Decoder:
-    """Prepare vla for acting, in place (after adapters are merged and weights quantised), and return its decoder."""
+    """The decoder of a model that will act (after adapters are merged and weights quantised), which no longer takes gradients."""
     vla.requires_grad_(False)
     if next(vla.parameters()).device.type == "cuda":
-        compile_layers(vla, mode=COMPILE_MODE)
-        return CapturedDecoder(vla)
+        return CapturedDecoder(vla, compile_layers(vla, mode=COMPILE_MODE))
     return Decoder(vla)
 
 
-def compile_layers(vla: VLA, **how: Any) -> None:
-    """Compile the language model's layers in place, one by one: they share their code, so each shape is compiled once. how: torch.compile's."""
+def compile_layers(vla: VLA, **how: Any) -> VLA:
+    """The same weights under layers of the language model that are compiled, one by one: they share their code, so each shape is compiled once.
+
+    how: torch.compile's options. vla stays as it is.
+    """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
-    for layer in vla.language_model.model.layers:
+    twin = _twin(vla)
+    twin.language_model = _twin(vla.language_model)
+    twin.language_model.model = _twin(vla.language_model.model)
+    layers = [_twin(layer) for layer in vla.language_model.model.layers]
+    twin.language_model.model.layers = nn.ModuleList(layers)
+    for layer in layers:
         layer.compile(dynamic=False, **how)
+    return twin
+
+
+def _twin(module: Any) -> Any:
+    """Another module object with the same parts."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
 
 
 def record_graph(function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
@@ -89,11 +108,14 @@ class Recorded:
 
 
 class CapturedDecoder(Decoder):
-    """Decodes from recorded passes; where recording fails it says so once and decodes pass by pass from then on."""
+    """Decodes from recorded passes; where compiling or recording fails it says so once and decodes pass by pass from then on.
 
-    def __init__(self, vla: VLA, record: Record = record_graph) -> None:
+    compiled: the model whose passes are recorded, on vla's weights; None: vla itself.
+    """
+
+    def __init__(self, vla: VLA, compiled: VLA | None = None, *, record: Record = record_graph) -> None:
         super().__init__(vla)
-        self.record = record
+        self.compiled, self.record = compiled or vla, record
         self._shapes: OrderedDict[tuple[int, ...], Recorded] = OrderedDict()
         self._broken = False
 
@@ -122,17 +144,29 @@ class CapturedDecoder(Decoder):
             widened(F.pad(attention_mask, (0, -words % WIDTH))),
             None if draft is None else widened(draft),
         )
+        answer, reason = None, ""
         try:
             answer = super().__call__(*inputs)
-        except RuntimeError as error:  # out of memory, or something that cannot be recorded
+        except (
+            Exception
+        ) as error:  # out of memory, no compiler, something that cannot be recorded: all have names of their own
             if self._broken:
                 raise
-            self._broken = True
-            self._shapes.clear()
-            warnings.warn(f"decoding is not captured, each pass is started by itself: {error}", stacklevel=2)
+            reason = str(error)
+        if answer is None:  # the error is gone by now, and with it what it held
+            self._give_up(reason)
             answer = super().__call__(*inputs)
         # a graph's own tensors are filled anew by the next call
-        return replace(answer, ids=answer.ids[:rows].clone(), lead=answer.lead[:rows].clone())
+        kept = {name: getattr(answer, name)[:rows].clone() for name in ("ids", "lead", "doubtful")}
+        return replace(answer, **kept)
+
+    def _give_up(self, reason: str) -> None:
+        self._broken = True
+        self._shapes.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        warnings.warn(f"decoding is not captured, each pass is started by itself: {reason}", stacklevel=3)
 
     def _passes(
         self, input_ids: torch.Tensor, lengths: torch.Tensor, pixel_values: torch.Tensor, action_dim: int
@@ -143,7 +177,7 @@ class CapturedDecoder(Decoder):
         if key not in self._shapes:
             while len(self._shapes) >= KEPT:
                 self._shapes.popitem(last=False)
-            decoding = Decoding(self.vla, input_ids.clone(), lengths.clone(), pixel_values.clone(), action_dim)
+            decoding = Decoding(self.compiled, input_ids.clone(), lengths.clone(), pixel_values.clone(), action_dim)
             self._shapes[key] = Recorded(decoding, self.record)
         self._shapes.move_to_end(key)
         decoding = self._shapes[key].decoding

@@ -31,13 +31,13 @@ DOUBT = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 @dataclass(frozen=True)
 class Answer:
     """ids (B, action_dim) int64; lead (B, action_dim) float32: by how much each id's logit beats the second best; passes through the language
-    model, the prompt's included; doubtful: rows that were decoded plainly after all.
+    model, the prompt's included; doubtful (B,) bool: rows that were decoded plainly after all.
     """
 
     ids: torch.Tensor
     lead: torch.Tensor
     passes: int
-    doubtful: int = 0
+    doubtful: torch.Tensor
 
 
 def with_empty_token(
@@ -188,12 +188,11 @@ def verified(passes: Passes, draft: torch.Tensor, doubt: float) -> Answer:
     doubtful = (lead.amin(dim=1) >= doubt).logical_not()  # NaN is doubtful too
     if settled < last:  # cannot be, unless the same pass gives two answers
         doubtful |= True
-    redone = int(doubtful.sum())
-    if redone:
+    if doubtful.any():
         ids = torch.where(doubtful[:, None], passes.plain(), ids)
         lead = torch.where(doubtful[:, None], passes.lead, lead)
         count += passes.action_dim
-    return Answer(ids, lead, count, redone)
+    return Answer(ids, lead, count, doubtful)
 
 
 class Decoder:
@@ -217,7 +216,8 @@ class Decoder:
             lengths = attention_mask.sum(dim=1)
         passes = self._passes(input_ids, lengths, pixel_values, action_dim)
         if draft is None:
-            return Answer(passes.plain(), passes.lead, action_dim)
+            ids = passes.plain()
+            return Answer(ids, passes.lead, action_dim, torch.zeros(len(ids), dtype=torch.bool, device=ids.device))
         return verified(passes, draft.to(input_ids.device), DOUBT[self.vla.language_model.model.norm.weight.dtype])
 
     def _passes(

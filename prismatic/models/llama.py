@@ -35,9 +35,8 @@ class Slots(NamedTuple):
     values: torch.Tensor
     columns: torch.Tensor  # (T,) int64: the slots that this pass fills
     seen: torch.Tensor | None  # (B, 1, T, length) bool; None: plain causal among the columns of this pass
-    wanted: torch.Tensor | None = (
-        None  # (B, N): the columns whose output is needed, if not all; `seen` is then (B, 1, N, length)
-    )
+    # (B, N): the columns whose output is needed, if not all; `seen` is then (B, 1, N, length)
+    wanted: torch.Tensor | None = None
 
 
 class KVCache:

@@ -50,10 +50,16 @@ class Run:
 def told(folders: Sequence[Path], *, margin: float = 0.05, difference: float = 0.05) -> Iterator[str]:
     """Lines about rollout folders B A, or B A B A …: rates, what may be concluded of all pairs of episodes together, and a page for each two.
 
-    margin and difference: as in statistics.compare. ConfigError for an odd number of folders, or two that share no episode.
+    margin and difference: as in statistics.compare. ConfigError for an odd number of folders, one given twice, or two that share no episode.
     """
     if len(folders) % 2:
         raise ConfigError(f"--compare takes rollout folders in twos, before and after, not {len(folders)}")
+    resolved = [folder.resolve() for folder in folders]
+    for folder in resolved:
+        if resolved.count(folder) > 1:
+            raise ConfigError(
+                f"--compare: {folder} is given more than once, and its episodes would count as often: give each run once"
+            )
     firsts, seconds = [[Run.load(folder) for folder in folders[start::2]] for start in (0, 1)]
     options = {"margin": margin, "difference_asked": difference}
     pages = []

@@ -8,7 +8,7 @@ A goal is a predicate of the task's BDDL file. Its stages, in order, and what mu
 | approached | the hand is within 5 cm of the object's box |
 | touched | some part of the robot touches the object |
 | grasped | both fingers touch it and have stopped at more than 3 mm, told to close, in two steps running |
-| lifted | held, it is 2 cm higher than at its lowest since half a second before it was grasped (a hand may rise as it closes) |
+| lifted | held, it is 2 cm higher than at its lowest in the half second before it was grasped (a hand may rise as it closes) |
 | carried | held and lifted (to a zone of the table: pushed, too), it is over the target's outline |
 | released | held no longer, and over the target's outline when let go |
 | predicate_held | LIBERO's own predicate holds |

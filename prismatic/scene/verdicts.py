@@ -16,14 +16,14 @@ that holds is the verdict.
 | wrong_target | lifted and let go, and it rests on an object or fixture that is not the target |
 | beside_target | lifted and let go (to a zone of the table: or only pushed, by 5 cm), and it ends farther from the target than the predicate allows |
 | never_held | it was let go, and lies at the target, but the predicate never held: wrong height, or no contact |
-| wrong_object | it was never lifted, but another object was, which no goal names |
+| wrong_object | it was never lifted, but another thing was, which is no goal's object |
 | not_lifted | grasped, never lifted by 2 cm |
 | pushed_away | never grasped, but touched, and moved by 5 cm or tipped over by 45 degrees |
 | closed_beside | never grasped; the gripper shut on nothing within 10 cm of it |
 | **a drawer, door or knob** | |
 | not_open_enough, not_closed_enough, not_turned_enough | moved by a tenth of the way that is needed, not all of it |
 | wrong_part | not moved, but another drawer, door or knob was, which no goal names, by a tenth of its way |
-| wrong_object | not touched, but an object was lifted, which no goal names |
+| wrong_object | not touched, but a thing was lifted that is no goal's object |
 | not_moved | touched, moved by less than a tenth of the way |
 | **either** | |
 | idle | none of these, and the hand stood still for the last 50 steps or more (within 1 cm, the fingers within 5 mm) |
@@ -203,10 +203,10 @@ class _Case:
         return _cm(float(np.linalg.norm(self.signals.offset[-1, self.number, :2])))
 
     def _other_lift(self) -> str | None:
-        """An object that was lifted though no goal names it."""
-        named = {goal.subject for goal in self.signals.goals}
+        """An object that was lifted though it is no goal's."""
+        subjects = {goal.subject for goal in self.signals.goals}
         for other, name in enumerate(self.signals.objects):
-            if name not in named and self.signals.lifts(other):
+            if name not in subjects and self.signals.lifts(other):
                 return _plain(name, self.signals)
         return None
 
