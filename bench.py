@@ -124,6 +124,8 @@ class BenchDataConfig(BenchConfig):
     episodes: int = 432
     # … and 52,970 frames.
     frames: int = 52_970
+    # Frames of the last row, which shows the memory while they are loaded. None: an epoch.
+    loaded_frames: int | None = None
     # Loader processes to try; 0 loads in the main process.
     num_workers: tuple[int, ...] = (0, 1, 2, 4)
     # Folder for it, deleted afterwards.
@@ -134,7 +136,9 @@ def data(cfg: BenchDataConfig) -> Rows:
     """An RLDS set of LIBERO-Spatial's size: writing, reading into the cache, loading."""
     from prismatic.bench import data
 
-    return data.run(cfg.folder, episodes=cfg.episodes, frames=cfg.frames, workers=cfg.num_workers)
+    return data.run(
+        cfg.folder, episodes=cfg.episodes, frames=cfg.frames, workers=cfg.num_workers, loaded=cfg.loaded_frames
+    )
 
 
 @dataclass(frozen=True)

@@ -109,13 +109,15 @@ def row(
     }
 
 
-def run(folder: Path, *, episodes: int, frames: int, workers: Sequence[int]) -> list[dict[str, Any]]:
+def run(
+    folder: Path, *, episodes: int, frames: int, workers: Sequence[int], loaded: int | None = None
+) -> list[dict[str, Any]]:
     """The table; folder is made and deleted. What is written through a child process says so by its time, not its memory.
 
-    ConfigError for fewer frames than can be timed.
+    loaded: frames of the last row, which shows memory; None: an epoch. ConfigError for fewer frames than can be timed.
     """
-    if frames < FEWEST:
-        raise ConfigError(f"--frames {frames} are too few to time a loader: give {FEWEST} or more")
+    if min(frames, loaded or frames) < FEWEST:
+        raise ConfigError(f"{min(frames, loaded or frames)} frames are too few to time a loader: give {FEWEST} or more")
     folder.mkdir(parents=True)
     try:
         rows = []
@@ -135,8 +137,8 @@ def run(folder: Path, *, episodes: int, frames: int, workers: Sequence[int]) -> 
         processor = Processor(config, tiny_tokenizer([INSTRUCTION]), mixture.statistics)
         for count in workers:
             rows.append(loader_row(mixture, processor, count, min(TIMED_FRAMES, len(mixture))))
-        rows.append(loader_row(mixture, processor, max(workers), len(mixture)))
-        rows[-1]["what"] = "an epoch, " + rows[-1]["what"]
+        rows.append(loader_row(mixture, processor, max(workers), loaded or len(mixture)))
+        rows[-1]["what"] = ("" if loaded else "an epoch, ") + rows[-1]["what"]
         print(f"{os.cpu_count()} cores, openvla-7b's pixels (224), batches of {BATCH}, every augmentation")
         return rows
     finally:
