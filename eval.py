@@ -312,10 +312,8 @@ def print_result(cfg: EvalConfig, folder: Path, summary: evaluation.Row) -> None
     for label, file in (("report ", report.PAGE), ("results", evaluation.RESULTS)):
         if (folder / file).exists():  # neither is there after an open loop alone
             print(f"{label}  {folder / file}")
-    rows = [row for row in evaluation.read_rows(folder) if row["video"]]
-    for success, label in ((True, "a success"), (False, "a failure")):
-        for row in [row for row in rows if row["success"] is success][:1]:
-            print(f"{label}: {folder / row['video']}")
+    for line in report.filmed(folder, evaluation.read_rows(folder)):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -137,6 +137,13 @@ def _groups(protocol: Row) -> list[tuple[str, list[tuple[str, Any]]]]:
     return [(group, listed) for group, listed in groups if listed]
 
 
+def filmed(folder: Path, rows: Sequence[Row]) -> Iterator[str]:
+    """Where the first success and the first failure with a video can be watched, a line each."""
+    for success, label in ((True, "a success"), (False, "a failure")):
+        for row in [row for row in rows if row["success"] is success and row["video"]][:1]:
+            yield f"{label}: {folder / row['video']}"
+
+
 def _session(session: Row) -> list[str]:
     """A line of the table of calls."""
     latency, gpu = session["policy_latency_ms"], session["gpu_memory_peak_bytes"]

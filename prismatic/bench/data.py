@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -97,7 +96,7 @@ def loader_row(mixture: Mixture, processor: Processor, workers: int, frames: int
 
 
 def row(
-    what: str, *, frames: int, rate: float, size: int = 0, memory: Mapping[float, int] = MappingProxyType({})
+    what: str, *, frames: int, rate: float, size: int = 0, memory: Mapping[float, int] | None = None
 ) -> dict[str, Any]:
     return {
         "what": what,

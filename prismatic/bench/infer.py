@@ -6,7 +6,6 @@ anything is timed each way's words are compared with the plain way's: in float32
 """
 
 import functools
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,8 +22,9 @@ from prismatic.models.captured import capture
 from prismatic.models.decode import Decoder
 from prismatic.models.quantize import quantize, stored_bytes
 from prismatic.models.vla import VLA, VLAConfig
+from prismatic.normalize import ACTION_DIMENSIONS
 
-ACTION_DIM = 7
+ACTION_DIM = len(ACTION_DIMENSIONS)
 ROUNDS = 30  # timed actions of each way
 PROMPT_WORDS = 30  # of LIBERO's instructions with the prompt around them
 SEED = 0
@@ -123,7 +123,7 @@ def run(
             else:
                 rows += _batch(vla, precision, batch, plain, floor, rounds, compiled)
         del vla  # before the next one is made
-        gc.collect()
+        ceilings.give_back(place)
     for row in [row for row in rows if row["p50 ms"]][:1]:
         ceiling = f"ceilings: {rates[0] / 1e9:.0f} GB/s, {rates[1] / 1e12:.3g} TFLOP/s ({dtype})"
         row["note"] = ceiling.replace("torch.", "")
@@ -203,8 +203,7 @@ def _reserved(device: torch.device) -> int:
     """Bytes that torch holds on a GPU, the private memory of graphs included; 0 on a CPU."""
     if device.type != "cuda":
         return 0
-    gc.collect()
-    torch.cuda.empty_cache()
+    ceilings.give_back(device)
     return torch.cuda.memory_reserved(device)
 
 

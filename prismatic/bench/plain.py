@@ -7,10 +7,9 @@ The module's names are ours, so that weights and adapters go from one to the oth
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from prismatic.bench.stock import make_frequencies, stock_llama
 from prismatic.models.projector import Projector
 from prismatic.models.vision import CHANNELS, VisionBackbone
 from prismatic.models.vla import IGNORE, VLA, VLAConfig
@@ -25,22 +24,7 @@ class PlainVLA(nn.Module):
             config.timm_model_ids, config.tiny_timm_kwargs, image_size=config.image_size, stem=config.vision_stem
         )
         self.projector = Projector(self.vision_backbone.width, config.text_config.hidden_size)
-        text = config.text_config
-        self.language_model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                hidden_size=text.hidden_size,
-                intermediate_size=text.intermediate_size,
-                num_hidden_layers=text.num_hidden_layers,
-                num_attention_heads=text.num_attention_heads,
-                num_key_value_heads=text.num_key_value_heads,
-                vocab_size=text.vocab_size,
-                rms_norm_eps=text.rms_norm_eps,
-                max_position_embeddings=text.max_position_embeddings,
-                rope_parameters={"rope_type": "default", "rope_theta": text.rope_theta},
-                tie_word_embeddings=False,
-                attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
-            )
-        )
+        self.language_model = stock_llama(config.text_config)
 
     @classmethod
     def share(cls, vla: VLA) -> "PlainVLA":
@@ -49,10 +33,7 @@ class PlainVLA(nn.Module):
             plain = cls(vla.config)
         weights = vla.state_dict()
         plain.load_state_dict(weights, assign=True)
-        llama: Any = plain.language_model
-        device = weights["language_model.lm_head.weight"].device
-        with device:
-            llama.model.rotary_emb = LlamaRotaryEmbedding(llama.config)  # its table is no weight
+        make_frequencies(plain.language_model, weights["language_model.lm_head.weight"].device)
         return plain
 
     def forward(

@@ -1,12 +1,39 @@
 """The plain way: the language model as transformers has it, its `generate`, our image towers. It shares the weights of the model it is made from."""
 
-import dataclasses
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import transformers
 from transformers.generation.configuration_utils import CompileConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from prismatic.models.llama import LlamaConfig
 from prismatic.models.vla import VLA
+
+
+def stock_llama(text: LlamaConfig) -> transformers.LlamaForCausalLM:
+    """transformers' own model of these sizes. Build it on the meta device, give it weights, then call `make_frequencies`."""
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=text.hidden_size,
+            intermediate_size=text.intermediate_size,
+            num_hidden_layers=text.num_hidden_layers,
+            num_attention_heads=text.num_attention_heads,
+            num_key_value_heads=text.num_key_value_heads,
+            vocab_size=text.vocab_size,
+            rms_norm_eps=text.rms_norm_eps,
+            max_position_embeddings=text.max_position_embeddings,
+            rope_parameters={"rope_type": "default", "rope_theta": text.rope_theta},
+            tie_word_embeddings=False,
+            attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
+        )
+    )
+
+
+def make_frequencies(llama: Any, device: torch.device) -> None:
+    """Its rotary table is no weight, so it comes with none: made anew, off the meta device."""
+    with device:
+        llama.model.rotary_emb = LlamaRotaryEmbedding(llama.config)
 
 
 class StockDecoder:
@@ -17,13 +44,11 @@ class StockDecoder:
 
     def __init__(self, vla: VLA, *, best: bool) -> None:
         self.vla, self.best = vla, best
-        text = dataclasses.asdict(vla.config.text_config)
         with torch.device("meta"):
-            llama = LlamaForCausalLM(LlamaConfig(**text, tie_word_embeddings=False))
+            llama = stock_llama(vla.config.text_config)
         llama.load_state_dict(vla.language_model.state_dict(), assign=True)
         device = vla.language_model.model.norm.weight.device
-        # its frequencies are no weights: made anew, off the meta device
-        llama.model.rotary_emb = type(llama.model.rotary_emb)(llama.config).to(device)
+        make_frequencies(llama, device)
         self.llama = llama.eval().requires_grad_(False)
         self._options: dict = {}
         if best:

@@ -4,7 +4,6 @@ In: sizes. Out: a table. Before anything is timed both ways must give one loss a
 torch.cuda.max_memory_reserved under a cap; on a CPU a small model, its peak is counted (live_bytes.py), not measured.
 """
 
-import gc
 import math
 import statistics
 import time
@@ -17,7 +16,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from prismatic.bench.ceilings import matrix_rate
+from prismatic.bench.ceilings import give_back, matrix_rate, wait
+from prismatic.bench.memory import WORDS
 from prismatic.bench.plain import PlainVLA
 from prismatic.errors import ConfigError
 from prismatic.models import weights
@@ -26,10 +26,10 @@ from prismatic.models.llama import LlamaConfig
 from prismatic.models.lora import add_lora, compute_in_base_dtype
 from prismatic.models.nf4 import prepare_nf4
 from prismatic.models.vla import DINO_ID, IGNORE, SIGLIP_ID, VLA, VLAConfig
+from prismatic.training.activations import LABELS
 from prismatic.training.live_bytes import LiveBytes
 from prismatic.training.optimizer import make_optimizer
 
-WORDS, LABELS = 40, 8  # of a row: a LIBERO instruction with its prompt, and 7 actions with </s>
 RANK = 32
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # relative, of the loss and of all gradients together
 SMALL = VLAConfig(  # every part has about the share of the work that it has at full size; 256 patches as there
@@ -60,9 +60,9 @@ class Bench:
     def on_gpu(self) -> bool:
         return self.device != "cpu"
 
-    def synchronise(self) -> None:
-        if self.on_gpu:
-            torch.cuda.synchronize()
+    @property
+    def place(self) -> torch.device:
+        return torch.device(self.device)
 
 
 def random_base(bench: Bench, *, nf4: bool = False) -> VLA:
@@ -202,10 +202,10 @@ def measure(make: Callable[[], nn.Module], bench: Bench, size: int, *, fused: bo
         state = [t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
     seconds = []
     for _ in range(bench.steps):
-        bench.synchronise()
+        wait(bench.place)
         start = time.perf_counter()
         step()
-        bench.synchronise()
+        wait(bench.place)
         seconds.append(time.perf_counter() - start)
     rate = size / statistics.median(seconds)
     if bench.on_gpu:
@@ -215,20 +215,13 @@ def measure(make: Callable[[], nn.Module], bench: Bench, size: int, *, fused: bo
 
 def tried(make: Callable[[], nn.Module], bench: Bench, size: int, *, fused: bool) -> tuple[float, float] | None:
     """As measure; None where the memory doesn't suffice. It begins without what was cached before: that would count as reserved."""
-    give_back(bench)
+    give_back(bench.place)
     try:
         return measure(make, bench, size, fused=fused)
     except torch.OutOfMemoryError:
         return None
     finally:
-        give_back(bench)
-
-
-def give_back(bench: Bench) -> None:
-    """Free what nobody holds any more, also what torch's allocator keeps for later."""
-    gc.collect()
-    if bench.on_gpu:
-        torch.cuda.empty_cache()
+        give_back(bench.place)
 
 
 def run(
@@ -245,7 +238,7 @@ def run(
     base = random_base(bench)
     loss, gradient = check_equal(base, bench)
     print(f"the two ways agree: relative difference of the loss {loss:.1e}, of the gradients {gradient:.1e}")
-    facts = {"rate": matrix_rate(torch.device(device), dtype), "flops": step_flops(base, bench)}
+    facts = {"rate": matrix_rate(bench.place, dtype), "flops": step_flops(base, bench)}
     rows = list(_rows(base, bench, batch_sizes or SIZES[device], compiled=compiled))
     del base
     found = tried(lambda: ours(random_base(bench, nf4=True), bench, checkpointing=True), bench, 1, fused=True)

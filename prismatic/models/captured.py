@@ -147,9 +147,7 @@ class CapturedDecoder(Decoder):
         answer, reason = None, ""
         try:
             answer = super().__call__(*inputs)
-        except (
-            Exception
-        ) as error:  # out of memory, no compiler, something that cannot be recorded: all have names of their own
+        except Exception as error:  # out of memory, no compiler, what can't be recorded: all have names of their own
             if self._broken:
                 raise
             reason = str(error)

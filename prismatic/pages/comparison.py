@@ -91,9 +91,7 @@ def _rate(run: Run) -> Iterator[str]:
     low, high = (100 * limit for limit in wilson_interval(wins, len(run.rows)))
     yield f"{run.path.name}: {wins} of {len(run.rows)} episodes, 95 % interval {low:.0f} to {high:.0f} %"
     yield f"    {run.path / report.PAGE}"
-    for success, label in ((True, "success"), (False, "failure")):
-        for row in [row for row in run.rows.values() if row["success"] is success and row["video"]][:1]:
-            yield f"    a {label}: {run.path / row['video']}"
+    yield from (f"    {line}" for line in report.filmed(run.path, list(run.rows.values())))
 
 
 def warnings(before: Run, after: Run) -> list[str]:
