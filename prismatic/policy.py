@@ -150,4 +150,5 @@ def _backend(device: torch.device) -> str:
     """The library and the hardware that multiply the matrices."""
     if device.type == "cuda":
         return f"torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.get_device_name(device)}"
-    return f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads"
+    capability = torch.backends.cpu.get_cpu_capability()  # decides which kernels multiply, and so the last digits
+    return f"torch {torch.__version__}, {device.type}, {capability}, {torch.get_num_threads()} threads"

@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 
+from prismatic.models import captured
 from prismatic.models.captured import KEPT, CapturedDecoder, capture, compile_layers
 from prismatic.models.decode import Decoder
+from prismatic.models.onednn import OneDNNLinear
 from prismatic.models.vla import VLA
 from tests.test_decode import hostile_drafts, lively, prompts  # noqa: F401  (a fixture)
 
@@ -101,8 +103,12 @@ def test_what_cannot_be_compiled_is_decoded_by_the_model_itself(lively: VLA) -> 
     assert captured(ids, pixels, 7, mask, expected).ids.equal(expected)
 
 
-def test_on_a_cpu_nothing_is_recorded(lively: VLA) -> None:  # noqa: F811
-    assert type(capture(lively)) is Decoder
+@pytest.mark.parametrize("usable", [True, False])
+def test_on_a_cpu_nothing_is_recorded(lively: VLA, usable: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(captured, "usable", lambda: usable)
+    decoder = capture(lively)
+    assert type(decoder) is Decoder
+    assert any(isinstance(part, OneDNNLinear) for part in decoder.vla.modules()) is usable
 
 
 def test_layers_compile_whole(lively: VLA) -> None:  # noqa: F811

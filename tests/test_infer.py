@@ -8,7 +8,7 @@ import torch
 
 from prismatic.bench import ceilings, infer
 from prismatic.bench.draft import WARM_UP, InEpisode, Ways
-from prismatic.bench.stock import StockDecoder
+from prismatic.bench.plain import PlainDecoder
 from prismatic.checkpoint import load_policy
 from prismatic.models.tiny import TINY
 from tests.conftest import REPOSITORY
@@ -40,8 +40,8 @@ def test_every_way_says_the_same_and_is_timed(tmp_path: Path) -> None:
 
 
 def test_words_that_differ_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = StockDecoder.__call__
-    monkeypatch.setattr(StockDecoder, "__call__", lambda self, *inputs: honest(self, *inputs).flip(1))
+    honest = PlainDecoder.__call__
+    monkeypatch.setattr(PlainDecoder, "__call__", lambda self, *inputs: honest(self, *inputs).flip(1))
     with pytest.raises(RuntimeError, match="not the plain way's"):
         infer.run(CHECKPOINT, batch_sizes=(1,), precisions=("none",), rounds=1, device="cpu", compiled=False)
 
@@ -76,7 +76,7 @@ def test_three_ways_of_a_frame_say_the_same_and_are_timed(monkeypatch: pytest.Mo
         act(frame, "pick up the black bowl", frame)
     assert ways.different == 0 and min(ways.seconds.values()) > 0
     assert policy.counts["confirmed"] == 7 * (WARM_UP + 1)  # the same frame again: each draft is right
-    honest = StockDecoder.__call__
-    monkeypatch.setattr(StockDecoder, "__call__", lambda self, *inputs: honest(self, *inputs) - 1)
+    honest = PlainDecoder.__call__
+    monkeypatch.setattr(PlainDecoder, "__call__", lambda self, *inputs: honest(self, *inputs) - 1)
     act(frame, "pick up the black bowl", frame)
     assert ways.different == 7

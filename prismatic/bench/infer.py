@@ -16,7 +16,7 @@ from torch.nn import init
 
 from prismatic.bench import ceilings
 from prismatic.bench.load import Peak
-from prismatic.bench.stock import StockDecoder
+from prismatic.bench.plain import PlainDecoder
 from prismatic.checkpoint import CONFIG, load_vla
 from prismatic.models.captured import capture
 from prismatic.models.decode import Decoder
@@ -73,7 +73,7 @@ def ways(vla: VLA, precision: str, ids: torch.Tensor, pixels: torch.Tensor) -> I
     """(name, what makes its run) of every way of decoding this batch, the slowest first. Making one may run out of memory."""
 
     def stock(*, best: bool) -> Run:
-        decoder = StockDecoder(vla, best=best)
+        decoder = PlainDecoder(vla, best=best)
         return lambda words: decoder(ids, pixels, words)
 
     eager = Decoder(vla)

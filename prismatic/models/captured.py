@@ -1,4 +1,4 @@
-"""A built model made ready to act fast: on a GPU its passes are compiled and recorded as CUDA graphs; on a CPU it stays as it is.
+"""A built model made ready to act fast: on a GPU its passes are compiled and recorded as CUDA graphs; on a CPU oneDNN multiplies (onednn.py).
 
 A decoding pass is a thousand small kernels, which a GPU runs faster than Python can name them; a recorded graph is started with one call.
 The model itself stays as it was: compiled are layers of its own, on the same weights, so whatever else asks the model is not compiled anew for it.
@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from prismatic.models.decode import Answer, Decoder, Decoding, Passes
+from prismatic.models.onednn import usable, with_onednn
 from prismatic.models.vla import VLA
 
 WIDTH = 32  # words
@@ -36,7 +37,7 @@ def capture(vla: VLA) -> Decoder:
     vla.requires_grad_(False)
     if next(vla.parameters()).device.type == "cuda":
         return CapturedDecoder(vla, compile_layers(vla, mode=COMPILE_MODE))
-    return Decoder(vla)
+    return Decoder(with_onednn(vla) if usable() else vla)
 
 
 def compile_layers(vla: VLA, **how: Any) -> VLA:
