@@ -11,18 +11,21 @@ python bench.py infer --plot latency.png          time and memory of an action: 
 python bench.py draft --task_id 1                 what drafting saves in episodes of the small model
 """
 
-import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from config import WORKSPACE
-from prismatic.errors import exit_codes
+from prismatic.atomic import write_json
+from prismatic.errors import ConfigError, exit_codes
 from prismatic.hub import resolve
 
 Rows = list[dict[str, Any]]
+MAY_BE_ZERO = ("task_id", "num_workers")  # of the numbers below
+PICTURES = (".png", ".pdf", ".svg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +229,7 @@ def draft(cfg: BenchDraftConfig) -> Rows:
     )
 
 
-BENCHES = {
+BENCHES: dict[type[BenchConfig], Callable[[Any], Rows]] = {
     BenchLoadConfig: load,
     BenchTrainConfig: train,
     BenchMemoryConfig: memory,
@@ -248,15 +251,34 @@ Config = (
 )
 
 
-def main(cfg: Any) -> None:
+def check(cfg: BenchConfig) -> None:
+    """ConfigError for what would fail only after minutes of measuring: a number below 1, an empty list, a file that can't be written."""
+    for name in [field.name for field in fields(cfg)]:
+        value = getattr(cfg, name)
+        least = 0 if name in MAY_BE_ZERO else 1
+        if value == ():
+            raise ConfigError(f"--{name} is empty: give at least one, or leave it out")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not isinstance(number, bool) and number < least:
+                raise ConfigError(f"--{name} {number:g} is too small: give {least} or more")
+    for name in ("json", "plot"):
+        file: Path | None = getattr(cfg, name, None)
+        if file is not None and (file.is_dir() or not file.parent.is_dir()):
+            raise ConfigError(f"--{name} {file} can't be written: give the name of a file in a folder that exists")
+        if name == "plot" and file is not None and file.suffix not in PICTURES:
+            raise ConfigError(f"--plot {file} is no picture's name: let it end in {', '.join(PICTURES)}")
+
+
+def main(cfg: BenchConfig) -> None:
     """Measure, print one table, and write it as JSON where asked."""
+    check(cfg)
     rows = BENCHES[type(cfg)](cfg)
     names = list(rows[0])
     print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
     for row in rows:
         print("| " + " | ".join(str(row[name]) for name in names) + " |")
     if cfg.json:
-        cfg.json.write_text(json.dumps(rows, indent=2))
+        write_json(cfg.json, rows)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import bench
-from bench import BenchEvalConfig
 from prismatic.bench import eval as bench_eval
 from prismatic.episodes.player import Setup, Trial
-from prismatic.errors import ConfigError
 from tests.fake_simulator import BrightnessPolicy
 
 TRIALS = [Trial(suite="fake", task_id=0, init_state=state, env_seed=0) for state in range(4)]
@@ -53,8 +50,3 @@ def test_rows_are_compared_with_one_simulator_alone() -> None:
     compared = bench_eval.compare(rows)
     assert [row["x one core"] for row in compared] == [1.0, 1.25, 1.8]
     assert [row["x threads"] for row in compared] == [0.8, 1.0, 1.44]
-
-
-def test_what_cannot_be_measured_is_one_sentence() -> None:
-    with pytest.raises(ConfigError, match="at least 1"):
-        bench.evaluation(BenchEvalConfig(workers=(0,)))

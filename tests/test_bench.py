@@ -1,0 +1,50 @@
+"""bench.py: what can't be measured or written is said before anything is measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import bench
+from prismatic.errors import ConfigError
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[bench.BenchConfig]:
+    """What was begun, in place of measuring."""
+    begun: list[bench.BenchConfig] = []
+
+    def measure(cfg: bench.BenchConfig) -> bench.Rows:
+        begun.append(cfg)
+        return [{"what": "all", "ms": 1.5}]
+
+    monkeypatch.setattr(bench, "BENCHES", dict.fromkeys(bench.BENCHES, measure))
+    return begun
+
+
+@pytest.mark.parametrize(
+    ("cfg", "sentence"),
+    [
+        (bench.BenchDraftConfig(episodes=0), "--episodes 0 is too small: give 1 or more"),
+        (bench.BenchDraftConfig(task_id=-1), "--task_id -1 is too small: give 0 or more"),
+        (bench.BenchInferConfig(batch_sizes=(1, 0)), "--batch_sizes 0 is too small"),
+        (bench.BenchInferConfig(quantize=()), "--quantize is empty"),
+        (bench.BenchMemoryConfig(cards=()), "--cards is empty"),
+        (bench.BenchTrainConfig(memory_cap_gib=-2.5), "--memory_cap_gib -2.5 is too small"),
+        (bench.BenchInferConfig(plot=Path("latency.txt")), "--plot latency.txt is no picture's name"),
+        (bench.BenchInferConfig(plot=Path("nowhere/latency.png")), "--plot nowhere/latency.png can't be written"),
+        (bench.BenchMemoryConfig(json=Path(".")), "--json . can't be written"),
+    ],
+)
+def test_nothing_is_measured_in_vain(cfg: bench.BenchConfig, sentence: str, measured: list) -> None:
+    with pytest.raises(ConfigError, match=sentence.replace("(", r"\(")):
+        bench.main(cfg)
+    assert not measured
+
+
+def test_the_table_is_printed_and_kept(tmp_path: Path, measured: list, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = bench.BenchDataConfig(num_workers=(0, 2), json=tmp_path / "table.json")
+    bench.main(cfg)
+    assert measured == [cfg]
+    assert capsys.readouterr().out.splitlines() == ["| what | ms |", "|---|---|", "| all | 1.5 |"]
+    assert json.loads((tmp_path / "table.json").read_text()) == [{"what": "all", "ms": 1.5}]
