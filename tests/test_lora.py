@@ -1,8 +1,20 @@
 """Float32 adapters on a bfloat16 base, without a float32 copy of every activation."""
 
-import torch
+from typing import Any
 
-from prismatic.models.lora import add_lora, compute_in_base_dtype, lora_state_dict
+import pytest
+import torch
+from torch import nn
+
+from prismatic.models.lora import (
+    ADAPTER,
+    AdaptedLinear,
+    add_lora,
+    compute_in_base_dtype,
+    lora_layers,
+    lora_state_dict,
+    merge_lora,
+)
 from prismatic.models.tiny import TINY, random_vla
 from prismatic.models.vla import VLA
 from prismatic.training.live_bytes import LiveBytes
@@ -42,8 +54,58 @@ def test_adapters_compute_in_the_bases_format_and_learn_in_their_own() -> None:
     assert less < 0.75 * kept
 
 
+def one_layer(*, bias: bool, ours: bool = True) -> tuple[Any, torch.Tensor]:
+    """A linear map with an adapter, in float64, and its input. ours: as compute_in_base_dtype makes it."""
+    torch.manual_seed(1)
+    holder: Any = nn.Module()
+    holder.proj = nn.Linear(6, 5, bias=bias)
+    add_lora(holder, rank=2).double()
+    if ours:
+        compute_in_base_dtype(holder)
+    layer: Any = holder.proj
+    nn.init.normal_(layer.lora_B[ADAPTER].weight)
+    assert (type(layer) is AdaptedLinear) is ours
+    return layer, torch.randn(2, 3, 6, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_product_and_its_gradients_are_pefts(bias: bool) -> None:
+    answers = []
+    for ours in (False, True):
+        layer, x = one_layer(bias=bias, ours=ours)
+        x.requires_grad_()
+        out = layer(x)
+        out.square().sum().backward()
+        trained = [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
+        assert layer.base_layer.weight.grad is None
+        answers.append([out, x.grad, *(parameter.grad for parameter in trained)])
+    for theirs, mine in zip(*answers, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-12)
+    layer, x = one_layer(bias=bias)
+    assert torch.autograd.gradcheck(layer, x.requires_grad_())
+    assert torch.autograd.gradcheck(layer, x.transpose(0, 1).detach().requires_grad_())  # not contiguous
+    layer(x.detach()).sum().backward()  # pixels need no gradient
+
+
+def test_it_compiles_without_a_break() -> None:
+    layer, x = one_layer(bias=True)
+    expected = layer(x)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+    compiled(x).sum().backward()
+    assert layer.lora_A[ADAPTER].weight.grad is not None
+
+
+def test_with_dropout_peft_computes() -> None:
+    vla = add_lora(random_vla(TINY, seed=0).bfloat16(), rank=2, dropout=0.1)
+    assert not any(isinstance(layer, AdaptedLinear) for _, layer in lora_layers(compute_in_base_dtype(vla)))
+
+
 def test_names_and_values_stay() -> None:
     vla = adapted(torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in lora_state_dict(vla).items()}
     after = lora_state_dict(compute_in_base_dtype(vla))
     assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
+    merged = merge_lora(vla).state_dict()
+    theirs = merge_lora(adapted(torch.bfloat16)).state_dict()
+    assert list(merged) == list(theirs) and all(torch.equal(merged[name], theirs[name]) for name in merged)

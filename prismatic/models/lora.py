@@ -55,15 +55,66 @@ class CastConv2d(nn.Conv2d):
         return self._conv_forward(input, self.weight.to(input.dtype), None)
 
 
+class AdaptedProduct(torch.autograd.Function):
+    """x Wᵀ + bias + scaling · x Aᵀ Bᵀ, with W frozen: what the adapter adds is summed into the base's product, in both directions.
+
+    Step by step each adapter would write its share, the scaled share and the sum, all as large as the output, and as much going back.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        out = F.linear(rows, weight, bias)
+        low = rows.mm(a.to(x.dtype).t())  # (rows, rank)
+        out.addmm_(low, b.to(x.dtype).t(), alpha=scaling)
+        ctx.save_for_backward(rows, low, weight, a, b)
+        ctx.scaling, ctx.shape = scaling, x.shape
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows, low, weight, a, b = ctx.saved_tensors
+        gradient = gradient.reshape(-1, gradient.shape[-1])
+        of_low = gradient.mm(b.to(gradient.dtype))
+        of_a = of_low.t().mm(rows).to(a.dtype).mul_(ctx.scaling)
+        of_b = gradient.t().mm(low).to(b.dtype).mul_(ctx.scaling)
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = gradient.mm(weight).addmm_(of_low, a.to(gradient.dtype), alpha=ctx.scaling).view(ctx.shape)
+        return of_x, None, None, of_a, of_b, None
+
+
+class AdaptedLinear(peft.tuners.lora.Linear):
+    """peft's layer, its names and its merging, with the product above."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        base, scaling = self.get_base_layer(), self.scaling[ADAPTER]
+        a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        return AdaptedProduct.apply(x, base.weight, base.bias, a, b, scaling)  # type: ignore[return-value]
+
+
 def compute_in_base_dtype(vla: VLA) -> VLA:
     """Let adapters that are kept in float32 compute in the base's bfloat16, in place; returns vla. Gradients arrive in float32.
 
     By itself peft casts the *input* of every adapter up instead: a float32 copy of each activation, kept until the backward pass.
     """
     for _, layer in lora_layers(vla):
+        plain = type(layer) is peft.tuners.lora.Linear and type(layer.get_base_layer()) is nn.Linear
+        if plain and isinstance(layer.lora_dropout[ADAPTER], nn.Identity):
+            layer.__class__ = AdaptedLinear
+            continue
         layer.cast_input_dtype_enabled = False
         for half in (layer.lora_A, layer.lora_B):
-            old = half[ADAPTER]
+            old: Any = half[ADAPTER]
             if isinstance(old, nn.Conv2d):
                 sizes: dict[str, Any] = {"kernel_size": old.kernel_size, "stride": old.stride, "padding": old.padding}
                 new = CastConv2d(old.in_channels, old.out_channels, bias=False, device="meta", **sizes)
