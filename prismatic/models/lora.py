@@ -55,6 +55,10 @@ class CastConv2d(nn.Conv2d):
         return self._conv_forward(input, self.weight.to(input.dtype), None)
 
 
+def _scaled_product(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
+
+
 class AdaptedProduct(torch.autograd.Function):
     """x Wᵀ + bias + scaling · x Aᵀ Bᵀ, with W frozen: what the adapter adds is summed into the base's product, in both directions.
 
@@ -73,8 +77,8 @@ class AdaptedProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         out = F.linear(rows, weight, bias)
-        low = rows.mm(a.to(x.dtype).t())  # (rows, rank)
-        out.addmm_(low, b.to(x.dtype).t(), alpha=scaling)
+        low = _scaled_product(rows, a.to(x.dtype).t(), scaling)  # (rows, rank)
+        out.addmm_(low, b.to(x.dtype).t())
         ctx.save_for_backward(rows, low, weight, a, b)
         ctx.scaling, ctx.shape = scaling, x.shape
         return out.view(*x.shape[:-1], out.shape[-1])
@@ -84,12 +88,12 @@ class AdaptedProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, low, weight, a, b = ctx.saved_tensors
         gradient = gradient.reshape(-1, gradient.shape[-1])
-        of_low = gradient.mm(b.to(gradient.dtype))
-        of_a = of_low.t().mm(rows).to(a.dtype).mul_(ctx.scaling)
-        of_b = gradient.t().mm(low).to(b.dtype).mul_(ctx.scaling)
+        of_low = _scaled_product(gradient, b.to(gradient.dtype), ctx.scaling)
+        of_a = of_low.t().mm(rows).to(a.dtype)
+        of_b = gradient.t().mm(low).to(b.dtype)
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = gradient.mm(weight).addmm_(of_low, a.to(gradient.dtype), alpha=ctx.scaling).view(ctx.shape)
+            of_x = gradient.mm(weight).addmm_(of_low, a.to(gradient.dtype)).view(ctx.shape)
         return of_x, None, None, of_a, of_b, None
 
 
