@@ -191,6 +191,8 @@ class BenchInferConfig(BenchConfig):
     batch_sizes: tuple[int, ...] = (1, 8, 32)
     quantize: tuple[Literal["none", "int8", "int4"], ...] = ("none", "int8", "int4")
     compiled: bool = True
+    # Timed actions of each way. At full size on a CPU one takes about 10 s: 2 are enough.
+    rounds: int = 30
     # Draw latency against memory into this file (png, pdf, svg).
     plot: Path | None = None
 
@@ -208,6 +210,7 @@ def infer(cfg: BenchInferConfig) -> Rows:
         batch_sizes=cfg.batch_sizes,
         precisions=cfg.quantize,
         device=device,
+        rounds=cfg.rounds,
         compiled=cfg.compiled,
     )
     if cfg.plot:

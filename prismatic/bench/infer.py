@@ -25,7 +25,6 @@ from prismatic.models.vla import VLA, VLAConfig
 from prismatic.normalize import ACTION_DIMENSIONS
 
 ACTION_DIM = len(ACTION_DIMENSIONS)
-ROUNDS = 30  # timed actions of each way
 PROMPT_WORDS = 30  # of LIBERO's instructions with the prompt around them
 SEED = 0
 # Times the deviation of other rows of a random head: then the likeliest word is an action, as in a trained model.
@@ -99,7 +98,7 @@ def run(
     batch_sizes: Sequence[int],
     precisions: Sequence[str],
     device: str,
-    rounds: int = ROUNDS,
+    rounds: int,
     compiled: bool = True,
 ) -> list[Row]:
     """The table. folder None: random weights of full size. rounds: timed calls of each way. compiled: whether to include what takes a compiler
