@@ -33,8 +33,10 @@ Record = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
 
 
 def capture(vla: VLA) -> Decoder:
-    """The decoder of a model that will act (after adapters are merged and weights quantised), which no longer takes gradients."""
-    vla.requires_grad_(False)
+    """The decoder of a model that will act (after adapters are merged and weights quantised), which no longer takes gradients
+    and drops nothing out.
+    """
+    vla.eval().requires_grad_(False)  # before any twin is made: a twin keeps the mode that it was made in
     if next(vla.parameters()).device.type == "cuda":
         return CapturedDecoder(vla, compile_layers(vla, mode=COMPILE_MODE))
     return Decoder(with_onednn(vla) if usable() else vla)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from prismatic.errors import ConfigError, read_json
 from prismatic.models import backends, integers, weights
+from prismatic.models.onednn import OneDNNLinear
 
 if TYPE_CHECKING:
     from prismatic.models.vla import VLA
@@ -240,7 +241,7 @@ def head_rows(head: nn.Module, first: int, last: int) -> Callable[[torch.Tensor]
 
     Surprising: torchao's own slicing fails under torch.inference_mode, so it is done here.
     """
-    if type(head) is not nn.Linear:  # one with an adapter on it
+    if type(head) not in (nn.Linear, OneDNNLinear):  # one with an adapter on it, or bitsandbytes' kind
         return lambda hidden: head(hidden)[..., first:last]
     weight: Any = head.weight
     if type(weight) is nn.Parameter:
