@@ -11,6 +11,7 @@ python bench.py infer --plot latency.png          time and memory of an action: 
 python bench.py draft --task_id 1                 what drafting saves in episodes of the small model
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -255,20 +256,24 @@ Config = (
 
 
 def check(cfg: BenchConfig) -> None:
-    """ConfigError for what would fail only after minutes of measuring: a number below 1, an empty list, a file that can't be written."""
+    """ConfigError for what would fail only after minutes of measuring: a number that is too small, an empty list, a file that can't be written."""
     for name in [field.name for field in fields(cfg)]:
         value = getattr(cfg, name)
-        least = 0 if name in MAY_BE_ZERO else 1
         if value == ():
             raise ConfigError(f"--{name} is empty: give at least one, or leave it out")
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int | float) and not isinstance(number, bool) and number < least:
-                raise ConfigError(f"--{name} {number:g} is too small: give {least} or more")
+            least = 0 if name in MAY_BE_ZERO else 1
+            if type(number) is int and number < least:
+                raise ConfigError(f"--{name} {number} is too small: give {least} or more")
+            if type(number) is float and not 0 < number < float("inf"):
+                raise ConfigError(f"--{name} {number:g} is no size: give a number above 0")
     for name in ("json", "plot"):
         file: Path | None = getattr(cfg, name, None)
-        if file is not None and (file.is_dir() or not file.parent.is_dir()):
-            raise ConfigError(f"--{name} {file} can't be written: give the name of a file in a folder that exists")
-        if name == "plot" and file is not None and file.suffix not in PICTURES:
+        if file is None:
+            continue
+        if not os.access(file.parent, os.W_OK) or (file.exists() and not file.is_file()):
+            raise ConfigError(f"--{name} {file} can't be written: give the name of a file in a folder of yours")
+        if name == "plot" and file.suffix.lower() not in PICTURES:
             raise ConfigError(f"--plot {file} is no picture's name: let it end in {', '.join(PICTURES)}")
 
 

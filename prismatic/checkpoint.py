@@ -88,6 +88,16 @@ def load_vla(
     return vla
 
 
+def load_merged(folder: Path, adapter: Path | None, *, dtype: torch.dtype, device: str) -> VLA:
+    """As load_vla, with the adapter merged in float32, as export.py does it: a folder and its export answer alike."""
+    vla = load_vla(folder, adapter, dtype=dtype, device=device, adapter_dtype=torch.float32)
+    if adapter is not None:
+        from prismatic.models.lora import merge_lora
+
+        merge_lora(vla)
+    return vla
+
+
 def load_quantized(
     folder: Path,
     adapter: Path | None,
@@ -100,14 +110,10 @@ def load_quantized(
 ) -> VLA:
     """A checkpoint folder that is quantised as it loads (see quantize.quantize) and computes in dtype.
 
-    An adapter is merged in float32 into weights of the checkpoint's own number format, as export.py does it: both answer alike.
+    An adapter is merged into weights of the checkpoint's own number format.
     """
     own = weights.stored_dtype(weights.stored_tensors(folder))
-    vla = load_vla(folder, adapter, dtype=own, device=device, adapter_dtype=torch.float32)
-    if adapter is not None:
-        from prismatic.models.lora import merge_lora
-
-        merge_lora(vla)
+    vla = load_merged(folder, adapter, dtype=own, device=device)
     return quantization.quantize(vla, precision, backend, vision=vision, dtype=dtype)
 
 
@@ -255,7 +261,7 @@ def load_policy(
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     precision, backend = quantization.choose(folder / CONFIG, quantize, backend, device)
     if backend is None or quantization.saved_as(folder / CONFIG):
-        vla = load_vla(folder, adapter_folder, dtype=dtype, device=device)
+        vla = load_merged(folder, adapter_folder, dtype=dtype, device=device)
     else:
         vla = load_quantized(folder, adapter_folder, precision, backend=backend, dtype=dtype, device=device)
     if processor.config.num_images_in_input != vla.config.num_images_in_input:

@@ -30,10 +30,12 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[bench.BenchConfig]:
         (bench.BenchInferConfig(batch_sizes=(1, 0)), "--batch_sizes 0 is too small"),
         (bench.BenchInferConfig(quantize=()), "--quantize is empty"),
         (bench.BenchMemoryConfig(cards=()), "--cards is empty"),
-        (bench.BenchTrainConfig(memory_cap_gib=-2.5), "--memory_cap_gib -2.5 is too small"),
+        (bench.BenchTrainConfig(memory_cap_gib=-2.5), "--memory_cap_gib -2.5 is no size"),
+        (bench.BenchMemoryConfig(cards=(24.0, float("nan"))), "--cards nan is no size"),
         (bench.BenchInferConfig(plot=Path("latency.txt")), "--plot latency.txt is no picture's name"),
         (bench.BenchInferConfig(plot=Path("nowhere/latency.png")), "--plot nowhere/latency.png can't be written"),
         (bench.BenchMemoryConfig(json=Path(".")), "--json . can't be written"),
+        (bench.BenchMemoryConfig(json=Path("/dev/null")), "--json /dev/null can't be written"),
     ],
 )
 def test_nothing_is_measured_in_vain(cfg: bench.BenchConfig, sentence: str, measured: list) -> None:
@@ -43,8 +45,18 @@ def test_nothing_is_measured_in_vain(cfg: bench.BenchConfig, sentence: str, meas
 
 
 def test_the_table_is_printed_and_kept(tmp_path: Path, measured: list, capsys: pytest.CaptureFixture[str]) -> None:
-    cfg = bench.BenchDataConfig(num_workers=(0, 2), json=tmp_path / "table.json")
+    cfg = bench.BenchDataConfig(num_workers=(0, 2), loaded_frames=None, json=tmp_path / "table.json")
     bench.main(cfg)
     assert measured == [cfg]
     assert capsys.readouterr().out.splitlines() == ["| what | ms |", "|---|---|", "| all | 1.5 |"]
     assert json.loads((tmp_path / "table.json").read_text()) == [{"what": "all", "ms": 1.5}]
+
+
+def test_small_sizes_are_sizes(measured: list) -> None:
+    for cfg in (
+        bench.BenchTrainConfig(memory_cap_gib=0.5),
+        bench.BenchMemoryConfig(cards=(0.5,)),
+        bench.BenchInferConfig(plot=Path("a.PNG")),
+    ):
+        bench.main(cfg)
+    assert len(measured) == 3

@@ -106,8 +106,9 @@ def test_what_cannot_be_compiled_is_decoded_by_the_model_itself(lively: VLA) -> 
 @pytest.mark.parametrize("usable", [True, False])
 def test_on_a_cpu_nothing_is_recorded(lively: VLA, usable: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setattr(captured, "usable", lambda: usable)
-    decoder = capture(lively)
+    decoder = capture(copy.deepcopy(lively).train())
     assert type(decoder) is Decoder
+    assert not any(part.training for part in decoder.vla.modules())  # dropout would draw
     assert any(isinstance(part, OneDNNLinear) for part in decoder.vla.modules()) is usable
 
 

@@ -72,10 +72,20 @@ def test_three_ways_of_a_frame_say_the_same_and_are_timed(monkeypatch: pytest.Mo
     policy.decoder = ways = Ways(policy.decoder)
     frame = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
     act = InEpisode(policy, 0)
+    called: list[str] = []
+    monkeypatch.setattr(ways, "plain", lambda *inputs, plain=ways.plain: called.append("plain") or plain(*inputs))
+    decode = ways.decoder
+    named = {4: "ours", 5: "drafted"}  # by the number of inputs
+    monkeypatch.setattr(ways, "decoder", lambda *inputs: called.append(named[len(inputs)]) or decode(*inputs))
     for _ in range(WARM_UP + 2):
         act(frame, "pick up the black bowl", frame)
     assert ways.different == 0 and min(ways.seconds.values()) > 0
     assert policy.counts["confirmed"] == 7 * (WARM_UP + 1)  # the same frame again: each draft is right
+    assert {tuple(called[first : first + 3]) for first in range(0, 9, 3)} == {
+        ("plain", "ours", "drafted"),
+        ("ours", "drafted", "plain"),
+        ("drafted", "plain", "ours"),
+    }  # each begins as often
     honest = PlainDecoder.__call__
     monkeypatch.setattr(PlainDecoder, "__call__", lambda self, *inputs: honest(self, *inputs) - 1)
     act(frame, "pick up the black bowl", frame)

@@ -54,6 +54,11 @@ def test_adapters_compute_in_the_bases_format_and_learn_in_their_own() -> None:
     assert less < 0.75 * kept
 
 
+def trained_layers(vla: VLA) -> list[Any]:
+    unread = vla.unread_parameters()
+    return [layer for name, layer in lora_layers(vla) if not any(other.startswith(name) for other in unread)]
+
+
 def one_layer(*, bias: bool, ours: bool = True) -> tuple[Any, torch.Tensor]:
     """A linear map with an adapter, in float64, and its input. ours: as compute_in_base_dtype makes it."""
     torch.manual_seed(1)
@@ -85,6 +90,59 @@ def test_the_product_and_its_gradients_are_pefts(bias: bool) -> None:
     assert torch.autograd.gradcheck(layer, x.requires_grad_())
     assert torch.autograd.gradcheck(layer, x.transpose(0, 1).detach().requires_grad_())  # not contiguous
     layer(x.detach()).sum().backward()  # pixels need no gradient
+
+
+def test_no_second_copy_of_the_output_is_made() -> None:
+    def peak(layer: Any, x: torch.Tensor) -> int:
+        layer(x).backward(torch.ones(*x.shape[:-1], 64))  # gradients of the weights are there from now on
+        with LiveBytes() as live:
+            out = layer(x)
+            out.backward(torch.ones_like(out))
+        return live.peak
+
+    torch.manual_seed(1)
+    x = torch.randn(4096, 8)  # a narrow input: what is as large as the output counts
+    peaks = []
+    for change in (lambda holder: holder, compute_in_base_dtype):
+        holder: Any = nn.Module()
+        holder.proj = nn.Linear(8, 64)
+        peaks.append(peak(change(add_lora(holder, rank=2)).proj, x))
+    assert peaks[1] < peaks[0] - 0.9 * 4096 * 64 * 4  # an output less
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
+def test_under_autocast_peft_computes(base: torch.dtype, adapter: torch.dtype) -> None:
+    vla = add_lora(random_vla(TINY, seed=0).to(base), rank=2)
+    for parameter in vla.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(adapter)
+    compute_in_base_dtype(vla)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = vla(**BATCH).loss
+    loss.backward()
+    assert torch.isfinite(loss) and all(layer.lora_A[ADAPTER].weight.grad is not None for layer in trained_layers(vla))
+
+
+def test_a_merged_and_a_switched_off_adapter_count_once_and_not_at_all() -> None:
+    layer, x = one_layer(bias=True)
+    expected = layer(x)
+    layer.merge()
+    torch.testing.assert_close(layer(x), expected)
+    layer.unmerge()
+    layer.enable_adapters(False)
+    torch.testing.assert_close(layer(x), layer.base_layer(x))
+
+
+def test_a_trained_bias_gets_its_gradient() -> None:
+    holder: Any = nn.Module()
+    holder.proj = nn.Linear(6, 5)
+    add_lora(holder, rank=2)
+    layer: Any = holder.proj
+    layer.base_layer.bias.requires_grad_()
+    compute_in_base_dtype(holder)
+    layer(torch.randn(3, 6)).sum().backward()
+    assert layer.base_layer.bias.grad is not None
 
 
 def test_it_compiles_without_a_break() -> None:

@@ -22,15 +22,19 @@ pytestmark = pytest.mark.skipif(
 
 
 class Products(TorchDispatchMode):
-    """Counts the products that oneDNN makes."""
+    """Counts the products that oneDNN makes, and keeps the widths of all results."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
+        self.widths: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func is torch.ops.mkldnn._linear_pointwise.default
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.is_floating_point() and result.ndim:
+            self.widths.add(result.shape[-1])
+        return result
 
 
 def test_the_words_are_the_same_on_the_same_weights(lively: VLA, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
@@ -41,6 +45,7 @@ def test_the_words_are_the_same_on_the_same_weights(lively: VLA, monkeypatch: py
     assert len({tuple(row.tolist()) for row in expected}) == 3
     with Products() as products:
         assert Decoder(fast)(ids, pixels, 7, mask).ids.equal(expected)
+    assert TINY.text_config.vocab_size not in products.widths  # of the head, only the action rows
     assert products.count > 7 * 7 * TINY.text_config.num_hidden_layers  # each of a layer's products in each pass
     for name, draft in hostile_drafts(expected).items():
         assert Decoder(fast)(ids, pixels, 7, mask, draft).ids.equal(expected), name

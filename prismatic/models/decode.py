@@ -23,7 +23,7 @@ from prismatic.models.quantize import head_rows
 if TYPE_CHECKING:
     from prismatic.models.vla import VLA
 
-# Logits: a lead smaller than this may be rounding. On the small model (CPU) a lead moved by up to 9e-6 in float32 and 0.06 in bfloat16 when a
+# Logits: a lead smaller than this may be rounding. On the small model (CPU) a lead moved by up to 1.5e-5 in float32 and 0.06 in bfloat16 when a
 # draft rode along; a full-size model and float16 have not been measured.
 DOUBT = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 

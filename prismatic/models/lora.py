@@ -98,9 +98,11 @@ class AdaptedProduct(torch.autograd.Function):
 
 
 class AdaptedLinear(peft.tuners.lora.Linear):
-    """peft's layer, its names and its merging, with the product above."""
+    """peft's layer with the product above, while it trains in one number format."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.merged or self.disable_adapters or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x, *args, **kwargs)
         base, scaling = self.get_base_layer(), self.scaling[ADAPTER]
         a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
         return AdaptedProduct.apply(x, base.weight, base.bias, a, b, scaling)  # type: ignore[return-value]
@@ -112,11 +114,13 @@ def compute_in_base_dtype(vla: VLA) -> VLA:
     By itself peft casts the *input* of every adapter up instead: a float32 copy of each activation, kept until the backward pass.
     """
     for _, layer in lora_layers(vla):
-        plain = type(layer) is peft.tuners.lora.Linear and type(layer.get_base_layer()) is nn.Linear
-        if plain and isinstance(layer.lora_dropout[ADAPTER], nn.Identity):
+        layer.cast_input_dtype_enabled = False
+        base = layer.get_base_layer()
+        plain = type(layer) is peft.tuners.lora.Linear and type(base) is nn.Linear
+        frozen = not any(parameter.requires_grad for parameter in base.parameters())
+        if plain and frozen and isinstance(layer.lora_dropout[ADAPTER], nn.Identity):
             layer.__class__ = AdaptedLinear
             continue
-        layer.cast_input_dtype_enabled = False
         for half in (layer.lora_A, layer.lora_B):
             old: Any = half[ADAPTER]
             if isinstance(old, nn.Conv2d):
