@@ -6,6 +6,7 @@ anything is timed each way's words are compared with the plain way's: in float32
 """
 
 import functools
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -159,6 +160,7 @@ def _batch(
         if not compiled and name.endswith("compiled"):
             rows.append(_skipped(precision, batch, name, "left out: --compiled False"))
             continue
+        print(f"{precision}, batch {batch}: {name}", file=sys.stderr, flush=True)
         try:
             call = make()
             words, more = _prepared(call, held, norm.device)
@@ -180,6 +182,7 @@ def _batch(
         rows.append(row)
         if not name.startswith("ours, captured"):  # what is drafted stands on the same graphs and cache
             held = _reserved(norm.device)
+    print(f"{precision}, batch {batch}: {rounds} actions of each, in turns", file=sys.stderr, flush=True)
     times = _take_turns({name: call for name, (call, _) in ready.items()}, rounds, norm.device)
     if PLAIN in times:
         plain[batch] = float(times[PLAIN][1].quantile(0.5)), plain[batch][1]
