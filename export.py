@@ -39,11 +39,7 @@ def main(cfg: ExportConfig) -> Path:
     own = weights.stored_dtype(stored)
     dtype = getattr(torch, cfg.dtype) if cfg.dtype else own
     # Quantised from the checkpoint's own numbers, as load_policy does.
-    vla = files.load_vla(base, adapter, dtype=dtype if cfg.quantize == "none" else own, adapter_dtype=torch.float32)
-    if adapter is not None:
-        from prismatic.models.lora import merge_lora
-
-        merge_lora(vla)
+    vla = files.load_merged(base, adapter, dtype=dtype if cfg.quantize == "none" else own)
     parameters = sum(p.numel() for p in vla.parameters())
     try:
         files.save_checkpoint(

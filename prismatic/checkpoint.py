@@ -88,8 +88,8 @@ def load_vla(
     return vla
 
 
-def load_merged(folder: Path, adapter: Path | None, *, dtype: torch.dtype, device: str) -> VLA:
-    """As load_vla, with the adapter merged in float32, as export.py does it: a folder and its export answer alike."""
+def load_merged(folder: Path, adapter: Path | None, *, dtype: torch.dtype, device: str = "cpu") -> VLA:
+    """As load_vla, with the adapter merged in float32, for acting and for export.py: a folder and its export answer alike."""
     vla = load_vla(folder, adapter, dtype=dtype, device=device, adapter_dtype=torch.float32)
     if adapter is not None:
         from prismatic.models.lora import merge_lora

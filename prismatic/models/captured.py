@@ -6,7 +6,6 @@ A graph has fixed shapes, so prompts are padded to a multiple of WIDTH words and
 reads a padded word, and padded rows are dropped.
 """
 
-import copy
 import gc
 import warnings
 from collections import OrderedDict
@@ -19,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from prismatic.models.decode import Answer, Decoder, Decoding, Passes
-from prismatic.models.onednn import usable, with_onednn
+from prismatic.models.onednn import twin_of, usable, with_onednn
 from prismatic.models.vla import VLA
 
 WIDTH = 32  # words
@@ -48,20 +47,13 @@ def compile_layers(vla: VLA, **how: Any) -> VLA:
     how: torch.compile's options. vla stays as it is.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
-    twin = _twin(vla)
-    twin.language_model = _twin(vla.language_model)
-    twin.language_model.model = _twin(vla.language_model.model)
-    layers = [_twin(layer) for layer in vla.language_model.model.layers]
+    twin = twin_of(vla)
+    twin.language_model = twin_of(vla.language_model)
+    twin.language_model.model = twin_of(vla.language_model.model)
+    layers = [twin_of(layer) for layer in vla.language_model.model.layers]
     twin.language_model.model.layers = nn.ModuleList(layers)
     for layer in layers:
         layer.compile(dynamic=False, **how)
-    return twin
-
-
-def _twin(module: Any) -> Any:
-    """Another module object with the same parts."""
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
     return twin
 
 

@@ -36,10 +36,18 @@ def usable() -> bool:
     )
 
 
+def twin_of(module: Any) -> Any:
+    """Another module object with the same parts."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
+
+
 def with_onednn(module: Any) -> Any:
     """The same weights under modules whose float32 linear layers multiply with oneDNN; `module` stays as it is."""
-    twin = copy.copy(module)
-    twin._modules = {name: None if part is None else with_onednn(part) for name, part in module._modules.items()}
+    twin = twin_of(module)
+    for name, part in module.named_children():
+        twin._modules[name] = with_onednn(part)
     # quantised and adapted layers are classes of their own, or their weight is
     if type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.dtype == torch.float32:
         twin.__class__ = OneDNNLinear
