@@ -94,6 +94,8 @@ class BenchTrainConfig(BenchConfig):
     steps: int = 5
     # torch.compile our blocks.
     compile: bool = False
+    # On a GPU: ours also with passes recorded as CUDA graphs.
+    cuda_graph: bool = True
 
 
 def train(cfg: BenchTrainConfig) -> Rows:
@@ -106,6 +108,7 @@ def train(cfg: BenchTrainConfig) -> Rows:
         batch_sizes=cfg.batch_sizes,
         steps=cfg.steps,
         compiled=cfg.compile,
+        graphs=cfg.cuda_graph,
     )
 
 

@@ -36,6 +36,7 @@ from prismatic.training.distributed import Ranks, joined
 from prismatic.training.loggers import NoLogger, check_installed, open_logger
 from prismatic.training.model import ModelOptions, planned_model
 from prismatic.training.optimizer import make_optimizer
+from prismatic.training.recorded import record_passes
 from prismatic.training.run_folder import LATEST, SKIPPED, STEP_FOLDER, RunFolder
 from prismatic.training.state import Progress, capture, restore, seed_everything
 from prismatic.training.step import Metrics, StopSignal, backward, clip_gradients, learning_rate
@@ -45,7 +46,7 @@ LOG_STEPS = 10  # steps between lines of metrics.jsonl
 MAY_CHANGE = (  # on resuming; batch_size and passes as far as their product, the effective batch, stays
     "max_steps", "save_steps", "val_steps", "log_to", "max_bad_steps", "keep", "num_workers", "resume", "shuffle_buffer_size",
     "run_root_dir", "cache_dir",
-    "batch_size", "grad_accumulation_steps", "shard", "gradient_checkpointing",
+    "batch_size", "grad_accumulation_steps", "shard", "gradient_checkpointing", "cuda_graph",
 )  # fmt: skip
 
 
@@ -135,6 +136,8 @@ def loop(job: Job, validation: Validation, display: Display) -> None:
     model = ranks.parallel(vla)
     stream = open_stream(job)
     autocast = in_bfloat16(cfg, ranks)
+    words = job.processor.longest_row(job.mixture.instructions)
+    recorded = record_passes(vla, ranks, words=words, passes=job.passes, autocast=autocast) if cfg.cuda_graph else None
     stop = StopSignal()
     vla.train()
     for step in range(progress.step, cfg.max_steps):
@@ -142,7 +145,8 @@ def loop(job: Job, validation: Validation, display: Display) -> None:
         passes = [next(stream) for _ in range(job.passes)]
         if step == 0 and ranks.is_first:
             first_batch.draw(passes, job.processor, job.run.path / first_batch.NAME)
-        metrics = backward(model, passes, job.processor.action_tokenizer, autocast=autocast, ranks=ranks)
+        tokenizer = job.processor.action_tokenizer
+        metrics = backward(model, passes, tokenizer, autocast=autocast, ranks=ranks, recorded=recorded)
         metrics.grad_norm = clip_gradients(vla.parameters(), cfg.max_grad_norm)
         progress.step = step + 1
         if metrics.is_finite():
@@ -150,7 +154,7 @@ def loop(job: Job, validation: Validation, display: Display) -> None:
             progress.bad_steps = 0
         else:
             report_skipped(job, metrics)
-        job.optimizer.zero_grad(set_to_none=True)
+        job.optimizer.zero_grad(set_to_none=recorded is None)
         validated = {}
         if metrics.is_finite() and validation.due(progress.step, every=cfg.val_steps, last=cfg.max_steps):
             with display.paused("validation"):

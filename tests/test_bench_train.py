@@ -8,6 +8,8 @@ from prismatic.bench.plain import PlainVLA
 from prismatic.errors import ConfigError
 from prismatic.models.tiny import TINY
 from prismatic.models.vla import VLA
+from prismatic.training import recorded
+from tests.test_recorded_pass import CallingRecorder, Double
 
 BENCH = train.Bench(TINY, "cpu", torch.float32, steps=1)
 
@@ -32,7 +34,7 @@ def test_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "SMALL", TINY)
-    rows = train.run(full_size=False, memory_cap_gib=24, batch_sizes=(2,), steps=1, compiled=False)
+    rows = train.run(full_size=False, memory_cap_gib=24, batch_sizes=(2,), steps=1, compiled=False, graphs=True)
     ways = [(row["way"], row["micro-batch"], row["recomputed"]) for row in rows]
     assert ways == [("plain", 2, "no"), ("ours", 2, "no"), ("ours", 2, "yes"), ("ours, NF4 base", 1, "yes")]
     plain, mine, recomputed, packed = (row["peak GiB"] for row in rows)
@@ -42,14 +44,27 @@ def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_recorded_passes_are_timed_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "Recorder", CallingRecorder)
+    base = train.random_base(BENCH)
+    found = train.tried(lambda: train.ours(base, BENCH, checkpointing=False), BENCH, 1, way=train.RECORDED)
+    assert isinstance(found, tuple) and all(number > 0 for number in found)
+    monkeypatch.setattr(recorded, "Recorder", Double)
+    with pytest.warns(UserWarning):
+        found = train.tried(lambda: train.ours(base, BENCH, checkpointing=False), BENCH, 1, way=train.RECORDED)
+    rows = [train.Row(train.PLAIN, 1, False, (1.0, 1.0)), train.Row(train.RECORDED, 1, False, found)]
+    row = train._table(rows, BENCH, rate=1e9, flops=10**6)[1]
+    assert row["samples/s"].startswith("not recorded: the recorded pass differs") and row["ratio"] == ""
+
+
 def test_what_does_not_fit_is_not_tried_at_a_larger_size(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {"plain": 1, "ours": 4}
     monkeypatch.setattr(
         train,
         "tried",
-        lambda make, bench, size, *, fused: (1.0, 1.0) if size <= limits["ours" if fused else "plain"] else None,
+        lambda make, bench, size, *, way: (1.0, 1.0) if size <= limits[way] else train.TOO_LARGE,
     )
-    rows = list(train._rows(train.random_base(BENCH), BENCH, (1, 2, 4, 8), compiled=False))
+    rows = list(train._rows(train.random_base(BENCH), BENCH, (1, 2, 4, 8), compiled=False, graphs=True))
     assert [row.size for row in rows if row.way == "plain"] == [1, 2] and rows[-1].size == 8
     table = train._table(rows, BENCH, rate=1e9, flops=10**6)
     assert [row["samples/s"] for row in table if row["way"] == "plain"] == [1.0, "doesn't fit"]

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import init
 
 from prismatic.bench import ceilings
 from prismatic.bench.load import Peak
 from prismatic.bench.plain import PlainDecoder
+from prismatic.bench.random_model import random_model
 from prismatic.checkpoint import CONFIG, load_vla
 from prismatic.models.captured import capture
 from prismatic.models.decode import Decoder
@@ -28,8 +28,7 @@ from prismatic.normalize import ACTION_DIMENSIONS
 ACTION_DIM = len(ACTION_DIMENSIONS)
 PROMPT_WORDS = 30  # of LIBERO's instructions with the prompt around them
 SEED = 0
-# Times the deviation of other rows of a random head: then the likeliest word is an action, as in a trained model.
-DECISIVE = 8
+DECISIVE = 8  # times the deviation of a random head's other rows
 
 PLAIN = "plain"
 Run = Callable[[int], torch.Tensor]  # number of words → ids (B, words)
@@ -41,16 +40,8 @@ COLUMNS = (
 
 
 def random_full_size(dtype: torch.dtype, device: torch.device) -> VLA:
-    """openvla-7b's shapes with random weights, made where they are used."""
-    with torch.device("meta"):
-        vla = VLA(VLAConfig()).to(dtype)
-    vla.to_empty(device=device)
-    torch.manual_seed(SEED)
-    for name, parameter in vla.named_parameters():
-        if parameter.ndim > 1:
-            init.normal_(parameter, std=0.02)
-        else:
-            init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+    """openvla-7b's shapes with random weights, made where they are used; the likeliest word is an action, as in a trained model."""
+    vla = random_model(VLAConfig(), dtype=dtype, device=device, seed=SEED)
     first, last = vla.config.vocab_size - vla.config.n_action_bins, vla.config.vocab_size
     with torch.no_grad():
         vla.language_model.lm_head.weight[first:last] *= DECISIVE

@@ -4,12 +4,12 @@ In: sizes. Out: a table. Before anything is timed both ways must give one loss a
 torch.cuda.max_memory_reserved under a cap; on a CPU a small model, its peak is counted (live_bytes.py), not measured.
 """
 
+import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,17 +19,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from prismatic.bench.ceilings import give_back, matrix_rate, wait
 from prismatic.bench.memory import WORDS
 from prismatic.bench.plain import PlainVLA
+from prismatic.bench.random_model import random_model
 from prismatic.errors import ConfigError
-from prismatic.models import weights
 from prismatic.models.checkpointing import checkpoint_activations, compile_blocks
 from prismatic.models.llama import LlamaConfig
 from prismatic.models.lora import add_lora, compute_in_base_dtype
-from prismatic.models.nf4 import prepare_nf4
 from prismatic.models.vla import DINO_ID, IGNORE, SIGLIP_ID, VLA, VLAConfig
+from prismatic.processor import Batch
 from prismatic.training.activations import LABELS
 from prismatic.training.live_bytes import LiveBytes
 from prismatic.training.optimizer import make_optimizer
+from prismatic.training.recorded import RecordedPass
 
+PLAIN, OURS, RECORDED = "plain", "ours", "ours, recorded"
+TOO_LARGE = "doesn't fit"
 RANK = 32
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # relative, of the loss and of all gradients together
 SMALL = VLAConfig(  # every part has about the share of the work that it has at full size; 256 patches as there
@@ -66,27 +69,8 @@ class Bench:
 
 
 def random_base(bench: Bench, *, nf4: bool = False) -> VLA:
-    """A model of random weights, made on the device tensor by tensor; norms and LayerScale 1."""
-    generator = torch.Generator(bench.device).manual_seed(bench.seed)
-    with torch.device("meta"):
-        vla = VLA(bench.config)
-
-    def drawn(name: str, shape: torch.Size) -> torch.Tensor:
-        tensor = torch.empty(shape, dtype=bench.dtype, device=bench.device)
-        if "norm" in name.rpartition(".")[0].rpartition(".")[2] or name.endswith("scale_factor"):
-            return tensor.fill_(float(not name.endswith("bias")))
-        return tensor.normal_(std=0.02, generator=generator)
-
-    stored = {
-        name: weights.StoredTensor(
-            Path("random"), tuple(tensor.shape), lambda name=name, tensor=tensor: drawn(name, tensor.shape)
-        )
-        for name, tensor in vla.state_dict().items()
-    }
-    if nf4:
-        prepare_nf4(vla, on_cpu=not bench.on_gpu)
-    weights.fill(vla, stored, dtype=bench.dtype, device=bench.device)
-    return vla
+    """The model that is trained."""
+    return random_model(bench.config, dtype=bench.dtype, device=bench.device, seed=bench.seed, nf4=nf4)
 
 
 def with_adapter(model: nn.Module, bench: Bench) -> Any:
@@ -176,21 +160,41 @@ def step_flops(base: VLA, bench: Bench) -> int:
     return counter.get_total_flops()
 
 
-def measure(make: Callable[[], nn.Module], bench: Bench, size: int, *, fused: bool) -> tuple[float, float]:
-    """Samples a second and peak GiB of training steps; torch.OutOfMemoryError where it doesn't fit."""
-    model = make()
+class NotRecorded(Exception):
+    """Why the passes of this way are not what they are called."""
+
+
+def step_of(model: nn.Module, bench: Bench, size: int, *, way: str) -> tuple[Callable[[], None], torch.optim.Optimizer]:
+    """A training step of one way: pass, optimizer, gradients gone."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if fused:
-        optimizer = make_optimizer("adamw", trained, learning_rate=1e-5, weight_decay=0.01)
-    else:
+    if way == PLAIN:
         optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.01)
+    else:
+        optimizer = make_optimizer("adamw", trained, learning_rate=1e-5, weight_decay=0.01)
     batch = batch_of(bench, size)
+    recorded = None
+    if way == RECORDED and isinstance(model, VLA):
+        recorded = RecordedPass(model, words=WORDS, passes=1, autocast=False)
+        on_host = Batch(**{name: tensor.cpu() for name, tensor in batch.items()})
+        on_host = on_host.pin_memory() if bench.on_gpu else on_host
 
     def step() -> None:
-        loss_of(model, batch, bench).backward()
+        if recorded is None:
+            loss_of(model, batch, bench).backward()
+        else:
+            recorded(on_host)
+            if recorded.given_up:
+                raise NotRecorded(recorded.given_up)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=recorded is None)
 
+    return step, optimizer
+
+
+def measure(make: Callable[[], nn.Module], bench: Bench, size: int, *, way: str) -> tuple[float, float]:
+    """Samples a second and peak GiB of training steps; torch.OutOfMemoryError where it doesn't fit."""
+    model = make()
+    step, optimizer = step_of(model, bench, size, way=way)
     step()  # the optimizer's state and the libraries' plans are made
     if bench.on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -213,21 +217,29 @@ def measure(make: Callable[[], nn.Module], bench: Bench, size: int, *, fused: bo
     return rate, (live.peak + sum(held.values()) + sum(state)) / GIB
 
 
-def tried(make: Callable[[], nn.Module], bench: Bench, size: int, *, fused: bool) -> tuple[float, float] | None:
-    """As measure; None where the memory doesn't suffice. It begins without what was cached before: that would count as reserved."""
+def tried(make: Callable[[], nn.Module], bench: Bench, size: int, *, way: str) -> tuple[float, float] | str:
+    """As measure; or why not. It begins without what was cached before: that would count as reserved."""
     give_back(bench.place)
     try:
-        return measure(make, bench, size, fused=fused)
+        return measure(make, bench, size, way=way)
     except torch.OutOfMemoryError:
-        return None
+        return TOO_LARGE
+    except NotRecorded as error:
+        return TOO_LARGE if "out of memory" in str(error) else f"not recorded: {error}"
     finally:
         give_back(bench.place)
 
 
 def run(
-    *, full_size: bool | None, memory_cap_gib: float, batch_sizes: tuple[int, ...] | None, steps: int, compiled: bool
+    *,
+    full_size: bool | None,
+    memory_cap_gib: float,
+    batch_sizes: tuple[int, ...] | None,
+    steps: int,
+    compiled: bool,
+    graphs: bool,
 ) -> list[dict[str, Any]]:
-    """The table. full_size None: where there is a GPU. Ours recomputes activations only where it wouldn't fit otherwise."""
+    """The table. full_size None: where there is a GPU. graphs: ours recorded too, on a GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     full_size = device == "cuda" if full_size is None else full_size
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -239,9 +251,9 @@ def run(
     loss, gradient = check_equal(base, bench)
     print(f"the two ways agree: relative difference of the loss {loss:.1e}, of the gradients {gradient:.1e}")
     facts = {"rate": matrix_rate(bench.place, dtype), "flops": step_flops(base, bench)}
-    rows = list(_rows(base, bench, batch_sizes or SIZES[device], compiled=compiled))
+    rows = list(_rows(base, bench, batch_sizes or SIZES[device], compiled=compiled, graphs=graphs))
     del base
-    found = tried(lambda: ours(random_base(bench, nf4=True), bench, checkpointing=True), bench, 1, fused=True)
+    found = tried(lambda: ours(random_base(bench, nf4=True), bench, checkpointing=True), bench, 1, way=OURS)
     rows.append(Row("ours, NF4 base", 1, True, found))
     return _table(rows, bench, **facts)
 
@@ -251,45 +263,47 @@ class Row:
     way: str
     size: int
     checkpointing: bool
-    found: tuple[float, float] | None  # samples a second, GiB
+    found: tuple[float, float] | str  # samples a second, GiB; or why there are none
 
 
-def _rows(base: VLA, bench: Bench, sizes: tuple[int, ...], *, compiled: bool) -> Iterator[Row]:
+def _rows(base: VLA, bench: Bench, sizes: tuple[int, ...], *, compiled: bool, graphs: bool) -> Iterator[Row]:
     """Both ways at each micro-batch, ours with and without recomputing; a way that doesn't fit is not tried at larger ones."""
     full: set[tuple[str, bool]] = set()
+    ways = [(PLAIN, False), *itertools.product((OURS, RECORDED) if bench.on_gpu and graphs else (OURS,), (False, True))]
     for size in sizes:
-        for way, checkpointing in (("plain", False), ("ours", False), ("ours", True)):
+        for way, checkpointing in ways:
             if (way, checkpointing) in full:
                 continue
 
             def make(way: str = way, checkpointing: bool = checkpointing) -> nn.Module:
-                if way == "plain":
+                if way == PLAIN:
                     return with_adapter(PlainVLA.share(base), bench)
                 return ours(base, bench, checkpointing=checkpointing, compiled=compiled)
 
-            found = tried(make, bench, size, fused=way == "ours")
-            if found is None:
+            found = tried(make, bench, size, way=way)
+            if isinstance(found, str):
                 full.add((way, checkpointing))
             yield Row(way, size, checkpointing, found)
 
 
 def _table(rows: list[Row], bench: Bench, *, rate: float, flops: int) -> list[dict[str, Any]]:
     """ratio: to the plain way at the same micro-batch, or where that doesn't fit at its largest."""
-    plain = {row.size: row.found for row in rows if row.way == "plain" and row.found}
+    plain = {row.size: row.found for row in rows if row.way == PLAIN and isinstance(row.found, tuple)}
     place = torch.cuda.get_device_name(0) if bench.on_gpu else "CPU"
     table = []
     for row in rows:
-        speed, memory = row.found or (0.0, 0.0)
+        measured = isinstance(row.found, tuple)
+        speed, memory = row.found if isinstance(row.found, tuple) else (0.0, 0.0)
         against = plain[row.size if row.size in plain else max(plain)][0] if plain else None
         table.append(
             {
                 "way": row.way,
                 "micro-batch": row.size,
                 "recomputed": "yes" if row.checkpointing else "no",
-                "samples/s": round(speed, 3) if row.found else "doesn't fit",
-                "ratio": round(speed / against, 2) if row.found and against else "",
-                "peak GiB": round(memory, 3) if row.found else "",
-                "of the matrix rate": f"{speed * flops / rate:.0%}" if row.found else "",
+                "samples/s": round(speed, 3) if measured else row.found,
+                "ratio": round(speed / against, 2) if measured and against else "",
+                "peak GiB": round(memory, 3) if measured else "",
+                "of the matrix rate": f"{speed * flops / rate:.0%}" if measured else "",
                 "on": f"{place}, {str(bench.dtype).removeprefix('torch.')}",
             }
         )

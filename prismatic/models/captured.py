@@ -11,7 +11,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ COMPILE_MODE = "max-autotune-no-cudagraphs"  # the graphs are recorded here
 VARIANTS = 256  # shapes that one layer may be compiled for: each shape above has six
 
 Record = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
+T = TypeVar("T")
 
 
 def capture(vla: VLA) -> Decoder:
@@ -57,23 +58,32 @@ def compile_layers(vla: VLA, **how: Any) -> VLA:
     return twin
 
 
-def record_graph(function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Record what function puts on the GPU; the result replays it and returns the same tensor each time, filled anew."""
+def record_graph(function: Callable[[], T], stream: torch.cuda.Stream | None = None) -> Callable[[], T]:
+    """Record what function puts on the GPU; the result replays it and returns the same tensors each time, filled anew.
+
+    stream: on which it is recorded; torch's own for that if None.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # what other threads do meanwhile, such as a loader's that pins memory, is none of its business
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        result = function()
+
+    def play() -> T:
+        graph.replay()
+        return result
+
+    return play
+
+
+def record_warm(function: Callable[[], T]) -> Callable[[], T]:
+    """record_graph of a function that has not run yet."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
             function()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
-
-    def play() -> torch.Tensor:
-        graph.replay()
-        return result
-
-    return play
+    return record_graph(function)
 
 
 class Recorded:
@@ -108,7 +118,7 @@ class CapturedDecoder(Decoder):
     compiled: the model whose passes are recorded, on vla's weights; None: vla itself.
     """
 
-    def __init__(self, vla: VLA, compiled: VLA | None = None, *, record: Record = record_graph) -> None:
+    def __init__(self, vla: VLA, compiled: VLA | None = None, *, record: Record = record_warm) -> None:
         super().__init__(vla)
         self.compiled, self.record = compiled or vla, record
         self._shapes: OrderedDict[tuple[int, ...], Recorded] = OrderedDict()

@@ -164,10 +164,12 @@ class VLA(nn.Module):
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
         all_logits: bool = False,
+        label_columns: torch.Tensor | None = None,
     ) -> VLAOutput:
         """One pass over a right-padded batch; attention_mask is taken for OpenVLA's sake: behind right padding nothing is read.
 
         Loss: mean cross entropy over the labels of the batch that are not -100, each predicted from the position before it.
+        label_columns (B, N): where in labels[:, 1:] those are, if every row has N and the caller knows them; to look for them a GPU is waited for.
         """
         embeddings = self.embed(input_ids, pixel_values)  # (B, P + T, H)
         positions = torch.arange(embeddings.shape[1], device=embeddings.device).expand(embeddings.shape[:2])
@@ -177,9 +179,15 @@ class VLA(nn.Module):
             if labels is None:
                 return VLAOutput(logits, None)
         predicting = hidden[:, -labels.shape[1] : -1]  # position P + t - 1 predicts label t
-        counts = labels[:, 1:] != IGNORE
-        chosen = self.language_model.lm_head(predicting[counts]).float()  # (labels that count, rows)
-        loss = F.cross_entropy(chosen, labels[:, 1:][counts])
+        following = labels[:, 1:]
+        if label_columns is None:
+            counts = following != IGNORE
+            predicting, following = predicting[counts], following[counts]
+        else:
+            predicting = torch.take_along_dim(predicting, label_columns[..., None], dim=1).flatten(0, 1)
+            following = torch.take_along_dim(following, label_columns, dim=1).flatten()
+        chosen = self.language_model.lm_head(predicting).float()  # (labels that count, rows)
+        loss = F.cross_entropy(chosen, following)
         return VLAOutput(logits if all_logits else chosen, loss)
 
     @torch.inference_mode()

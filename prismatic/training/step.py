@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,12 +55,13 @@ def action_errors(
 
     logits (labels that count, rows) as VLA.forward gives them; labels (B, T).
     """
-    is_action = labels[:, 1:] >= tokenizer.first_id
+    following, predicted = labels[:, 1:].cpu(), logits.argmax(dim=-1).cpu()
+    is_action = following >= tokenizer.first_id
     dimension = (is_action.cumsum(dim=1) - 1)[is_action]
-    counted = labels[:, 1:][labels[:, 1:] != IGNORE]
+    counted = following[following != IGNORE]
     actions = counted >= tokenizer.first_id
-    predicted, true = logits.argmax(dim=-1)[actions].cpu().numpy(), counted[actions].cpu().numpy()
-    return dimension.cpu().numpy(), predicted == true, np.abs(tokenizer.decode(predicted) - tokenizer.decode(true))
+    predicted, true = predicted[actions].numpy(), counted[actions].numpy()
+    return dimension.numpy(), predicted == true, np.abs(tokenizer.decode(predicted) - tokenizer.decode(true))
 
 
 def action_metrics(logits: torch.Tensor, labels: torch.Tensor, tokenizer: ActionTokenizer) -> tuple[float, float]:
@@ -74,25 +75,45 @@ def attention_kernel(device: str, autocast: bool) -> contextlib.AbstractContextM
     return sdpa_kernel(SDPBackend.MATH) if autocast and device == "cpu" else contextlib.nullcontext()
 
 
+def one_pass(
+    model: nn.Module, batch: Batch, *, passes: int, autocast: bool, label_columns: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and logits of a batch on the model's device; a step's share of the gradients (one of `passes`) is added to what is there."""
+    device = batch.input_ids.device.type
+    known = {} if label_columns is None else {"label_columns": label_columns}
+    # the kernel is chosen for the backward pass too, which computes blocks again where activations are recomputed
+    with attention_kernel(device, autocast):
+        # no cache: it would hold a copy of every trained weight until the end of the pass, recomputing or not
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast, cache_enabled=False):
+            out = model(batch.input_ids, batch.attention_mask, batch.pixel_values, batch.labels, **known)
+        (out.loss / passes).backward()
+    return out.loss.detach(), out.logits.detach()
+
+
 def backward(
-    model: nn.Module, passes: Sequence[Batch], tokenizer: ActionTokenizer, *, autocast: bool, ranks: Ranks = ALONE
+    model: nn.Module,
+    passes: Sequence[Batch],
+    tokenizer: ActionTokenizer,
+    *,
+    autocast: bool,
+    ranks: Ranks = ALONE,
+    recorded: Callable[[Batch], tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> Metrics:
     """Gradients of the mean loss of several passes (gradient accumulation) of all ranks, added to what is there; returns the mean metrics.
 
-    model: a VLA, or what Ranks.parallel made of it. Every sample has as many labels as any other, so a mean of means is the mean.
+    model: a VLA, or what Ranks.parallel made of it. recorded: a RecordedPass of the same model that runs the passes in its place.
+    Every sample has as many labels as any other, so a mean of means is the mean.
     """
     total = Metrics()
+    device = next(model.parameters()).device
     for number, batch in enumerate(passes, start=1):
-        device = next(model.parameters()).device
-        batch = batch.to(device)
-        # the kernel is chosen for the backward pass too, which computes blocks again where activations are recomputed
-        with gradients_wait(model, number < len(passes)), attention_kernel(device.type, autocast):
-            # no cache: it would hold a copy of every trained weight until the end of the pass, recomputing or not
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast, cache_enabled=False):
-                out = model(batch.input_ids, batch.attention_mask, batch.pixel_values, batch.labels)
-            (out.loss / len(passes)).backward()
-        accuracy, l1 = action_metrics(out.logits.detach(), batch.labels, tokenizer)
-        total.loss += out.loss.item() / len(passes)
+        if recorded is not None:
+            loss, logits = recorded(batch)
+        else:
+            with gradients_wait(model, number < len(passes)):
+                loss, logits = one_pass(model, batch.to(device), passes=len(passes), autocast=autocast)
+        accuracy, l1 = action_metrics(logits, batch.labels, tokenizer)
+        total.loss += loss.item() / len(passes)
         total.action_accuracy += accuracy / len(passes)
         total.l1_loss += l1 / len(passes)
     return Metrics(*ranks.mean(dataclasses.astuple(total)))
