@@ -74,6 +74,15 @@ def test_merged_answers_as_base_and_adapter(place: Path, tmp_path: Path) -> None
     assert not np.array_equal(
         merged.batch(frames, words, frames), load_policy(place / "base", device="cpu").batch(frames, words, frames)
     )
+    stored = merged.vla.state_dict()
+    assert (
+        together.vla.state_dict().keys() == stored.keys()
+    )  # an adapter that is not merged would be three products more a layer
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in together.vla.state_dict().items())
+    inputs = torch.full((1, 9), 5), torch.zeros(1, 6 * TINY.num_images_in_input, TINY.image_size, TINY.image_size)
+    with torch.inference_mode():
+        apart = load_vla(place / "base", place / "adapter").eval()(inputs[0], None, inputs[1]).logits
+        torch.testing.assert_close(merged.vla(inputs[0], None, inputs[1]).logits, apart, atol=2e-4, rtol=1e-4)
     assert merged.processor.config.unnorm_key == "mine" and set(merged.processor.statistics) == {"base", "mine"}
 
 

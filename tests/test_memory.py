@@ -61,7 +61,7 @@ def counted_peak(config: VLAConfig, precision: Precision, batch: int, *, checkpo
 def test_the_plan_is_what_the_full_sizes_own_code_keeps_alive(model: Model, batch: int, checkpointing: bool) -> None:
     planned = plan(model, Settings(batch, 1, checkpointing))
     counted = counted_peak(VLAConfig(), Precision(), batch, checkpointing=checkpointing)
-    assert planned.activations + planned.logits == pytest.approx(counted, rel=0.1)
+    assert planned.activations + planned.logits == pytest.approx(counted, rel=0.005)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_the_plan_is_what_the_full_sizes_own_code_keeps_alive(model: Model, batc
 def test_and_in_other_formats_at_a_small_size(precision: Precision, checkpointing: bool) -> None:
     planned = plan(describe(TINY, precision, words=WORDS, on_cpu=True), Settings(8, 1, checkpointing))
     counted = counted_peak(TINY, precision, 8, checkpointing=checkpointing)
-    assert planned.activations + planned.logits == pytest.approx(counted, rel=0.025)  # a block's output is 1 to 2 %
+    assert planned.activations + planned.logits == pytest.approx(counted, rel=0.02)  # a block's output is 1 to 2 %
 
 
 def test_what_does_not_depend_on_the_batch_is_counted_exactly(model: Model) -> None:

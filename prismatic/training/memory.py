@@ -157,7 +157,8 @@ def _activations(model: Model, settings: Settings) -> tuple[int, int]:
     edges = sum(piece[f"{tower} patches"].saved for tower in TOWERS)
     if settings.gradient_checkpointing:  # a block's input is as large as its output
         kept = {kind: depth * blocks[kind].output for kind, depth in model.depths.items()}
-        working = {kind: block.peak for kind, block in blocks.items()}
+        # the output that lies beside them while one is measured is gone by the time it is run again
+        working = {kind: block.peak - block.output for kind, block in blocks.items()}
     else:
         kept = {kind: depth * blocks[kind].saved for kind, depth in model.depths.items()}
         working = {kind: block.peak - block.saved for kind, block in blocks.items()}
