@@ -244,7 +244,7 @@ def head_rows(head: nn.Module, first: int, last: int) -> Callable[[torch.Tensor]
     if type(head) not in (nn.Linear, OneDNNLinear):  # one with an adapter on it, or bitsandbytes' kind
         return lambda hidden: head(hidden)[..., first:last]
     weight: Any = head.weight
-    if type(weight) is nn.Parameter:
+    if not hasattr(weight, "qdata"):
         rows = weight[first:last]
     else:
         rows = type(weight)(weight.qdata[first:last], weight.scale[first:last], weight.block_size, weight.dtype)

@@ -1,0 +1,58 @@
+"""On another device than the CPU: nothing is left behind. Fake tensors compute nothing and need no GPU, but know where they are: a CPU tensor
+among them raises, as it would on a GPU. Backward passes need a real one.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from prismatic.models.decode import Decoding
+from prismatic.models.tiny import TINY
+from prismatic.models.vla import VLA
+from prismatic.training.activations import Precision, fake_vla, shallow
+
+BATCH, WORDS, ACTIONS = 2, 12, 7
+
+
+def moved(vla: VLA, mode: FakeTensorMode) -> VLA:
+    """The same with every parameter on a (fake) GPU."""
+    for module in vla.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            with mode:
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda")
+            setattr(module, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
+    return vla
+
+
+@pytest.fixture
+def mode() -> FakeTensorMode:
+    return FakeTensorMode()
+
+
+def inputs(device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    side = TINY.image_size
+    pixels = torch.empty(BATCH, 6 * TINY.num_images_in_input, side, side, device=device)
+    return torch.zeros(BATCH, WORDS, dtype=torch.int64, device=device), pixels
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_the_loss(mode: FakeTensorMode, lora_rank: int) -> None:
+    vla = moved(fake_vla(shallow(TINY), Precision(lora_rank=lora_rank), mode), mode)
+    with mode:
+        ids, pixels = inputs("cuda")
+        columns = torch.zeros(BATCH, 3, dtype=torch.int64, device="cuda")
+        out = vla(ids, None, pixels, ids, label_columns=columns)
+        assert out.loss is not None and out.loss.device.type == out.logits.device.type == "cuda"
+        with pytest.raises(RuntimeError, match="cuda:0"):
+            vla(ids, None, pixels, ids.cpu(), label_columns=columns)  # what is left behind is noticed
+
+
+@pytest.mark.parametrize("name", ["plain", "first", "again"])
+def test_a_decoding_pass(mode: FakeTensorMode, name: str) -> None:
+    vla = moved(fake_vla(shallow(TINY), Precision(lora_rank=0), mode), mode).eval().requires_grad_(False)
+    with mode, torch.inference_mode():
+        ids, pixels = inputs("cuda")
+        lengths = torch.full((BATCH,), WORDS, device="cuda")
+        answer = getattr(Decoding(vla, ids, lengths, pixels, ACTIONS), name)()
+    assert answer.device.type == "cuda"
