@@ -36,6 +36,15 @@ def test_int4_by_group(width: int, group: int) -> None:
     assert errors[0].sum() < 0.98 * errors[1].sum()
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_each_row_is_worked_out_by_itself(kind: str) -> None:
+    w = weight(2 * integers.ROWS + 3, 64) * torch.linspace(0.1, 2, 2 * integers.ROWS + 3)[:, None]
+    parts = integers.to_parts(kind, w)
+    for number in (0, integers.ROWS - 1, integers.ROWS, len(w) - 1):
+        alone = integers.to_parts(kind, w[number : number + 1])
+        assert all(torch.equal(parts[name][number], alone[name][0]) for name in parts)
+
+
 def test_a_width_that_no_group_divides_stays_int8() -> None:
     assert integers.group_size(48) is None and integers.group_size(11008) == 128
 
