@@ -31,12 +31,12 @@ from prismatic.models import quantize, weights
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.processor import Batch, Processor, ProcessorConfig
 from prismatic.training import first_batch
+from prismatic.training.cuda_graph import graph_passes
 from prismatic.training.display import Display
 from prismatic.training.distributed import Ranks, joined
 from prismatic.training.loggers import NoLogger, check_installed, open_logger
 from prismatic.training.model import ModelOptions, planned_model
 from prismatic.training.optimizer import make_optimizer
-from prismatic.training.recorded import record_passes
 from prismatic.training.run_folder import LATEST, SKIPPED, STEP_FOLDER, RunFolder
 from prismatic.training.state import Progress, capture, restore, seed_everything
 from prismatic.training.step import Metrics, StopSignal, backward, clip_gradients, learning_rate
@@ -136,8 +136,10 @@ def loop(job: Job, validation: Validation, display: Display) -> None:
     model = ranks.parallel(vla)
     stream = open_stream(job)
     autocast = in_bfloat16(cfg, ranks)
-    words = job.processor.longest_row(job.mixture.instructions)
-    recorded = record_passes(vla, ranks, words=words, passes=job.passes, autocast=autocast) if cfg.cuda_graph else None
+    graphed = None
+    if cfg.cuda_graph:
+        sentences = job.mixture.instructions
+        graphed = graph_passes(vla, ranks, job.processor, sentences, passes=job.passes, autocast=autocast)
     stop = StopSignal()
     vla.train()
     for step in range(progress.step, cfg.max_steps):
@@ -146,7 +148,7 @@ def loop(job: Job, validation: Validation, display: Display) -> None:
         if step == 0 and ranks.is_first:
             first_batch.draw(passes, job.processor, job.run.path / first_batch.NAME)
         tokenizer = job.processor.action_tokenizer
-        metrics = backward(model, passes, tokenizer, autocast=autocast, ranks=ranks, recorded=recorded)
+        metrics = backward(model, passes, tokenizer, autocast=autocast, ranks=ranks, graphed=graphed)
         metrics.grad_norm = clip_gradients(vla.parameters(), cfg.max_grad_norm)
         progress.step = step + 1
         if metrics.is_finite():
@@ -154,7 +156,7 @@ def loop(job: Job, validation: Validation, display: Display) -> None:
             progress.bad_steps = 0
         else:
             report_skipped(job, metrics)
-        job.optimizer.zero_grad(set_to_none=recorded is None)
+        job.optimizer.zero_grad(set_to_none=graphed is None)
         validated = {}
         if metrics.is_finite() and validation.due(progress.step, every=cfg.val_steps, last=cfg.max_steps):
             with display.paused("validation"):

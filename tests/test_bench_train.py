@@ -8,8 +8,9 @@ from prismatic.bench.plain import PlainVLA
 from prismatic.errors import ConfigError
 from prismatic.models.tiny import TINY
 from prismatic.models.vla import VLA
-from prismatic.training import recorded
-from tests.test_recorded_pass import CallingRecorder, Double
+from prismatic.training import cuda_graph
+from prismatic.training.cuda_graph import Pass, Recorder
+from tests.test_cuda_graph import CallingRecorder, Refusing
 
 BENCH = train.Bench(TINY, "cpu", torch.float32, steps=1)
 
@@ -45,16 +46,35 @@ def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_recorded_passes_are_timed_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorded, "Recorder", CallingRecorder)
     base = train.random_base(BENCH)
-    found = train.tried(lambda: train.ours(base, BENCH, checkpointing=False), BENCH, 1, way=train.RECORDED)
+
+    def tried(recorder: type[Recorder]) -> tuple[float, float] | str:
+        monkeypatch.setattr(cuda_graph, "Recorder", recorder)
+        return train.tried(lambda: train.ours(base, BENCH, checkpointing=False), BENCH, 1, way=train.RECORDED)
+
+    found = tried(CallingRecorder)
     assert isinstance(found, tuple) and all(number > 0 for number in found)
-    monkeypatch.setattr(recorded, "Recorder", Double)
-    with pytest.warns(UserWarning):
-        found = train.tried(lambda: train.ours(base, BENCH, checkpointing=False), BENCH, 1, way=train.RECORDED)
+    assert tried(Refusing) == train.TOO_LARGE
+
+    class Failing(CallingRecorder):
+        def record(self, work: Pass) -> Pass:
+            raise RuntimeError("no such thing")
+
+    found = tried(Failing)
     rows = [train.Row(train.PLAIN, 1, False, (1.0, 1.0)), train.Row(train.RECORDED, 1, False, found)]
     row = train._table(rows, BENCH, rate=1e9, flops=10**6)[1]
-    assert row["samples/s"].startswith("not recorded: the recorded pass differs") and row["ratio"] == ""
+    assert row["samples/s"].startswith("a training pass can't be recorded (no such thing)") and row["ratio"] == ""
+
+
+def test_recorded_ways_come_last_and_only_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "tried", lambda make, bench, size, *, way: (1.0, 1.0))
+    gpu = train.Bench(TINY, "cuda", torch.float32, steps=1)
+    base = train.random_base(BENCH)
+    for bench, graphs in ((gpu, True), (gpu, False), (BENCH, True)):
+        found = [(row.way, row.size) for row in train._rows(base, bench, (1, 2), compiled=False, graphs=graphs)]
+        plainly = [(way, size) for size in (1, 2) for way in (train.PLAIN, train.OURS, train.OURS)]
+        recorded = [(train.RECORDED, size) for size in (1, 1, 2, 2)] if bench is gpu and graphs else []
+        assert found == plainly + recorded
 
 
 def test_what_does_not_fit_is_not_tried_at_a_larger_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ OPTIONS = ModelOptions(
     gradient_checkpointing="auto",
     optimizer="adamw",
     compile=False,
+    cuda_graph=False,
     shard=False,
 )
 

@@ -1,4 +1,4 @@
-"""A model of random weights for benchmarks: neither speed nor memory depends on what the weights are. In: sizes. Out: a VLA on a device."""
+"""A model of random weights for benchmarks: how fast a pass is, and what it takes, doesn't depend on them. In: sizes. Out: a VLA on a device."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from prismatic.models.vla import VLA, VLAConfig
 def random_model(
     config: VLAConfig, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0, nf4: bool = False
 ) -> VLA:
-    """Made on the device tensor by tensor: N(0, 0.02²), norms and LayerScale 1. nf4: its linear maps packed, as --use_quantization does."""
+    """Made on the device tensor by tensor: N(0, 0.02²), biases too; norms and LayerScale 1. nf4: linear maps packed as by --use_quantization."""
     place = torch.device(device)
     generator = torch.Generator(place).manual_seed(seed)
     with torch.device("meta"):

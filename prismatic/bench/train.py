@@ -27,9 +27,9 @@ from prismatic.models.lora import add_lora, compute_in_base_dtype
 from prismatic.models.vla import DINO_ID, IGNORE, SIGLIP_ID, VLA, VLAConfig
 from prismatic.processor import Batch
 from prismatic.training.activations import LABELS
+from prismatic.training.cuda_graph import CannotRecord, GraphedPass
 from prismatic.training.live_bytes import LiveBytes
 from prismatic.training.optimizer import make_optimizer
-from prismatic.training.recorded import RecordedPass
 
 PLAIN, OURS, RECORDED = "plain", "ours", "ours, recorded"
 TOO_LARGE = "doesn't fit"
@@ -160,10 +160,6 @@ def step_flops(base: VLA, bench: Bench) -> int:
     return counter.get_total_flops()
 
 
-class NotRecorded(Exception):
-    """Why the passes of this way are not what they are called."""
-
-
 def step_of(model: nn.Module, bench: Bench, size: int, *, way: str) -> tuple[Callable[[], None], torch.optim.Optimizer]:
     """A training step of one way: pass, optimizer, gradients gone."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -172,21 +168,21 @@ def step_of(model: nn.Module, bench: Bench, size: int, *, way: str) -> tuple[Cal
     else:
         optimizer = make_optimizer("adamw", trained, learning_rate=1e-5, weight_decay=0.01)
     batch = batch_of(bench, size)
-    recorded = None
-    if way == RECORDED and isinstance(model, VLA):
-        recorded = RecordedPass(model, words=WORDS, passes=1, autocast=False)
-        on_host = Batch(**{name: tensor.cpu() for name, tensor in batch.items()})
+    graphed = None
+    if way == RECORDED:
+        graphed = GraphedPass(model, words=WORDS, passes=1, autocast=False)  # pyright: ignore[reportArgumentType]  (ours)
+        on_host = Batch(
+            **{name: tensor.cpu() for name, tensor in batch.items()}
+        )  # copied in each step, as finetune.py does
         on_host = on_host.pin_memory() if bench.on_gpu else on_host
 
     def step() -> None:
-        if recorded is None:
+        if graphed is None:
             loss_of(model, batch, bench).backward()
         else:
-            recorded(on_host)
-            if recorded.given_up:
-                raise NotRecorded(recorded.given_up)
+            graphed(on_host)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=recorded is None)
+        optimizer.zero_grad(set_to_none=graphed is None)
 
     return step, optimizer
 
@@ -224,8 +220,8 @@ def tried(make: Callable[[], nn.Module], bench: Bench, size: int, *, way: str) -
         return measure(make, bench, size, way=way)
     except torch.OutOfMemoryError:
         return TOO_LARGE
-    except NotRecorded as error:
-        return TOO_LARGE if "out of memory" in str(error) else f"not recorded: {error}"
+    except CannotRecord as error:
+        return TOO_LARGE if isinstance(error.__cause__, torch.OutOfMemoryError) else str(error)
     finally:
         give_back(bench.place)
 
@@ -267,23 +263,24 @@ class Row:
 
 
 def _rows(base: VLA, bench: Bench, sizes: tuple[int, ...], *, compiled: bool, graphs: bool) -> Iterator[Row]:
-    """Both ways at each micro-batch, ours with and without recomputing; a way that doesn't fit is not tried at larger ones."""
-    full: set[tuple[str, bool]] = set()
-    ways = [(PLAIN, False), *itertools.product((OURS, RECORDED) if bench.on_gpu and graphs else (OURS,), (False, True))]
-    for size in sizes:
-        for way, checkpointing in ways:
-            if (way, checkpointing) in full:
-                continue
+    """Both ways at each micro-batch, ours with and without recomputing; a way that fails at one is not tried at larger ones."""
+    failed: set[tuple[str, bool]] = set()
+    ways = [(PLAIN, False), (OURS, False), (OURS, True)]
+    # behind the others: a recording that failed may keep its memory (torch 2.11)
+    graphed = [(RECORDED, False), (RECORDED, True)] if bench.on_gpu and graphs else []
+    for size, (way, checkpointing) in [*itertools.product(sizes, ways), *itertools.product(sizes, graphed)]:
+        if (way, checkpointing) in failed:
+            continue
 
-            def make(way: str = way, checkpointing: bool = checkpointing) -> nn.Module:
-                if way == PLAIN:
-                    return with_adapter(PlainVLA.share(base), bench)
-                return ours(base, bench, checkpointing=checkpointing, compiled=compiled)
+        def make(way: str = way, checkpointing: bool = checkpointing) -> nn.Module:
+            if way == PLAIN:
+                return with_adapter(PlainVLA.share(base), bench)
+            return ours(base, bench, checkpointing=checkpointing, compiled=compiled)
 
-            found = tried(make, bench, size, way=way)
-            if isinstance(found, str):
-                full.add((way, checkpointing))
-            yield Row(way, size, checkpointing, found)
+        found = tried(make, bench, size, way=way)
+        if isinstance(found, str):
+            failed.add((way, checkpointing))
+        yield Row(way, size, checkpointing, found)
 
 
 def _table(rows: list[Row], bench: Bench, *, rate: float, flops: int) -> list[dict[str, Any]]:

@@ -75,7 +75,7 @@ def record_graph(function: Callable[[], T], stream: torch.cuda.Stream | None = N
     return play
 
 
-def record_warm(function: Callable[[], T]) -> Callable[[], T]:
+def warm_up_and_record(function: Callable[[], T]) -> Callable[[], T]:
     """record_graph of a function that has not run yet."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -118,7 +118,7 @@ class CapturedDecoder(Decoder):
     compiled: the model whose passes are recorded, on vla's weights; None: vla itself.
     """
 
-    def __init__(self, vla: VLA, compiled: VLA | None = None, *, record: Record = record_warm) -> None:
+    def __init__(self, vla: VLA, compiled: VLA | None = None, *, record: Record = warm_up_and_record) -> None:
         super().__init__(vla)
         self.compiled, self.record = compiled or vla, record
         self._shapes: OrderedDict[tuple[int, ...], Recorded] = OrderedDict()

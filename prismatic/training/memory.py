@@ -60,6 +60,7 @@ class Settings:
     use_quantization: bool = False
     optimizer: str = "adamw"
     shares: int = 1  # processes among which weights, gradients and optimizer are cut up (--shard)
+    cuda_graph: bool = False
 
     @property
     def flags(self) -> str:
@@ -67,6 +68,7 @@ class Settings:
         parts += ["--gradient_checkpointing True"] * bool(self.gradient_checkpointing)
         parts += ["--use_quantization True"] * self.use_quantization
         parts += [f"--optimizer {self.optimizer}"] * (self.optimizer != "adamw")
+        parts += ["--cuda_graph True"] * self.cuda_graph
         return " ".join(parts)
 
 
@@ -134,6 +136,8 @@ def plan(model: Model, settings: Settings) -> Plan:
     activations, logits = _activations(model, settings)
     if settings.use_quantization:
         activations += model.largest * size  # a matrix is unpacked while it is used
+    if settings.cuda_graph:  # it never gives its activations back: validation has its own beside them, block by block
+        activations += max(model.piece(kind, settings.batch_size).peak for kind in model.of_one)
     if settings.shares > 1:
         activations += _gathered(model, computing)
     split = [weights, model.adapters * own, model.trained * own, int(model.trained * state)]
@@ -196,7 +200,8 @@ def _smaller(settings: Settings, *, quantisable: bool) -> Iterator[Settings]:
     for use_quantization, optimizer in changes:
         for batch in range(settings.batch_size, 0, -1):
             if effective % batch == 0:
-                yield Settings(batch, effective // batch, True, use_quantization, optimizer, settings.shares)
+                ways = (True, use_quantization, optimizer, settings.shares, settings.cuda_graph)
+                yield Settings(batch, effective // batch, *ways)
 
 
 def largest_batch(model: Model, settings: Settings, card: int) -> int:

@@ -32,6 +32,7 @@ class ModelOptions:
     gradient_checkpointing: bool | str  # or "auto"
     optimizer: str
     compile: bool
+    cuda_graph: bool
     shard: bool
 
     def precision(self, device: str) -> Precision:
@@ -69,7 +70,8 @@ def plan_training(
     precision = SHARDED if shares > 1 and device != "cpu" else options.precision(device)
     model = memory.describe(config, precision, words=words, on_cpu=device == "cpu")
     checkpointing = None if options.gradient_checkpointing == "auto" else bool(options.gradient_checkpointing)
-    asked = memory.Settings(batch_size, passes, checkpointing, options.use_quantization, options.optimizer, shares)
+    ways = (checkpointing, options.use_quantization, options.optimizer, shares, options.cuda_graph)
+    asked = memory.Settings(batch_size, passes, *ways)
     free, place = memory.free_memory(device)
     plan = memory.choose(model, asked, free, place=place)
     print(*memory.lines(plan, model, free, place=place), sep="\n")

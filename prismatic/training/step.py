@@ -97,18 +97,18 @@ def backward(
     *,
     autocast: bool,
     ranks: Ranks = ALONE,
-    recorded: Callable[[Batch], tuple[torch.Tensor, torch.Tensor]] | None = None,
+    graphed: Callable[[Batch], tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> Metrics:
     """Gradients of the mean loss of several passes (gradient accumulation) of all ranks, added to what is there; returns the mean metrics.
 
-    model: a VLA, or what Ranks.parallel made of it. recorded: a RecordedPass of the same model that runs the passes in its place.
+    model: a VLA, or what Ranks.parallel made of it. graphed: a GraphedPass of the same model that runs the passes in its place.
     Every sample has as many labels as any other, so a mean of means is the mean.
     """
     total = Metrics()
     device = next(model.parameters()).device
     for number, batch in enumerate(passes, start=1):
-        if recorded is not None:
-            loss, logits = recorded(batch)
+        if graphed is not None:
+            loss, logits = graphed(batch)
         else:
             with gradients_wait(model, number < len(passes)):
                 loss, logits = one_pass(model, batch.to(device), passes=len(passes), autocast=autocast)

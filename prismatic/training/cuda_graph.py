@@ -4,29 +4,36 @@ In: a VLA that takes gradients, and a run's batches. Out: loss and logits; gradi
 a fast GPU is done with a kernel before Python has named the next. A graph has fixed shapes and addresses: rows are padded to one width
 (nothing reads padding), the labels' columns are found before the pass, gradients are set to zero and never dropped.
 
-Surprising: the run's first step is not recorded. At the second, the graph must give the loss and the gradients' norms that two batches gave
-without it; where it doesn't, or can't be recorded, that is said once and every pass is run as it would be without this file.
+Surprising: the first step after a start is not recorded. At the second, the graph must give the loss and the norm of every gradient that two
+batches gave without it; where it doesn't, or can't be recorded, the run ends there, at its second step, and says so.
 """
 
 import gc
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from prismatic.errors import ConfigError
 from prismatic.models.captured import record_graph
 from prismatic.models.vla import IGNORE, VLA
-from prismatic.processor import Batch
+from prismatic.processor import MAX_LENGTH, Batch, Processor
 from prismatic.training.distributed import Ranks
 from prismatic.training.step import one_pass
 
-TOLERANCE = 0.01  # relative, of loss and norms: kernels that add in another order each time differ by less, a stale input by more
+TOLERANCE = (
+    0.01  # relative, of the loss and of each norm; on top of it NOISE times what the plain pass differs from itself
+)
+NOISE = 4
 
 Answer = tuple[torch.Tensor, torch.Tensor]  # loss (), logits (labels that count, rows)
 Pass = Callable[[], Answer]
+
+
+class CannotRecord(ConfigError):
+    """Why not, in one sentence; __cause__ is what torch raised, if it did."""
 
 
 class Recorder:
@@ -65,17 +72,16 @@ class Inputs:
     def tensors(self) -> list[torch.Tensor]:
         return [*(getattr(self.batch, field.name) for field in fields(Batch)), self.label_columns]
 
-    def shapes(self) -> list[torch.Size]:
-        return [tensor.shape for tensor in self.tensors()]
 
-
-def padded(batch: Batch, words: int, pad_token_id: int) -> Inputs | None:
-    """batch with rows of `words` ids. None where its rows are longer, or have different numbers of labels."""
+def padded(batch: Batch, words: int, pad_token_id: int) -> Inputs:
+    """batch with rows of `words` ids. ValueError where its rows are longer, or have different numbers of labels."""
     surplus = words - batch.input_ids.shape[1]
     counts = batch.labels[:, 1:] != IGNORE
     each = counts.sum(dim=1)
     if surplus < 0 or each.unique().numel() != 1:
-        return None
+        raise ValueError(
+            f"rows of {batch.input_ids.shape[1]} ids with {each.tolist()} labels don't fit a graph of {words}"
+        )
     ids = F.pad(batch.input_ids, (0, surplus), value=pad_token_id)
     labels = F.pad(batch.labels, (0, surplus), value=IGNORE)
     mask = F.pad(batch.attention_mask, (0, surplus), value=False)
@@ -83,28 +89,27 @@ def padded(batch: Batch, words: int, pad_token_id: int) -> Inputs | None:
     return Inputs(Batch(ids, labels, mask, batch.pixel_values), columns)
 
 
-class RecordedPass:
-    """`recorded(batch)` → loss, logits, of a batch on the host; the answer's tensors are filled anew by the next call.
+class GraphedPass:
+    """`graphed(batch)` → loss, logits, of a batch on the host; the answer's tensors are filled anew by the next call.
 
-    words: ids of the run's longest row. passes: of a step, each of which is called here. Gradients belong to this object: set them to zero
-    after a step, in place.
+    words: ids of the run's longest row. passes: of a step, each of which is called here; all batches have one size. Gradients belong to this
+    object: set them to zero after a step, in place.
     """
 
     def __init__(self, vla: VLA, *, words: int, passes: int, autocast: bool, recorder: Recorder | None = None) -> None:
         self.vla, self.words, self.passes, self.autocast = vla, words, passes, autocast
         self.recorder = recorder or Recorder()
         self.device = next(vla.parameters()).device
-        self.given_up = ""  # why, if it was
         self._calls = 0
         self._first: Inputs | None = None
         self._inputs: Inputs | None = None  # what the graph reads
         self._play: Pass | None = None
         unread = set(vla.unread_parameters())  # without a gradient the optimizer leaves them alone
-        self._gradients: list[torch.Tensor] = []
-        for name, parameter in vla.named_parameters():
-            if parameter.requires_grad and name not in unread:
-                parameter.grad = torch.zeros_like(parameter)
-                self._gradients.append(parameter.grad)
+        named = {n: p for n, p in vla.named_parameters() if p.requires_grad and n not in unread}
+        self._gradients = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
+        for name, parameter in named.items():
+            parameter.grad = self._gradients[name]
+        self._trained = list(named.values())
 
     @property
     def is_recorded(self) -> bool:
@@ -113,15 +118,16 @@ class RecordedPass:
 
     def __call__(self, batch: Batch) -> Answer:
         inputs = padded(batch, self.words, self.vla.config.pad_token_id)
-        begins_second_step = self._calls == self.passes
-        self._calls += 1
-        if inputs is None:
-            return one_pass(self.vla, batch.to(self.device), passes=self.passes, autocast=self.autocast)
+        if any(p.grad is not g for p, g in zip(self._trained, self._gradients.values(), strict=True)):
+            raise RuntimeError(
+                "gradients were taken away from the graph that adds to them: zero_grad(set_to_none=False)"
+            )
         if self._first is None:
             self._first = inputs
-        if begins_second_step and inputs.shapes() == self._first.shapes():
+        if self._calls == self.passes:
             self._begin([self._first, inputs])
-        if self._inputs is not None and inputs.shapes() == self._inputs.shapes():
+        self._calls += 1
+        if self._play is not None:
             return self._replay(inputs)
         answer = self._run(inputs)
         if self._calls == self.passes:
@@ -131,23 +137,40 @@ class RecordedPass:
     def _begin(self, examples: list[Inputs]) -> None:
         """Record, and check; gradients are zero before and after."""
         try:
-            expected = [self._probe(lambda inputs=inputs: self._run(inputs)) for inputs in examples]
+            again, *expected = [self._probe(self._run, inputs) for inputs in (examples[0], *examples)]
+            _give_back()
             self._inputs = fixed = examples[0].to(self.device).clone()
             self._play = self.recorder.record(lambda: self._pass(fixed))
-            found = [self._probe(lambda inputs=inputs: self._replay(inputs)) for inputs in examples]
-            differs = max(map(_difference, found, expected))
-            reason = "" if differs <= TOLERANCE else f"the recorded pass differs from the plain one by {differs:.1%}"
+            found = [self._probe(self._replay, inputs) for inputs in examples]
         except Exception as error:  # out of memory, what can't be recorded: all have names of their own
-            reason = str(error) or type(error).__name__
-        if reason:
-            self._give_up(reason)
+            cause: BaseException = error
+            while cause.__context__ is not None:  # ending a recording that broke off raises once more
+                cause = cause.__context__
+            what = str(cause).partition("\n")[0] or type(cause).__name__
+            raise CannotRecord(f"a training pass can't be recorded ({what}): leave out --cuda_graph") from cause
+        noise = (again - expected[0]).abs()
+        for got, right in zip(found, expected, strict=True):
+            self._compare(got, right, noise)
 
-    def _probe(self, run: Pass) -> torch.Tensor:
+    def _probe(self, run: Callable[[Inputs], Answer], inputs: Inputs) -> torch.Tensor:
         """The loss that a pass gives and the norm of each gradient, which is zero again then."""
-        loss, _ = run()
-        numbers = torch.stack([loss.float(), *(gradient.norm().float() for gradient in self._gradients)]).cpu()
-        self._zero()
+        loss, _ = run(inputs)
+        norms = [gradient.norm().double() for gradient in self._gradients.values()]
+        numbers = torch.stack([loss.double(), *norms]).cpu()
+        for gradient in self._gradients.values():
+            gradient.zero_()
         return numbers
+
+    def _compare(self, found: torch.Tensor, expected: torch.Tensor, noise: torch.Tensor) -> None:
+        """CannotRecord that names the first number that differs. Where neither is finite there is nothing to compare."""
+        limit = TOLERANCE * expected.abs() + NOISE * noise.nan_to_num(0.0)
+        alike = ((found - expected).abs() <= limit) | ~(found.isfinite() | expected.isfinite())
+        for name, same, got, right in zip(("the loss", *self._gradients), alike, found, expected, strict=True):
+            if not same:
+                numbers = f"{name}: {got.item():.4g}, not {right.item():.4g}"
+                raise CannotRecord(
+                    f"a recorded training pass differs from the plain one ({numbers}): leave out --cuda_graph"
+                )
 
     def _run(self, inputs: Inputs) -> Answer:
         on_device = inputs.to(self.device)
@@ -163,35 +186,23 @@ class RecordedPass:
             fixed.copy_(new, non_blocking=True)
         return self._play()
 
-    def _zero(self) -> None:
-        for gradient in self._gradients:
-            gradient.zero_()
 
-    def _give_up(self, reason: str) -> None:
-        self.given_up = reason
-        self._inputs = self._play = None
-        self._zero()  # of a pass that broke off
-        _give_back()
-        warnings.warn(f"training passes are not recorded, each is started by itself: {reason}", stacklevel=4)
-
-
-def record_passes(vla: VLA, ranks: Ranks, *, words: int, passes: int, autocast: bool) -> RecordedPass | None:
-    """For one GPU, and a model that draws no random numbers: a replay and the pass it is checked against would draw others. Else None, said."""
+def graph_passes(
+    vla: VLA, ranks: Ranks, processor: Processor, instructions: Iterable[str], *, passes: int, autocast: bool
+) -> GraphedPass | None:
+    """For one GPU, rows that all have as many labels, and a model that draws no random numbers: a replay and the pass that it is checked
+    against would draw others. Else None, said.
+    """
+    words = processor.longest_row(instructions)
     draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in vla.modules())
-    if ranks.device == "cpu" or ranks.size > 1 or draws:
-        print("notice: --cuda_graph is for one GPU and no dropout: passes are not recorded")
+    lengths = {len(entry["action"]["q01"]) for entry in processor.statistics.values()}
+    if ranks.device == "cpu" or ranks.size > 1 or draws or len(lengths) > 1 or words >= MAX_LENGTH:
+        print("notice: --cuda_graph is for one GPU, no dropout and actions of one length: passes are not recorded")
         return None
-    return RecordedPass(vla, words=words, passes=passes, autocast=autocast)
+    return GraphedPass(vla, words=words, passes=passes, autocast=autocast)
 
 
 def _give_back() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The larger of the relative difference of the losses and that of the norms together; 0 where both are not finite."""
-    found, expected = (numbers.double().nan_to_num(0.0, 0.0, 0.0) for numbers in (found, expected))
-    parts = [(found[:1], expected[:1]), (found[1:], expected[1:])]
-    return max(((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in parts)
