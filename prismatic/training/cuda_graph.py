@@ -23,10 +23,8 @@ from prismatic.processor import MAX_LENGTH, Batch, Processor
 from prismatic.training.distributed import Ranks
 from prismatic.training.step import one_pass
 
-TOLERANCE = (
-    0.01  # relative, of the loss and of each norm; on top of it NOISE times what the plain pass differs from itself
-)
-NOISE = 4
+TOLERANCE = 0.01  # relative, of the loss and of each norm
+NOISE = 4  # times what the plain pass differs from itself comes on top
 
 Answer = tuple[torch.Tensor, torch.Tensor]  # loss (), logits (labels that count, rows)
 Pass = Callable[[], Answer]
