@@ -161,6 +161,8 @@ def load_policy(cfg: EvalConfig) -> Any:
         # The simulators fill the cores, and a number that followed theirs would change the last digits of actions.
         torch.set_num_threads(1)
     local_rank = os.environ.get("LOCAL_RANK")
+    if local_rank and torch.cuda.is_available():
+        torch.cuda.set_device(int(local_rank))  # else every rank would also keep a context on the first GPU
     quantize, backend = precision(cfg)
     return checkpoint.load_policy(
         cfg.pretrained_checkpoint,

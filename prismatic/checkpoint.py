@@ -280,7 +280,9 @@ def load_policy(
             "bitsandbytes rounds a whole pass at a time, so a draft could change its words: leave out --drafting True"
         )
     drafting = device == "cpu" and not rounds_by_pass if drafting is None else drafting
-    return Policy(vla, processor, card, decoder=capture(vla), drafting=drafting)
+    # bitsandbytes' layers ask the GPU as they go along, which no graph can hold
+    decoder = capture(vla, graphs=backend != "bitsandbytes")
+    return Policy(vla, processor, card, decoder=decoder, drafting=drafting)
 
 
 def adapter_fingerprint(folder: Path) -> str:

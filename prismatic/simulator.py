@@ -15,7 +15,7 @@ Non-obvious behaviors
 - Every reset builds the model anew (robosuite's hard reset, about 1 s). A soft one would place what belongs on a
   fixture by where that fixture stood an episode ago: a bowl falls beside its cabinet.
 - torchvision and timm must be imported before the first osmesa context, else the process crashes.
-- CUDA's device numbers are not EGL's: choose the rendering device with MUJOCO_EGL_DEVICE_ID alone (default 0).
+- CUDA's device numbers are not EGL's: choose the rendering device with MUJOCO_EGL_DEVICE_ID alone (default: the first that draws).
 """
 
 import contextlib
@@ -52,6 +52,7 @@ SCENE_FIELDS = (
     *("cam_xpos", "cam_xmat", "light_xpos", "light_xdir"),
 )
 RENDERER_PACKAGES = "apt-get install libosmesa6 libegl1 libgl1"
+EGL_DEVICES = 16  # that are tried
 
 
 # --- renderer -------------------------------------------------------------------------------------------------------
@@ -67,8 +68,11 @@ def choose_renderer() -> str:
     chosen = os.environ.get("MUJOCO_GL", "")
     if not chosen:
         has_gpu = Path("/dev/nvidiactl").exists() or any(Path("/dev/dri").glob("renderD*"))
-        if ctypes.util.find_library("EGL") and (has_gpu or not ctypes.util.find_library("OSMesa")) and _egl_works():
-            chosen = "egl"
+        device = None
+        if ctypes.util.find_library("EGL") and (has_gpu or not ctypes.util.find_library("OSMesa")):
+            device = _egl_device()
+        if device is not None:
+            chosen, os.environ["MUJOCO_EGL_DEVICE_ID"] = "egl", device
         elif ctypes.util.find_library("OSMesa"):
             chosen = "osmesa"
         else:
@@ -94,10 +98,19 @@ def _without_cuda_numbers() -> Iterator[None]:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
 
-def _egl_works() -> bool:
+def _egl_device() -> str | None:
+    """The first device on which EGL draws, as MUJOCO_EGL_DEVICE_ID wants it: robosuite tries no other than that, or the very first."""
+    asked = os.environ.get("MUJOCO_EGL_DEVICE_ID")
+    if asked is not None or not _egl_works({}):
+        return asked if asked is not None and _egl_works({}) else None
+    numbers = map(str, range(EGL_DEVICES))
+    return next((number for number in numbers if _egl_works({"MUJOCO_EGL_DEVICE_ID": number})), None)
+
+
+def _egl_works(more: dict[str, str]) -> bool:
     """Try it in a process of its own: EGL's library may be there without a driver that can make a context."""
     script = "import mujoco; mujoco.GLContext(64, 64).make_current()"
-    environment = {**os.environ, "MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "egl"}
+    environment = {**os.environ, "MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "egl", **more}
     return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True).returncode == 0
 
 

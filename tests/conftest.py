@@ -5,6 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: expected numbers are a CPU's, also where there is a GPU
+
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -6,10 +6,10 @@ import torch
 from prismatic.bench import train
 from prismatic.bench.plain import PlainVLA
 from prismatic.errors import ConfigError
+from prismatic.models.graphs import Recorder
 from prismatic.models.tiny import TINY
 from prismatic.models.vla import VLA
 from prismatic.training import cuda_graph
-from prismatic.training.cuda_graph import Pass, Recorder
 from tests.test_cuda_graph import CallingRecorder, Refusing
 
 BENCH = train.Bench(TINY, "cpu", torch.float32, steps=1)
@@ -57,7 +57,7 @@ def test_recorded_passes_are_timed_or_refused(monkeypatch: pytest.MonkeyPatch) -
     assert tried(Refusing) == train.TOO_LARGE
 
     class Failing(CallingRecorder):
-        def record(self, work: Pass) -> Pass:
+        def record(self, work):
             raise RuntimeError("no such thing")
 
     found = tried(Failing)

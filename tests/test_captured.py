@@ -8,24 +8,27 @@ import torch
 from prismatic.models import captured
 from prismatic.models.captured import KEPT, CapturedDecoder, capture, compile_layers
 from prismatic.models.decode import Decoder
+from prismatic.models.graphs import Recorder
 from prismatic.models.onednn import OneDNNLinear
 from prismatic.models.vla import VLA
 from tests.test_decode import hostile_drafts, lively, prompts  # noqa: F401  (a fixture)
 
 
-class Tape:
-    """In place of a CUDA graph: warms up, returns one tensor that each replay fills anew, and counts recordings."""
+class Tape(Recorder):
+    """In place of CUDA graphs: returns one tensor that each replay fills anew, and counts recordings."""
 
     def __init__(self) -> None:
         self.recorded: list[str] = []
 
-    def __call__(self, function):
-        self.recorded.append(function.__name__)
-        for _ in range(2):
-            result = function()
+    def run(self, work):
+        return work()
+
+    def record(self, work):
+        self.recorded.append(work.__name__)
+        result = work()
 
         def play() -> torch.Tensor:
-            return result.copy_(function())
+            return result.copy_(work())
 
         return play
 
@@ -33,7 +36,7 @@ class Tape:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_padding_and_static_tensors_change_no_answer(lively: VLA, batch: int) -> None:  # noqa: F811
     plain, tape = Decoder(lively), Tape()
-    captured = CapturedDecoder(lively, record=tape)
+    captured = CapturedDecoder(lively, recorder=tape)
     first_answer = None
     for seed in range(2):  # the second time everything is replayed with new content
         ids, mask, pixels = prompts(batch, seed=seed)
@@ -48,7 +51,7 @@ def test_padding_and_static_tensors_change_no_answer(lively: VLA, batch: int) ->
 
 
 def test_each_input_is_taken_anew(lively: VLA) -> None:  # noqa: F811
-    plain, captured = Decoder(lively), CapturedDecoder(lively, record=Tape())
+    plain, captured = Decoder(lively), CapturedDecoder(lively, recorder=Tape())
     ids, mask, pixels = prompts(4)
     other_ids, _, other_pixels = prompts(4, seed=1)
     full = torch.ones_like(mask)
@@ -66,7 +69,7 @@ def test_each_input_is_taken_anew(lively: VLA) -> None:  # noqa: F811
 
 def test_shapes_share_graphs_and_old_ones_are_dropped(lively: VLA) -> None:  # noqa: F811
     tape = Tape()
-    captured = CapturedDecoder(lively, record=tape)
+    captured = CapturedDecoder(lively, recorder=tape)
     ids, mask, pixels = prompts(4)
     captured(ids, pixels, 1, mask)
     captured(ids[:3], pixels[:3], 1, mask[:3])  # padded to four rows
@@ -78,29 +81,98 @@ def test_shapes_share_graphs_and_old_ones_are_dropped(lively: VLA) -> None:  # n
     assert len(tape.recorded) == 1 + KEPT + 1
 
 
-def test_what_cannot_be_recorded_is_decoded_pass_by_pass(lively: VLA) -> None:  # noqa: F811
-    def refuse(function):
-        raise RuntimeError("operation not permitted when stream is capturing")
+class Refusing(Tape):
+    def record(self, work):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
 
+
+class Empty(Tape):
+    """What is recorded where the current GPU is another than the tensors': nothing, and each replay returns what was there."""
+
+    def record(self, work):
+        result = work()
+        return lambda: result
+
+
+class Deaf(Tape):
+    """A recording that reads a copy of the pictures."""
+
+    def record(self, work):
+        decoding = work.__self__
+        pictures = decoding.pixel_values.clone()
+
+        def play():
+            now, decoding.pixel_values = decoding.pixel_values, pictures
+            result = work()
+            decoding.pixel_values = now
+            return result
+
+        return play
+
+
+@pytest.mark.parametrize("recorder", [Refusing, Empty, Deaf])
+def test_what_cannot_be_recorded_or_is_wrong_is_decoded_pass_by_pass(lively: VLA, recorder: type[Tape]) -> None:  # noqa: F811
     ids, mask, pixels = prompts(2)
-    captured = CapturedDecoder(lively, record=refuse)
+    captured = CapturedDecoder(lively, recorder=recorder())
     expected = Decoder(lively)(ids, pixels, 7, mask).ids
-    with pytest.warns(UserWarning, match="not captured"):
+    why = (
+        "not permitted when stream is capturing$" if recorder is Refusing else "answers otherwise than the pass itself"
+    )
+    with pytest.warns(UserWarning, match=f"not captured, each pass is started by itself: .*{why}"):
         assert captured(ids, pixels, 7, mask).ids.equal(expected)
     assert captured(ids, pixels, 7, mask, expected).ids.equal(expected)
+    assert len(captured.given_up) == 1 and not captured.models
 
 
-def test_what_cannot_be_compiled_is_decoded_by_the_model_itself(lively: VLA) -> None:  # noqa: F811
+def test_what_cannot_be_compiled_is_recorded_as_it_is(lively: VLA) -> None:  # noqa: F811
     def refuse(graph, inputs):
         raise FileNotFoundError("no compiler")
 
     ids, mask, pixels = prompts(2)
     expected = Decoder(lively)(ids, pixels, 7, mask).ids
     torch._dynamo.reset()
-    captured = CapturedDecoder(lively, compile_layers(lively, backend=refuse), record=Tape())
-    with pytest.warns(UserWarning, match="(?s)not captured.*no compiler"):
+    tape = Tape()
+    captured = CapturedDecoder(lively, compile_layers(lively, backend=refuse), recorder=tape)
+    with pytest.warns(UserWarning, match="not compiled: .*no compiler"):
         assert captured(ids, pixels, 7, mask).ids.equal(expected)
     assert captured(ids, pixels, 7, mask, expected).ids.equal(expected)
+    assert sorted(tape.recorded) == ["first", "plain"]
+
+
+class Small(Tape):
+    """A GPU on which so many recordings find room."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def record(self, work):
+        if len(self.recorded) >= self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().record(work)
+
+
+def test_where_memory_is_short_older_shapes_go_once_and_then_what_does_not_fit_is_not_recorded(lively: VLA) -> None:  # noqa: F811
+    ids, mask, pixels = prompts(4)
+    expected = Decoder(lively)(ids, pixels, 7, mask).ids
+    captured = CapturedDecoder(lively, recorder=Small(2))
+
+    def answers(rows: int) -> bool:
+        return captured(ids[:rows], pixels[:rows], 7, mask[:rows]).ids.equal(expected[:rows])
+
+    assert answers(1) and answers(2) and len(captured._shapes) == 2
+    with pytest.warns(UserWarning, match="not captured for a batch of 4: CUDA out of memory"):
+        assert answers(4)  # the others went first, in vain
+    assert answers(4) and not captured._shapes and len(captured.given_up) == 1
+    captured._recorder.room = 3  # type: ignore[union-attr]
+    assert answers(1) and len(captured._shapes) == 1
+
+
+def test_an_error_of_plain_decoding_is_raised(lively: VLA) -> None:  # noqa: F811
+    ids, mask, pixels = prompts(2)
+    captured = CapturedDecoder(lively, recorder=Tape())
+    with pytest.warns(UserWarning, match="not captured"), pytest.raises(RuntimeError):
+        captured(ids, pixels[:, :-1], 7, mask)
 
 
 @pytest.mark.parametrize("usable", [True, False])

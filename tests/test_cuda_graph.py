@@ -19,13 +19,14 @@ import finetune
 from action_tokenizer import ActionTokenizer
 from config import FinetuneConfig
 from prismatic.models.checkpointing import checkpoint_activations
+from prismatic.models.graphs import Recorder
 from prismatic.models.lora import add_lora
 from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
 from prismatic.models.vla import IGNORE, VLA
 from prismatic.processor import Batch, Processor, ProcessorConfig
 from prismatic.training import cuda_graph
 from prismatic.training.activations import LABELS, Precision, fake_vla, shallow
-from prismatic.training.cuda_graph import Answer, CannotRecord, GraphedPass, Pass, Recorder, graph_passes, padded
+from prismatic.training.cuda_graph import Answer, CannotRecord, GraphedPass, graph_passes, padded
 from prismatic.training.distributed import ALONE, Ranks
 from prismatic.training.step import backward, one_pass
 from tests.drawn_run import cfg, place, rows, run_folder  # noqa: F401  (fixtures)
@@ -57,10 +58,10 @@ class CallingRecorder(Recorder):
     def __init__(self) -> None:
         pass
 
-    def run(self, work: Pass) -> Answer:
+    def run(self, work):
         return work()
 
-    def record(self, work: Pass) -> Pass:
+    def record(self, work):
         kept: list[torch.Tensor] = []
 
         def play() -> Answer:
@@ -79,7 +80,7 @@ class Changed(CallingRecorder):
     def __init__(self, vla: VLA, change: Callable[[torch.Tensor, dict[str, torch.Tensor]], None]) -> None:
         self.vla, self.change = vla, change
 
-    def record(self, work: Pass) -> Pass:
+    def record(self, work):
         def play() -> Answer:
             loss, logits = work()
             self.change(loss, {name: p.grad for name, p in self.vla.named_parameters() if p.grad is not None})
@@ -108,7 +109,7 @@ class Stale(CallingRecorder):
     def __init__(self, vla: VLA) -> None:
         self.vla = vla
 
-    def record(self, work: Pass) -> Pass:
+    def record(self, work):
         gradients = [p.grad for p in self.vla.parameters() if p.grad is not None]
         before = [g.clone() for g in gradients]
         loss, logits = work()
@@ -127,7 +128,7 @@ class Stale(CallingRecorder):
 class Refusing(CallingRecorder):
     """As torch does: what ends the recording raises too, and hides the reason."""
 
-    def record(self, work: Pass) -> Pass:
+    def record(self, work):
         try:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore than there is")
         finally:

@@ -173,5 +173,5 @@ def test_a_graph_keeps_what_validation_needs_beside_it(model: Model) -> None:
     plain, graphed = (plan(model, Settings(4, 4, True, cuda_graph=on)) for on in (False, True))
     more = graphed.activations - plain.activations
     assert more == max(model.piece(kind, 4).peak for kind in model.of_one) > 0
-    with pytest.raises(ConfigError, match="--cuda_graph True needs .*--cuda_graph True .the same"):
+    with pytest.raises(ConfigError, match=r"--cuda_graph True needs .*--cuda_graph True .the same"):
         choose(model, graphed.settings, plain.total, place="card")

@@ -5,9 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from prismatic import checkpoint
 from prismatic import policy as policy_module
 from prismatic.checkpoint import load_policy
 from prismatic.errors import ConfigError
+from prismatic.models.decode import Decoder
+from prismatic.models.vla import VLA
 from prismatic.policy import Policy
 from tests.conftest import REPOSITORY
 
@@ -54,9 +57,17 @@ def test_memory_of_episodes_is_bounded(policy: Policy, monkeypatch: pytest.Monke
     assert list(policy._last) == [2, 3]
 
 
-def test_drafting_is_off_where_rounding_follows_the_draft() -> None:
+def test_drafting_and_graphs_are_off_where_the_backend_forbids_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def capture(vla: VLA, *, graphs: bool) -> Decoder:
+        asked.append(graphs)
+        return Decoder(vla)
+
+    monkeypatch.setattr(checkpoint, "capture", capture)
     folder = REPOSITORY / "checkpoints" / "openvla-tiny"
     assert load_policy(folder, device="cpu").drafting
     assert not load_policy(folder, device="cpu", quantize="int8", backend="bitsandbytes").drafting
+    assert asked == [True, False]  # drafts would change words, and its kernels ask the device
     with pytest.raises(ConfigError, match="bitsandbytes rounds a whole pass at a time"):
         load_policy(folder, device="cpu", quantize="int4", backend="bitsandbytes", drafting=True)

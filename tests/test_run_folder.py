@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from prismatic.errors import ConfigError
 from prismatic.training.run_folder import Best, RunFolder
@@ -41,6 +42,19 @@ def test_what_a_killed_run_was_writing_is_cleared_away(tmp_path: Path) -> None:
     (tmp_path / ".unfinished-finetune.json").write_text("{")
     RunFolder(tmp_path, keep=2)
     assert not list(tmp_path.glob(".unfinished*"))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), RuntimeError("CUDA error: launch failed")])
+def test_what_a_gpu_says_while_saving_is_not_taken_for_a_full_disk(tmp_path: Path, error: Exception) -> None:
+    run = RunFolder(tmp_path, keep=2)
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        run.save(1, write, {})
+    assert not names(run) and not list(tmp_path.glob(".unfinished*"))
 
 
 def test_one_process_a_run(tmp_path: Path) -> None:

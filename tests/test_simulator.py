@@ -238,3 +238,29 @@ def test_no_renderer_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUJOCO_GL", "glfw")
     with pytest.raises(ConfigError, match="MUJOCO_GL=glfw"):
         choose_renderer()
+
+
+@pytest.mark.parametrize(
+    ("works", "asked", "chosen", "device"),
+    [
+        ({None, "0"}, None, "egl", "0"),
+        ({None, "2"}, None, "egl", "2"),  # the first two cards are somebody else's
+        (set(), None, "osmesa", None),
+        ({None}, "1", "egl", "1"),
+        (set(), "1", "osmesa", "1"),
+    ],
+)
+def test_the_first_card_that_draws_is_taken(
+    works: set[str | None], asked: str | None, chosen: str, device: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM", "MUJOCO_EGL_DEVICE_ID"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    if asked:
+        monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", asked)
+    monkeypatch.setattr(simulator.ctypes.util, "find_library", lambda name: name)
+    monkeypatch.setattr(simulator.Path, "exists", lambda path: True)
+    monkeypatch.delitem(simulator.sys.modules, "mujoco", raising=False)
+    monkeypatch.setattr(simulator, "_egl_works", lambda more: more.get("MUJOCO_EGL_DEVICE_ID") in works)
+    assert choose_renderer() == chosen
+    assert os.environ.get("MUJOCO_EGL_DEVICE_ID") == device

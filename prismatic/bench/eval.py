@@ -16,6 +16,7 @@ import numpy as np
 from prismatic import machine
 from prismatic.episodes.player import Outcome, Setup, Trial
 from prismatic.episodes.workers import play
+from prismatic.scene.suites import instruction
 
 RENDERER_THREADS = "LP_NUM_THREADS"
 ONE_CORE, THREADED = "one core a process", "renderer's threads"
@@ -49,11 +50,21 @@ def run(
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     policy = load_policy(checkpoint)
+    _warm(policy, instruction(suite, task_id), max(workers, default=1))
     setup = Setup(num_images=policy.num_images, quality=quality, max_steps=steps)
     count = max(episodes, *workers)
     trials = [Trial(suite=suite, task_id=task_id, init_state=state, env_seed=0) for state in range(count)]
     cases = [(ONE_CORE, 1), (THREADED, 1), *((ONE_CORE, number) for number in workers if number > 1)]
     return compare([measure(trials, setup, policy, rendering=rendering, workers=number) for rendering, number in cases])
+
+
+def _warm(policy: Any, words: str, rows: int) -> None:
+    """Answer batches of every size that its decoder knows: on a GPU the first of each compiles and records, for minutes."""
+    picture = np.zeros((256, 256, 3), np.uint8)
+    size = 1
+    while size < 2 * rows:
+        policy.batch([picture] * size, [words] * size, wrists=[picture] * size if policy.num_images == 2 else None)
+        size *= 2
 
 
 def measure(trials: Sequence[Trial], setup: Setup, policy: Any, *, rendering: str, workers: int) -> dict[str, Any]:

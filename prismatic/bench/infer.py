@@ -60,7 +60,9 @@ def inputs(
     return ids.to(device), torch.randn(shape, generator=generator).to(device, dtype)
 
 
-def ways(vla: VLA, precision: str, ids: torch.Tensor, pixels: torch.Tensor) -> Iterator[tuple[str, Callable[[], Run]]]:
+def ways(
+    vla: VLA, precision: str, ids: torch.Tensor, pixels: torch.Tensor, captured: Callable[[], Decoder]
+) -> Iterator[tuple[str, Callable[[], Run]]]:
     """(name, what makes its run) of every way of decoding this batch, the slowest first. Making one may run out of memory."""
 
     def stock(*, best: bool) -> Run:
@@ -68,7 +70,6 @@ def ways(vla: VLA, precision: str, ids: torch.Tensor, pixels: torch.Tensor) -> I
         return lambda words: decoder(ids, pixels, words)
 
     eager = Decoder(vla)
-    captured = functools.cache(lambda: capture(vla))
 
     def drafted(*, wrong: int) -> Run:
         first = vla.config.vocab_size - vla.config.n_action_bins
@@ -147,7 +148,8 @@ def _batch(
     ready: dict[str, tuple[Run, Row]] = {}
     rows = []
     held = _reserved(norm.device)
-    for name, make in ways(vla, precision, ids, pixels):
+    captured = functools.cache(lambda: capture(vla))
+    for name, make in ways(vla, precision, ids, pixels, captured):
         if not compiled and name.endswith("compiled"):
             rows.append(_skipped(precision, batch, name, "left out: --compiled False"))
             continue
@@ -169,6 +171,8 @@ def _batch(
                     f"{name}, batch {batch}: {100 * (1 - same):.1f} % of its words are not the plain way's"
                 )
             row["same words %"] = round(100 * same, 1)
+        if name.startswith("ours, captured"):
+            row["note"] = "; ".join(getattr(captured(), "given_up", ()))
         ready[name] = call, row
         rows.append(row)
         if not name.startswith("ours, captured"):  # what is drafted stands on the same graphs and cache

@@ -6,18 +6,18 @@ A graph has fixed shapes, so prompts are padded to a multiple of WIDTH words and
 reads a padded word, and padded rows are dropped.
 """
 
-import gc
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from prismatic.models.decode import Answer, Decoder, Decoding, Passes
+from prismatic.models.graphs import Recorder, first_reason, give_back, on
 from prismatic.models.onednn import twin_of, usable, with_onednn
 from prismatic.models.vla import VLA
 
@@ -27,18 +27,16 @@ KEPT = 8  # shapes whose graphs and caches are kept; the one unused for longest 
 WARM_UP = 3  # calls before recording: kernels are compiled and chosen, libraries allocate their workspaces
 COMPILE_MODE = "max-autotune-no-cudagraphs"  # the graphs are recorded here
 VARIANTS = 256  # shapes that one layer may be compiled for: each shape above has six
-
-Record = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
-T = TypeVar("T")
+ALIKE = 0.05  # relative, and absolute in logits: leads of a replayed pass to those of the same pass started kernel by kernel
 
 
-def capture(vla: VLA) -> Decoder:
+def capture(vla: VLA, *, graphs: bool = True) -> Decoder:
     """The decoder of a model that will act (after adapters are merged and weights quantised), which no longer takes gradients
-    and drops nothing out.
+    and drops nothing out. graphs False: its layers can't be recorded.
     """
     vla.eval().requires_grad_(False)  # before any twin is made: a twin keeps the mode that it was made in
     if next(vla.parameters()).device.type == "cuda":
-        return CapturedDecoder(vla, compile_layers(vla, mode=COMPILE_MODE))
+        return CapturedDecoder(vla, compile_layers(vla, mode=COMPILE_MODE)) if graphs else Decoder(vla)
     return Decoder(with_onednn(vla) if usable() else vla)
 
 
@@ -58,39 +56,11 @@ def compile_layers(vla: VLA, **how: Any) -> VLA:
     return twin
 
 
-def record_graph(function: Callable[[], T], stream: torch.cuda.Stream | None = None) -> Callable[[], T]:
-    """Record what function puts on the GPU; the result replays it and returns the same tensors each time, filled anew.
-
-    stream: on which it is recorded; torch's own for that if None.
-    """
-    graph = torch.cuda.CUDAGraph()
-    # what other threads do meanwhile, such as a loader's that pins memory, is none of its business
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        result = function()
-
-    def play() -> T:
-        graph.replay()
-        return result
-
-    return play
-
-
-def warm_up_and_record(function: Callable[[], T]) -> Callable[[], T]:
-    """record_graph of a function that has not run yet."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    return record_graph(function)
-
-
 class Recorded:
-    """A Decoding whose passes are recorded the first time they are asked for."""
+    """A Decoding whose passes are recorded the first time they are asked for. RuntimeError where a recording answers otherwise than its pass."""
 
-    def __init__(self, decoding: Decoding, record: Record) -> None:
-        self.decoding, self.record = decoding, record
+    def __init__(self, decoding: Decoding, recorder: Recorder) -> None:
+        self.decoding, self.recorder = decoding, recorder
         self.answer, self.lead, self.action_dim = decoding.answer, decoding.lead, decoding.action_dim
         self._recorded: dict[str, Callable[[], torch.Tensor]] = {}
 
@@ -106,23 +76,51 @@ class Recorded:
 
     def _play(self, name: str) -> torch.Tensor:
         if name not in self._recorded:
-            before = self.answer.clone()
-            self._recorded[name] = self.record(getattr(self.decoding, name))
-            self.answer.copy_(before)  # warming up has run the pass
+            work: Callable[[], torch.Tensor] = getattr(self.decoding, name)
+            before, lead = self.answer.clone(), self.lead.clone()
+            for _ in range(WARM_UP):
+                self.recorder.run(work)
+            play = self.recorder.record(work)
+            self._check(work, play, before)
+            self._recorded[name] = play
+            self.answer.copy_(before)  # the passes that were run have changed both
+            self.lead.copy_(lead)
         return self._recorded[name]()
+
+    def _check(self, work: Callable[[], torch.Tensor], play: Callable[[], torch.Tensor], before: torch.Tensor) -> None:
+        """Of other pictures, then of these: a graph that is empty, or holds what it was recorded with, can't answer both."""
+
+        def answered(run: Callable[[], torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
+            self.answer.copy_(before)
+            self.lead.fill_(-1)
+            return [run().clone(), self.answer.clone()], self.lead.clone()
+
+        for _ in range(2):
+            self.decoding.pixel_values.neg_()
+            words, lead = answered(lambda: self.recorder.run(work))
+            found, found_lead = answered(play)
+            if not (all(map(torch.equal, found, words)) and torch.allclose(found_lead, lead, rtol=ALIKE, atol=ALIKE)):
+                raise RuntimeError("a recorded pass answers otherwise than the pass itself")
 
 
 class CapturedDecoder(Decoder):
-    """Decodes from recorded passes; where compiling or recording fails it says so once and decodes pass by pass from then on.
+    """Decodes from recorded passes. Where compiling fails it records what is not compiled, where recording fails it decodes pass by pass, and
+    a shape for which there is no memory is decoded so by itself; each is said once.
 
     compiled: the model whose passes are recorded, on vla's weights; None: vla itself.
     """
 
-    def __init__(self, vla: VLA, compiled: VLA | None = None, *, record: Record = warm_up_and_record) -> None:
+    def __init__(self, vla: VLA, compiled: VLA | None = None, *, recorder: Recorder | None = None) -> None:
         super().__init__(vla)
-        self.compiled, self.record = compiled or vla, record
+        self.device = next(vla.parameters()).device
+        self.models = (
+            [vla] if compiled is None else [compiled, vla]
+        )  # to be recorded: the first, or if that fails the next
+        self.given_up: list[str] = []  # what, and why
+        self._recorder = recorder
         self._shapes: OrderedDict[tuple[int, ...], Recorded] = OrderedDict()
-        self._broken = False
+        self._too_large: set[tuple[int, ...]] = set()
+        self._asked: tuple[int, ...] = ()
 
     @torch.inference_mode()
     def __call__(
@@ -149,39 +147,57 @@ class CapturedDecoder(Decoder):
             widened(F.pad(attention_mask, (0, -words % WIDTH))),
             None if draft is None else widened(draft),
         )
-        answer, reason = None, ""
-        try:
-            answer = super().__call__(*inputs)
-        except Exception as error:  # out of memory, no compiler, what can't be recorded: all have names of their own
-            if self._broken:
-                raise
-            reason = str(error)
-        if answer is None:  # the error is gone by now, and with it what it held
-            self._give_up(reason)
-            answer = super().__call__(*inputs)
+        with on(self.device):
+            answer = None
+            while answer is None:
+                failed: BaseException | None = None
+                try:
+                    answer = super().__call__(*inputs)
+                except (
+                    Exception
+                ) as error:  # out of memory, no compiler, what can't be recorded: all have names of their own
+                    if not self._captures(self._asked):
+                        raise
+                    failed = first_reason(error).with_traceback(None)
+                if failed is not None:  # the error is gone by now, and with it what it held
+                    self._fall_back(failed)
         # a graph's own tensors are filled anew by the next call
         kept = {name: getattr(answer, name)[:rows].clone() for name in ("ids", "lead", "doubtful")}
         return replace(answer, **kept)
 
-    def _give_up(self, reason: str) -> None:
-        self._broken = True
-        self._shapes.clear()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        warnings.warn(f"decoding is not captured, each pass is started by itself: {reason}", stacklevel=3)
+    def _captures(self, shape: tuple[int, ...]) -> bool:
+        return bool(self.models) and shape not in self._too_large and shape[:1] <= (MAX_BATCH,)
+
+    def _fall_back(self, error: BaseException) -> None:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        if not isinstance(error, torch.OutOfMemoryError):
+            self.models.pop(0)
+            self._shapes.clear()
+            what = "not compiled" if self.models else "not captured, each pass is started by itself"
+        elif len(self._shapes) > 1 and not self._too_large:  # once: else two shapes would drive each other out for ever
+            self._shapes.clear()
+            give_back()
+            return
+        else:
+            self._shapes.pop(self._asked, None)
+            self._too_large.add(self._asked)
+            what = f"not captured for a batch of {self._asked[0]}"
+        give_back()
+        self.given_up.append(f"{what}: {reason}")
+        warnings.warn(f"decoding is {self.given_up[-1]}", stacklevel=3)
 
     def _passes(
         self, input_ids: torch.Tensor, lengths: torch.Tensor, pixel_values: torch.Tensor, action_dim: int
     ) -> Passes:
-        if self._broken or len(input_ids) > MAX_BATCH:
+        self._asked = key = (*input_ids.shape, *pixel_values.shape, action_dim)
+        if not self._captures(key):
             return super()._passes(input_ids, lengths, pixel_values, action_dim)
-        key = (*input_ids.shape, *pixel_values.shape, action_dim)
         if key not in self._shapes:
             while len(self._shapes) >= KEPT:
                 self._shapes.popitem(last=False)
-            decoding = Decoding(self.compiled, input_ids.clone(), lengths.clone(), pixel_values.clone(), action_dim)
-            self._shapes[key] = Recorded(decoding, self.record)
+            decoding = Decoding(self.models[0], input_ids.clone(), lengths.clone(), pixel_values.clone(), action_dim)
+            self._recorder = self._recorder or Recorder()
+            self._shapes[key] = Recorded(decoding, self._recorder)
         self._shapes.move_to_end(key)
         decoding = self._shapes[key].decoding
         decoding.words.copy_(input_ids)

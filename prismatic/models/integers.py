@@ -53,7 +53,8 @@ def to_parts(kind: str, weight: torch.Tensor) -> Parts:
     if not torch.isfinite(weight).all():
         raise ConfigError("weights that hold NaN or infinity can't be quantised: take another checkpoint")
     make = _to_int8 if kind == "int8" else _to_int4
-    pieces = [make(rows.float()) for rows in weight.detach().split(ROWS)]
+    rows_at_once = ROWS if weight.device.type == "cpu" else len(weight)
+    pieces = [make(rows.float()) for rows in weight.detach().split(rows_at_once)]
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
 

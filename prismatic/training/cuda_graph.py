@@ -8,7 +8,6 @@ Surprising: the first step after a start is not recorded. At the second, the gra
 batches gave without it; where it doesn't, or can't be recorded, the run ends there, at its second step, and says so.
 """
 
-import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
@@ -17,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from prismatic.errors import ConfigError
-from prismatic.models.captured import record_graph
+from prismatic.models.graphs import Recorder, first_reason, give_back, on
 from prismatic.models.vla import IGNORE, VLA
 from prismatic.processor import MAX_LENGTH, Batch, Processor
 from prismatic.training.distributed import Ranks
@@ -32,25 +31,6 @@ Pass = Callable[[], Answer]
 
 class CannotRecord(ConfigError):
     """Why not, in one sentence; __cause__ is what torch raised, if it did."""
-
-
-class Recorder:
-    """Where passes are recorded, and run before that: autograd may remember the stream on which it met a parameter."""
-
-    def __init__(self) -> None:
-        self.stream = torch.cuda.Stream()
-
-    def run(self, work: Pass) -> Answer:
-        """Its answer, now."""
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            answer = work()
-        torch.cuda.current_stream().wait_stream(self.stream)
-        return answer
-
-    def record(self, work: Pass) -> Pass:
-        """What replays it."""
-        return record_graph(work, self.stream)
 
 
 @dataclass(frozen=True)
@@ -96,8 +76,9 @@ class GraphedPass:
 
     def __init__(self, vla: VLA, *, words: int, passes: int, autocast: bool, recorder: Recorder | None = None) -> None:
         self.vla, self.words, self.passes, self.autocast = vla, words, passes, autocast
-        self.recorder = recorder or Recorder()
         self.device = next(vla.parameters()).device
+        with on(self.device):
+            self.recorder = recorder or Recorder()
         self._calls = 0
         self._first: Inputs | None = None
         self._inputs: Inputs | None = None  # what the graph reads
@@ -129,21 +110,19 @@ class GraphedPass:
             return self._replay(inputs)
         answer = self._run(inputs)
         if self._calls == self.passes:
-            _give_back()  # else the optimizer's state, made next, would lie in pieces of what the activations had
+            give_back()  # else the optimizer's state, made next, would lie in pieces of what the activations had
         return answer
 
     def _begin(self, examples: list[Inputs]) -> None:
         """Record, and check; gradients are zero before and after."""
         try:
             again, *expected = [self._probe(self._run, inputs) for inputs in (examples[0], *examples)]
-            _give_back()
+            give_back()
             self._inputs = fixed = examples[0].to(self.device).clone()
             self._play = self.recorder.record(lambda: self._pass(fixed))
             found = [self._probe(self._replay, inputs) for inputs in examples]
         except Exception as error:  # out of memory, what can't be recorded: all have names of their own
-            cause: BaseException = error
-            while cause.__context__ is not None:  # ending a recording that broke off raises once more
-                cause = cause.__context__
+            cause = first_reason(error)
             what = str(cause).partition("\n")[0] or type(cause).__name__
             raise CannotRecord(f"a training pass can't be recorded ({what}): leave out --cuda_graph") from cause
         noise = (again - expected[0]).abs()
@@ -198,9 +177,3 @@ def graph_passes(
         print("notice: --cuda_graph is for one GPU, no dropout and actions of one length: passes are not recorded")
         return None
     return GraphedPass(vla, words=words, passes=passes, autocast=autocast)
-
-
-def _give_back() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

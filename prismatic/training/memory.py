@@ -25,6 +25,7 @@ GIB = 2**30
 EIGHT_BIT_STATE = 2 * (1 + 4 / 256)  # bytes a value: two moments, each with a float32 scale for 256 values
 RESERVE_SHARE = 0.03  # of all else, for the allocator's rounding; an allowance, not measured
 RESERVE_BYTES = 64 * 2**20  # for cuBLAS' workspaces, likewise
+PROCESSES_BYTES = 2**30  # of each card of several: NCCL's buffers, DDP's buckets while they are laid anew; likewise
 TOWERS = ("dino", "siglip")
 
 

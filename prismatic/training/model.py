@@ -73,6 +73,8 @@ def plan_training(
     ways = (checkpointing, options.use_quantization, options.optimizer, shares, options.cuda_graph)
     asked = memory.Settings(batch_size, passes, *ways)
     free, place = memory.free_memory(device)
+    if ranks.size > 1 and device != "cpu":
+        free -= memory.PROCESSES_BYTES
     plan = memory.choose(model, asked, free, place=place)
     print(*memory.lines(plan, model, free, place=place), sep="\n")
     return plan

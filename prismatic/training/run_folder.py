@@ -106,7 +106,11 @@ class RunFolder:
             self._link(LATEST, folder)
             _flush(self.path)
             self._delete_old()
+        except torch.OutOfMemoryError:  # a GPU's memory is no disk
+            raise
         except (OSError, SafetensorError, RuntimeError) as error:  # the last two: safetensors and torch on a full disk
+            if "CUDA" in str(error):
+                raise
             full = shutil.disk_usage(self.path).free < FULL
             reason = "the disk is full" if full else getattr(error, "strerror", None) or error
             raise ConfigError(
