@@ -1,7 +1,9 @@
 """Greedy decoding: the original's ids, batched rows equal to single ones, no word but an action, and drafts that change nothing."""
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prismatic.checkpoint import load_statistics, load_vla
 from prismatic.image import resize_bicubic
+from prismatic.models import decode
 from prismatic.models.decode import Decoder, Decoding, verified
 from prismatic.models.tiny import TINY, random_vla
 from prismatic.models.vla import VLA
@@ -206,3 +209,25 @@ def test_no_pass_waits_for_the_device_nor_multiplies_more_of_the_head_than_the_a
             passes.again(3)
     assert TINY.n_action_bins in watched.widths
     assert not watched.widths & {TINY.vocab_size, TINY.text_config.vocab_size}
+
+
+@pytest.mark.parametrize("words", [11, 12])
+def test_bfloat16_on_a_cpu_reads_an_even_number_of_columns(
+    lively: VLA, words: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN's products of 287 rows take longer than those of 286 or 288."""
+    made: list[Decoding] = []
+
+    def kept(*inputs: Any) -> Decoding:
+        made.append(Decoding(*inputs))
+        return made[-1]
+
+    monkeypatch.setattr(decode, "Decoding", kept)
+    ids, _, pixels = prompts(2)
+    for vla in (copy.deepcopy(lively).bfloat16(), lively):
+        inputs = ids[:, :words], pixels.to(next(vla.parameters()).dtype), 7
+        with torch.inference_mode():
+            unpadded = Decoding(vla, inputs[0], torch.full((2,), words), *inputs[1:]).plain()
+        assert Decoder(vla)(*inputs).ids.equal(unpadded)
+    half, whole = (decoding.prompt_columns for decoding in made)
+    assert half % 2 == 0 and whole == TINY.num_images_in_input * TINY.num_patches + words + 1
