@@ -168,6 +168,25 @@ def test_where_memory_is_short_older_shapes_go_once_and_then_what_does_not_fit_i
     assert answers(1) and len(captured._shapes) == 1
 
 
+def test_two_shapes_do_not_drive_each_other_out(lively: VLA) -> None:  # noqa: F811
+    class Crowded(Tape):
+        def record(self, work):
+            if len(captured._shapes) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().record(work)
+
+    ids, mask, pixels = prompts(2)
+    tape = Crowded()
+    captured = CapturedDecoder(lively, recorder=tape)
+    captured(ids[:1], pixels[:1], 7, mask[:1])
+    captured(ids, pixels, 7, mask)  # the first goes
+    with pytest.warns(UserWarning, match="not captured for a batch of 1"):
+        captured(ids[:1], pixels[:1], 7, mask[:1])
+    for rows in (2, 1, 2, 1):
+        captured(ids[:rows], pixels[:rows], 7, mask[:rows])
+    assert tape.recorded == ["plain", "plain"]
+
+
 def test_an_error_of_plain_decoding_is_raised(lively: VLA) -> None:  # noqa: F811
     ids, mask, pixels = prompts(2)
     captured = CapturedDecoder(lively, recorder=Tape())

@@ -171,9 +171,8 @@ def step_of(model: nn.Module, bench: Bench, size: int, *, way: str) -> tuple[Cal
     graphed = None
     if way == RECORDED:
         graphed = GraphedPass(model, words=WORDS, passes=1, autocast=False)  # pyright: ignore[reportArgumentType]  (ours)
-        on_host = Batch(
-            **{name: tensor.cpu() for name, tensor in batch.items()}
-        )  # copied in each step, as finetune.py does
+        # copied in at each step, as finetune.py does; the other ways have the batch on the device
+        on_host = Batch(**{name: tensor.cpu() for name, tensor in batch.items()})
         on_host = on_host.pin_memory() if bench.on_gpu else on_host
 
     def step() -> None:

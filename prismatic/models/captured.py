@@ -113,14 +113,14 @@ class CapturedDecoder(Decoder):
     def __init__(self, vla: VLA, compiled: VLA | None = None, *, recorder: Recorder | None = None) -> None:
         super().__init__(vla)
         self.device = next(vla.parameters()).device
-        self.models = (
-            [vla] if compiled is None else [compiled, vla]
-        )  # to be recorded: the first, or if that fails the next
+        # to be recorded: the first, or if that fails the next
+        self.models = [vla] if compiled is None else [compiled, vla]
         self.given_up: list[str] = []  # what, and why
         self._recorder = recorder
         self._shapes: OrderedDict[tuple[int, ...], Recorded] = OrderedDict()
         self._too_large: set[tuple[int, ...]] = set()
         self._asked: tuple[int, ...] = ()
+        self._made_room = False
 
     @torch.inference_mode()
     def __call__(
@@ -153,9 +153,7 @@ class CapturedDecoder(Decoder):
                 failed: BaseException | None = None
                 try:
                     answer = super().__call__(*inputs)
-                except (
-                    Exception
-                ) as error:  # out of memory, no compiler, what can't be recorded: all have names of their own
+                except Exception as error:  # no memory, no compiler, not recordable: all have names of their own
                     if not self._captures(self._asked):
                         raise
                     failed = first_reason(error).with_traceback(None)
@@ -174,7 +172,8 @@ class CapturedDecoder(Decoder):
             self.models.pop(0)
             self._shapes.clear()
             what = "not compiled" if self.models else "not captured, each pass is started by itself"
-        elif len(self._shapes) > 1 and not self._too_large:  # once: else two shapes would drive each other out for ever
+        elif len(self._shapes) > 1 and not self._made_room:  # once: else two shapes would drive each other out for ever
+            self._made_room = True
             self._shapes.clear()
             give_back()
             return
