@@ -68,10 +68,8 @@ def choose_renderer() -> str:
     chosen = os.environ.get("MUJOCO_GL", "")
     if not chosen:
         has_gpu = Path("/dev/nvidiactl").exists() or any(Path("/dev/dri").glob("renderD*"))
-        device = None
-        if ctypes.util.find_library("EGL") and (has_gpu or not ctypes.util.find_library("OSMesa")):
-            device = _egl_device()
-        if device is not None:
+        may = ctypes.util.find_library("EGL") and (has_gpu or not ctypes.util.find_library("OSMesa"))
+        if may and (device := _egl_device()) is not None:
             chosen, os.environ["MUJOCO_EGL_DEVICE_ID"] = "egl", device
         elif ctypes.util.find_library("OSMesa"):
             chosen = "osmesa"
@@ -82,6 +80,8 @@ def choose_renderer() -> str:
     if "mujoco" in sys.modules and os.environ.get("MUJOCO_GL") != chosen:
         raise RuntimeError("choose_renderer() must come before the first import of mujoco")
     os.environ["MUJOCO_GL"] = chosen
+    if chosen == "egl" and "MUJOCO_EGL_DEVICE_ID" not in os.environ and (device := _egl_device()) is not None:
+        os.environ["MUJOCO_EGL_DEVICE_ID"] = device
     if chosen == "osmesa":
         os.environ["PYOPENGL_PLATFORM"] = "osmesa"
     return chosen

@@ -187,11 +187,25 @@ def test_two_shapes_do_not_drive_each_other_out(lively: VLA) -> None:  # noqa: F
     assert tape.recorded == ["plain", "plain"]
 
 
-def test_an_error_of_plain_decoding_is_raised(lively: VLA) -> None:  # noqa: F811
+def test_an_error_of_plain_decoding_is_raised_and_no_recordings_fault(
+    lively: VLA,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ids, mask, pixels = prompts(2)
-    captured = CapturedDecoder(lively, recorder=Tape())
-    with pytest.warns(UserWarning, match="not captured"), pytest.raises(RuntimeError):
+    tape = Tape()
+    captured = CapturedDecoder(lively, recorder=tape)
+    with pytest.warns(UserWarning, match="not captured"), pytest.raises(RuntimeError, match="is invalid for input"):
         captured(ids, pixels[:, :-1], 7, mask)
+    assert not captured.given_up
+    captured(ids, pixels, 7, mask)
+    assert tape.recorded[-1] == "plain"
+
+    def too_early(*inputs):
+        raise torch.OutOfMemoryError("before any pass")
+
+    monkeypatch.setattr(captured, "_passes", too_early)
+    with pytest.raises(torch.OutOfMemoryError, match="before any pass"):
+        captured(ids, pixels, 7, mask)
 
 
 @pytest.mark.parametrize("usable", [True, False])

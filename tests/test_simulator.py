@@ -264,3 +264,6 @@ def test_the_first_card_that_draws_is_taken(
     monkeypatch.setattr(simulator, "_egl_works", lambda more: more.get("MUJOCO_EGL_DEVICE_ID") in works)
     assert choose_renderer() == chosen
     assert os.environ.get("MUJOCO_EGL_DEVICE_ID") == device
+    if chosen == "egl" and not asked:  # also where somebody has asked for EGL already
+        monkeypatch.delenv("MUJOCO_EGL_DEVICE_ID")
+        assert choose_renderer() == "egl" and os.environ.get("MUJOCO_EGL_DEVICE_ID") == device

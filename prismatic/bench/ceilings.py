@@ -4,7 +4,6 @@ Both ceilings are measured here, on the device and in the number format at hand.
 less often.
 """
 
-import gc
 import time
 from collections.abc import Callable
 
@@ -24,13 +23,6 @@ def wait(device: torch.device) -> None:
     """Until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def give_back(device: torch.device) -> None:
-    """Free what nobody holds any more, also what torch's allocator keeps for later."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def shortest(work: Callable[[], object], device: torch.device) -> float:

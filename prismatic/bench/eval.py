@@ -17,6 +17,7 @@ from prismatic import machine
 from prismatic.episodes.player import Outcome, Setup, Trial
 from prismatic.episodes.workers import play
 from prismatic.scene.suites import instruction
+from prismatic.simulator import choose_renderer
 
 RENDERER_THREADS = "LP_NUM_THREADS"
 ONE_CORE, THREADED = "one core a process", "renderer's threads"
@@ -49,6 +50,7 @@ def run(
 
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
+    choose_renderer()  # once, for all simulators
     policy = load_policy(checkpoint)
     _warm(policy, instruction(suite, task_id), max(workers, default=1))
     setup = Setup(num_images=policy.num_images, quality=quality, max_steps=steps)

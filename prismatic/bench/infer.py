@@ -21,6 +21,7 @@ from prismatic.bench.random_model import random_model
 from prismatic.checkpoint import CONFIG, load_vla
 from prismatic.models.captured import capture
 from prismatic.models.decode import Decoder
+from prismatic.models.graphs import give_back
 from prismatic.models.quantize import quantize, stored_bytes
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.normalize import ACTION_DIMENSIONS
@@ -115,7 +116,7 @@ def run(
             else:
                 rows += _batch(vla, precision, batch, plain, floor, rounds, compiled)
         del vla  # before the next one is made
-        ceilings.give_back(place)
+        give_back()
     for row in [row for row in rows if row["p50 ms"]][:1]:
         ceiling = f"ceilings: {rates[0] / 1e9:.0f} GB/s, {rates[1] / 1e12:.3g} TFLOP/s ({dtype})"
         row["note"] = ceiling.replace("torch.", "")
@@ -200,7 +201,7 @@ def _reserved(device: torch.device) -> int:
     """Bytes that torch holds on a GPU, the private memory of graphs included; 0 on a CPU."""
     if device.type != "cuda":
         return 0
-    ceilings.give_back(device)
+    give_back()
     return torch.cuda.memory_reserved(device)
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from prismatic.bench.ceilings import give_back
 from prismatic.checkpoint import CONFIG, base_and_adapter, load_policy, load_quantized
 from prismatic.data.examples import example
 from prismatic.data.frames import FrameCache
 from prismatic.errors import ConfigError
 from prismatic.models import quantize
+from prismatic.models.graphs import give_back
 from prismatic.models.quantize import stored_bytes
 from prismatic.models.vla import IGNORE, VLA
 from prismatic.normalize import normalize
@@ -124,13 +124,12 @@ def run(
     demonstrated = np.concatenate([actions for _, actions in samples])
     reference = answers(policy.vla, samples, processor.action_dim)
     rows = [row("none", policy.vla, reference, reference, demonstrated, processor)]
-    place = policy.device
     del policy  # the device holds one model at a time
-    give_back(place)
+    give_back()
     for what, precision, backend, vision in WAYS:
         vla = load_quantized(folder, adapter, precision, backend=backend, vision=vision, dtype=dtype, device=device)
         ids = answers(vla.eval(), samples, processor.action_dim)
         rows.append(row(what, vla, ids, reference, demonstrated, processor))
         del vla
-        give_back(place)
+        give_back()
     return rows

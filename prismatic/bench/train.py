@@ -16,12 +16,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from prismatic.bench.ceilings import give_back, matrix_rate, wait
+from prismatic.bench.ceilings import matrix_rate, wait
 from prismatic.bench.memory import WORDS
 from prismatic.bench.plain import PlainVLA
 from prismatic.bench.random_model import random_model
 from prismatic.errors import ConfigError
 from prismatic.models.checkpointing import checkpoint_activations, compile_blocks
+from prismatic.models.graphs import give_back, is_memory
 from prismatic.models.llama import LlamaConfig
 from prismatic.models.lora import add_lora, compute_in_base_dtype
 from prismatic.models.vla import DINO_ID, IGNORE, SIGLIP_ID, VLA, VLAConfig
@@ -103,9 +104,9 @@ def ours(base: VLA, bench: Bench, *, checkpointing: bool, compiled: bool = False
     return vla
 
 
-def batch_of(bench: Bench, size: int) -> dict[str, torch.Tensor]:
-    """Random rows: BOS, words, and at the end what is trained on."""
-    generator = torch.Generator().manual_seed(bench.seed + 1)
+def batch_of(bench: Bench, size: int, number: int = 0) -> dict[str, torch.Tensor]:
+    """Random rows: BOS, words, and at the end what is trained on; others for each number."""
+    generator = torch.Generator().manual_seed(bench.seed + 1 + number)
     config, side = bench.config, bench.config.image_size
     ids = torch.randint(3, config.vocab_size, (size, WORDS), generator=generator)
     labels = ids.clone()
@@ -172,14 +173,16 @@ def step_of(model: nn.Module, bench: Bench, size: int, *, way: str) -> tuple[Cal
     if way == RECORDED:
         graphed = GraphedPass(model, words=WORDS, passes=1, autocast=False)  # pyright: ignore[reportArgumentType]  (ours)
         # copied in at each step, as finetune.py does; the other ways have the batch on the device
-        on_host = Batch(**{name: tensor.cpu() for name, tensor in batch.items()})
-        on_host = on_host.pin_memory() if bench.on_gpu else on_host
+        hosted = [
+            Batch(**{name: tensor.cpu() for name, tensor in b.items()}) for b in (batch, batch_of(bench, size, 1))
+        ]
+        turns = itertools.cycle(b.pin_memory() if bench.on_gpu else b for b in hosted)
 
     def step() -> None:
         if graphed is None:
             loss_of(model, batch, bench).backward()
         else:
-            graphed(on_host)
+            graphed(next(turns))
         optimizer.step()
         optimizer.zero_grad(set_to_none=graphed is None)
 
@@ -214,15 +217,15 @@ def measure(make: Callable[[], nn.Module], bench: Bench, size: int, *, way: str)
 
 def tried(make: Callable[[], nn.Module], bench: Bench, size: int, *, way: str) -> tuple[float, float] | str:
     """As measure; or why not. It begins without what was cached before: that would count as reserved."""
-    give_back(bench.place)
+    give_back()
     try:
         return measure(make, bench, size, way=way)
     except torch.OutOfMemoryError:
         return TOO_LARGE
     except CannotRecord as error:
-        return TOO_LARGE if isinstance(error.__cause__, torch.OutOfMemoryError) else str(error)
+        return TOO_LARGE if error.__cause__ is not None and is_memory(error.__cause__) else str(error)
     finally:
-        give_back(bench.place)
+        give_back()
 
 
 def run(

@@ -6,6 +6,7 @@ A graph has fixed shapes, so prompts are padded to a multiple of WIDTH words and
 reads a padded word, and padded rows are dropped.
 """
 
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from prismatic.models.decode import Answer, Decoder, Decoding, Passes
-from prismatic.models.graphs import Recorder, first_reason, give_back, on
+from prismatic.models.graphs import Recorder, first_reason, give_back, is_memory, on
 from prismatic.models.onednn import twin_of, usable, with_onednn
 from prismatic.models.vla import VLA
 
@@ -88,18 +89,24 @@ class Recorded:
         return self._recorded[name]()
 
     def _check(self, work: Callable[[], torch.Tensor], play: Callable[[], torch.Tensor], before: torch.Tensor) -> None:
-        """Of other pictures, then of these: a graph that is empty, or holds what it was recorded with, can't answer both."""
+        """Of another input, then of this one: a graph that is empty, or holds what it was recorded with, can't answer both."""
+        decoding = self.decoding
+        ids = decoding.last_id - decoding.first_id
+        other = decoding.first_id + (before - decoding.first_id + 1) % ids
 
-        def answered(run: Callable[[], torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
-            self.answer.copy_(before)
+        def answered(run: Callable[[], torch.Tensor], draft: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+            self.answer.copy_(draft)
             self.lead.fill_(-1)
             return [run().clone(), self.answer.clone()], self.lead.clone()
 
-        for _ in range(2):
-            self.decoding.pixel_values.neg_()
-            words, lead = answered(lambda: self.recorder.run(work))
-            found, found_lead = answered(play)
-            if not (all(map(torch.equal, found, words)) and torch.allclose(found_lead, lead, rtol=ALIKE, atol=ALIKE)):
+        for draft, by in ((other, 1), (before, -1)):
+            decoding.pixel_values.neg_()
+            decoding.words.copy_(decoding.words.roll(by, dims=1))
+            decoding.lengths.sub_(by)
+            words, lead = answered(lambda: self.recorder.run(work), draft)
+            found, found_lead = answered(play, draft)
+            close = torch.allclose(found_lead, lead, rtol=ALIKE, atol=ALIKE, equal_nan=True)
+            if not (close and all(map(torch.equal, found, words))):
                 raise RuntimeError("a recorded pass answers otherwise than the pass itself")
 
 
@@ -148,27 +155,32 @@ class CapturedDecoder(Decoder):
             None if draft is None else widened(draft),
         )
         with on(self.device):
-            answer = None
-            while answer is None:
-                failed: BaseException | None = None
-                try:
-                    answer = super().__call__(*inputs)
-                except Exception as error:  # no memory, no compiler, not recordable: all have names of their own
-                    if not self._captures(self._asked):
-                        raise
-                    failed = first_reason(error).with_traceback(None)
-                if failed is not None:  # the error is gone by now, and with it what it held
-                    self._fall_back(failed)
+            answer = self._answer(inputs)
         # a graph's own tensors are filled anew by the next call
         kept = {name: getattr(answer, name)[:rows].clone() for name in ("ids", "lead", "doubtful")}
         return replace(answer, **kept)
 
+    def _answer(self, inputs: tuple[Any, ...]) -> Answer:
+        """From recorded passes if they can be had. What plain decoding can't do either is raised, and no recording's fault."""
+        handled, models, said = sys.exception(), list(self.models), len(self.given_up)
+        while True:
+            self._asked = ()
+            try:
+                return super().__call__(*inputs)
+            except Exception as error:  # no memory, no compiler, not recordable: all have names of their own
+                if not self._captures(self._asked):
+                    self.models = models
+                    del self.given_up[said:]
+                    raise
+                failed = first_reason(error, handled).with_traceback(None)
+            self._fall_back(failed)  # the error is gone by now, and with it what it held
+
     def _captures(self, shape: tuple[int, ...]) -> bool:
-        return bool(self.models) and shape not in self._too_large and shape[:1] <= (MAX_BATCH,)
+        return bool(self.models and shape) and shape not in self._too_large and shape[0] <= MAX_BATCH
 
     def _fall_back(self, error: BaseException) -> None:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        if not isinstance(error, torch.OutOfMemoryError):
+        if not is_memory(error):
             self.models.pop(0)
             self._shapes.clear()
             what = "not compiled" if self.models else "not captured, each pass is started by itself"

@@ -28,11 +28,22 @@ def give_back() -> None:
             torch.cuda.empty_cache()
 
 
-def first_reason(error: BaseException) -> BaseException:
-    """Where it began: a recording that breaks off raises again as it ends, and hides why."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return error
+def is_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory didn't suffice: libraries that torch calls say it in words of their own."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("out of memory", "ALLOC_FAILED")
+    )
+
+
+def first_reason(error: BaseException, handled: BaseException | None) -> BaseException:
+    """Where it began: a recording that breaks off raises again as it ends, and hides why. Missing memory, if that is among the reasons.
+
+    handled: what the caller was handling before (sys.exception()), which is none of them.
+    """
+    chain = [error]
+    while (before := chain[-1].__context__) is not None and before is not handled:
+        chain.append(before)
+    return next(filter(is_memory, chain), chain[-1])
 
 
 class Recorder:
@@ -53,12 +64,26 @@ class Recorder:
     def record(self, work: Callable[[], T]) -> Callable[[], T]:
         """What replays it and returns the same tensors each time, filled anew. work must have run before: libraries and kernels are set up then."""
         graph = torch.cuda.CUDAGraph()
-        # what other threads do meanwhile, such as a loader's that pins memory, is none of its business
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            answer = work()
+        try:
+            # "thread_local": what other threads do meanwhile, such as a loader's that pins memory, is none of its business
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),  # is the current one again, however it ends
+                torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+            ):
+                answer = work()
+        except BaseException:
+            self._drop_pool()
+            raise
 
         def play() -> T:
             graph.replay()
             return answer
 
         return play
+
+    def _drop_pool(self) -> None:
+        """After a recording that broke off the next ones get another; torch 2.11 would hold the old one's memory for ever."""
+        broken, self.pool = self.pool, torch.cuda.graph_pool_handle()
+        with contextlib.suppress(RuntimeError, AttributeError):  # later versions have done it themselves
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), broken)  # pyright: ignore[reportAttributeAccessIssue]
+            torch._C._cuda_releasePool(torch.cuda.current_device(), broken)  # pyright: ignore[reportAttributeAccessIssue]

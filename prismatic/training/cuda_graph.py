@@ -8,6 +8,7 @@ Surprising: the first step after a start is not recorded. At the second, the gra
 batches gave without it; where it doesn't, or can't be recorded, the run ends there, at its second step, and says so.
 """
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
@@ -115,24 +116,25 @@ class GraphedPass:
 
     def _begin(self, examples: list[Inputs]) -> None:
         """Record, and check; gradients are zero before and after."""
+        twice = [[self._probe(self._run, inputs) for inputs in examples] for _ in range(2)]
+        noise = torch.stack([(once - again).abs() for once, again in zip(*twice, strict=True)]).nan_to_num(0.0)
+        give_back()
+        handled = sys.exception()
         try:
-            again, *expected = [self._probe(self._run, inputs) for inputs in (examples[0], *examples)]
-            give_back()
             self._inputs = fixed = examples[0].to(self.device).clone()
             self._play = self.recorder.record(lambda: self._pass(fixed))
             found = [self._probe(self._replay, inputs) for inputs in examples]
         except Exception as error:  # out of memory, what can't be recorded: all have names of their own
-            cause = first_reason(error)
+            cause = first_reason(error, handled)
             what = str(cause).partition("\n")[0] or type(cause).__name__
             raise CannotRecord(f"a training pass can't be recorded ({what}): leave out --cuda_graph") from cause
-        noise = (again - expected[0]).abs()
-        for got, right in zip(found, expected, strict=True):
-            self._compare(got, right, noise)
+        for got, right in zip(found, twice[0], strict=True):
+            self._compare(got, right, noise.amax(dim=0))
 
     def _probe(self, run: Callable[[Inputs], Answer], inputs: Inputs) -> torch.Tensor:
         """The loss that a pass gives and the norm of each gradient, which is zero again then."""
         loss, _ = run(inputs)
-        norms = [gradient.norm().double() for gradient in self._gradients.values()]
+        norms = [gradient.norm(dtype=torch.float32).double() for gradient in self._gradients.values()]
         numbers = torch.stack([loss.double(), *norms]).cpu()
         for gradient in self._gradients.values():
             gradient.zero_()
@@ -140,7 +142,7 @@ class GraphedPass:
 
     def _compare(self, found: torch.Tensor, expected: torch.Tensor, noise: torch.Tensor) -> None:
         """CannotRecord that names the first number that differs. Where neither is finite there is nothing to compare."""
-        limit = TOLERANCE * expected.abs() + NOISE * noise.nan_to_num(0.0)
+        limit = TOLERANCE * expected.abs() + NOISE * noise
         alike = ((found - expected).abs() <= limit) | ~(found.isfinite() | expected.isfinite())
         for name, same, got, right in zip(("the loss", *self._gradients), alike, found, expected, strict=True):
             if not same:
@@ -164,16 +166,19 @@ class GraphedPass:
         return self._play()
 
 
+def recordable(ranks: Ranks, *, dropout: float) -> bool:
+    """One GPU, and nothing that draws random numbers: a replay and the pass that it is checked against would draw others."""
+    return ranks.device != "cpu" and ranks.size == 1 and dropout == 0
+
+
 def graph_passes(
     vla: VLA, ranks: Ranks, processor: Processor, instructions: Iterable[str], *, passes: int, autocast: bool
 ) -> GraphedPass | None:
-    """For one GPU, rows that all have as many labels, and a model that draws no random numbers: a replay and the pass that it is checked
-    against would draw others. Else None, said.
-    """
+    """What runs a run's passes where they can be recorded, which takes rows that all have as many labels; else None, said."""
     words = processor.longest_row(instructions)
-    draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in vla.modules())
+    dropout = max((module.p for module in vla.modules() if isinstance(module, nn.Dropout)), default=0.0)
     lengths = {len(entry["action"]["q01"]) for entry in processor.statistics.values()}
-    if ranks.device == "cpu" or ranks.size > 1 or draws or len(lengths) > 1 or words >= MAX_LENGTH:
+    if not recordable(ranks, dropout=dropout) or len(lengths) > 1 or words >= MAX_LENGTH:
         print("notice: --cuda_graph is for one GPU, no dropout and actions of one length: passes are not recorded")
         return None
     return GraphedPass(vla, words=words, passes=passes, autocast=autocast)

@@ -109,7 +109,7 @@ class RunFolder:
         except torch.OutOfMemoryError:  # a GPU's memory is no disk
             raise
         except (OSError, SafetensorError, RuntimeError) as error:  # the last two: safetensors and torch on a full disk
-            if "CUDA" in str(error):
+            if not isinstance(error, OSError) and "CUDA" in str(error):
                 raise
             full = shutil.disk_usage(self.path).free < FULL
             reason = "the disk is full" if full else getattr(error, "strerror", None) or error
