@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from prismatic.errors import ConfigError
 from prismatic.models.graphs import Recorder, first_reason, give_back, on
@@ -179,6 +180,6 @@ def graph_passes(
     dropout = max((module.p for module in vla.modules() if isinstance(module, nn.Dropout)), default=0.0)
     lengths = {len(entry["action"]["q01"]) for entry in processor.statistics.values()}
     if not recordable(ranks, dropout=dropout) or len(lengths) > 1 or words >= MAX_LENGTH:
-        print("notice: --cuda_graph is for one GPU, no dropout and actions of one length: passes are not recorded")
+        tqdm.write("notice: --cuda_graph is for one GPU, no dropout and actions of one length: passes are not recorded")
         return None
     return GraphedPass(vla, words=words, passes=passes, autocast=autocast)
