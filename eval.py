@@ -160,9 +160,10 @@ def load_policy(cfg: EvalConfig) -> Any:
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         # The simulators fill the cores, and a number that followed theirs would change the last digits of actions.
         torch.set_num_threads(1)
-    local_rank = os.environ.get("LOCAL_RANK")
+    local_rank, device = os.environ.get("LOCAL_RANK"), None
     if local_rank and torch.cuda.is_available():
-        torch.cuda.set_device(int(local_rank))  # else every rank would also keep a context on the first GPU
+        device = f"cuda:{local_rank}"
+        torch.cuda.set_device(device)  # else every rank would also keep a context on the first GPU
     quantize, backend = precision(cfg)
     return checkpoint.load_policy(
         cfg.pretrained_checkpoint,
@@ -172,7 +173,7 @@ def load_policy(cfg: EvalConfig) -> Any:
         quantize=quantize,
         backend=backend,
         drafting=None if cfg.drafting == "auto" else cfg.drafting,
-        device=f"cuda:{local_rank}" if local_rank and torch.cuda.is_available() else None,
+        device=device,
     )
 
 

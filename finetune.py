@@ -141,13 +141,13 @@ def loop(job: Job, validation: Validation, display: Display) -> None:
         sentences = job.mixture.instructions
         graphed = graph_passes(vla, ranks, job.processor, sentences, passes=job.passes, autocast=autocast)
     stop = StopSignal()
+    tokenizer = job.processor.action_tokenizer
     vla.train()
     for step in range(progress.step, cfg.max_steps):
         set_learning_rate(job)
         passes = [next(stream) for _ in range(job.passes)]
         if step == 0 and ranks.is_first:
             first_batch.draw(passes, job.processor, job.run.path / first_batch.NAME)
-        tokenizer = job.processor.action_tokenizer
         metrics = backward(model, passes, tokenizer, autocast=autocast, ranks=ranks, graphed=graphed)
         metrics.grad_norm = clip_gradients(vla.parameters(), cfg.max_grad_norm)
         progress.step = step + 1

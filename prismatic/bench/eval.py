@@ -17,7 +17,7 @@ from prismatic import machine
 from prismatic.episodes.player import Outcome, Setup, Trial
 from prismatic.episodes.workers import play
 from prismatic.scene.suites import instruction
-from prismatic.simulator import choose_renderer
+from prismatic.simulator import RESOLUTION, choose_renderer
 
 RENDERER_THREADS = "LP_NUM_THREADS"
 ONE_CORE, THREADED = "one core a process", "renderer's threads"
@@ -62,7 +62,7 @@ def run(
 
 def _warm(policy: Any, words: str, rows: int) -> None:
     """Answer batches of every size that its decoder knows: on a GPU the first of each compiles and records, for minutes."""
-    picture = np.zeros((256, 256, 3), np.uint8)
+    picture = np.zeros((RESOLUTION, RESOLUTION, 3), np.uint8)
     size = 1
     while size < 2 * rows:
         policy.batch([picture] * size, [words] * size, wrists=[picture] * size if policy.num_images == 2 else None)

@@ -126,7 +126,6 @@ class CapturedDecoder(Decoder):
         self._recorder = recorder
         self._shapes: OrderedDict[tuple[int, ...], Recorded] = OrderedDict()
         self._too_large: set[tuple[int, ...]] = set()
-        self._asked: tuple[int, ...] = ()
         self._made_room = False
 
     @torch.inference_mode()
@@ -162,23 +161,23 @@ class CapturedDecoder(Decoder):
 
     def _answer(self, inputs: tuple[Any, ...]) -> Answer:
         """From recorded passes if they can be had. What plain decoding can't do either is raised, and no recording's fault."""
-        handled, models, said = sys.exception(), list(self.models), len(self.given_up)
+        handled = sys.exception()
+        kept = list(self.models), list(self.given_up), set(self._too_large)
+        shape = _shape(*inputs[:3])
         while True:
-            self._asked = ()
             try:
                 return super().__call__(*inputs)
             except Exception as error:  # no memory, no compiler, not recordable: all have names of their own
-                if not self._captures(self._asked):
-                    self.models = models
-                    del self.given_up[said:]
+                if not self._captures(shape):
+                    self.models, self.given_up, self._too_large = kept
                     raise
                 failed = first_reason(error, handled).with_traceback(None)
-            self._fall_back(failed)  # the error is gone by now, and with it what it held
+            self._fall_back(shape, failed)  # the error is gone by now, and with it what it held
 
     def _captures(self, shape: tuple[int, ...]) -> bool:
-        return bool(self.models and shape) and shape not in self._too_large and shape[0] <= MAX_BATCH
+        return bool(self.models) and shape not in self._too_large and shape[0] <= MAX_BATCH
 
-    def _fall_back(self, error: BaseException) -> None:
+    def _fall_back(self, shape: tuple[int, ...], error: BaseException) -> None:
         reason = str(error).partition("\n")[0] or type(error).__name__
         if not is_memory(error):
             self.models.pop(0)
@@ -190,9 +189,9 @@ class CapturedDecoder(Decoder):
             give_back()
             return
         else:
-            self._shapes.pop(self._asked, None)
-            self._too_large.add(self._asked)
-            what = f"not captured for a batch of {self._asked[0]}"
+            self._shapes.pop(shape, None)
+            self._too_large.add(shape)
+            what = f"not captured for a batch of {shape[0]}"
         give_back()
         self.given_up.append(f"{what}: {reason}")
         warnings.warn(f"decoding is {self.given_up[-1]}", stacklevel=3)
@@ -200,7 +199,7 @@ class CapturedDecoder(Decoder):
     def _passes(
         self, input_ids: torch.Tensor, lengths: torch.Tensor, pixel_values: torch.Tensor, action_dim: int
     ) -> Passes:
-        self._asked = key = (*input_ids.shape, *pixel_values.shape, action_dim)
+        key = _shape(input_ids, pixel_values, action_dim)
         if not self._captures(key):
             return super()._passes(input_ids, lengths, pixel_values, action_dim)
         if key not in self._shapes:
@@ -215,3 +214,8 @@ class CapturedDecoder(Decoder):
         decoding.lengths.copy_(lengths)
         decoding.pixel_values.copy_(pixel_values)
         return self._shapes[key]
+
+
+def _shape(input_ids: torch.Tensor, pixel_values: torch.Tensor, action_dim: int) -> tuple[int, ...]:
+    """What a recording is of, rows first."""
+    return (*input_ids.shape, *pixel_values.shape, action_dim)

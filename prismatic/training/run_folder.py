@@ -106,10 +106,9 @@ class RunFolder:
             self._link(LATEST, folder)
             _flush(self.path)
             self._delete_old()
-        except torch.OutOfMemoryError:  # a GPU's memory is no disk
-            raise
         except (OSError, SafetensorError, RuntimeError) as error:  # the last two: safetensors and torch on a full disk
-            if not isinstance(error, OSError) and "CUDA" in str(error):
+            of_a_gpu = isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error)
+            if of_a_gpu and not isinstance(error, OSError):
                 raise
             full = shutil.disk_usage(self.path).free < FULL
             reason = "the disk is full" if full else getattr(error, "strerror", None) or error
