@@ -9,13 +9,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torchvision  # noqa: F401  (before the first osmesa context: afterwards it crashes)
 import tyro
 
-from config import DoctorConfig
 from prismatic import machine, simulator
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.scene import golden
@@ -24,6 +24,24 @@ from prismatic.versions import SIMULATOR_PINS, versions
 RAMEKIN_TASK, BOWL, RAMEKIN = 5, "akita_black_bowl_1", "glazed_rim_porcelain_ramekin_1"
 RAMEKIN_RADIUS = 0.05  # m: a bowl that fell off lies farther away
 OLDEST_CUDA_13_DRIVER = 580  # major version of NVIDIA's driver
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    # Only count the parameters of a full-size model.
+    model: Literal["openvla-7b"] | None = None
+    # Checkpoint folder, adapter folder or hub id to look at.
+    checkpoint: str | None = None
+    # Adapter folder to go on top.
+    adapter: Path | None = None
+    # Key of the data set's statistics, where the checkpoint has several.
+    unnorm_key: str | None = None
+    # Folder of data sets to look at.
+    data_root_dir: Path | None = None
+    # Data set in it.
+    dataset_name: str = "libero_spatial_no_noops"
+    # Start the simulator: renderer, golden frame, and a bowl that must stay where it is (half a minute).
+    simulator: bool = True
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,36 @@ The sum of base and adapter is formed in float32. An adapter that is in the weig
 """
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
 
-from config import ExportConfig
 from prismatic import checkpoint as files
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.hub import resolve
 from prismatic.models import quantize, weights
 from prismatic.processor import Processor
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    # Checkpoint folder, native Prismatic folder, hub id, or an adapter folder (it knows its base).
+    checkpoint: str
+    # Folder to write: an OpenVLA checkpoint that loads by itself, here and in the original code.
+    output: Path
+    # Adapter folder to merge into the checkpoint.
+    adapter: Path | None = None
+    # Where the statistics have several entries: which one the exported policy acts with. None: it has to be named when it acts.
+    unnorm_key: str | None = None
+    # For a checkpoint without processor.json: whether it was trained with random crops. None: yes.
+    center_crop: bool | None = None
+    # Number format of the weights. None: the checkpoint's own.
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    # int8 or int4: quantised weights, for this project alone (dtype then is that of the rest).
+    quantize: Literal["none", "int8", "int4"] = "none"
 
 
 def main(cfg: ExportConfig) -> Path:

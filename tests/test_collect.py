@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from collect import ATTEMPTS_PER_DEMO, SPARE_ATTEMPTS, Schedule, open_stage
-from config import CollectConfig
+from collect import ATTEMPTS_PER_DEMO, SPARE_ATTEMPTS, CollectConfig, Schedule, open_stage
 from prismatic.data.staging import load_episode
 from prismatic.episodes.demonstration import Pushes, is_no_op
 from prismatic.errors import ConfigError

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import doctor
-from config import DoctorConfig
+from doctor import DoctorConfig
 from prismatic.checkpoint import load_processor, load_vla, save_checkpoint
 from tests.conftest import REPOSITORY
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import export
-from config import ExportConfig
+from export import ExportConfig
 from prismatic.checkpoint import load_policy, load_vla, save_checkpoint
 from prismatic.errors import ConfigError
 from prismatic.models.lora import merge_lora

@@ -16,8 +16,7 @@ import h5py
 import numpy as np
 import pytest
 
-from collect import open_stage
-from config import CollectConfig
+from collect import CollectConfig, open_stage
 from prismatic.data.staging import load_episode
 from prismatic.episodes.replay import Replay, Replays, find_replays
 from prismatic.errors import ConfigError
