@@ -23,6 +23,7 @@ from config import EvalConfig
 from prismatic import evaluation, machine, report, simulator, suite_mean
 from prismatic.episodes.player import Setup, Trial
 from prismatic.errors import ConfigError, exit_codes
+from prismatic.filenames import REPORT, RESULTS, STEP_FOLDER, VERSIONS
 from prismatic.pages import comparison
 from prismatic.summary import crashed, sentences
 from prismatic.versions import SIMULATOR_PACKAGES, SIMULATOR_PINS, folder_fingerprint, unpinned_simulator, versions
@@ -30,8 +31,6 @@ from prismatic.versions import SIMULATOR_PACKAGES, SIMULATOR_PINS, folder_finger
 # Nothing here may import torch at the top: each simulator process imports this file once more.
 
 # Within a training run (training/run_folder.py, which needs torch): the run's name says more.
-STEP_FOLDER = re.compile(r"latest|best|step-\d+")
-VERSIONS = "versions.json"  # as beside an adapter
 RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
 LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of them on this machine, which they share
 
@@ -312,7 +311,7 @@ def print_result(cfg: EvalConfig, folder: Path, summary: evaluation.Row) -> None
         print(f"    {line}")
     for found in unpinned_simulator():
         print(f"beware: {found}: not to be compared with scores of the pinned version")
-    for label, file in (("report ", report.PAGE), ("results", evaluation.RESULTS)):
+    for label, file in (("report ", REPORT), ("results", RESULTS)):
         if (folder / file).exists():  # neither is there after an open loop alone
             print(f"{label}  {folder / file}")
     for line in report.filmed(folder, evaluation.read_rows(folder)):

@@ -25,6 +25,7 @@ from prismatic.data.examples import Examples, batches
 from prismatic.data.frames import DrawBatches, Mixture
 from prismatic.data.mixture import open_mixture
 from prismatic.errors import ConfigError, Terminated, exit_codes
+from prismatic.filenames import CONFIG, FIRST_BATCH, LATEST, SKIPPED, STEP_FOLDER
 from prismatic.hub import resolve
 from prismatic.image import AUGMENTATIONS
 from prismatic.models import quantize, weights
@@ -37,7 +38,7 @@ from prismatic.training.distributed import Ranks, joined
 from prismatic.training.loggers import NoLogger, check_installed, open_logger
 from prismatic.training.model import ModelOptions, planned_model
 from prismatic.training.optimizer import make_optimizer
-from prismatic.training.run_folder import LATEST, SKIPPED, STEP_FOLDER, RunFolder
+from prismatic.training.run_folder import RunFolder
 from prismatic.training.state import Progress, capture, restore, seed_everything
 from prismatic.training.step import Metrics, StopSignal, backward, clip_gradients, learning_rate
 from prismatic.training.validation import BEST_BY, Validation, is_best
@@ -84,7 +85,7 @@ def prepare(cfg: FinetuneConfig, ranks: Ranks) -> Job:
         )
     )
     base = ranks.first_then_all(lambda: resolve(cfg.vla_path))
-    quantize.refuse(base / "config.json", "training needs weights that are not")
+    quantize.refuse(base / CONFIG, "training needs weights that are not")
     processor = build_processor(cfg, base, mixture)
     run = RunFolder(cfg.run_root_dir / run_name(cfg), keep=cfg.keep, ranks=ranks)
     resumed = ranks.on_first(lambda: last_checkpoint(cfg, run))
@@ -147,7 +148,7 @@ def loop(job: Job, validation: Validation, display: Display) -> None:
         set_learning_rate(job)
         passes = [next(stream) for _ in range(job.passes)]
         if step == 0 and ranks.is_first:
-            first_batch.draw(passes, job.processor, job.run.path / first_batch.NAME)
+            first_batch.draw(passes, job.processor, job.run.path / FIRST_BATCH)
         metrics = backward(model, passes, tokenizer, autocast=autocast, ranks=ranks, graphed=graphed)
         metrics.grad_norm = clip_gradients(vla.parameters(), cfg.max_grad_norm)
         progress.step = step + 1
@@ -263,7 +264,7 @@ def find_data(cfg: FinetuneConfig) -> Path:
 
 def build_processor(cfg: FinetuneConfig, base: Path, mixture: Mixture) -> Processor:
     """What it learns with, and will act with."""
-    model = VLAConfig.from_json(base / "config.json")
+    model = VLAConfig.from_json(base / CONFIG)
     if model.num_images_in_input == 2:
         for cache in mixture.caches:
             if not cache.has_wrist:

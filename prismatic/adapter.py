@@ -13,15 +13,14 @@ from typing import Any
 import peft
 import torch
 
-from prismatic.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROCESSOR, STATISTICS
 from prismatic.errors import ConfigError, read_json
+from prismatic.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIONS, PROCESSOR, STATISTICS, VERSIONS
 from prismatic.models import weights
 from prismatic.models.lora import ADAPTER, FILE_PREFIX, lora_config, lora_layers, lora_state_dict
 from prismatic.models.vla import VLA
 from prismatic.processor import Processor
 from prismatic.versions import versions
 
-OPTIONS, VERSIONS = "finetune.json", "versions.json"
 PLAIN_FIELDS = {  # fields of adapter_config.json that peft 0.11.1 knows and that always have this value here
     "alpha_pattern": {}, "auto_mapping": None, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
     "init_lora_weights": "gaussian", "layer_replication": None, "layers_pattern": None, "layers_to_transform": None, "loftq_config": {},

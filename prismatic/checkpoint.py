@@ -16,6 +16,16 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from prismatic.errors import ConfigError, read_json
+from prismatic.filenames import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    PREPROCESSOR,
+    PROCESSOR,
+    STATISTICS,
+    TOKENIZER,
+    TOKENIZER_FILES,
+)
 from prismatic.hub import resolve
 from prismatic.models import backends, weights
 from prismatic.models import quantize as quantization
@@ -25,15 +35,6 @@ from prismatic.models.vla import VLA, VLAConfig
 from prismatic.policy import Policy
 from prismatic.processor import Processor, ProcessorConfig, preprocessor_json
 
-CONFIG, PROCESSOR, STATISTICS, PREPROCESSOR = (
-    "config.json",
-    "processor.json",
-    "dataset_statistics.json",
-    "preprocessor_config.json",
-)
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "tokenizer.model", "added_tokens.json")
 NO_NOOPS = (
     "_no_noops"  # a data set's name with and without its still steps: the statistics of either serve a suite's name
 )

@@ -27,10 +27,10 @@ from prismatic.episodes.trials import names
 from prismatic.episodes.trials import plan as plan
 from prismatic.episodes.workers import SILENCE_LIMIT, play
 from prismatic.errors import ConfigError
+from prismatic.filenames import RESULTS, RUN, SUMMARY
 from prismatic.scene.verdicts import Account
 from prismatic.summary import summarise as summarise
 
-RESULTS, SUMMARY, RUN = "results.jsonl", "summary.json", "run.json"
 POSTERS = "posters"  # folder of the videos' last frames
 TASK_CHARACTERS = 50  # of the instruction in a video's name, as OpenVLA has it
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from prismatic.atomic import write_whole
 from prismatic.errors import ConfigError, exit_codes
-from prismatic.evaluation import SUMMARY, read_rows
+from prismatic.evaluation import read_rows
+from prismatic.filenames import REPORT, SUMMARY
 from prismatic.pages import gallery
 from prismatic.summary import crashed, sentences
 
-PAGE = "report.html"
 SUCCESSES_A_TASK = 10  # shown; failures and errors are all shown
 # Where a fact of the protocol stands on the page; what is named nowhere stands under "Further".
 GROUPS = {
@@ -64,8 +64,8 @@ def build(folder: Path) -> Path:
         protocol=_groups(summary["protocol"]),
         sessions=[_session(session) for session in summary["protocol"].get("sessions") or ()],
     )
-    write_whole(folder / PAGE, page)
-    return folder / PAGE
+    write_whole(folder / REPORT, page)
+    return folder / REPORT
 
 
 def _sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row], int]]:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prismatic.errors import ConfigError
-from prismatic.evaluation import RESULTS, read_rows
+from prismatic.evaluation import read_rows
+from prismatic.filenames import RESULTS
 from prismatic.statistics import clustered_bootstrap, wilson_interval
 from prismatic.summary import by_suite_and_task
 

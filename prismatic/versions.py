@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prismatic import machine
+from prismatic.filenames import OPTIONS, TRAINING_STATE, VERSIONS
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "peft", "numpy", "mujoco", "robosuite")
 SIMULATOR_PACKAGES = (
@@ -23,7 +24,7 @@ SIMULATOR_PACKAGES = (
 SIMULATOR_PINS = {"mujoco": "3.2.3", "robosuite": "1.4.0"}
 REPOSITORY = Path(__file__).resolve().parent.parent
 WEIGHTS = (".safetensors", ".pt", ".bin")
-NOT_BEHAVIOUR = ("training_state.pt", "versions.json", "finetune.json")  # how the weights came about, not what they do
+NOT_BEHAVIOUR = (TRAINING_STATE, VERSIONS, OPTIONS)  # how the weights came about, not what they do
 SAMPLE_BYTES = 1 << 20
 SAMPLES = 8  # places at which a large file is read: a trained file differs everywhere
 

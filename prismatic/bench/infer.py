@@ -18,7 +18,8 @@ from prismatic.bench import ceilings
 from prismatic.bench.load import Peak
 from prismatic.bench.plain import PlainDecoder
 from prismatic.bench.random_model import random_model
-from prismatic.checkpoint import CONFIG, load_vla
+from prismatic.checkpoint import load_vla
+from prismatic.filenames import CONFIG
 from prismatic.models.captured import capture
 from prismatic.models.decode import Decoder
 from prismatic.models.graphs import give_back

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from prismatic.checkpoint import CONFIG, load_vla
+from prismatic.checkpoint import load_vla
+from prismatic.filenames import CONFIG, WEIGHTS_INDEX
 from prismatic.machine import resident
 from prismatic.models.vla import VLA, VLAConfig
-from prismatic.models.weights import INDEX_FILE, stored_tensors
+from prismatic.models.weights import stored_tensors
 
 SAMPLE_SECONDS = 0.02
 SHARD_BYTES = 2 * 10**9  # made one after another, so that making the folder needs little memory
@@ -23,7 +24,7 @@ SHARD_BYTES = 2 * 10**9  # made one after another, so that making the folder nee
 
 def random_folder(folder: Path, config: VLAConfig, *, seed: int = 0) -> Path:
     """A checkpoint folder of config's size with random bfloat16 weights, in shards with an index; kept if it is whole already."""
-    if (folder / INDEX_FILE).exists():
+    if (folder / WEIGHTS_INDEX).exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
@@ -40,7 +41,7 @@ def random_folder(folder: Path, config: VLAConfig, *, seed: int = 0) -> Path:
             names |= dict.fromkeys(shard, f"model-{files:05d}.safetensors")
             shard = {}
     (folder / CONFIG).write_text(json.dumps(config.to_json()))
-    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    (folder / WEIGHTS_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
     return folder
 
 

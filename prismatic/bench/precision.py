@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from prismatic.checkpoint import CONFIG, base_and_adapter, load_policy, load_quantized
+from prismatic.checkpoint import base_and_adapter, load_policy, load_quantized
 from prismatic.data.examples import example
 from prismatic.data.frames import FrameCache
 from prismatic.errors import ConfigError
+from prismatic.filenames import CONFIG
 from prismatic.models import quantize
 from prismatic.models.graphs import give_back
 from prismatic.models.quantize import stored_bytes

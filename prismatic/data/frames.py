@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from prismatic.errors import ConfigError
+from prismatic.filenames import CACHE_FRAMES, CACHE_META, CACHE_STEPS
 from prismatic.normalize import action_statistics, gripper_open_is_one
 
 CACHE_FORMAT = 1  # a cache of another format is not read; rlds.build_cache makes a new one
@@ -51,10 +52,10 @@ class FrameCache:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         try:
-            meta = json.loads((self.folder / "meta.json").read_text())
-            with np.load(self.folder / "steps.npz", allow_pickle=False) as arrays:
+            meta = json.loads((self.folder / CACHE_META).read_text())
+            with np.load(self.folder / CACHE_STEPS, allow_pickle=False) as arrays:
                 steps = {key: arrays[key] for key in arrays.files}
-            stored_bytes = (self.folder / "frames.bin").stat().st_size
+            stored_bytes = (self.folder / CACHE_FRAMES).stat().st_size
         except Exception as error:  # zipfile, zlib, json and numpy each have their own for a damaged file
             raise ConfigError(f"{self.folder} is no frame cache ({error}): delete it and run again") from None
         if meta.get("format") != CACHE_FORMAT or stored_bytes != steps["offsets"][-1]:
@@ -101,7 +102,7 @@ class FrameCache:
         if not 0 <= frame < len(self):
             raise IndexError(frame)
         if self._file is None:
-            self._file = io.FileIO(self.folder / "frames.bin")
+            self._file = io.FileIO(self.folder / CACHE_FRAMES)
         slot = frame * (2 if self.has_wrist else 1) + view
         start, end = self._offsets[slot : slot + 2].tolist()
         return os.pread(self._file.fileno(), end - start, start)  # no file position: safe after a fork

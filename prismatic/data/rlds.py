@@ -29,6 +29,7 @@ from prismatic.data.dataset_folder import AGAIN, check_whole, dataset_name, find
 from prismatic.data.frames import CACHE_FORMAT
 from prismatic.data.staging import ACTION_SIZE, JOINTS, STATE_SIZE, load_episode, stage_episode, writing_to
 from prismatic.errors import ConfigError
+from prismatic.filenames import CACHE_FRAMES, CACHE_META, CACHE_STEPS
 
 __all__ = ["build_cache", "find_dataset", "stage_episode", "write_dataset"]
 
@@ -56,7 +57,7 @@ def build_cache(rlds_dir: Path, cache_dir: Path) -> Path:
         raise ConfigError(f"the RLDS data set {source} doesn't exist: give a version folder, such as …/1.0.0")
     key = hashlib.sha256(json.dumps([CACHE_FORMAT, listing(source.iterdir())]).encode()).hexdigest()
     cache = cache_dir / f"{dataset_name(source)}-{key[:12]}"
-    if (cache / "meta.json").is_file():
+    if (cache / CACHE_META).is_file():
         return cache
     check_whole(source)
     with _unfinished(cache_dir) as folder:
@@ -65,7 +66,7 @@ def build_cache(rlds_dir: Path, cache_dir: Path) -> Path:
             try:
                 folder.rename(cache)
             except OSError:
-                if not (cache / "meta.json").is_file():  # else another process was quicker: its is as good
+                if not (cache / CACHE_META).is_file():  # else another process was quicker: its is as good
                     raise
     return cache
 
@@ -162,7 +163,7 @@ def _read(source: Path, folder: Path) -> None:
     file_paths: list[str] = []
     content = hashlib.blake2b(digest_size=16)
     bar = tqdm(total=sum(splits.values()), desc=f"reading {dataset_name(source)}", unit="episode")
-    with (folder / "frames.bin").open("wb") as frames, bar:
+    with (folder / CACHE_FRAMES).open("wb") as frames, bar:
         for split in sorted(splits):  # train, then val
             stored = builder.as_dataset(split=split, shuffle_files=False, decoders=as_stored, read_config=in_order)
             for example in tfds.as_numpy(stored):
@@ -185,7 +186,7 @@ def _read(source: Path, folder: Path) -> None:
                     content.update(piece)
                 bar.update()
     arrays = {key: np.concatenate(parts) for key, parts in columns.items()}
-    np.savez(folder / "steps.npz", allow_pickle=False, offsets=np.cumsum([0, *sizes]), **arrays)
+    np.savez(folder / CACHE_STEPS, allow_pickle=False, offsets=np.cumsum([0, *sizes]), **arrays)
     meta = {
         "format": CACHE_FORMAT,
         "name": dataset_name(source),
@@ -196,7 +197,7 @@ def _read(source: Path, folder: Path) -> None:
         "instructions": list(words),
         "file_paths": file_paths,
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    (folder / CACHE_META).write_text(json.dumps(meta, indent=1))
 
 
 def _check_features(features: Any, source: Path) -> tuple[list[str], bool]:

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from prismatic.errors import ConfigError, read_json
+from prismatic.filenames import NATIVE_WEIGHTS, WEIGHTS, WEIGHTS_INDEX
 from prismatic.models import nf4
 
-SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # a shard that export writes is at most this large
 FINGERPRINT_VALUES = 512  # of each tensor go into the fingerprint of a checkpoint
 NATIVE_NAMES = (  # native Prismatic prefix → published prefix, and the projector's Sequential indices
@@ -43,16 +43,16 @@ class StoredTensor:
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint folder under its published name, read lazily. ConfigError for a missing or truncated file."""
-    if (folder / INDEX_FILE).exists():
-        names = read_json(folder / INDEX_FILE).get("weight_map", {}).values()
+    if (folder / WEIGHTS_INDEX).exists():
+        names = read_json(folder / WEIGHTS_INDEX).get("weight_map", {}).values()
         files = [folder / name for name in sorted(set(names))]
-    elif (folder / SINGLE_FILE).exists():
-        files = [folder / SINGLE_FILE]
+    elif (folder / WEIGHTS).exists():
+        files = [folder / WEIGHTS]
     elif native := sorted((folder / "checkpoints").glob("*.pt")):
-        return _native_tensors(next((path for path in native if path.name == "latest-checkpoint.pt"), native[-1]))
+        return _native_tensors(next((path for path in native if path.name == NATIVE_WEIGHTS), native[-1]))
     else:
         raise ConfigError(
-            f"{folder} holds no weights: expected {SINGLE_FILE}, {INDEX_FILE} with its shards, or checkpoints/*.pt"
+            f"{folder} holds no weights: expected {WEIGHTS}, {WEIGHTS_INDEX} with its shards, or checkpoints/*.pt"
         )
     return {name: tensor for path in files for name, tensor in read_safetensors(path)}
 
@@ -167,11 +167,11 @@ def save_weights(state: dict[str, torch.Tensor], folder: Path) -> None:
         shards[-1][name] = tensor.detach().contiguous().cpu()
         size += tensor.nbytes
     if len(shards) == 1:
-        save_tensors(shards[0], folder / SINGLE_FILE)
+        save_tensors(shards[0], folder / WEIGHTS)
         return
     index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": {}}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_tensors(shard, folder / name)
         index["weight_map"].update(dict.fromkeys(shard, name))
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2))
+    (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2))

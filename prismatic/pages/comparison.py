@@ -14,7 +14,8 @@ from typing import Any
 from prismatic import report, statistics
 from prismatic.atomic import write_whole
 from prismatic.errors import ConfigError, read_json
-from prismatic.evaluation import RESULTS, RUN, read_rows
+from prismatic.evaluation import read_rows
+from prismatic.filenames import REPORT, RESULTS, RUN
 from prismatic.pages import gallery
 from prismatic.statistics import Comparison, wilson_interval
 from prismatic.versions import SIMULATOR_PACKAGES
@@ -90,7 +91,7 @@ def _rate(run: Run) -> Iterator[str]:
     wins = sum(run.outcomes.values())
     low, high = (100 * limit for limit in wilson_interval(wins, len(run.rows)))
     yield f"{run.path.name}: {wins} of {len(run.rows)} episodes, 95 % interval {low:.0f} to {high:.0f} %"
-    yield f"    {run.path / report.PAGE}"
+    yield f"    {run.path / REPORT}"
     yield from (f"    {line}" for line in report.filmed(run.path, list(run.rows.values())))
 
 

@@ -14,9 +14,8 @@ import numpy as np
 
 from prismatic.atomic import write_whole
 from prismatic.errors import ConfigError, exit_codes
-from prismatic.training.run_folder import METRICS
+from prismatic.filenames import CURVES, METRICS
 
-PICTURE = "curves.png"
 PANELS = (
     ("loss", "loss"),
     ("action_accuracy", "action accuracy"),
@@ -67,8 +66,8 @@ def draw(folder: Path) -> Path | None:
         axes.grid(alpha=0.3)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=100)
-    write_whole(folder / PICTURE, drawn.getvalue())
-    return folder / PICTURE
+    write_whole(folder / CURVES, drawn.getvalue())
+    return folder / CURVES
 
 
 def _column(rows: Sequence[dict[str, Any]], field: str) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,6 @@ from prismatic.models.vla import IGNORE
 from prismatic.normalize import ACTION_DIMENSIONS
 from prismatic.processor import Batch, Processor
 
-NAME = "first_batch.png"
 MOST = 16  # samples shown
 COLUMNS = 4
 SMALLEST_SIDE = 224  # pixels; smaller pictures are enlarged by a whole number, so that the words below have room

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from prismatic.checkpoint import CONFIG, load_vla
+from prismatic.checkpoint import load_vla
 from prismatic.errors import ConfigError
+from prismatic.filenames import CONFIG
 from prismatic.models.checkpointing import checkpoint_activations, compile_blocks
 from prismatic.models.lora import add_lora, compute_in_base_dtype
 from prismatic.models.vla import VLA, VLAConfig

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import pickle
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,12 +27,21 @@ from safetensors import SafetensorError
 from prismatic.atomic import write_json, write_whole
 from prismatic.data.staging import writing_to
 from prismatic.errors import ConfigError, read_json
+from prismatic.filenames import (
+    BEST,
+    BEST_VALUE,
+    LATEST,
+    METRICS,
+    OPTIONS,
+    STEP_FOLDER,
+    SUMS,
+    TRAINING_STATE,
+    UNFINISHED,
+    step_folder,
+)
 from prismatic.training.distributed import ALONE, Ranks
 
-STEP_FOLDER = re.compile(r"latest|best|step-\d+")  # names within a run: the run's own name says more
-STATE, METRICS, LATEST, OPTIONS = "training_state.pt", "metrics.jsonl", "latest", "finetune.json"
 FULL = 2**20  # a disk with fewer free bytes is full: torch names a position in the file instead
-BEST, BEST_VALUE, SKIPPED, SUMS = "best", "best.json", "skipped.jsonl", "SHA256SUMS"
 
 
 class Best(NamedTuple):
@@ -59,7 +67,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left in self.path.glob(".unfinished-*"):
+            for left in self.path.glob(f"{UNFINISHED}*"):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         except BlockingIOError:
             raise ConfigError(
@@ -91,11 +99,11 @@ class RunFolder:
     def save(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any]) -> Path:
         """Make step-<step> from what `write` puts into a folder, add the state, then link it and delete the oldest."""
         folder = self.folder(step)
-        unfinished = self.path / f".unfinished-{folder.name}"
+        unfinished = self.path / f"{UNFINISHED}{folder.name}"
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
             write(unfinished)
-            torch.save(dict(state), unfinished / STATE)
+            torch.save(dict(state), unfinished / TRAINING_STATE)
             for name in (METRICS, OPTIONS):
                 if (self.path / name).exists() and not (unfinished / name).exists():
                     shutil.copyfile(self.path / name, unfinished / name)
@@ -151,7 +159,7 @@ class RunFolder:
 
     def folder(self, step: int) -> Path:
         """Where a step is saved."""
-        return self.path / f"step-{step:06d}"
+        return self.path / step_folder(step)
 
     def newest_whole(self) -> Path | None:
         """The step folder to go on from; newer ones that are damaged are set aside. None in a new run; ConfigError where none is whole."""
@@ -177,11 +185,11 @@ class RunFolder:
     def load_state(self, folder: Path) -> dict[str, Any]:
         """The training state of a step folder. ConfigError if it is damaged."""
         try:
-            return torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True, mmap=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             first = (str(error) or type(error).__name__).splitlines()[0]
             raise ConfigError(
-                f"{folder / STATE} is damaged ({first}): delete {folder} to go on from the one before"
+                f"{folder / TRAINING_STATE} is damaged ({first}): delete {folder} to go on from the one before"
             ) from None
 
     def cut_metrics(self, folder: Path | None) -> None:
@@ -217,7 +225,7 @@ def _damage(folder: Path) -> str | None:
         return f"{Path(error.filename or folder).name}: {error.strerror}"
     except ValueError:
         return f"{SUMS} is cut off"
-    return None if STATE in sums else f"{SUMS} is cut off"
+    return None if TRAINING_STATE in sums else f"{SUMS} is cut off"
 
 
 def _sha256(file: Path) -> str:
