@@ -31,5 +31,6 @@ if [ ! -d $work/first-exported ]; then
 fi
 collect --task_ids 1 2 5 --num_demos_per_task 25 --policy_checkpoint $work/first-exported
 train $work/first-exported $work/second --learning_rate 6e-4 --max_steps 2500
+cp checkpoints/openvla-tiny/README.md $work/second-exported/ # the model card
 rm -rf checkpoints/openvla-tiny && cp -r $work/second-exported checkpoints/openvla-tiny
 $python eval.py --pretrained_checkpoint checkpoints/openvla-tiny --task_ids 1 2 5 7 --num_trials_per_task 10 --render_quality fast
