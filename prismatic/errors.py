@@ -32,6 +32,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+class PolicyError(Exception):
+    """What a policy answered is no action, and would be again: its episode is an error, never a failure."""
+
+
 class Terminated(BaseException):
     """SIGTERM arrived; raised in the main thread, like KeyboardInterrupt, so that `finally` blocks save."""
 
