@@ -32,7 +32,7 @@ from prismatic.models import quantize as quantization
 from prismatic.models.captured import capture
 from prismatic.models.nf4 import prepare_nf4
 from prismatic.models.vla import VLA, VLAConfig
-from prismatic.policy import Policy
+from prismatic.policy import VLAPolicy
 from prismatic.processor import Processor, ProcessorConfig, preprocessor_json
 
 NO_NOOPS = (
@@ -249,7 +249,7 @@ def load_policy(
     device: str | None = None,
     backend: str | None = None,
     drafting: bool | None = None,
-) -> Policy:
+) -> VLAPolicy:
     """A policy from a checkpoint folder, a hub id or an adapter folder (which knows its base). bfloat16 on a GPU, float32 on a CPU.
 
     quantize: none (a folder that export.py quantised stays so), int8 or int4; backend: torchao or bitsandbytes, None: as measured best.
@@ -267,7 +267,7 @@ def load_policy(
         vla = load_quantized(folder, adapter_folder, precision, backend=backend, dtype=dtype, device=device)
     if processor.config.num_images_in_input != vla.config.num_images_in_input:
         raise ConfigError(f"{folder / CONFIG} and its processor.json disagree about num_images_in_input")
-    card = {
+    metadata = {
         "checkpoint": str(checkpoint),
         "checkpoint_fingerprint": weights.fingerprint(weights.stored_tensors(folder)),
         "adapter": None if adapter_folder is None else str(adapter_folder),
@@ -283,7 +283,7 @@ def load_policy(
     drafting = device == "cpu" and not rounds_by_pass if drafting is None else drafting
     # bitsandbytes' layers ask the GPU as they go along, which no graph can hold
     decoder = capture(vla, graphs=backend != "bitsandbytes")
-    return Policy(vla, processor, card, decoder=decoder, drafting=drafting)
+    return VLAPolicy(vla, processor, metadata, decoder=decoder, drafting=drafting)
 
 
 def adapter_fingerprint(folder: Path) -> str:

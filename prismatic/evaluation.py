@@ -255,7 +255,7 @@ def evaluate(
     if pending:
         policy = load_policy() if load_policy else None
         if policy is not None and hasattr(policy, "card"):
-            folder.note(policy_card=policy.card())
+            folder.note(policy_card=policy.metadata())
         setup = replace(
             setup,
             num_images=getattr(policy, "num_images", setup.num_images),

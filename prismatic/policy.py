@@ -1,12 +1,13 @@
-"""A policy is one call: frame and instruction in, seven numbers out, in the data set's units.
+"""A policy is one call: frame and instruction in, seven numbers out, in the data set's units; or a chunk of them for the next steps.
 
-`policy(frame, instruction, wrist=None)`; `policy.batch(frames, instructions, wrists=None)` gives the same rows for many robots at once. Both take
-the name of the episode that a frame belongs to: the answer to its last frame then is the draft of the next, which saves passes and changes nothing.
+`Policy` is the Protocol that evaluation and serving rely on, `VLAPolicy` the model behind it. Single calls and batches give the same rows. Both
+take the name of the episode that a frame belongs to: the answer to its last frame is then the draft of the next, which saves forward passes and
+changes nothing.
 """
 
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,8 +21,80 @@ from prismatic.processor import Processor, ProcessorConfig
 REMEMBERED = 1024  # episodes whose last answer is kept
 
 
-class Policy:
-    """A model and the processor it learnt with. `num_images` 2 means that it wants the wrist frame too.
+class PolicyError(Exception):
+    """A policy's answer is no action (NaN or infinite): an error of the policy, never a choice."""
+
+
+class Policy(Protocol):
+    """Frames and states in, actions out, in the data set's units, gripper 1 open … 0 close. A subclass writes batch_chunks and metadata.
+
+    frame, wrist: (H, W, 3) uint8, upright. state: (8,) float32, end effector's position (m) and axis-angle (rad), gripper's two joints (m).
+    num_images 2 wants the wrist frame too, uses_state the state. K = num_actions_chunk actions a query, 1 for OpenVLA.
+    episode: the same name while one robot goes on. last_margins (B,): the least logit margin of each row's tokens in the last answer, inf
+    where there are none.
+    """
+
+    num_images: int
+    num_actions_chunk: int
+    uses_state: bool
+    last_margins: np.ndarray
+
+    def __call__(
+        self,
+        frame: np.ndarray,
+        instruction: str,
+        wrist: np.ndarray | None = None,
+        state: np.ndarray | None = None,
+        *,
+        episode: Hashable = None,
+    ) -> np.ndarray:
+        """(7,) float32: the first action of the chunk."""
+        return self.chunk(frame, instruction, wrist, state, episode=episode)[0]
+
+    def chunk(
+        self,
+        frame: np.ndarray,
+        instruction: str,
+        wrist: np.ndarray | None = None,
+        state: np.ndarray | None = None,
+        *,
+        episode: Hashable = None,
+    ) -> np.ndarray:
+        """(K, 7) float32: the actions of the next K steps."""
+        wrists, states = (None if one is None else [one] for one in (wrist, state))
+        return self.batch_chunks([frame], [instruction], wrists, states, episodes=[episode])[0]
+
+    def batch(
+        self,
+        frames: Sequence[np.ndarray],
+        instructions: Sequence[str],
+        wrists: Sequence[np.ndarray] | None = None,
+        states: Sequence[np.ndarray] | None = None,
+        *,
+        episodes: Sequence[Hashable] | None = None,
+    ) -> np.ndarray:
+        """(B, 7) float32, equal to B single calls."""
+        return self.batch_chunks(frames, instructions, wrists, states, episodes=episodes)[:, 0]
+
+    def batch_chunks(
+        self,
+        frames: Sequence[np.ndarray],
+        instructions: Sequence[str],
+        wrists: Sequence[np.ndarray] | None = None,
+        states: Sequence[np.ndarray] | None = None,
+        *,
+        episodes: Sequence[Hashable] | None = None,
+    ) -> np.ndarray:
+        """(B, K, 7) float32, equal to B single chunks. episodes: a name a row, None for none."""
+        ...
+
+    def metadata(self) -> dict[str, Any]:
+        """What a result must say about the policy that made it."""
+        ...
+
+
+class VLAPolicy(Policy):
+    """A model and the processor it learnt with, as a Policy.
 
     decoder: None decodes pass by pass. drafting: whether answers are drafted from the last one (see decode.py). `counts`: what decoding has
     done so far (actions, passes, confirmed words of drafts, doubtful rows).
@@ -31,7 +104,7 @@ class Policy:
         self,
         vla: VLA,
         processor: Processor,
-        card: dict[str, Any],
+        metadata: dict[str, Any],
         *,
         decoder: Decoder | None = None,
         drafting: bool = False,
@@ -43,33 +116,31 @@ class Policy:
         self._last: OrderedDict[Hashable, torch.Tensor] = OrderedDict()
         self.processor = processor
         self.num_images = processor.config.num_images_in_input
-        self._card = card
+        self.num_actions_chunk = processor.config.num_actions_chunk
+        self.uses_state = processor.config.proprio_dim > 0
+        self._metadata = metadata
         self.last_margins = np.zeros(0)  # (B,) of the last answer: the least by which a row's ids beat the second best
         first = next(vla.parameters())
         self.device, self.dtype = first.device, first.dtype
 
-    def __call__(
-        self, frame: np.ndarray, instruction: str, wrist: np.ndarray | None = None, *, episode: Hashable = None
-    ) -> np.ndarray:
-        """(H, W, 3) uint8, upright → (7,) float32, gripper 1 open … 0 close. episode: the same name while the robot goes on."""
-        return self.batch([frame], [instruction], None if wrist is None else [wrist], episodes=[episode])[0]
-
-    def batch(
+    def batch_chunks(
         self,
         frames: Sequence[np.ndarray],
         instructions: Sequence[str],
         wrists: Sequence[np.ndarray] | None = None,
+        states: Sequence[np.ndarray] | None = None,
         *,
         episodes: Sequence[Hashable] | None = None,
     ) -> np.ndarray:
-        """B frames and instructions of any length → (B, 7) float32, equal to B single calls. episodes: a name a row, None for none."""
         if self.num_images == 2 and wrists is None:
             raise ConfigError(
-                "this policy learnt with two pictures (num_images_in_input 2): pass the wrist camera's frame as wrist="
+                "this policy learnt with two images (num_images_in_input 2): pass the wrist camera's frame as wrist="
             )
-        return self.processor.actions(self.action_ids(frames, instructions, wrists, episodes=episodes)).astype(
-            np.float32
-        )
+        ids = self.action_ids(frames, instructions, wrists, episodes=episodes)
+        actions = self.processor.actions(ids).astype(np.float32)[:, None]  # (B, 1, 7)
+        if not (np.isfinite(actions).all() and np.isfinite(self.last_margins).all()):
+            raise PolicyError("the policy answered with NaN or infinity: its weights or statistics are damaged")
+        return actions
 
     def action_ids(
         self,
@@ -79,7 +150,7 @@ class Policy:
         *,
         episodes: Sequence[Hashable] | None = None,
     ) -> np.ndarray:
-        """As batch, but the (B, 7) token ids."""
+        """(B, 7) token ids of the answers to B frames."""
         pairs = [[frame] for frame in frames]
         if self.num_images == 2 and wrists is not None:
             pairs = [[frame, wrist] for frame, wrist in zip(frames, wrists, strict=True)]
@@ -123,11 +194,11 @@ class Policy:
         while len(self._last) > REMEMBERED:
             self._last.popitem(last=False)
 
-    def card(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What a result must say about the policy that made it."""
         config = self.processor.config
         return {
-            **self._card,
+            **self._metadata,
             "unnorm_key": config.unnorm_key,
             "center_crop": config.center_crop,
             "num_images_in_input": config.num_images_in_input,

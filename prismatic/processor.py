@@ -21,7 +21,7 @@ from action_tokenizer import ActionTokenizer
 from prismatic import image, normalize
 from prismatic.errors import ConfigError, read_json
 from prismatic.image import Augmentation
-from prismatic.models.vla import IGNORE, VLAConfig
+from prismatic.models.vla import IGNORE, ActionHead, VLAConfig
 
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 IMAGE_MARK = "<image>"  # the original takes it out of recorded instructions, not of live ones
@@ -47,6 +47,9 @@ class ProcessorConfig:
     center_crop: bool  # True if it learnt with random crops
     image_size: int = _OPENVLA_7B.image_size  # pixels a side
     num_images_in_input: int = _OPENVLA_7B.num_images_in_input  # 2: agentview and wrist
+    action_head: ActionHead = _OPENVLA_7B.action_head
+    num_actions_chunk: int = _OPENVLA_7B.num_actions_chunk
+    proprio_dim: int = _OPENVLA_7B.proprio_dim  # 0: reads no state
     means: tuple[tuple[float, ...], ...] = (DINO_MEAN, SIGLIP_MEAN)
     stds: tuple[tuple[float, ...], ...] = (DINO_STD, SIGLIP_STD)
     vocab_size: int = _OPENVLA_7B.vocab_size

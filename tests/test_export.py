@@ -185,10 +185,10 @@ def test_a_quantised_folder_answers_as_quantising_at_load(
     sizes = [(place / "model.safetensors").stat().st_size for place in (folder, half)]
     assert sizes[0] < most * sizes[1]
     for policy in (stored, at_load):
-        card = policy.card()
+        card = policy.metadata()
         assert card["quantize"] == precision and card["quantize_backend"].startswith("torchao 0.")
-    assert load_policy(folder, quantize=precision, device="cpu").card()["quantize"] == precision
-    assert load_policy(half, unnorm_key="base", device="cpu").card()["quantize"] == "none"
+    assert load_policy(folder, quantize=precision, device="cpu").metadata()["quantize"] == precision
+    assert load_policy(half, unnorm_key="base", device="cpu").metadata()["quantize"] == "none"
 
 
 def test_what_a_quantised_folder_refuses(place: Path, half: Path, tmp_path: Path) -> None:

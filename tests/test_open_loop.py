@@ -11,7 +11,7 @@ from prismatic.checkpoint import load_policy
 from prismatic.data.frames import FrameCache, Step
 from prismatic.episodes.open_loop import open_loop
 from prismatic.image import center_crop, decode_jpeg, encode_jpeg
-from prismatic.policy import Policy
+from prismatic.policy import VLAPolicy
 from prismatic.training.step import action_metrics
 from tests.conftest import REPOSITORY
 from tests.drawn_cache import write_cache
@@ -19,7 +19,7 @@ from tests.drawn_episodes import drawn_episode
 
 
 @pytest.fixture(scope="module")
-def policy() -> Policy:
+def policy() -> VLAPolicy:
     return load_policy(str(REPOSITORY / "checkpoints" / "openvla-tiny"), device="cpu")
 
 
@@ -40,7 +40,7 @@ def recorded_steps(cache: FrameCache) -> list[Step]:
     return [cache[int(frame)] for frame in cache.validation_indices()]
 
 
-def test_it_equals_the_policy_and_the_training_path(policy: Policy, cache: FrameCache) -> None:
+def test_it_equals_the_policy_and_the_training_path(policy: VLAPolicy, cache: FrameCache) -> None:
     splits = open_loop(policy, cache, frames=100)["splits"]
     assert {name: split["frames"] for name, split in splits.items()} == {"train": 2 + 3 + 4, "validation": 6}
     processor, steps = policy.processor, recorded_steps(cache)
@@ -74,7 +74,7 @@ def test_it_equals_the_policy_and_the_training_path(policy: Policy, cache: Frame
 
 
 def test_an_inference_path_that_is_right_agrees_and_a_wrong_one_does_not(
-    policy: Policy, cache: FrameCache, monkeypatch: pytest.MonkeyPatch
+    policy: VLAPolicy, cache: FrameCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = open_loop(policy, cache, frames=6)["splits"]["validation"]
     assert right["same_first_id"] == 1.0
@@ -87,7 +87,7 @@ def test_an_inference_path_that_is_right_agrees_and_a_wrong_one_does_not(
     assert open_loop(policy, cache, frames=6)["splits"]["validation"]["same_first_id"] < 1.0
 
 
-def test_recorded_answers_are_all_right(policy: Policy, cache: FrameCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recorded_answers_are_all_right(policy: VLAPolicy, cache: FrameCache, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter(recorded_steps(cache))
     encode = policy.processor.action_ids
     monkeypatch.setattr(

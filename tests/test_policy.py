@@ -11,14 +11,14 @@ from prismatic.checkpoint import load_policy
 from prismatic.errors import ConfigError
 from prismatic.models.decode import Decoder
 from prismatic.models.vla import VLA
-from prismatic.policy import Policy
+from prismatic.policy import VLAPolicy
 from tests.conftest import REPOSITORY
 
 WORDS = "pick up the black bowl and place it on the plate"
 
 
 @pytest.fixture(scope="module")
-def policy() -> Policy:
+def policy() -> VLAPolicy:
     return load_policy(Path(REPOSITORY / "checkpoints" / "openvla-tiny"), device="cpu")
 
 
@@ -27,7 +27,7 @@ def frames(number: int) -> list[np.ndarray]:
     return [generator.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(3)]
 
 
-def test_an_episodes_last_answer_is_the_next_draft(policy: Policy) -> None:
+def test_an_episodes_last_answer_is_the_next_draft(policy: VLAPolicy) -> None:
     pictures, words = frames(0), [WORDS, "open the drawer", WORDS]
     policy.drafting = False
     policy.counts.clear()
@@ -48,7 +48,7 @@ def test_an_episodes_last_answer_is_the_next_draft(policy: Policy) -> None:
     assert policy.counts["actions"] == 2 and policy.counts["passes"] < 14
 
 
-def test_memory_of_episodes_is_bounded(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_episodes_is_bounded(policy: VLAPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy_module, "REMEMBERED", 2)
     policy.drafting = True
     picture = frames(1)[0]

@@ -15,7 +15,7 @@ from prismatic import simulator
 from prismatic.bench.plain import PlainDecoder
 from prismatic.checkpoint import load_policy
 from prismatic.models.decode import Answer, Decoder, with_empty_token
-from prismatic.policy import Policy
+from prismatic.policy import VLAPolicy
 
 WARM_UP = 5  # first frames, which are not timed
 
@@ -68,7 +68,7 @@ class Ways(Decoder):
 class InEpisode:
     """The policy, told in which episode it acts."""
 
-    policy: Policy
+    policy: VLAPolicy
     episode: int
 
     @property

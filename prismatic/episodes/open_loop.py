@@ -16,12 +16,12 @@ from prismatic.data.examples import example
 from prismatic.data.frames import FrameCache, Step
 from prismatic.image import decode_jpeg
 from prismatic.models.vla import IGNORE
-from prismatic.policy import Policy
+from prismatic.policy import VLAPolicy
 
 BATCH = 8  # frames of one pass
 
 
-def open_loop(policy: Policy, cache: FrameCache, *, frames: int) -> dict[str, Any]:
+def open_loop(policy: VLAPolicy, cache: FrameCache, *, frames: int) -> dict[str, Any]:
     """Metrics over at most `frames` frames of the training episodes, and as many of the others, evenly spread.
 
     splits: train, validation → frames; policy and teacher_forced: action_accuracy (share of the tokens), l1_loss (mean
@@ -37,7 +37,7 @@ def open_loop(policy: Policy, cache: FrameCache, *, frames: int) -> dict[str, An
     return {"dataset": cache.name, "dataset_fingerprint": cache.fingerprint, "splits": found}
 
 
-def _split(policy: Policy, steps: Sequence[Step]) -> dict[str, Any]:
+def _split(policy: VLAPolicy, steps: Sequence[Step]) -> dict[str, Any]:
     true, acted, forced = [], [], []
     for part in (steps[start : start + BATCH] for start in range(0, len(steps), BATCH)):
         pictures = list(zip(*(_pictures(step, policy.num_images) for step in part), strict=True))
@@ -63,7 +63,7 @@ def _pictures(step: Step, num_images: int) -> Iterator[np.ndarray]:
 
 
 @torch.inference_mode()
-def teacher_forced_ids(policy: Policy, steps: Sequence[Step]) -> np.ndarray:
+def teacher_forced_ids(policy: VLAPolicy, steps: Sequence[Step]) -> np.ndarray:
     """(B, 7) ids as in training: the recorded frames as they are, the recorded numbers before each one given."""
     processor = policy.processor
     steps = [step._replace(dataset=processor.config.unnorm_key) for step in steps]  # the statistics that it acts with
@@ -78,7 +78,7 @@ def teacher_forced_ids(policy: Policy, steps: Sequence[Step]) -> np.ndarray:
     return ids.reshape(len(steps), -1).cpu().numpy()
 
 
-def _metrics(policy: Policy, ids: np.ndarray, target: np.ndarray) -> dict[str, Any]:
+def _metrics(policy: VLAPolicy, ids: np.ndarray, target: np.ndarray) -> dict[str, Any]:
     decode = policy.processor.action_tokenizer.decode
     right, distance = ids == target, np.abs(decode(ids) - decode(target))
     return {

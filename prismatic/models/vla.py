@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ IGNORE = -100  # a label that is not trained on
 PATCH_SIZE = 14  # pixels, of both published towers
 DINO_ID, SIGLIP_ID = "vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"
 ARCH_SPECIFIER, RESIZE_STRATEGY = "no-align+fused-gelu-mlp", "resize-naive"
+ActionHead = Literal["tokens", "parallel", "l1"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class VLAConfig:
 
     image_size: int = 224  # pixels a side
     num_images_in_input: int = 1  # 2 adds the wrist camera (OpenVLA-OFT's name)
+    # how hidden states become actions: token by token (OpenVLA), all tokens of a chunk in one forward pass, or regressed (OpenVLA-OFT)
+    action_head: ActionHead = "tokens"
+    num_actions_chunk: int = 1  # actions that one query answers with: 8 in OpenVLA-OFT's LIBERO recipe
+    action_dim: int = 7  # numbers of one action; a token head takes any number
+    proprio_dim: int = 0  # numbers of the robot's state that the model reads: 0 none, 8 in OpenVLA-OFT's LIBERO recipe
     timm_model_ids: tuple[str, str] = (DINO_ID, SIGLIP_ID)
     tiny_timm_kwargs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # sizes of small towers, by timm id
     vision_stem: tuple[int, ...] = ()  # channels of a convolutional stem in front of small towers
