@@ -189,7 +189,7 @@ def open_stream(job: Job) -> Iterator[Batch]:
     augmentations = cfg.augment_order if cfg.image_aug else ()
     examples = Examples(job.mixture, job.processor, augmentations=augmentations, seed=cfg.seed)
     first = job.progress.step * job.passes
-    draws = DrawBatches(batch_size=job.batch_size, first_step=first, rank=ranks.rank, world_size=ranks.size)
+    draws = DrawBatches(batch_size=job.batch_size, first=first, rank=ranks.rank, world_size=ranks.size)
     return batches(examples, draws, num_workers=cfg.num_workers, pin_memory=ranks.device != "cpu")
 
 

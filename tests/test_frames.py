@@ -86,7 +86,7 @@ def test_every_frame_has_its_own_bytes_and_row(cache):
         image_of("one", 3, "wrist_image"),
     )
     assert step.instruction == "do one"
-    assert (step.action == cache.actions[3]).all() and step.action.dtype == np.float32
+    assert (step.actions == cache.actions[3:4]).all() and step.actions.dtype == np.float32
     with pytest.raises(IndexError):
         cache.image_bytes(len(cache))
     with pytest.raises(IndexError):
@@ -219,7 +219,7 @@ def test_ranks_share_the_batches_without_repeats():
         [6, 7, 8],
         [9, 10, 11],
     ]
-    resumed = iter(DrawBatches(batch_size=3, first_step=1, rank=1, world_size=2))
+    resumed = iter(DrawBatches(batch_size=3, first=1, rank=1, world_size=2))
     assert [next(resumed), next(resumed)] == [[9, 10, 11], [15, 16, 17]]
 
 
@@ -228,7 +228,7 @@ def test_batches_are_the_same_with_any_number_of_workers(cache, workers):
     mixture = Mixture([cache], seed=3)
     loader = DataLoader(
         mixture,  # pyright: ignore[reportArgumentType]  (any object with __getitem__ serves)
-        batch_sampler=DrawBatches(batch_size=4, first_step=2),
+        batch_sampler=DrawBatches(batch_size=4, first=2),
         num_workers=workers,
         collate_fn=list,
     )

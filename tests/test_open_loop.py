@@ -45,7 +45,7 @@ def test_it_equals_the_policy_and_the_training_path(policy: VLAPolicy, cache: Fr
     assert {name: split["frames"] for name, split in splits.items()} == {"train": 2 + 3 + 4, "validation": 6}
     processor, steps = policy.processor, recorded_steps(cache)
     tokenizer = processor.action_tokenizer
-    true = processor.action_ids(np.stack([step.action for step in steps]))
+    true = processor.action_ids(np.stack([step.actions[0] for step in steps]))
     pictures = [(decode_jpeg(step.image), decode_jpeg(step.wrist or b"")) for step in steps]
     answers = [
         policy.action_ids([front], [step.instruction], [wrist])[0]
@@ -60,7 +60,7 @@ def test_it_equals_the_policy_and_the_training_path(policy: VLAPolicy, cache: Fr
     assert acted["per_dimension"]["l1_loss"] == pytest.approx(distance.mean(axis=0).tolist())
     # fine-tuning's own samples and metrics, but for the crop that stands for its random ones
     samples = [
-        processor.example(list(both), step.instruction, step.action, augmentation=center_crop)  # type: ignore[arg-type]
+        processor.example(list(both), step.instruction, step.actions[0], augmentation=center_crop)  # type: ignore[arg-type]
         for both, step in zip(pictures, steps, strict=True)
     ]
     batch = processor.collate(samples)
@@ -91,7 +91,7 @@ def test_recorded_answers_are_all_right(policy: VLAPolicy, cache: FrameCache, mo
     answers = iter(recorded_steps(cache))
     encode = policy.processor.action_ids
     monkeypatch.setattr(
-        policy, "action_ids", lambda frames, *rest: encode(np.stack([next(answers).action for _ in frames]))
+        policy, "action_ids", lambda frames, *rest: encode(np.stack([next(answers).actions[0] for _ in frames]))
     )
     training = np.empty(0, dtype=np.int64)
     monkeypatch.setattr(cache, "train_indices", lambda: training)

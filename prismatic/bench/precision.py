@@ -56,7 +56,7 @@ def batches(
     """Samples with pictures as when acting, and the (B, D) demonstrated actions, normalised."""
     for start in range(0, len(frames), size):
         steps = [cache[frame]._replace(dataset=processor.config.unnorm_key) for frame in frames[start : start + size]]
-        actions = np.stack([normalize(step.action, processor.action_statistics()) for step in steps])
+        actions = np.stack([normalize(step.actions[0], processor.action_statistics()) for step in steps])
         yield processor.collate([example(step, processor, as_acting=True) for step in steps]), actions
 
 

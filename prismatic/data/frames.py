@@ -35,7 +35,8 @@ class Step(NamedTuple):
     image: bytes  # JPEG, agent view, upright
     wrist: bytes | None  # JPEG, wrist view, where the data set has one
     instruction: str
-    action: np.ndarray  # (7,) float32, the data set's units, gripper 1 open … 0 close
+    actions: np.ndarray  # (K, D) float32: this step's and those of the K - 1 after it, the data set's units, gripper 1 open … 0 close
+    state: np.ndarray | None  # (S,) float32, the robot's, where the data set has one
 
 
 def num_train_episodes(num_episodes: int, val_share: float = VAL_SHARE) -> int:
@@ -64,8 +65,8 @@ class FrameCache:
         self.fingerprint: str = meta["fingerprint"]  # of the content, the same on every machine
         self.has_wrist: bool = len(meta["images"]) == 2
         self.file_paths: list[str] = meta["file_paths"]  # per episode
-        self.actions = gripper_open_is_one(steps["action"])  # (N, 7) float32
-        self.state: np.ndarray | None = steps.get("state")  # (N, 8) float32
+        self.actions = gripper_open_is_one(steps["action"])  # (N, D) float32
+        self.state: np.ndarray | None = steps.get("state")  # (N, S) float32, S = 8 in LIBERO
         self.episode = steps["episode"]  # (N,) int32
         self.timestep = steps["timestep"]  # (N,) int32
         self._distinct_instructions: list[str] = meta["instructions"]
@@ -81,8 +82,14 @@ class FrameCache:
         return len(self.actions)
 
     def __getitem__(self, frame: int) -> Step:
+        return self.step(frame)
+
+    def step(self, frame: int, num_actions_chunk: int = 1) -> Step:
+        """A frame with so many actions, its own the first. The caller picks a frame whose episode still has them: see train_indices."""
         wrist = self.wrist_bytes(frame) if self.has_wrist else None
-        return Step(self.name, self.image_bytes(frame), wrist, self.instruction(frame), self.actions[frame])
+        actions = self.actions[frame : frame + num_actions_chunk]
+        state = None if self.state is None else self.state[frame]
+        return Step(self.name, self.image_bytes(frame), wrist, self.instruction(frame), actions, state)
 
     def instruction(self, frame: int) -> str:
         """What the data set says at this step, as it is written there."""
@@ -117,26 +124,37 @@ class FrameCache:
 
     @functools.cached_property
     def statistics(self) -> dict[str, Any]:
-        """This data set's entry in dataset_statistics.json, over all episodes."""
-        return action_statistics(self.actions, None, len(self.file_paths))
+        """This data set's entry in dataset_statistics.json, over all frames of all episodes."""
+        return action_statistics(self.actions, self.state, len(self.file_paths))
 
-    def train_indices(self, val_share: float = VAL_SHARE) -> np.ndarray:
-        """Frames (int64) of the training episodes, without those that have no instruction at any step.
+    def train_indices(self, val_share: float = VAL_SHARE, num_actions_chunk: int = 1) -> np.ndarray:
+        """Frames (int64) of the training episodes that have num_actions_chunk actions from them on, without episodes that have no instruction.
 
+        So the last K - 1 frames of an episode are left out, as in OpenVLA-OFT: nothing is padded or repeated.
         val_share, in [0, 1): the part of the episodes that is held out where the data set has no split named val.
         """
-        return np.flatnonzero(self._has_words() & (self.episode < self._first_validation_episode(val_share)))
+        return self._frames_of(self.episode < self._first_validation_episode(val_share), num_actions_chunk)
 
-    def validation_indices(self, val_share: float = VAL_SHARE) -> np.ndarray:
-        """Frames (int64) of the other episodes, with the same omission; may be empty."""
-        return np.flatnonzero(self._has_words() & (self.episode >= self._first_validation_episode(val_share)))
+    def validation_indices(self, val_share: float = VAL_SHARE, num_actions_chunk: int = 1) -> np.ndarray:
+        """Frames (int64) of the other episodes, with the same omissions; may be empty."""
+        return self._frames_of(self.episode >= self._first_validation_episode(val_share), num_actions_chunk)
+
+    def episodes_shorter_than(self, num_actions_chunk: int) -> int:
+        """How many episodes give no chunk at all."""
+        return int((self._lengths < num_actions_chunk).sum())
+
+    @functools.cached_property
+    def _lengths(self) -> np.ndarray:
+        return np.bincount(self.episode, minlength=len(self.file_paths))  # frames per episode
+
+    def _frames_of(self, wanted: np.ndarray, num_actions_chunk: int) -> np.ndarray:
+        whole = self.timestep + num_actions_chunk <= self._lengths[self.episode]
+        said = np.array([text != "" for text in self._distinct_instructions])[self._instruction]
+        has_instruction = np.isin(self.episode, self.episode[said])
+        return np.flatnonzero(wanted & whole & has_instruction)
 
     def _first_validation_episode(self, val_share: float) -> int:
         return num_train_episodes(len(self.file_paths), val_share) if self._num_train is None else self._num_train
-
-    def _has_words(self) -> np.ndarray:
-        said = np.array([text != "" for text in self._distinct_instructions])[self._instruction]
-        return np.isin(self.episode, self.episode[said])
 
 
 @functools.lru_cache(maxsize=16)  # an epoch needs 1 to 3 a data set
@@ -145,7 +163,7 @@ def _permutation(length: int, seed: int, *of: int) -> np.ndarray:
 
 
 class Mixture:
-    """The training frames of one or more caches as an endless sequence: `mixture[p]` is the Step of draw p.
+    """The training frames of one or more caches as an endless sequence: `mixture[p]` is the Step of draw p, with num_actions_chunk actions.
 
     An epoch, `len(mixture)` draws, takes round(weight · frames) of each data set (weight 1: each frame once),
     mixed anew by (seed, epoch). No frame of a data set comes again before all its others came. ConfigError
@@ -160,6 +178,7 @@ class Mixture:
         seed: int,
         weights: Sequence[float] | None = None,
         val_share: float = VAL_SHARE,
+        num_actions_chunk: int = 1,
     ) -> None:
         weights = [1.0] * len(caches) if weights is None else weights
         names = [cache.name for cache in caches]
@@ -169,11 +188,12 @@ class Mixture:
             raise ConfigError(f"a mixture can't hold two data sets of one name, {names}: rename a folder")
         self.caches = list(caches)
         self.seed = seed
-        self.val_share = val_share
-        self._frames = [cache.train_indices(val_share) for cache in caches]
+        self.val_share, self.num_actions_chunk = val_share, num_actions_chunk
+        self._frames = [cache.train_indices(val_share, num_actions_chunk) for cache in caches]
         for cache, frames in zip(caches, self._frames, strict=True):
             if len(frames) == 0:
-                raise ConfigError(f"no training episode of {cache.name} has a language_instruction: leave it out")
+                long = f" and {num_actions_chunk} steps" * (num_actions_chunk > 1)
+                raise ConfigError(f"no training episode of {cache.name} has a language_instruction{long}: leave it out")
         self._shares = [
             max(1, round(weight * len(frames))) for weight, frames in zip(weights, self._frames, strict=True)
         ]
@@ -193,8 +213,11 @@ class Mixture:
         return int(self._ends[-1])
 
     def __getitem__(self, draw: int) -> Step:
-        dataset, frame = self.locate(draw)
-        return self.caches[dataset][frame]
+        return self.step(*self.locate(draw))
+
+    def step(self, dataset: int, frame: int) -> Step:
+        """A frame of the data set of that number, for learning or for validation."""
+        return self.caches[dataset].step(frame, self.num_actions_chunk)
 
     def origin(self, draw: int) -> tuple[str, int, int]:
         """Data set, episode in it and step of the episode that come at this draw."""
@@ -204,7 +227,8 @@ class Mixture:
 
     def held_out(self, most: int) -> list[tuple[int, int]]:
         """At most so many validation frames, as (data set, frame), evenly spaced over all of them: always the same ones."""
-        frames = [(n, f) for n, c in enumerate(self.caches) for f in c.validation_indices(self.val_share).tolist()]
+        of_each = [cache.validation_indices(self.val_share, self.num_actions_chunk) for cache in self.caches]
+        frames = [(number, frame) for number, indices in enumerate(of_each) for frame in indices.tolist()]
         places = np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int)
         return [frames[place] for place in places]
 
@@ -223,19 +247,17 @@ class Mixture:
 class DrawBatches:
     """Batch sampler of torch's DataLoader over a Mixture: endless batches, each a list of draw numbers.
 
-    Step k of all W ranks together is draws [k·B·W, (k+1)·B·W), shared out without repeats; to resume is to
-    begin at a later `first_step`.
+    Batch k of all W ranks together is draws [k·B·W, (k+1)·B·W), shared out without repeats; to resume is to begin at a later one.
     """
 
-    def __init__(self, *, batch_size: int, first_step: int = 0, rank: int = 0, world_size: int = 1) -> None:
-        self.batch_size = batch_size  # of one rank
-        self.first_step = first_step
+    def __init__(self, *, batch_size: int, first: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        self.batch_size, self.first = batch_size, first  # samples of one rank; number of the first batch
         self.rank, self.world_size = rank, world_size
 
-    def batch(self, step: int) -> list[int]:
-        """This rank's draws at a step (≥ 0)."""
-        start = (step * self.world_size + self.rank) * self.batch_size
+    def batch(self, number: int) -> list[int]:
+        """This rank's draws of a batch (≥ 0)."""
+        start = (number * self.world_size + self.rank) * self.batch_size
         return list(range(start, start + self.batch_size))
 
     def __iter__(self) -> Iterator[list[int]]:
-        return map(self.batch, itertools.count(self.first_step))
+        return map(self.batch, itertools.count(self.first))

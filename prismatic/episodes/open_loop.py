@@ -44,7 +44,7 @@ def _split(policy: VLAPolicy, steps: Sequence[Step]) -> dict[str, Any]:
         wrists = list(pictures[1]) if policy.num_images > 1 else None
         # the ids, not the actions made of them: a number that is constant in the data hides which id it came from
         acted.append(policy.action_ids(list(pictures[0]), [step.instruction for step in part], wrists))
-        true.append(policy.processor.action_ids(np.stack([step.action for step in part])))
+        true.append(policy.processor.action_ids(np.stack([step.actions[0] for step in part])))
         forced.append(teacher_forced_ids(policy, part))
     target, answers, told = map(np.concatenate, (true, acted, forced))
     return {
