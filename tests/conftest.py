@@ -13,6 +13,8 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXCERPT = Path(__file__).resolve().parent / "reference"
 FULL = Path(os.environ.get("OPENVLA_REFERENCE", REPOSITORY / "../shared/reference"))
+OFT_EXCERPT = Path(__file__).resolve().parent / "reference_oft"
+OFT_FULL = Path(os.environ.get("OPENVLA_OFT_REFERENCE", REPOSITORY / "../shared/reference_oft"))
 
 torch.set_num_threads(1)  # the suite runs in parallel processes
 # Autograd counts devices at its first use in a process. Fake CUDA tensors (the memory plan's) pretend that there is one, and after a first use
@@ -32,6 +34,28 @@ def reference() -> Path:
 def numbers(request: pytest.FixtureRequest) -> Path:
     """Each of: the excerpt of the original's arrays that lives in this repository, and the full set where it is there."""
     return EXCERPT if request.param == "excerpt" else request.getfixturevalue("reference")
+
+
+@pytest.fixture(scope="session")
+def oft_reference() -> Path:
+    """The full set of OpenVLA-OFT's inputs and outputs, which belongs to the one above; tests that need it are skipped elsewhere."""
+    if not OFT_FULL.is_dir():
+        pytest.skip("set OPENVLA_OFT_REFERENCE to the folder of OpenVLA-OFT's reference arrays")
+    return OFT_FULL.resolve()
+
+
+@pytest.fixture(scope="session", params=["excerpt", "full"])
+def both_numbers(request: pytest.FixtureRequest) -> tuple[Path, Path]:
+    """OpenVLA's numbers and OpenVLA-OFT's: the excerpts of both, and both full sets where they are there."""
+    if request.param == "excerpt":
+        return EXCERPT, OFT_EXCERPT
+    return request.getfixturevalue("reference"), request.getfixturevalue("oft_reference")
+
+
+@pytest.fixture(scope="session")
+def oft_numbers(both_numbers: tuple[Path, Path]) -> Path:
+    """Each of: the excerpt of OpenVLA-OFT's arrays in this repository, and the full set."""
+    return both_numbers[1]
 
 
 @pytest.fixture(scope="session")

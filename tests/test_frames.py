@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader
 
 from prismatic.data.frames import CACHE_FORMAT, DrawBatches, FrameCache, Mixture, num_train_episodes
 from prismatic.errors import ConfigError
+from prismatic.normalize import normalize
+from tests.drawn_cache import write_cache
 
 LENGTHS = [3, 2, 4, 2, 5, 3, 2, 4, 3, 2, 3]  # steps per episode; round(0.95 · 11) = 10 are for training
 SILENT_EPISODE = 2
@@ -158,6 +160,68 @@ def test_damaged_caches_are_refused(cache, damage):
         (cache.folder / "meta.json").write_text(json.dumps(meta | {"format": CACHE_FORMAT + 1}))
     with pytest.raises(ConfigError, match="delete it and run again"):
         FrameCache(cache.folder)
+
+
+# Chunks of actions
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_a_chunk_ends_with_its_episode(cache, chunk):
+    frames = cache.train_indices(num_actions_chunk=chunk)
+    kept = [length for episode, length in enumerate(LENGTHS[:10]) if episode != SILENT_EPISODE]
+    assert len(frames) == sum(max(0, length - chunk + 1) for length in kept)
+    for frame in frames.tolist():
+        step = cache.step(frame, chunk)
+        assert step.actions.shape == (chunk, 7) and (step.actions == cache.actions[frame : frame + chunk]).all()
+        assert set(cache.episode[frame : frame + chunk]) == {cache.episode[frame]}
+    assert cache.episodes_shorter_than(chunk) == sum(length < chunk for length in LENGTHS)
+
+
+def test_a_data_set_without_one_whole_chunk_is_refused(cache):
+    with pytest.raises(ConfigError, match=r"no training episode of one has .* 6 steps"):
+        Mixture([cache], seed=0, num_actions_chunk=6)
+
+
+def test_chunks_and_state_are_the_original_s(both_numbers, tmp_path):
+    """Which frames give a chunk, what is in it, the state beside it and the statistics of both, from the raw arrays of the data set."""
+    plain, oft = both_numbers
+    facts, arrays, raw = (
+        json.loads((oft / "data.json").read_text()),
+        np.load(oft / "data.npz"),
+        np.load(plain / "rlds_pipeline.npz"),
+    )
+    lengths = arrays["episode_length"].tolist()
+    ends = np.cumsum(lengths)
+    episodes = [
+        {
+            "images": [b"jpeg"] * length,
+            "action": raw["raw_action"][end - length : end],
+            "state": arrays["all_state_raw"][end - length : end],
+            "instruction": said,
+            "file_path": "",
+        }
+        for length, end, said in zip(lengths, ends, facts["episode_instructions_in_order"], strict=True)
+    ]
+    cache = write_cache(tmp_path / "cache", episodes)
+    chunk = arrays["chunk_action"].shape[1]
+    frames = cache.train_indices(val_share=0, num_actions_chunk=chunk)
+    assert cache.episode[frames].tolist() == arrays["chunk_episode"].tolist()
+    assert cache.timestep[frames].tolist() == arrays["chunk_timestep"].tolist()
+
+    (expected,) = json.loads((oft / "rlds_dataset_statistics.json").read_text()).values()
+    statistics = cache.statistics
+    for part in ("action", "proprio"):
+        assert list(statistics[part]) == list(expected[part])
+        for name, values in expected[part].items():
+            tolerance = 1e-6 if name in ("mean", "std") else 0
+            np.testing.assert_allclose(statistics[part][name], values, rtol=0, atol=tolerance, err_msg=f"{part} {name}")
+    assert statistics["num_transitions"] == expected["num_transitions"]
+
+    steps = [cache.step(int(frame), chunk) for frame in frames]
+    actions = np.stack([normalize(step.actions, statistics["action"]) for step in steps])
+    np.testing.assert_allclose(actions, arrays["chunk_action"], rtol=0, atol=1e-6)
+    states = np.stack([normalize(step.state, statistics["proprio"]) for step in steps])
+    np.testing.assert_allclose(states[:, None], arrays["chunk_proprio"], rtol=0, atol=1e-6)
 
 
 # The order of draws

@@ -283,4 +283,7 @@ def test_reference_training_frames_are_the_originals(reference, reference_cache)
 
 def test_reference_statistics_come_out_of_the_cache(reference, reference_cache):
     expected = json.loads((reference / "rlds_dataset_statistics.json").read_text())
-    assert {reference_cache.name: reference_cache.statistics} == expected
+    found = {reference_cache.name: reference_cache.statistics}
+    for entry in (*found.values(), *expected.values()):
+        del entry["proprio"]  # OpenVLA's file has zeros there: it reads no state
+    assert found == expected

@@ -27,7 +27,12 @@ def example(
     if processor.config.num_images_in_input == 2 and step.wrist is not None:
         pictures.append(decode_jpeg(step.wrist))
     return processor.example(
-        pictures, step.instruction, step.actions[0], dataset=step.dataset, augmentation=augmentation, as_acting=as_acting
+        pictures,
+        step.instruction,
+        step.actions[0],
+        dataset=step.dataset,
+        augmentation=augmentation,
+        as_acting=as_acting,
     )
 
 

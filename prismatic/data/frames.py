@@ -35,7 +35,9 @@ class Step(NamedTuple):
     image: bytes  # JPEG, agent view, upright
     wrist: bytes | None  # JPEG, wrist view, where the data set has one
     instruction: str
-    actions: np.ndarray  # (K, D) float32: this step's and those of the K - 1 after it, the data set's units, gripper 1 open … 0 close
+    actions: (
+        np.ndarray
+    )  # (K, D) float32: this step's and those of the K - 1 after it, the data set's units, gripper 1 open … 0 close
     state: np.ndarray | None  # (S,) float32, the robot's, where the data set has one
 
 
