@@ -28,11 +28,12 @@ if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (
     echo "error: $python is $("$python" --version), but Python 3.11 or 3.12 is needed: install python3.11 and its venv package" >&2
     exit 2
 fi
-stamp="$("$python" --version) $(sha256sum requirements.txt | cut -d' ' -f1)"
+stamp="$("$python" --version) $(cat requirements.txt requirements-no-deps.txt | sha256sum | cut -d' ' -f1)"
 if [ "$(cat .venv/.installed 2>/dev/null || true)" != "$stamp" ]; then
     echo "installing requirements.txt into .venv (once; some 9 GB, most of it torch's CUDA libraries)"
     "$python" -m venv .venv
     .venv/bin/python -m pip install --quiet --upgrade pip
     .venv/bin/python -m pip install --quiet --requirement requirements.txt
+    .venv/bin/python -m pip install --quiet --no-deps --requirement requirements-no-deps.txt
     echo "$stamp" >.venv/.installed
 fi
