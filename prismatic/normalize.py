@@ -1,4 +1,4 @@
-"""Actions between a data set's own units and the [-1, 1] of the action tokens; numpy only.
+"""Actions and robot states between a data set's own units and [-1, 1]; numpy only.
 
 The gripper arrives as LIBERO commands it (-1 open, +1 close) and is 1 open, 0 close from here on; its mask is
 False, so it is not scaled. Surprising: quantiles are float64 sums of float32 differences, and the denominator
@@ -67,8 +67,21 @@ def normalize(actions: np.ndarray, stats: Mapping[str, Any]) -> np.ndarray:
     return np.where(constant, np.float32(0), np.where(_mask(stats), scaled, actions))
 
 
-def unnormalize(normalized: np.ndarray, stats: Mapping[str, Any]) -> np.ndarray:
-    """(..., D) in [-1, 1] → float64 in the data set's units; `stats` as above, no mask means all True."""
+def unnormalize(normalized: np.ndarray, stats: Mapping[str, Any], *, smallest_range: float = 0.0) -> np.ndarray:
+    """(..., D) in [-1, 1] → float64 in the data set's units; `stats` as above, no mask means all True.
+
+    smallest_range: SMALLEST_RANGE for OpenVLA-OFT, which adds it here too; OpenVLA does not.
+    """
     normalized = np.asarray(normalized, dtype=np.float64)
     low, high = np.asarray(stats["q01"], dtype=np.float64), np.asarray(stats["q99"], dtype=np.float64)
-    return np.where(_mask(stats), 0.5 * (normalized + 1) * (high - low) + low, normalized)
+    return np.where(_mask(stats), 0.5 * (normalized + 1) * (high - low + smallest_range) + low, normalized)
+
+
+def normalize_state(states: np.ndarray, stats: Mapping[str, Any]) -> np.ndarray:
+    """Robot states (..., D) in the data set's units → float64 in [-1, 1]; `stats` is the "proprio" part of an entry, which has no mask.
+
+    A dimension that never changes in the data becomes 0, when learning and when acting: the original's acting code gives -1.
+    """
+    low, high = np.asarray(stats["q01"], dtype=np.float64), np.asarray(stats["q99"], dtype=np.float64)
+    scaled = np.clip(2 * (np.asarray(states, dtype=np.float64) - low) / (high - low + SMALLEST_RANGE) - 1, -1, 1)
+    return np.where(np.asarray(stats["min"]) == np.asarray(stats["max"]), 0.0, scaled)

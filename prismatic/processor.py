@@ -1,13 +1,13 @@
 """The waist: all that must be equal when the model learns and when it acts, in one object that is saved beside every adapter.
 
-In when learning: recorded frames, instruction, action. In when acting: live frames, instruction, and the token ids the model answered.
+In when learning: recorded frames, instruction, actions, state. In when acting: live frames, instruction, state, and what the model answered.
 Surprising: the instruction is lower-cased but not stripped; the token behind the prompt ("▁", 29871) is given, not learnt; live frames go
 through JPEG and Lanczos, because recorded ones did.
 """
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -112,33 +112,43 @@ def preprocessor_json(config: ProcessorConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Example:
-    """One training sample: ids and labels (T,) int64, pixel_values (6·n_images, S, S) float32."""
+    """One training sample: ids and labels (T,) int64, pixel_values (6·n_images, S, S), normalised actions (K, D) and state (S,) float32."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     pixel_values: torch.Tensor
+    actions: torch.Tensor
+    proprio: torch.Tensor | None = None
 
 
 @dataclass
 class Batch:
-    """Right-padded samples: ids, labels (B, T) int64, attention_mask (B, T) bool, pixel_values (B, 6·n_images, S, S) float32."""
+    """Right-padded samples: ids, labels (B, T) int64, attention_mask (B, T) bool, pixel_values (B, 6·n_images, S, S) float32,
+    actions (B, K, D) and proprio (B, S) float32, normalised.
+    """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     attention_mask: torch.Tensor
     pixel_values: torch.Tensor
+    actions: torch.Tensor | None = None
+    proprio: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
-        """All four tensors on device, without waiting for the copy."""
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)))
+        """All tensors on device, without waiting for the copy."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """What torch's loader asks for with pin_memory=True; without it a batch stays as it is, and its copy to a GPU is waited for."""
-        return Batch(*(getattr(self, f.name).pin_memory() for f in dataclasses.fields(self)))
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        tensors = (getattr(self, f.name) for f in dataclasses.fields(self))
+        return Batch(*(None if tensor is None else change(tensor) for tensor in tensors))  # pyright: ignore[reportArgumentType]
 
 
 class Processor:
-    """Frames and words in, tensors out; token ids in, actions out. `statistics`: the content of dataset_statistics.json."""
+    """Frames, states and instructions in, tensors out; the model's answer in, actions out. `statistics`: content of dataset_statistics.json."""
 
     def __init__(
         self, config: ProcessorConfig, tokenizer: PreTrainedTokenizerFast, statistics: Mapping[str, Any]
@@ -166,48 +176,70 @@ class Processor:
         return ids if ids[-1] == self.config.empty_token_id else [*ids, self.config.empty_token_id]
 
     def longest_row(self, instructions: Iterable[str]) -> int:
-        """Ids of the longest training row that these instructions give: prompt, action, end."""
+        """Ids of the longest training row that these instructions give: prompt, actions, end."""
         longest = max(len(self.prompt_ids(text.replace(IMAGE_MARK, ""))) for text in set(instructions))
-        return min(longest + max(len(entry["action"]["q01"]) for entry in self.statistics.values()) + 1, MAX_LENGTH)
+        widest = max(len(entry["action"]["q01"]) for entry in self.statistics.values())
+        return min(longest + self.config.num_actions_chunk * widest + 1, MAX_LENGTH)
 
     def example(
         self,
-        pictures: Sequence[np.ndarray],
+        images: Sequence[np.ndarray],
         instruction: str,
-        action: np.ndarray,
+        actions: np.ndarray,
         *,
+        state: np.ndarray | None = None,
         dataset: str | None = None,
-        augmentation: Augmentation | None = None,
+        augmentations: Sequence[Augmentation] = (),
         as_acting: bool = False,
     ) -> Example:
-        """A training sample from recorded frames (H, W, 3) uint8 as the data set's JPEG decoded, and an action (D,) in that data set's units.
+        """A training sample from recorded frames (H, W, 3) uint8 as the data set's JPEG decoded, actions (K, D) and state in its units.
 
-        as_acting: the pictures are what `inputs` would make of the same frames live, for validation.
+        state: only what proprio_dim asks for. augmentations: one an image, or none. as_acting: the images are what `inputs` would make of the
+        same frames live, for validation.
         """
         prompt = self.prompt_ids(instruction.replace(IMAGE_MARK, ""))
-        action_ids = self.action_ids(action, dataset=dataset).tolist()
-        ids = [*prompt, *action_ids, self.config.eos_token_id]
+        targets = normalize.normalize(np.atleast_2d(actions), self.action_statistics(dataset))  # (K, D)
+        ids = [*prompt, *self.action_tokenizer.encode(targets).ravel().tolist(), self.config.eos_token_id]
         labels = [IGNORE] * len(prompt) + ids[len(prompt) :]
-        pictures = [self._as_acting(picture) if as_acting else self._resized(picture) for picture in pictures]
-        if augmentation is not None:
-            pictures = [augmentation(picture) for picture in pictures]
-        return Example(torch.tensor(ids[:MAX_LENGTH]), torch.tensor(labels[:MAX_LENGTH]), self.pixel_values(pictures))
+        images = [self._as_acting(frame) if as_acting else self._resized(frame) for frame in images]
+        if augmentations:
+            images = [augment(frame) for augment, frame in zip(augmentations, images, strict=True)]
+        return Example(
+            torch.tensor(ids[:MAX_LENGTH]),
+            torch.tensor(labels[:MAX_LENGTH]),
+            self.pixel_values(images),
+            torch.from_numpy(targets),
+            self.proprio(state, dataset=dataset),
+        )
 
     def inputs(self, frames: Sequence[np.ndarray], instruction: str) -> tuple[list[int], torch.Tensor]:
         """Prompt ids and pixel_values (6·n_images, S, S) from live frames (H, W, 3) uint8, upright."""
-        pictures = [self._as_acting(image.jpeg_round_trip(frame)) for frame in frames]
-        return self.prompt_ids(instruction), self.pixel_values(pictures)
+        images = [self._as_acting(image.jpeg_round_trip(frame)) for frame in frames]
+        return self.prompt_ids(instruction), self.pixel_values(images)
 
-    def pixel_values(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:
-        """(H, W, 3) uint8 pictures → (6·n_images, S, S) float32, normalised for each tower; another size is squashed by PIL's bicubic."""
-        sized = [image.resize_bicubic(picture, self.config.image_size) for picture in pictures]
+    def proprio(
+        self, states: np.ndarray | Sequence[np.ndarray] | None, *, dataset: str | None = None
+    ) -> torch.Tensor | None:
+        """States (..., S) in a data set's units → float32 as the model reads them; None for a model that reads none."""
+        if not self.config.proprio_dim:
+            return None
+        shape = None if states is None else np.shape(states)
+        if not shape or shape[-1] != self.config.proprio_dim:
+            given = "none is given" if shape is None else f"{list(shape)} is given"
+            raise ConfigError(f"this model reads a robot state of {self.config.proprio_dim} numbers, but {given}")
+        stats = self.statistics[dataset or str(self.config.unnorm_key)]["proprio"]
+        return torch.from_numpy(normalize.normalize_state(np.asarray(states), stats)).float()
+
+    def pixel_values(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        """(H, W, 3) uint8 images → (6·n_images, S, S) float32, normalised for each tower; another size is squashed by PIL's bicubic."""
+        sized = [image.resize_bicubic(frame, self.config.image_size) for frame in images]
         return torch.from_numpy(np.concatenate([image.normalize_pixels(p, *self._pixel_constants) for p in sized]))
 
-    def pictures(self, pixel_values: torch.Tensor) -> list[np.ndarray]:
-        """(6·n_images, S, S) → the (S, S, 3) uint8 pictures that `pixel_values` made it of."""
+    def images(self, pixel_values: torch.Tensor) -> list[np.ndarray]:
+        """(6·n_images, S, S) → the (S, S, 3) uint8 images that `pixel_values` made it of."""
         means, stds = (np.ravel(constants)[:, None, None] for constants in self._pixel_constants)
         per_image = pixel_values.numpy().reshape(-1, len(means), *pixel_values.shape[-2:])
-        unit = (per_image * stds + means)[:, :3]  # the towers see the same picture: one of them is enough
+        unit = (per_image * stds + means)[:, :3]  # the towers see the same image: one of them is enough
         return list(np.rint(unit * 255).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
 
     def instruction(self, input_ids: torch.Tensor) -> str:
@@ -218,7 +250,12 @@ class Processor:
 
     def actions(self, ids: np.ndarray) -> np.ndarray:
         """(..., D) action ids → (..., D) float64 actions in the data set's units, gripper 1 open … 0 close."""
-        return normalize.unnormalize(self.action_tokenizer.decode(ids), self.action_statistics())
+        return self.unnormalize(self.action_tokenizer.decode(ids))
+
+    def unnormalize(self, values: np.ndarray) -> np.ndarray:
+        """(..., D) normalised actions → float64 in the data set's units, by the formula of the head's original."""
+        smallest = 0.0 if self.config.action_head == "tokens" else normalize.SMALLEST_RANGE
+        return normalize.unnormalize(values, self.action_statistics(), smallest_range=smallest)
 
     def action_ids(self, actions: np.ndarray, *, dataset: str | None = None) -> np.ndarray:
         """(..., D) actions in a data set's units (None: config.unnorm_key's) → (..., D) int64 ids, the inverse of `actions`."""
@@ -230,11 +267,14 @@ class Processor:
         input_ids = pad([e.input_ids for e in examples], batch_first=True, padding_value=self.config.pad_token_id)
         labels = pad([e.labels for e in examples], batch_first=True, padding_value=IGNORE)
         pixels = torch.stack([e.pixel_values for e in examples])
-        return Batch(input_ids, labels, input_ids != self.config.pad_token_id, pixels)
+        actions = torch.stack([e.actions for e in examples])
+        states = [e.proprio for e in examples if e.proprio is not None]
+        proprio = torch.stack(states) if states else None
+        return Batch(input_ids, labels, input_ids != self.config.pad_token_id, pixels, actions, proprio)
 
-    def _as_acting(self, picture: np.ndarray) -> np.ndarray:
-        resized = self._resized(picture)
+    def _as_acting(self, frame: np.ndarray) -> np.ndarray:
+        resized = self._resized(frame)
         return image.center_crop(resized) if self.config.center_crop else resized
 
-    def _resized(self, picture: np.ndarray) -> np.ndarray:
-        return image.resize_lanczos3(picture, self.config.image_size)
+    def _resized(self, frame: np.ndarray) -> np.ndarray:
+        return image.resize_lanczos3(frame, self.config.image_size)

@@ -30,7 +30,7 @@ def batch_of(processor: Processor, samples: int) -> tuple[Batch, list[list[np.nd
         augmentation = Augmentation.draw(rng)
         action = np.linspace(-1.9, 1.9, 7) * (1 if number else -1)
         said = SAID if number else "go"
-        examples.append(processor.example(frames, said, action, augmentation=augmentation))
+        examples.append(processor.example(frames, said, action, augmentations=[augmentation] * len(frames)))
         seen.append([augmentation(frame) for frame in frames])
     return processor.collate(examples), seen
 
@@ -38,7 +38,7 @@ def batch_of(processor: Processor, samples: int) -> tuple[Batch, list[list[np.nd
 def test_pictures_come_back_from_pixel_values_bit_by_bit(processor: Processor) -> None:
     batch, seen = batch_of(processor, 2)
     for pixel_values, pictures in zip(batch.pixel_values, seen, strict=True):
-        np.testing.assert_array_equal(processor.pictures(pixel_values), pictures)
+        np.testing.assert_array_equal(processor.images(pixel_values), pictures)
 
 
 def test_the_sheet_shows_every_sample_of_a_step(processor: Processor, tmp_path: Path) -> None:

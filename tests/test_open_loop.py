@@ -60,7 +60,7 @@ def test_it_equals_the_policy_and_the_training_path(policy: VLAPolicy, cache: Fr
     assert acted["per_dimension"]["l1_loss"] == pytest.approx(distance.mean(axis=0).tolist())
     # fine-tuning's own samples and metrics, but for the crop that stands for its random ones
     samples = [
-        processor.example(list(both), step.instruction, step.actions[0], augmentation=center_crop)  # type: ignore[arg-type]
+        processor.example(list(both), step.instruction, step.actions[0], augmentations=[center_crop] * 2)  # type: ignore[arg-type]
         for both, step in zip(pictures, steps, strict=True)
     ]
     batch = processor.collate(samples)

@@ -61,7 +61,9 @@ def test_learning_and_acting_see_the_same_pixels(tiny: Processor) -> None:
     side = float(np.sqrt(np.float32(image.CROP_AREA)))
     start = (1 - side) / 2
     centre = Augmentation(crop_box=(start, start, start + side, start + side))
-    learnt = tiny.example([recorded, recorded], "go", np.zeros(7, np.float32), augmentation=centre).pixel_values
+    learnt = tiny.example(
+        [recorded, recorded], "go", np.zeros(7, np.float32), augmentations=[centre, centre]
+    ).pixel_values
     _, acted = tiny.inputs([frame, frame], "go")
     assert learnt.shape == acted.shape == (12, 128, 128)
     assert (learnt != acted).float().mean() < 1e-3  # a value on the edge between two levels may fall either way

@@ -31,7 +31,7 @@ def example(
         step.instruction,
         step.actions[0],
         dataset=step.dataset,
-        augmentation=augmentation,
+        augmentations=[] if augmentation is None else [augmentation] * len(pictures),
         as_acting=as_acting,
     )
 

@@ -27,7 +27,7 @@ def draw(batches: Sequence[Batch], processor: Processor, path: Path) -> None:
     """Write the first samples, each with its pictures, its instruction and its decoded actions."""
     shown = [(batch, row) for batch in batches for row in range(len(batch.input_ids))][:MOST]
     samples = len(shown)
-    pictures = [processor.pictures(batch.pixel_values[row]) for batch, row in shown]
+    pictures = [processor.images(batch.pixel_values[row]) for batch, row in shown]
     side = pictures[0][0].shape[0]
     scale = -(-SMALLEST_SIDE // side)
     width = side * scale * len(pictures[0]) + GAP
