@@ -1,6 +1,8 @@
-"""Who may import whom: the rooms of the README's picture. A test that fails here means that a line stands in the wrong room."""
+"""Who may import whom, and how long a file may be: the rooms of the README's picture. What fails here stands in the wrong room."""
 
 import ast
+import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,22 +12,93 @@ from tests.conftest import REPOSITORY
 
 SCRIPTS = sorted(REPOSITORY.glob("*.py"))
 PACKAGE = sorted((REPOSITORY / "prismatic").rglob("*.py"))
+FILES = [*SCRIPTS, *PACKAGE]
 SIMULATOR_ROOMS = {"simulator.py", "expert.py", "suites.py"}
-WAIST = ("image", "normalize", "processor")
+# What the README calls the core, in its order. The two scripts call extras; no other file of the core does.
+CORE = [
+    "config.py", "finetune.py", "eval.py", "action_tokenizer.py",
+    *(f"prismatic/data/{name}.py" for name in ("frames", "examples")),
+    *(f"prismatic/{name}.py" for name in ("processor", "image", "normalize")),
+    *(f"prismatic/models/{name}.py" for name in ("vision", "projector", "llama", "vla", "heads", "decode", "lora")),
+    "prismatic/training/step.py",
+    *(f"prismatic/{name}.py" for name in ("policy", "simulator", "errors", "filenames")),
+]  # fmt: skip
+CALLERS = ("finetune.py", "eval.py")
+MAX_CORE, MAX_ALL, MAX_FILE, MEDIAN_FILE, MAX_FUNCTION = 2_800, 12_500, 350, 150, 80  # lines
+
+# Debts that are being paid: each is to vanish.
+DEBT_FILES = {"prismatic/models/heads.py", "prismatic/filenames.py"}  # not written yet
+DEBT_IMPORTS = {
+    "prismatic/simulator.py": {"prismatic.scene.stages", "prismatic.scene.suites", "prismatic.scene.witness"},
+    "prismatic/models/decode.py": {"prismatic.models.quantize"},
+    "prismatic/training/step.py": {"prismatic.training.distributed"},
+}
+DEBT_CIRCLES = [
+    {"prismatic.adapter", "prismatic.checkpoint"},
+    {"prismatic.episodes.player", "prismatic.episodes.recorded"},
+    {f"prismatic.models.{name}" for name in ("decode", "nf4", "quantize", "vla", "weights")},
+]
+DEBT_LINES = True
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(REPOSITORY))
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> Iterator[str]:
-    """Full names of the modules that a file imports."""
-    tree = ast.parse(path.read_text())
-    for node in tree.body if top_level_only else ast.walk(tree):
+    """Full names of the modules that a file imports, inside functions too; `from package import module` is the module."""
+    nodes = tree(path).body if top_level_only else ast.walk(tree(path))
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module or ""
+            assert not node.level, f"{name_of(path)} imports by dots: write the whole name"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in MODULES else node.module or ""
+
+
+def ours(path: Path) -> set[str]:
+    return {name for name in imports(path) if name in MODULES}
 
 
 def roots(path: Path, **how: bool) -> set[str]:
     return {name.split(".")[0] for name in imports(path, **how)}
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Groups of modules each of which imports all others of its group, directly or not."""
+
+    def reach(start: str) -> set[str]:
+        seen: set[str] = set()
+        todo = [start]
+        while todo:
+            for other in graph[todo.pop()] - seen:
+                seen.add(other)
+                todo.append(other)
+        return seen
+
+    reached = {name: reach(name) for name in graph}
+    groups = {
+        frozenset(other for other in reached[name] if name in reached[other]) for name in graph if name in reached[name]
+    }
+    return [set(group) for group in groups]
 
 
 def test_the_top_level_is_the_users() -> None:
@@ -35,9 +108,11 @@ def test_the_top_level_is_the_users() -> None:
         assert (REPOSITORY / name).exists(), name
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=lambda p: str(p.relative_to(REPOSITORY)))
+@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
 def test_the_package_never_sees_the_scripts(path: Path) -> None:
     assert not roots(path) & {script.stem for script in SCRIPTS if script.name != "action_tokenizer.py"}
+    for node in ast.walk(tree(path)):
+        assert getattr(node, "id", getattr(node, "arg", None)) != "cfg", "the package takes values"
 
 
 def test_action_tokenizer_needs_numpy_only() -> None:
@@ -45,10 +120,36 @@ def test_action_tokenizer_needs_numpy_only() -> None:
 
 
 def test_config_holds_values_and_builds_nothing() -> None:
-    assert {name for name in imports(REPOSITORY / "config.py") if name.startswith("prismatic")} <= {"prismatic.image"}
+    assert ours(REPOSITORY / "config.py") <= {"prismatic.image", "prismatic.errors", "prismatic.filenames"}
 
 
-@pytest.mark.parametrize("path", [*SCRIPTS, *PACKAGE], ids=lambda p: str(p.relative_to(REPOSITORY)))
+@pytest.mark.parametrize("name", CORE)
+def test_the_core_imports_no_extra(name: str) -> None:
+    path = REPOSITORY / name
+    if not path.exists():
+        assert name in DEBT_FILES, f"{name} is of the core, but isn't there"
+        return
+    if name not in CALLERS:
+        core = {module_of(REPOSITORY / other) for other in CORE}
+        assert ours(path) - core <= DEBT_IMPORTS.get(name, set()), "what it needs of an extra is to be handed in"
+
+
+def test_the_leaves_import_nothing() -> None:
+    for name in ("prismatic/errors.py", "prismatic/filenames.py"):
+        if (REPOSITORY / name).exists():
+            assert not ours(REPOSITORY / name), name
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    found = circles({module: ours(path) - {module} for module, path in MODULES.items()})
+    assert not [circle for circle in found if not any(circle <= debt for debt in DEBT_CIRCLES)]
+
+
+def test_a_circle_is_seen() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [{"b", "c"}]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_each_library_has_its_room(path: Path) -> None:
     found = roots(path)
     if path.name != "rlds.py":
@@ -57,9 +158,7 @@ def test_each_library_has_its_room(path: Path) -> None:
     if path.name not in SIMULATOR_ROOMS:
         assert not found & {"libero", "robosuite", "mujoco"}
     if path.parent.name == "models":
-        assert not any(
-            name.startswith(("prismatic.data", "prismatic.simulator", "prismatic.policy")) for name in imports(path)
-        )
+        assert not any(name.startswith(("prismatic.data", "prismatic.simulator", "prismatic.policy")) for name in ours(path))  # fmt: skip
 
 
 def test_the_waist_is_the_only_way_to_a_pixel_or_an_action() -> None:
@@ -68,24 +167,44 @@ def test_the_waist_is_the_only_way_to_a_pixel_or_an_action() -> None:
 
 
 def test_nothing_downloads_or_runs_foreign_code() -> None:
-    for path in [*SCRIPTS, *PACKAGE]:
-        for node in ast.walk(ast.parse(path.read_text())):
+    for path in FILES:
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.keyword):
                 assert node.arg != "trust_remote_code", path
                 assert not (node.arg == "shell" and getattr(node.value, "value", None) is True), path
                 assert not (node.arg == "allow_pickle" and getattr(node.value, "value", None) is True), path
+            if isinstance(node, ast.Attribute):
+                assert ast.unparse(node) not in {"pickle.load", "pickle.loads", "pickle.Unpickler"}, path
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 assert any(
                     k.arg == "weights_only" and getattr(k.value, "value", None) is True for k in node.keywords
                 ), path
 
 
-def test_sizes() -> None:
-    files = [path for path in [*SCRIPTS, *PACKAGE] if path.stat().st_size]
-    lengths = sorted(len(path.read_text().splitlines()) for path in files)
-    assert lengths[-1] <= 350 and lengths[len(lengths) // 2] <= 150
-    for path in files:
-        assert not any(word in path.stem for word in ("util", "helper", "common", "misc", "manager"))
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                assert (node.end_lineno or 0) - node.lineno < 80, f"{path}: {node.name}"
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_file_fits_a_head(path: Path) -> None:
+    assert lines(path) <= MAX_FILE
+    assert not any(word in path.stem for word in ("util", "helper", "common", "misc", "manager"))
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < MAX_FUNCTION, node.name
+
+
+def test_the_whole_fits_an_evening_and_a_week() -> None:
+    lengths = sorted(lines(path) for path in FILES if path.stat().st_size)
+    assert lengths[len(lengths) // 2] <= MEDIAN_FILE
+    core = sum(lines(REPOSITORY / name) for name in CORE if (REPOSITORY / name).exists())
+    if DEBT_LINES and (core > MAX_CORE or sum(lengths) > MAX_ALL):
+        pytest.xfail(f"core {core} of {MAX_CORE} lines, all {sum(lengths)} of {MAX_ALL}")
+    assert core <= MAX_CORE and sum(lengths) <= MAX_ALL
+
+
+def test_no_machine_and_no_workplace_is_named() -> None:
+    kinds = {".py", ".sh", ".md", ".toml", ".txt", ".yml", ".yaml", ".cff", ".jinja", ".css"}
+    private = re.compile(r"/(work|root|tmp)/|/home/\w|\bissues (show|stops?|land)\b|(?<!\.\./)\bshared/")
+    skipped = {".git", ".venv", "workspace", "rollouts", ".ruff_cache", ".pytest_cache"}
+    top = [path for path in REPOSITORY.iterdir() if path.name not in skipped]
+    for path in [*top, *(inner for folder in top if folder.is_dir() for inner in folder.rglob("*"))]:
+        if path.suffix in kinds and path != Path(__file__).resolve() and path.is_file():
+            found = private.search(path.read_text(errors="replace"))
+            assert not found, f"{name_of(path)}: {found.group()}"
