@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from prismatic.errors import ConfigError
+from prismatic.filenames import ADAPTER_CONFIG, CONFIG, LATEST
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WANTED = ["*.json", "*.safetensors", "*.model", "checkpoints/latest-checkpoint.pt"]  # never Python files
@@ -18,7 +19,7 @@ def resolve(name: str | Path, *, kind: Literal["model", "dataset"] = "model") ->
     """The folder that name is, or the snapshot of the hub id that it names. ConfigError if it is neither, or can't be fetched."""
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return folder
+        return newest_step(folder) if kind == "model" else folder
     local = (
         folder.is_absolute()
         or folder.parts[0] in (".", "..")
@@ -38,3 +39,9 @@ def resolve(name: str | Path, *, kind: Literal["model", "dataset"] = "model") ->
         raise ConfigError(
             f"{name} is no folder here and can't be fetched from the hub ({first}): give a path, or log in and try again"
         ) from None
+
+
+def newest_step(folder: Path) -> Path:
+    """A training run's folder stands for its newest step; any other folder for itself."""
+    is_run = (folder / LATEST).is_dir() and not any((folder / name).exists() for name in (CONFIG, ADAPTER_CONFIG))
+    return folder / LATEST if is_run else folder

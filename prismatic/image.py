@@ -42,6 +42,25 @@ def jpeg_round_trip(frame: np.ndarray) -> np.ndarray:
     return decode_jpeg(encode_jpeg(frame))
 
 
+@dataclass(frozen=True)
+class PreparedImage:
+    """A live frame that has gone through an ImagePath: pixels (S, S, 3) uint8."""
+
+    pixels: np.ndarray
+
+
+@dataclass(frozen=True)
+class ImagePath:
+    """What a live frame (H, W, 3) uint8 goes through before its pixels are normalised: about 9 ms, best spent beside the camera."""
+
+    size: int
+    center_crop: bool
+
+    def __call__(self, frame: np.ndarray) -> PreparedImage:
+        pixels = resize_lanczos3(jpeg_round_trip(frame), self.size)
+        return PreparedImage(center_crop(pixels) if self.center_crop else pixels)
+
+
 @functools.lru_cache(maxsize=32)
 def _lanczos3_taps(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
     """First tap (size_out,) int64 and weights (size_out, taps) float32 that sum to 1, zero past the last tap.

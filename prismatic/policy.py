@@ -13,16 +13,12 @@ import numpy as np
 import torch
 
 from prismatic import image
-from prismatic.errors import ConfigError
+from prismatic.errors import ConfigError, PolicyError
 from prismatic.models.decode import Decoder
 from prismatic.models.vla import VLA
 from prismatic.processor import Processor, ProcessorConfig
 
 REMEMBERED = 1024  # episodes whose last answer is kept
-
-
-class PolicyError(Exception):
-    """A policy's answer is no action (NaN or infinite): an error of the policy, never a choice."""
 
 
 class Policy(Protocol):

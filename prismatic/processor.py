@@ -212,9 +212,18 @@ class Processor:
             self.proprio(state, dataset=dataset),
         )
 
-    def inputs(self, frames: Sequence[np.ndarray], instruction: str) -> tuple[list[int], torch.Tensor]:
-        """Prompt ids and pixel_values (6·n_images, S, S) from live frames (H, W, 3) uint8, upright."""
-        images = [self._as_acting(image.jpeg_round_trip(frame)) for frame in frames]
+    @property
+    def image_path(self) -> image.ImagePath:
+        """What `inputs` does to a frame, for a process beside the camera."""
+        return image.ImagePath(self.config.image_size, self.config.center_crop)
+
+    def inputs(
+        self, frames: Sequence[np.ndarray | image.PreparedImage], instruction: str
+    ) -> tuple[list[int], torch.Tensor]:
+        """Prompt ids and pixel_values (6·n_images, S, S) from live frames (H, W, 3) uint8, upright, or what image_path made of them."""
+        images = [
+            (frame if isinstance(frame, image.PreparedImage) else self.image_path(frame)).pixels for frame in frames
+        ]
         return self.prompt_ids(instruction), self.pixel_values(images)
 
     def proprio(
