@@ -23,6 +23,7 @@ from config import WORKSPACE
 from prismatic.atomic import write_json
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.hub import resolve
+from prismatic.ranges import checked
 
 Rows = list[dict[str, Any]]
 MAY_BE_ZERO = ("task_id", "num_workers")  # of the numbers below
@@ -282,6 +283,7 @@ def check(cfg: BenchConfig) -> None:
 
 def main(cfg: BenchConfig) -> None:
     """Measure, print one table, and write it as JSON where asked."""
+    cfg = checked(cfg)
     check(cfg)
     rows = BENCHES[type(cfg)](cfg)
     names = list(rows[0])

@@ -27,6 +27,7 @@ from prismatic.data.staging import writing_to
 from prismatic.episodes.demonstration import Demonstration, Job, Worker, stop
 from prismatic.episodes.replay import Replays, find_replays
 from prismatic.errors import ConfigError, exit_codes
+from prismatic.ranges import Count, NonNegative, Positive, Seed, Workers, checked
 from prismatic.simulator import choose_renderer, instruction, num_tasks
 from prismatic.versions import folder_fingerprint
 
@@ -40,27 +41,27 @@ class CollectConfig:
     # libero_spatial, libero_object or libero_goal: pick-and-place tasks, which the scripted expert can do.
     task_suite_name: str = "libero_spatial"
     # Tasks of the suite, such as `--task_ids 0 3`; none means all.
-    task_ids: tuple[int, ...] = ()
+    task_ids: tuple[Count, ...] = ()
     # Folder of LIBERO's own demonstrations, <task name>_demo.hdf5, played again with LIBERO's own pixels (perturbation, render_quality and
     # seed play no part). None: the scripted expert makes new ones.
     from_hdf5: Path | None = None
     # Successful episodes wanted of each task; with from_hdf5, how many of each file are played.
-    num_demos_per_task: int = 50
+    num_demos_per_task: Positive = 50
     # Folder of data sets; the new one is data_root_dir/dataset_name/1.0.0.
     data_root_dir: Path = WORKSPACE / "datasets"
     # Small letters, digits and _.
     dataset_name: str = "libero_expert"
     # Simulator processes, 2 GB each.
-    num_workers: int = 2
+    num_workers: Workers = 2
     # Largest random push while the expert acts, in units of a full command; 0 for none. Its own answers are what is recorded.
-    perturbation: float = 0.5
+    perturbation: NonNegative = 0.5
     # Checkpoint or adapter folder of a policy that acts first, for a random number of steps; the expert's answers are recorded all
     # the same, so the data shows the way back from that policy's own mistakes (DAgger). None: the expert acts alone.
     policy_checkpoint: Path | None = None
     # fast: three times faster on a CPU, pixels differ by about 1.5 of 255. standard: LIBERO's own pixels.
     render_quality: Literal["standard", "fast"] = "fast"
     # Another seed gives other episodes.
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Schedule:
@@ -246,6 +247,7 @@ def collect(cfg: CollectConfig) -> Path:
 
 def main(cfg: CollectConfig) -> None:
     """Collect and say where the data set is."""
+    cfg = checked(cfg)
     print(f"data set: {collect(cfg)}")
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from prismatic.image import AUGMENTATIONS
+from prismatic.ranges import BatchSize, FolderName, Seed, Share
 
 # Where data sets, frame caches and runs go; the environment variable of the same name wins.
 WORKSPACE = Path(os.environ.get("WORKSPACE", "workspace"))
@@ -47,7 +48,7 @@ class FinetuneConfig(MemoryOptions):
     # Folder of frame caches: what was read from RLDS once, about as large as the data set.
     cache_dir: Path = WORKSPACE / "cache"
     # Samples of one pass of one process.
-    batch_size: int = 16
+    batch_size: BatchSize = 16
     # Passes added up before a step: the effective batch is batch_size x this x the number of processes (torchrun).
     grad_accumulation_steps: int = 1
     # Of AdamW.
@@ -73,7 +74,7 @@ class FinetuneConfig(MemoryOptions):
     # Steps between validations on held-out episodes, un-augmented; 0 never. The last step is validated too.
     val_steps: int = 5000
     # Share of the episodes held out, the last on disk, where a data set has no split named val (OpenVLA's 5 %).
-    val_share: float = 0.05
+    val_share: Share = 0.05
     # Actions become tokens by the data set's statistics (as in OpenVLA) or the base's: its tokens keep their meaning, better for little data.
     action_statistics: Literal["dataset", "base"] = "dataset"
     # Where the numbers go besides metrics.jsonl and curves.png.
@@ -91,13 +92,13 @@ class FinetuneConfig(MemoryOptions):
     # Which of them.
     augment_order: tuple[str, ...] = AUGMENTATIONS
     # Seed of the shuffling, the augmentations and the adapter's start.
-    seed: int = 7
+    seed: Seed = 7
     # Loader processes.
     num_workers: int = 4
     # auto: the same command continues its run. never: refuse if the run exists.
     resume: Literal["auto", "never"] = "auto"
     # Is added to the run's name.
-    run_id_note: str | None = None
+    run_id_note: FolderName | None = None
     # OpenVLA's shuffle buffer. Accepted, no longer needed: frames are read in random order from disk.
     shuffle_buffer_size: int | None = None
 
@@ -158,9 +159,9 @@ class EvalConfig(VideoOptions, ControlOptions):
     # Steps of holding still before the policy acts; they do not count.
     num_steps_wait: int = 10
     # LIBERO's seed; it moves fixtures even with a stored initial state. Published numbers use 0.
-    env_seed: int = 0
+    env_seed: Seed = 0
     # Seed of the random policy, and of sampling where a policy samples.
-    seed: int = 7
+    seed: Seed = 7
     # Key of the data set's statistics. Only for a folder without processor.json that has several.
     unnorm_key: str | None = None
     # Whether it was trained with random crops. None: what the folder says, True where it says nothing.
@@ -186,7 +187,7 @@ class EvalConfig(VideoOptions, ControlOptions):
     # Folder of rollout folders.
     local_log_dir: Path = Path("rollouts")
     # Is added to the rollout folder's name.
-    run_id_note: str | None = None
+    run_id_note: FolderName | None = None
     # Play nothing: compare two rollout folders, or several twos together (before after before after …), over the episodes that they share.
     compare: tuple[Path, ...] = ()
     model_family: Literal["openvla"] = "openvla"  # accepted because OpenVLA's command lines have it

@@ -18,6 +18,7 @@ import tyro
 
 from prismatic import machine, simulator
 from prismatic.errors import ConfigError, exit_codes
+from prismatic.ranges import checked
 from prismatic.scene import golden
 from prismatic.versions import SIMULATOR_PINS, versions
 
@@ -54,6 +55,7 @@ class Check:
 
 
 def main(cfg: DoctorConfig) -> int:
+    cfg = checked(cfg)
     bad = 0
     for check in checks(cfg):
         mark = {True: "ok  ", False: "BAD ", None: "    "}[check.good]

@@ -25,6 +25,7 @@ from prismatic.episodes.player import Setup, Trial
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.filenames import REPORT, RESULTS, STEP_FOLDER, VERSIONS
 from prismatic.pages import comparison
+from prismatic.ranges import checked
 from prismatic.summary import crashed, sentences
 from prismatic.versions import SIMULATOR_PACKAGES, SIMULATOR_PINS, folder_fingerprint, unpinned_simulator, versions
 
@@ -36,6 +37,7 @@ LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of them on this ma
 
 
 def main(cfg: EvalConfig) -> None:
+    cfg = checked(cfg)
     if cfg.compare:
         print(*comparison.told(cfg.compare, margin=cfg.margin, difference=cfg.difference), sep="\n")
         return

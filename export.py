@@ -19,6 +19,7 @@ from prismatic.errors import ConfigError, exit_codes
 from prismatic.hub import resolve
 from prismatic.models import quantize, weights
 from prismatic.processor import Processor
+from prismatic.ranges import checked
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class ExportConfig:
 
 
 def main(cfg: ExportConfig) -> Path:
+    cfg = checked(cfg)
     base, adapter = resolve(cfg.checkpoint), cfg.adapter
     if (base / files.ADAPTER_CONFIG).exists():
         if adapter is not None:

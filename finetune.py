@@ -31,6 +31,7 @@ from prismatic.image import AUGMENTATIONS
 from prismatic.models import quantize, weights
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.processor import Batch, Processor, ProcessorConfig
+from prismatic.ranges import checked
 from prismatic.training import first_batch
 from prismatic.training.cuda_graph import graph_passes
 from prismatic.training.display import Display
@@ -68,6 +69,7 @@ class Job:
 
 
 def main(cfg: FinetuneConfig) -> Path:
+    cfg = checked(cfg)
     with joined() as ranks:
         ranks.on_first(lambda: check(cfg, ranks))
         job = prepare(cfg, ranks)

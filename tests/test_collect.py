@@ -141,7 +141,7 @@ def test_ctrl_c_ends_everything_with_130(tmp_path: Path) -> None:
     [
         (["--task_suite_name", "libero_spatal"], "unknown task suite 'libero_spatal'"),
         (["--task_ids", "12"], "has no task 12"),
-        (["--num_workers", "0"], "num_workers is 0"),
+        (["--num_workers", "0"], "--num_workers 0"),
         (["--dataset_name", "Task-0"], "'Task-0' can't name a data set"),
         (["--policy_checkpoint", "nowhere"], "nowhere"),
         (["--policy_checkpoint", "nowhere", "--from_hdf5", "there"], "leave one of them out"),

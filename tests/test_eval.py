@@ -119,7 +119,7 @@ def test_identity_follows_the_weights_and_not_the_workers(tmp_path: Path, fake: 
         ({"save_gifs": True, "save_videos": False}, "save_gifs needs the videos"),
         ({"load_in_8bit": True, "load_in_4bit": True}, "load_in_8bit and load_in_4bit exclude each other"),
         ({"load_in_8bit": True, "quantize": "int4"}, "load_in_8bit and quantize int4 exclude each other"),
-        ({"env_seed": -1}, "--env_seed must not be negative"),
+        ({"env_seed": -1}, "--env_seed -1"),
         ({"num_workers": 0}, "num_workers is 0"),
         ({"num_steps_wait": -1}, "num_steps_wait is -1"),
         ({"instruction": "swap"}, "only a checkpoint reads, --policy zero doesn't"),

@@ -1,0 +1,117 @@
+"""Kinds of numbers and names with their limits, for fields of configurations (flags) and of records (JSON).
+
+A limit stands on its field, `batch_size: Positive = 16`; `checked` looks at all flags of a script before anything starts, `read_record` at the
+fields of a file. Surprising: a float is finite everywhere, without saying so.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from prismatic.errors import ConfigError
+
+Count = Annotated[int, Meta(ge=0, lt=2**53)]
+Positive = Annotated[int, Meta(ge=1, lt=2**53)]
+Seed = Annotated[int, Meta(ge=0, lt=2**32)]  # what numpy's and LIBERO's generators take
+BatchSize = Annotated[int, Meta(ge=1, le=2**16)]
+Processes = Annotated[int, Meta(ge=0, le=1024)]  # beside this one
+Workers = Annotated[int, Meta(ge=1, le=1024)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+NonNegative = Annotated[float, Meta(ge=0)]
+LearningRate = Annotated[float, Meta(gt=0, le=10)]
+
+NAME_BYTES = 255  # the longest name that file systems take
+PATH_BYTES = 4096
+NAME_RULE = "a name without / and \\, not beginning with a dot, of at most 100 characters"
+FolderName = Annotated[str, Meta(pattern=r"\A(?!\.)[^/\\\x00-\x1f\x7f\ud800-\udfff]{0,100}\Z")]
+WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "bool": "true or false",
+    "array": "a list",
+}  # for msgspec's kinds
+
+Config = TypeVar("Config")
+
+
+def checked(flags: Config) -> Config:
+    """A script's configuration, a dataclass, with ~ expanded in every path; ConfigError that names the first flag outside its limits."""
+    hints = get_type_hints(type(flags), include_extras=True)
+    values = {}
+    for field in dataclasses.fields(flags):  # type: ignore[arg-type]
+        value, name = getattr(flags, field.name), f"--{field.name}"
+        if dataclasses.is_dataclass(value):
+            values[field.name] = checked(value)
+            continue
+        try:
+            value = msgspec.convert(value, hints[field.name], dec_hook=_path)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{name} {value!r}: {wanted(str(error).partition(' - at ')[0])}") from None
+        values[field.name] = _checked_value(value, name)
+    return dataclasses.replace(flags, **values)  # type: ignore[type-var]
+
+
+def wanted(message: str) -> str:
+    """What msgspec says about a value, as the end of a sentence for a person."""
+    if "matching regex" in message:
+        return f"give {NAME_RULE}"
+    if message.startswith("Invalid enum value"):
+        return "not one of the values that --help lists"
+    for kind, word in WORDS.items():
+        message = message.replace(f"`{kind}`", word)
+    return message.replace("Expected", "expected", 1).replace("`", "")
+
+
+def check_folder_name(name: str, made_of: str) -> str:
+    """The name, which is made of `made_of`; ConfigError unless it is that of one folder, of a length that every file system takes."""
+    if not name or name.startswith(".") or any(c in "/\\" or ord(c) < ord(" ") for c in name):
+        raise ConfigError(f"{made_of}: {name!r} can't be a folder: give {NAME_RULE}")
+    if len(_utf8(name, made_of)) > NAME_BYTES - len(".unfinished-.partial"):
+        raise ConfigError(
+            f"{made_of}: {name[:40]!r}… is too long for a folder's name ({len(name)} characters): shorten it"
+        )
+    return name
+
+
+def expanded(path: str | Path) -> str:
+    """A path or hub id with ~ expanded; ConfigError where there is no such home, or no file system takes the path."""
+    return str(_checked_value(str(path), "the path"))
+
+
+def _path(kind: type, value: Any) -> Any:
+    """msgspec's hook for the types that it doesn't know, of which there is one: a text is taken for a Path."""
+    if kind is Path and isinstance(value, str | Path):
+        return Path(value)
+    raise msgspec.ValidationError(f"Expected `{kind.__name__}`, got `{type(value).__name__}`")
+
+
+def _checked_value(value: Any, name: str) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(_checked_value(item, name) for item in value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} {value}: give a finite number")
+    if isinstance(value, str | Path):
+        text = str(value)
+        encoded = _utf8(text, name)
+        if b"\0" in encoded:
+            raise ConfigError(f"{name} {text!r} holds a NUL character: leave it out")
+        if len(encoded) > PATH_BYTES or any(len(part) > NAME_BYTES for part in encoded.split(b"/")):
+            raise ConfigError(f"{name} {text[:40]!r}… is too long for a path ({len(text)} characters): shorten it")
+        if text.startswith("~"):
+            try:
+                return type(value)(Path(text).expanduser())
+            except RuntimeError:
+                raise ConfigError(f"{name} {text}: there is no such home folder: write the path in full") from None
+    return value
+
+
+def _utf8(text: str, name: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{name} {text!r} is not valid UTF-8: give it in characters of Unicode") from None

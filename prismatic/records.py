@@ -1,0 +1,86 @@
+"""JSON files into typed records, in one way everywhere: a dataclass, TypedDict or dict[str, …] whose fields carry their limits (ranges.py).
+
+A folder is data from anywhere: what is read is a regular file of bounded size, and whatever it holds gives a record or one ConfigError that
+names file and field. Fields that a record doesn't know are passed over, so that a later version's files stay readable.
+"""
+
+import json
+import math
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from prismatic.errors import ConfigError
+from prismatic.ranges import wanted
+
+Record = TypeVar("Record")
+LARGEST = 64 << 20  # bytes of a JSON file; the largest known, OpenVLA's statistics of all its data sets, have 0.2 MB
+COPY_AGAIN = "copy it again from where the folder came from"
+
+
+def read_record(path: Path, kind: type[Record], *, way_out: str = COPY_AGAIN) -> Record:
+    """The record that a JSON file holds. ConfigError, which ends in `way_out`, for a file that is missing, no regular one, too
+    large, no JSON, nested too deep, or has a field of another type or outside its limits; NaN and infinity are no JSON.
+    """
+    return parse_record(read_bytes(path, way_out=way_out), kind, str(path), way_out=way_out)
+
+
+def parse_record(content: bytes | str, kind: type[Record], where: str, *, way_out: str = COPY_AGAIN) -> Record:
+    """As read_record, of text that is there already, such as a line of a file; `where` names it in errors."""
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except msgspec.ValidationError as error:
+        message, _, place = str(error).partition(" - at `$")
+        field = re.sub(r"^\.", "", place.rstrip("`")) or "the whole"
+        raise ConfigError(f"{where}: {field}: {wanted(message)}: {way_out}") from None
+    except RecursionError:
+        raise ConfigError(f"{where} is nested too deep: {way_out}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where} is not valid JSON ({_reason(content, error)}): {way_out}") from None
+
+
+def read_object(path: Path, *, way_out: str = COPY_AGAIN) -> dict[str, Any]:
+    """As read_record, of a file whose fields are read one by one later."""
+    return read_record(path, dict[str, Any], way_out=way_out)
+
+
+def read_bytes(path: Path, *, largest: int = LARGEST, way_out: str = COPY_AGAIN) -> bytes:
+    """The content of a regular file of at most `largest` bytes; a pipe or a device, which would be waited for for ever, is refused."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as stream:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise ConfigError(f"{path} is no regular file: {way_out}")
+            if found.st_size > largest:
+                raise ConfigError(f"{path} has {found.st_size} bytes, more than such a file ever has: {way_out}")
+            return stream.read(largest)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path} can't be read ({reason}): {way_out}") from None
+
+
+def finite(value: Any) -> bool:
+    """Whether every number in nested lists and objects is finite."""
+    if isinstance(value, dict):
+        return all(finite(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return all(finite(item) for item in value)
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _reason(content: bytes | str, error: Exception) -> str:
+    """What is wrong: Python's reader, which also knows NaN, says it with line and column."""
+
+    def refuse(number: str) -> None:
+        raise ValueError(f"it holds {number}, which is no number")
+
+    try:
+        json.loads(content, parse_constant=refuse)
+    except (ValueError, RecursionError) as better:
+        return str(better)
+    return str(error)
