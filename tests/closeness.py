@@ -1,4 +1,4 @@
-"""The README's table "How close to the original": largest differences from the original's arrays, printed as Markdown.
+"""The table of docs/parity.md: largest differences from the original's arrays, printed as Markdown.
 
 OPENVLA_REFERENCE=FOLDER python -m tests.closeness        (without the variable: the excerpt in tests/reference)
 """
@@ -17,9 +17,7 @@ from prismatic.checkpoint import load_statistics, load_vla
 from prismatic.models.lora import merge_lora
 from prismatic.models.vision import patch_features
 from tests.conftest import EXCERPT, FULL
-from tests.test_adapter import last_nine
-from tests.test_decode import cases
-from tests.test_image import MEANS, STDS
+from tests.original import MEANS, STDS, cases, last_nine
 
 Row = tuple[str, str, str]  # what, largest difference, tolerance
 
@@ -48,7 +46,7 @@ def model(folder: Path) -> Iterator[Row]:
         out = vla(**batch, all_logits=True)
     valid = arrays["valid_mask"]
     yield (
-        "logits of the action words",
+        "logits of the action tokens",
         largest(out.logits.numpy()[..., 31744:32000][valid], arrays["logits_action"][valid]),
         "3e-4",
     )
@@ -97,7 +95,7 @@ def pixels(folder: Path) -> Iterator[Row]:
         np.abs(image.resize_lanczos3(image.jpeg_round_trip(frames[n]), 224).astype(int) - arrays[f"{n}__resize_224"])
         for n in names
     ]
-    yield "JPEG + Lanczos: values off by one, the worst picture", str(max(int((d > 0).sum()) for d in resized)), "2"
+    yield "JPEG + Lanczos: values off by one, the worst image", str(max(int((d > 0).sum()) for d in resized)), "2"
     crops = [
         np.abs(image.center_crop(arrays[f"{n}__resize_224"]).astype(int) - arrays[f"{n}__center_crop_224"])
         for n in names

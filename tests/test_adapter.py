@@ -18,6 +18,7 @@ from prismatic.models.lora import add_lora, lora_config, lora_state_dict, merge_
 from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
 from prismatic.models.vla import VLA
 from prismatic.processor import Processor, ProcessorConfig
+from tests.original import last_nine
 
 PEFT_0_11_1_FIELDS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "init_lora_weights",
@@ -35,14 +36,6 @@ def arrays(numbers: Path) -> dict[str, np.ndarray]:
 @pytest.fixture
 def adapted(numbers: Path) -> VLA:
     return load_vla(numbers / "checkpoint", numbers / "lora_adapter")
-
-
-def last_nine(vla: VLA, batch: dict[str, torch.Tensor], numbers: Path) -> tuple[float, np.ndarray]:
-    positions = torch.from_numpy(np.load(numbers / "forward.npz")["logits_last9_positions"])
-    with torch.inference_mode():
-        out = vla(**batch, all_logits=True)
-    assert out.loss is not None
-    return out.loss.item(), torch.stack([out.logits[b, positions[b]] for b in range(3)])[..., 31744:32000].numpy()
 
 
 def test_an_adapter_of_the_original_gives_its_logits_and_loss(

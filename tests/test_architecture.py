@@ -40,6 +40,12 @@ DEBT_CIRCLES = [
     {f"prismatic.models.{name}" for name in ("decode", "nf4", "quantize", "vla", "weights")},
 ]
 DEBT_LINES = True
+DEBT_TESTS = {
+    "test_training_model.py": {"tests.test_finetune"},
+    "test_bench_train.py": {"tests.test_cuda_graph"},
+    "test_captured.py": {"tests.test_decode"},
+    "test_onednn.py": {"tests.test_decode"},
+}
 
 
 def name_of(path: Path) -> str:
@@ -210,3 +216,11 @@ def test_no_machine_and_no_workplace_is_named() -> None:
         if path.suffix in kinds and path != Path(__file__).resolve() and path.is_file():
             found = private.search(path.read_text(errors="replace"))
             assert not found, f"{name_of(path)}: {found.group()}"
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("*.py")), ids=name_of)
+def test_no_test_stands_on_another_test(path: Path) -> None:
+    borrowed = {name for name in imports(path) if name.startswith("tests.test_")} - {"tests.test_architecture"}
+    assert borrowed <= DEBT_TESTS.get(path.name, set()), (
+        "what two test files need stands in conftest.py or a file of its own"
+    )

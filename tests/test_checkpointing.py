@@ -8,14 +8,7 @@ from prismatic.models.lora import add_lora
 from prismatic.models.tiny import TINY, random_vla
 from prismatic.models.vla import VLA
 from prismatic.training.live_bytes import LiveBytes
-
-GENERATOR = torch.Generator().manual_seed(0)
-BATCH = {
-    "input_ids": torch.randint(3, 1000, (2, 20), generator=GENERATOR),
-    "attention_mask": None,
-    "pixel_values": torch.randn(2, 12, 128, 128, generator=GENERATOR),
-    "labels": torch.randint(3, 1000, (2, 20), generator=GENERATOR),
-}
+from tests.drawn_batch import BATCH
 
 
 def adapted(dropout: float) -> VLA:

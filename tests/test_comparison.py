@@ -13,7 +13,7 @@ from prismatic import statistics
 from prismatic.episodes import traces
 from prismatic.errors import ConfigError
 from prismatic.pages import comparison
-from tests.test_report import Reader, folder_with, row
+from tests.drawn_results import Reader, folder_with, row
 
 VERDICTS = {False: ("closed_beside", "It shut on nothing."), True: ("success", "Solved.")}
 

@@ -1,40 +1,26 @@
 """Greedy decoding: the original's ids, batched rows equal to single ones, no word but an action, and drafts that change nothing."""
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prismatic.checkpoint import load_statistics, load_vla
-from prismatic.image import resize_bicubic
 from prismatic.models import decode
 from prismatic.models.decode import Decoder, Decoding, verified
 from prismatic.models.tiny import TINY, random_vla
 from prismatic.models.vla import VLA
 from prismatic.normalize import unnormalize
-from tests.test_image import MEANS, STDS, image
+from tests.original import cases
 
 
 @pytest.fixture(scope="module")
 def vla(numbers: Path) -> VLA:
     return load_vla(numbers / "checkpoint").eval()
-
-
-def cases(folder: Path) -> list[tuple[dict, torch.Tensor]]:
-    found = []
-    for case in json.loads((folder / "generate.json").read_text()):
-        if case.get("image_key"):
-            picture = np.load(folder / "image_path.npz")[case["image_key"]]
-        else:
-            picture = np.asarray(Image.open(folder / case["image_file"]).convert("RGB"))
-        found.append((case, torch.from_numpy(image.normalize_pixels(resize_bicubic(picture, 224), MEANS, STDS))))
-    return found
 
 
 def test_every_case_of_predict_action(vla: VLA, numbers: Path) -> None:

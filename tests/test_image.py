@@ -9,9 +9,7 @@ from PIL import Image
 
 from prismatic import image
 from prismatic.image import Augmentation
-from prismatic.processor import DINO_MEAN, DINO_STD, SIGLIP_MEAN, SIGLIP_STD
-
-MEANS, STDS = np.array([DINO_MEAN, SIGLIP_MEAN]), np.array([DINO_STD, SIGLIP_STD])
+from tests.original import MEANS, STDS
 
 
 def pictures(folder: Path) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ from prismatic.models.lora import (
 from prismatic.models.tiny import TINY, random_vla
 from prismatic.models.vla import VLA
 from prismatic.training.live_bytes import LiveBytes
-from tests.test_checkpointing import BATCH
+from tests.drawn_batch import BATCH
 
 
 def adapted(base: torch.dtype) -> VLA:

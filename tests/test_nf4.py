@@ -15,7 +15,7 @@ from prismatic.models.nf4 import BYTES_PER_VALUE, quantised_linears
 from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
 from prismatic.processor import Processor, ProcessorConfig
 from prismatic.training.optimizer import make_optimizer
-from tests.test_checkpointing import BATCH
+from tests.drawn_batch import BATCH
 
 bitsandbytes: Any = importlib.import_module("bitsandbytes")  # exports without saying so
 

@@ -16,8 +16,8 @@ from prismatic.image import encode_jpeg
 from prismatic.scene.suites import init_states, instruction, task_name
 from prismatic.summary import crashed, sentences
 from tests.drawn_cache import write_cache
+from tests.drawn_demonstrations import write_libero_file
 from tests.fake_simulator import GOAL, SIDE
-from tests.test_replay import write_libero_file
 
 PUSH = 0.8  # of a recorded action, which moves the fake's point by 20 of it
 

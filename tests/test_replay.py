@@ -24,6 +24,7 @@ from prismatic.expert import Expert
 from prismatic.image import decode_jpeg, encode_jpeg
 from prismatic.scene.suites import bddl_file, init_states, task_name
 from prismatic.simulator import Simulator, choose_renderer
+from tests.drawn_demonstrations import write_libero_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITE, TASK = "libero_spatial", 0
@@ -31,24 +32,6 @@ FILE = f"{task_name(SUITE, TASK)}_demo.hdf5"
 STATE_SIZE = init_states(SUITE, TASK).shape[1]
 WAVE = 12  # step at which the hand stands still and shuts its fingers: no motion, and not a no-op
 LOOKS = (WAVE, WAVE + 1, 40)  # kept steps whose pictures are compared
-
-
-def write_libero_file(path: Path, demos: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    """(states, actions) of each demonstration as LIBERO's create_dataset.py lays them out, without the pictures."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as file:
-        data = file.create_group("data")
-        data.attrs["env_name"] = "Libero_Tabletop_Manipulation"
-        data.attrs["num_demos"] = len(demos)
-        for number, (states, actions) in enumerate(demos):
-            group = data.create_group(f"demo_{number}")
-            group.attrs["num_samples"] = len(actions)
-            group.attrs["init_state"] = states[0]
-            last = np.eye(1, len(actions), len(actions) - 1, dtype=np.uint8)[0]
-            arrays = {"states": states, "actions": actions, "rewards": last, "dones": last}
-            for name, array in arrays.items():
-                group.create_dataset(name, data=array)
-            group.create_group("obs").create_dataset("joint_states", data=np.zeros((len(actions), 7)))
 
 
 def libero_frames(first_state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

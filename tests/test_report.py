@@ -1,10 +1,8 @@
 """report.py on a folder as eval.py leaves it."""
 
-import html.parser
 import json
 import re
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -13,55 +11,7 @@ import pytest
 from prismatic import evaluation, report
 from prismatic.episodes import traces
 from prismatic.errors import ConfigError
-
-
-class Reader(html.parser.HTMLParser):
-    """Collects the texts, the videos with their attributes, and every tag that could reach outside the
-    folder.
-    """
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.texts: list[str] = []
-        self.videos: list[dict[str, str | None]] = []
-        self.links: list[str] = []
-        self.unclosed: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in ("meta", "br"):
-            self.unclosed.append(tag)
-        if tag == "video":
-            self.videos.append(dict(attrs))
-        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        pass
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.unclosed.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts += [data.strip()] if data.strip() else []
-
-
-def row(task_id: int, state: int, success: bool | None, error: str | None = None) -> dict[str, Any]:
-    name = evaluation.video_name(50 * task_id + state + 1, bool(success), f"pick up bowl {task_id} & <place> it")
-    return {
-        "episode_id": f"libero_spatial/task{task_id}/state{state}/seed0",
-        "suite": "libero_spatial",
-        "task_id": task_id,
-        "init_state": state,
-        "env_seed": 0,
-        "instruction": f"pick up bowl {task_id} & <place> it",
-        "success": success,
-        "error": error,
-        "steps": 87 + state,
-        "seconds": 1.0,
-        "video": None if error else name,
-        "actions_sha256": "0",
-    }
-
+from tests.drawn_results import Reader, folder_with, row
 
 ROWS = [
     *(row(0, state, True) for state in range(9)),
@@ -69,18 +19,6 @@ ROWS = [
     *(row(1, state, state % 2 == 0) for state in range(10)),
     row(2, 0, None, "the simulator process died (signal SIGKILL)"),
 ]
-
-
-def folder_with(path: Path, rows: list[dict[str, Any]], protocol: dict[str, Any] | None = None) -> Path:
-    path.mkdir(exist_ok=True)
-    (path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
-    protocol = protocol or {
-        "render_quality": "standard",
-        "versions": {"mujoco": "3.2.3"},
-        "center_crop": None,
-    }
-    (path / "summary.json").write_text(json.dumps(evaluation.summarise(rows, protocol=protocol)))
-    return path
 
 
 def test_the_number_comes_first_with_its_interval(tmp_path: Path) -> None:
