@@ -5,19 +5,30 @@ False, so it is not scaled. Surprising: quantiles are float64 sums of float32 di
 is formed in float64 before it becomes float32. Only so are the numbers bit-equal with the original's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 ACTION_DIMENSIONS = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+GRIPPER_CONVENTIONS = {  # how a data set writes a gripper's command
+    "minus_one_open": "-1 open, +1 close",  # LIBERO's own
+    "plus_one_open": "+1 open, -1 close",
+    "one_open": "1 open, 0 closed",
+    "zero_open": "0 open, 1 closed",
+}
 SMALLEST_RANGE = 1e-8  # added to q99 - q01, in the data set's units: a constant dimension would divide by zero
 
 
-def gripper_open_is_one(actions: np.ndarray) -> np.ndarray:
-    """LIBERO's actions (..., 7), gripper -1 open … +1 close, as float32 with 1 open … 0 close; a copy."""
+def gripper_open_is_one(
+    actions: np.ndarray, convention: str = "minus_one_open", dims: Sequence[int] = (-1,)
+) -> np.ndarray:
+    """Recorded actions (..., D) as float32 with their grippers (dims) as 1 open … 0 close; a copy. convention: how they were recorded."""
     actions = np.array(actions, dtype=np.float32)
-    actions[..., -1] = 1 - np.clip(actions[..., -1], 0, 1)
+    for dim in dims:
+        command = -actions[..., dim] if convention == "plus_one_open" else actions[..., dim]
+        command = np.clip(command, 0, 1)
+        actions[..., dim] = command if convention == "one_open" else 1 - command
     return actions
 
 
@@ -33,14 +44,19 @@ def _columns(values: np.ndarray) -> dict[str, list[float]]:
     }
 
 
-def action_statistics(actions: np.ndarray, states: np.ndarray | None, num_trajectories: int) -> dict[str, Any]:
+def action_statistics(
+    actions: np.ndarray, states: np.ndarray | None, num_trajectories: int, gripper_dims: Sequence[int] = (-1,)
+) -> dict[str, Any]:
     """A data set's entry in dataset_statistics.json, JSON-ready, in the original's order of keys.
 
     `actions`: (N, D) float32 of *all* episodes after `gripper_open_is_one`, N ≥ 1. `states`: (N, K) float32,
     or None where the model reads no proprioception: that part is D zeros then, as in OpenVLA's own files.
+    gripper_dims: what the mask leaves as it is.
     """
     proprio = np.zeros_like(actions) if states is None else states
-    mask = [True] * (actions.shape[1] - 1) + [False]
+    mask = [True] * actions.shape[1]
+    for dim in gripper_dims:
+        mask[dim] = False
     return {
         "action": _columns(actions) | {"mask": mask},
         "proprio": _columns(proprio),

@@ -1,0 +1,60 @@
+"""Which dimensions of an action are grippers, and how a data set writes open and closed, told by names and by recorded values.
+
+Nothing is inverted on suspicion: a negative value proves the convention with -1 open, +1 close (LIBERO's own); values within 0 … 1
+are taken as 1 open, 0 closed, as published conversions have it; any other range is no gripper command and is normalised like the rest.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from prismatic.errors import ConfigError
+from prismatic.normalize import GRIPPER_CONVENTIONS
+
+ACTION_DIM_OF_ONE_ARM = 7  # position 3, rotation 3, gripper: the last is the gripper also where no names say so
+SLACK = 1e-3  # by which a command may leave its range: rounding, not another convention
+WEAK_PROOF = -0.5  # a smallest value between this and zero may be noise of a sensor, not an order to open
+FLAG = "--gripper"
+
+
+class Gripper(NamedTuple):
+    """The grippers of a data set's actions."""
+
+    dims: tuple[int, ...]  # which numbers of an action; none where there is no gripper
+    convention: str  # a key of normalize.GRIPPER_CONVENTIONS, or "none"
+    evidence: str  # a sentence: how this was found
+
+
+def gripper_dims(action_dim: int, names: Sequence[str] = ()) -> tuple[int, ...]:
+    """Dimensions whose name holds "grip"; without any the last of 7 unless it is a joint's, and none of another width."""
+    named = tuple(place for place, name in enumerate(names) if "grip" in name.lower()) if len(names) == action_dim else ()
+    if named or action_dim != ACTION_DIM_OF_ONE_ARM or (len(names) == action_dim and "joint" in names[-1].lower()):
+        return named
+    return (ACTION_DIM_OF_ONE_ARM - 1,)
+
+
+def detect_gripper(actions: np.ndarray, names: Sequence[str] = ()) -> Gripper:
+    """The convention that recorded actions (N, D), N ≥ 1, show."""
+    dims = gripper_dims(actions.shape[1], names)
+    if not dims:
+        return Gripper((), "none", f"no dimension of these {actions.shape[1]} is known as a gripper: all are normalised")
+    values = actions[:, dims]
+    low, high = float(values.min()), float(values.max())
+    if low < -1 - SLACK or high > 1 + SLACK:
+        text = f"values from {low:.3g} to {high:.3g} are no gripper command: they are normalised like the other dimensions"
+        return Gripper((), "none", text)
+    if low < 0:
+        return Gripper(dims, "minus_one_open", f"-1 open, +1 close, as its smallest value is {low:.3g}")
+    return Gripper(dims, "one_open", f"1 open, 0 closed assumed, as no value is below 0; if not, give {FLAG} zero_open")
+
+
+def choose_gripper(told: str, found: Gripper, action_dim: int) -> Gripper:
+    """What was found, unless a convention was told ("auto" is none). ConfigError for one that can't be."""
+    if told == "auto":
+        return found
+    if told == "none":
+        return Gripper((), "none", f"no gripper, as {FLAG} says")
+    if told not in GRIPPER_CONVENTIONS:
+        raise ConfigError(f"{FLAG} {told!r} is no convention: give auto, none, {', '.join(GRIPPER_CONVENTIONS)}")
+    return Gripper(found.dims or (action_dim - 1,), told, f"{GRIPPER_CONVENTIONS[told]}, as {FLAG} says")

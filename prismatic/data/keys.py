@@ -1,0 +1,130 @@
+"""Which field of a data set is the agent view, the wrist view, the state, the action, the instruction: found by its usual name, or told.
+
+`--data_keys image=observation.images.top,wrist=none,action=action/xyz+action/gripper` tells any of them; `+` joins vectors, `none` leaves a
+wrist view or a state out. A field is named in full, or by its last part where that is unambiguous.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from prismatic.errors import ConfigError
+
+FLAG = "--data_keys"
+ROLES = ("image", "wrist", "state", "action", "instruction")
+OPTIONAL = ("wrist", "state")
+# The usual names (the last part of a field's), the likeliest first.
+USUAL: dict[str, tuple[str, ...]] = {
+    "image": (
+        *("image", "agentview_image", "agentview_rgb", "agentview", "image_primary", "front", "top", "main", "base", "rgb"),
+        *("cam_high", "exterior_image_1_left", "image_0", "rgb_static", "front_image", "top_image"),
+    ),
+    "wrist": (
+        *("wrist_image", "image2", "wrist", "image_wrist", "eye_in_hand_rgb", "robot0_eye_in_hand_image", "wrist_image_left"),
+        *("hand_image", "wrist_rgb", "rgb_gripper", "cam_wrist"),
+    ),
+    "state": ("state", "proprio", "robot_state", "qpos"),
+    "action": ("action", "actions"),
+    "instruction": (
+        *("language_instruction", "natural_language_instruction", "instruction", "task", "language", "prompt"),
+        "language_text",
+    ),
+}
+# Parts of an action that is a dictionary, in the order in which they make a vector.
+ACTION_PARTS = (("world_vector", "xyz", "translation", "position"), ("rotation_delta", "rotation", "rpy"))
+GRIPPER_PART = "grip"
+
+
+class DataKeys(NamedTuple):
+    """Full names of fields. state and action are joined of one or more; an instruction may be none (LeRobot keeps it elsewhere)."""
+
+    image: str
+    wrist: str | None
+    state: tuple[str, ...]
+    action: tuple[str, ...]
+    instruction: str | None
+
+
+def parse_data_keys(text: str) -> dict[str, str]:
+    """What --data_keys tells, per role; ConfigError for anything else than role=field."""
+    told: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        role, sign, name = (piece.strip() for piece in part.partition("="))
+        if not sign or not name or role not in ROLES or (name == "none" and role not in OPTIONAL):
+            raise ConfigError(f"{FLAG} {part!r} says nothing: write {FLAG} image=…,wrist=…,state=…,action=…,instruction=…")
+        told[role] = name
+    return told
+
+
+def find_keys(fields: Mapping[str, Sequence[str]], told: Mapping[str, str], where: str) -> DataKeys:
+    """Choose among a data set's fields: per kind ("camera", "vector", "text"), full names. ConfigError names what is missing and what is there."""
+    kinds = {"image": "camera", "wrist": "camera", "state": "vector", "action": "vector", "instruction": "text"}
+    chosen: dict[str, tuple[str, ...]] = {}
+    for role in ROLES:
+        there = fields.get(kinds[role], ())
+        if role in told:
+            chosen[role] = tuple(_named(name.strip(), there, role, where) for name in _split(told[role]))
+        else:
+            chosen[role] = _usual(role, there)
+    if not chosen["image"]:
+        alone = [name for name in fields.get("camera", ()) if name not in chosen["wrist"]]
+        chosen["image"] = tuple(alone) if len(alone) == 1 else ()
+    if "wrist" not in told and chosen["wrist"] == chosen["image"]:
+        chosen["wrist"] = ()
+    for role in ("image", "action", *(["instruction"] if "text" in fields else [])):
+        if not chosen[role]:
+            there = ", ".join(fields.get(kinds[role], ())) or "none"
+            raise ConfigError(
+                f"{where} has no field with a usual name for its {role} (each {kinds[role]} there: {there}): give {FLAG} {role}=…"
+            )
+    for role in ("image", "wrist", "instruction"):
+        if len(chosen[role]) > 1:
+            raise ConfigError(f"{FLAG} {role}= names {len(chosen[role])} fields of {where}: give one")
+    first = {role: next(iter(names), None) for role, names in chosen.items()}
+    return DataKeys(str(first["image"]), first["wrist"], chosen["state"], chosen["action"], first["instruction"])
+
+
+def sentences(keys: DataKeys) -> list[str]:
+    """What was chosen, for people."""
+    parts = {
+        "image": keys.image,
+        "wrist": keys.wrist or "none",
+        "state": " + ".join(keys.state) or "none",
+        "action": " + ".join(keys.action),
+        "instruction": keys.instruction or "the task of each row",
+    }
+    return [f"{role}: {name}" for role, name in parts.items()]
+
+
+def _split(names: str) -> list[str]:
+    return [] if names == "none" else names.split("+")
+
+
+def _last(name: str) -> str:
+    return re.split(r"[./]", name)[-1]
+
+
+def _named(name: str, there: Sequence[str], role: str, where: str) -> str:
+    found = [name] if name in there else [full for full in there if _last(full) == name or full.endswith(f"/{name}")]
+    if len(found) != 1:
+        listed = ", ".join(there) or "none"
+        raise ConfigError(f"{FLAG} {role}={name}: {where} has {len(found)} fields of that name (there are: {listed}): give one of them")
+    return found[0]
+
+
+def _usual(role: str, there: Sequence[str]) -> tuple[str, ...]:
+    for name in USUAL[role]:
+        for full in there:
+            if _last(full) == name:
+                return (full,)
+    return _action_parts(there) if role == "action" else ()
+
+
+def _action_parts(there: Sequence[str]) -> tuple[str, ...]:
+    """The parts of an action that is a dictionary, joined in their usual order; none where a part is unknown or missing."""
+    parts = [name for name in there if name.startswith("action/")]
+    ordered = []
+    for usual in ACTION_PARTS:
+        ordered += [name for name in parts if _last(name) in usual]
+    ordered += [name for name in parts if GRIPPER_PART in _last(name)]
+    return tuple(ordered) if len(parts) == len(ordered) == len(ACTION_PARTS) + 1 else ()
