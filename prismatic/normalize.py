@@ -6,7 +6,7 @@ is formed in float64 before it becomes float32. Only so are the numbers bit-equa
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,15 +20,24 @@ GRIPPER_CONVENTIONS = {  # how a data set writes a gripper's command
 SMALLEST_RANGE = 1e-8  # added to q99 - q01, in the data set's units: a constant dimension would divide by zero
 
 
-def gripper_open_is_one(
-    actions: np.ndarray, convention: str = "minus_one_open", dims: Sequence[int] = (-1,)
-) -> np.ndarray:
-    """Recorded actions (..., D) as float32 with their grippers (dims) as 1 open … 0 close; a copy. convention: how they were recorded."""
+class Gripper(NamedTuple):
+    """The grippers of a data set's actions."""
+
+    dims: tuple[int, ...]  # which numbers of an action; none where there is no gripper
+    convention: str  # how they were recorded: a key of GRIPPER_CONVENTIONS, or "none"
+    evidence: str = ""  # a sentence: how this was found
+
+
+LIBERO_GRIPPER = Gripper((-1,), "minus_one_open")
+
+
+def gripper_open_is_one(actions: np.ndarray, gripper: Gripper = LIBERO_GRIPPER) -> np.ndarray:
+    """Recorded actions (..., D) as float32, a copy, each gripper as 1 open … 0 close."""
     actions = np.array(actions, dtype=np.float32)
-    for dim in dims:
-        command = -actions[..., dim] if convention == "plus_one_open" else actions[..., dim]
+    for dim in gripper.dims:
+        command = -actions[..., dim] if gripper.convention == "plus_one_open" else actions[..., dim]
         command = np.clip(command, 0, 1)
-        actions[..., dim] = command if convention == "one_open" else 1 - command
+        actions[..., dim] = command if gripper.convention == "one_open" else 1 - command
     return actions
 
 

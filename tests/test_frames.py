@@ -10,6 +10,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from prismatic.data.frames import CACHE_FORMAT, DrawBatches, FrameCache, Mixture, num_train_episodes
+from prismatic.data.writer import CacheWriter
 from prismatic.errors import ConfigError
 from prismatic.normalize import normalize
 from tests.drawn_cache import write_cache
@@ -34,26 +35,13 @@ def make_cache(
     silent = (episode == SILENT_EPISODE) | ((episode == HALF_SILENT_EPISODE) & (timestep == 0))
     action = np.random.default_rng(0).normal(size=(frames, 7)).astype(np.float32)
     action[:, 6] = np.sign(action[:, 6])
-    images = [image_of(name, frame, view) for frame in range(frames) for view in views]
-    (folder / "frames.bin").write_bytes(b"".join(images))
-    np.savez(
-        folder / "steps.npz",
-        offsets=np.cumsum([0, *map(len, images)]),
-        action=action,
-        episode=episode,
-        timestep=timestep,
-        instruction=np.where(silent, 0, 1).astype(np.int32),
-    )
-    meta = {
-        "format": CACHE_FORMAT,
-        "name": name,
-        "fingerprint": f"content of {name}",
-        "train_episodes": None,
-        "images": views,
-        "instructions": ["", f"do {name}"],
-        "file_paths": [f"demo_{number}" for number in range(len(lengths))],
-    }
-    (folder / "meta.json").write_text(json.dumps(meta))
+    images = [[image_of(name, frame, view) for view in views] for frame in range(frames)]
+    writer = CacheWriter(folder, name=name, has_wrist=len(views) == 2)
+    for number in range(len(lengths)):
+        (rows,) = np.nonzero(episode == number)
+        said = ["" if silent[row] else f"do {name}" for row in rows]
+        writer.add([images[row] for row in rows], action=action[rows], instructions=said, file_path=f"demo_{number}")
+    writer.finish()
     return folder
 
 

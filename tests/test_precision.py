@@ -1,6 +1,5 @@
 """The table of what quantising changes: its numbers by hand, teacher forcing against generating, and which frames count as held out."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,8 @@ import torch
 from action_tokenizer import ActionTokenizer
 from prismatic.bench import precision
 from prismatic.checkpoint import save_checkpoint
-from prismatic.data.frames import CACHE_FORMAT, FrameCache, Step
+from prismatic.data.frames import FrameCache
+from prismatic.data.writer import CacheWriter, Step
 from prismatic.errors import ConfigError
 from prismatic.image import encode_jpeg
 from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
@@ -50,26 +50,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> FrameCache:
     folder = tmp_path_factory.mktemp("cache")
     frames = EPISODES * STEPS
     jpegs = [drawn_jpeg(frame % 9, view) for frame in range(frames) for view in (1, 2)]
-    (folder / "frames.bin").write_bytes(b"".join(jpegs))
-    rng = np.random.default_rng(0)
-    np.savez(
-        folder / "steps.npz",
-        offsets=np.cumsum([0, *map(len, jpegs)]),
-        action=np.clip(rng.normal(size=(frames, 7)), -1, 1).astype(np.float32),
-        episode=np.repeat(np.arange(EPISODES, dtype=np.int32), STEPS),
-        timestep=np.tile(np.arange(STEPS, dtype=np.int32), EPISODES),
-        instruction=np.arange(frames, dtype=np.int32) % 2,
-    )
-    meta = {
-        "format": CACHE_FORMAT,
-        "name": "demo",
-        "fingerprint": "1",
-        "train_episodes": None,
-        "images": ["image", "wrist_image"],
-        "instructions": ["go", "put it on the plate"],
-        "file_paths": [""] * EPISODES,
-    }
-    (folder / "meta.json").write_text(json.dumps(meta))
+    action = np.clip(np.random.default_rng(0).normal(size=(frames, 7)), -1, 1).astype(np.float32)
+    writer = CacheWriter(folder, name="demo")
+    for start in range(0, frames, STEPS):
+        views = [jpegs[2 * frame : 2 * frame + 2] for frame in range(start, start + STEPS)]
+        said = [("go", "put it on the plate")[frame % 2] for frame in range(start, start + STEPS)]
+        writer.add(views, action=action[start : start + STEPS], instructions=said)
+    writer.finish()
     return FrameCache(folder)
 
 

@@ -173,19 +173,11 @@ def test_own_validation_split_and_missing_optional_fields(copy, cache, tmp_path)
 
 def test_missing_fields_are_named_and_nothing_is_left(copy, tmp_path):
     drop_features(copy, "action", "language_instruction")
-    with pytest.raises(ConfigError, match="lacks steps/action, steps/language_instruction"):
+    with pytest.raises(
+        ConfigError, match=r"lacks a usual name of action and instruction .*--data_keys action=…,instruction=…"
+    ):
         rlds.build_cache(copy, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_content_that_would_fail_in_training_is_refused():
-    episode = drawn_episode(1)
-    rlds._check_episode(episode["images"], episode["action"], "episode 1")
-    with pytest.raises(ConfigError, match=r"steps/observation of episode 1 .* no JPEG"):
-        rlds._check_episode([*episode["images"], b"\x89PNG"], episode["action"], "episode 1")
-    episode["action"][1, 2] = np.nan
-    with pytest.raises(ConfigError, match="steps/action of episode 1 holds NaN"):
-        rlds._check_episode(episode["images"], episode["action"], "episode 1")
 
 
 def test_a_changed_byte_is_found_by_the_checksum(copy, tmp_path):

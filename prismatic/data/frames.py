@@ -1,4 +1,4 @@
-"""Frame cache: a folder for random access, made once from an RLDS data set by `prismatic.data.rlds`.
+"""Frame cache: a folder for random access, made once from a data set by `prismatic.data.writer`.
 
 `frames.bin` holds the data set's own JPEG bytes end to end (each step's agent view, then its wrist view if
 there is one), `steps.npz` a row per step, `meta.json` the rest. `Mixture` lines up the training frames of one
@@ -7,10 +7,12 @@ resumes exactly, whatever its workers.
 """
 
 import functools
+import hashlib
 import io
 import itertools
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +21,9 @@ import numpy as np
 
 from prismatic.errors import ConfigError
 from prismatic.filenames import CACHE_FRAMES, CACHE_META, CACHE_STEPS
-from prismatic.normalize import action_statistics, gripper_open_is_one
+from prismatic.normalize import Gripper, action_statistics, gripper_open_is_one
 
-CACHE_FORMAT = 1  # a cache of another format is not read; rlds.build_cache makes a new one
+CACHE_FORMAT = 2  # a cache of another format is not read; open_cache makes a new one
 SHUFFLING_STREAM = 0  # keeps these random numbers apart from others that are drawn from a run's seed
 VAL_SHARE = (
     0.05  # of the episodes, the last ones on disk, where tfds puts them in an order of its own by a hash of their names
@@ -46,39 +48,51 @@ def num_train_episodes(num_episodes: int, val_share: float = VAL_SHARE) -> int:
     return max(1, round((100 - 100 * val_share) * num_episodes / 100))
 
 
+def meta_digest(meta: bytes) -> np.ndarray:
+    """(16,) uint8: the checksum of meta.json that steps.npz holds."""
+    return np.frombuffer(hashlib.blake2b(meta, digest_size=16).digest(), dtype=np.uint8)
+
+
 class FrameCache:
     """A cache folder opened for reading. Pickles as its path; opens frames.bin when it first reads an image.
 
-    Raises ConfigError where the folder is no whole cache of this format.
+    gripper: another convention than the one that was found when the cache was written. Raises ConfigError where the folder is no whole
+    cache of this format, and where an image is read that has changed since it was written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, gripper: Gripper | None = None) -> None:
         self.folder = Path(folder)
         try:
-            meta = json.loads((self.folder / CACHE_META).read_text())
+            text = (self.folder / CACHE_META).read_bytes()
+            meta = json.loads(text)
             with np.load(self.folder / CACHE_STEPS, allow_pickle=False) as arrays:
                 steps = {key: arrays[key] for key in arrays.files}
             stored_bytes = (self.folder / CACHE_FRAMES).stat().st_size
         except Exception as error:  # zipfile, zlib, json and numpy each have their own for a damaged file
             raise ConfigError(f"{self.folder} is no frame cache ({error}): delete it and run again") from None
-        if meta.get("format") != CACHE_FORMAT or stored_bytes != steps["offsets"][-1]:
+        whole = stored_bytes == steps["offsets"][-1] and (steps.get("meta_digest", 0) == meta_digest(text)).all()
+        if meta.get("format") != CACHE_FORMAT or not whole:
             raise ConfigError(f"the frame cache {self.folder} is old or damaged: delete it and run again")
         self.name: str = meta["name"]
         self.fingerprint: str = meta["fingerprint"]  # of the content, the same on every machine
         self.has_wrist: bool = len(meta["images"]) == 2
         self.file_paths: list[str] = meta["file_paths"]  # per episode
-        self.actions = gripper_open_is_one(steps["action"])  # (N, D) float32
+        self.notes: list[str] = meta["notes"]  # how the data set was read, a sentence each
+        self.fps: float | None = meta["fps"]
+        self.gripper = gripper or Gripper(**meta["gripper"])
+        self.actions = gripper_open_is_one(steps["action"], self.gripper)  # (N, D) float32
         self.state: np.ndarray | None = steps.get("state")  # (N, S) float32, S = 8 in LIBERO
         self.episode = steps["episode"]  # (N,) int32
         self.timestep = steps["timestep"]  # (N,) int32
         self._distinct_instructions: list[str] = meta["instructions"]
         self._instruction = steps["instruction"]  # (N,) int32 into the list above
         self._offsets = steps["offsets"]  # (N * images + 1,) int64
+        self._crc = steps["crc"]  # (N * images,) uint32
         self._num_train: int | None = meta["train_episodes"]
         self._file: io.FileIO | None = None
 
     def __reduce__(self) -> tuple:
-        return FrameCache, (self.folder,)
+        return FrameCache, (self.folder, self.gripper)
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -114,7 +128,12 @@ class FrameCache:
             self._file = io.FileIO(self.folder / CACHE_FRAMES)
         slot = frame * (2 if self.has_wrist else 1) + view
         start, end = self._offsets[slot : slot + 2].tolist()
-        return os.pread(self._file.fileno(), end - start, start)  # no file position: safe after a fork
+        image = os.pread(self._file.fileno(), end - start, start)  # no file position: safe after a fork
+        if zlib.crc32(image) != self._crc[slot]:
+            raise ConfigError(
+                f"{self.folder / CACHE_FRAMES} has changed since it was written: delete its folder and run again"
+            )
+        return image
 
     @property
     def instructions(self) -> list[str]:
@@ -127,7 +146,7 @@ class FrameCache:
     @functools.cached_property
     def statistics(self) -> dict[str, Any]:
         """This data set's entry in dataset_statistics.json, over all frames of all episodes."""
-        return action_statistics(self.actions, self.state, len(self.file_paths))
+        return action_statistics(self.actions, self.state, len(self.file_paths), self.gripper.dims)
 
     def train_indices(self, val_share: float = VAL_SHARE, num_actions_chunk: int = 1) -> np.ndarray:
         """Frames (int64) of the training episodes that have num_actions_chunk actions from them on, without episodes that have no instruction.

@@ -5,12 +5,11 @@ are taken as 1 open, 0 closed, as published conversions have it; any other range
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from prismatic.errors import ConfigError
-from prismatic.normalize import GRIPPER_CONVENTIONS
+from prismatic.normalize import GRIPPER_CONVENTIONS, Gripper
 
 ACTION_DIM_OF_ONE_ARM = 7  # position 3, rotation 3, gripper: the last is the gripper also where no names say so
 SLACK = 1e-3  # by which a command may leave its range: rounding, not another convention
@@ -18,17 +17,11 @@ WEAK_PROOF = -0.5  # a smallest value between this and zero may be noise of a se
 FLAG = "--gripper"
 
 
-class Gripper(NamedTuple):
-    """The grippers of a data set's actions."""
-
-    dims: tuple[int, ...]  # which numbers of an action; none where there is no gripper
-    convention: str  # a key of normalize.GRIPPER_CONVENTIONS, or "none"
-    evidence: str  # a sentence: how this was found
-
-
 def gripper_dims(action_dim: int, names: Sequence[str] = ()) -> tuple[int, ...]:
     """Dimensions whose name holds "grip"; without any the last of 7 unless it is a joint's, and none of another width."""
-    named = tuple(place for place, name in enumerate(names) if "grip" in name.lower()) if len(names) == action_dim else ()
+    named = (
+        tuple(place for place, name in enumerate(names) if "grip" in name.lower()) if len(names) == action_dim else ()
+    )
     if named or action_dim != ACTION_DIM_OF_ONE_ARM or (len(names) == action_dim and "joint" in names[-1].lower()):
         return named
     return (ACTION_DIM_OF_ONE_ARM - 1,)
@@ -38,11 +31,15 @@ def detect_gripper(actions: np.ndarray, names: Sequence[str] = ()) -> Gripper:
     """The convention that recorded actions (N, D), N ≥ 1, show."""
     dims = gripper_dims(actions.shape[1], names)
     if not dims:
-        return Gripper((), "none", f"no dimension of these {actions.shape[1]} is known as a gripper: all are normalised")
+        return Gripper(
+            (), "none", f"no dimension of these {actions.shape[1]} is known as a gripper: all are normalised"
+        )
     values = actions[:, dims]
     low, high = float(values.min()), float(values.max())
     if low < -1 - SLACK or high > 1 + SLACK:
-        text = f"values from {low:.3g} to {high:.3g} are no gripper command: they are normalised like the other dimensions"
+        text = (
+            f"values from {low:.3g} to {high:.3g} are no gripper command: they are normalised like the other dimensions"
+        )
         return Gripper((), "none", text)
     if low < 0:
         return Gripper(dims, "minus_one_open", f"-1 open, +1 close, as its smallest value is {low:.3g}")

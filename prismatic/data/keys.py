@@ -16,11 +16,30 @@ OPTIONAL = ("wrist", "state")
 # The usual names (the last part of a field's), the likeliest first.
 USUAL: dict[str, tuple[str, ...]] = {
     "image": (
-        *("image", "agentview_image", "agentview_rgb", "agentview", "image_primary", "front", "top", "main", "base", "rgb"),
+        *(
+            "image",
+            "agentview_image",
+            "agentview_rgb",
+            "agentview",
+            "image_primary",
+            "front",
+            "top",
+            "main",
+            "base",
+            "rgb",
+        ),
         *("cam_high", "exterior_image_1_left", "image_0", "rgb_static", "front_image", "top_image"),
     ),
     "wrist": (
-        *("wrist_image", "image2", "wrist", "image_wrist", "eye_in_hand_rgb", "robot0_eye_in_hand_image", "wrist_image_left"),
+        *(
+            "wrist_image",
+            "image2",
+            "wrist",
+            "image_wrist",
+            "eye_in_hand_rgb",
+            "robot0_eye_in_hand_image",
+            "wrist_image_left",
+        ),
         *("hand_image", "wrist_rgb", "rgb_gripper", "cam_wrist"),
     ),
     "state": ("state", "proprio", "robot_state", "qpos"),
@@ -51,7 +70,9 @@ def parse_data_keys(text: str) -> dict[str, str]:
     for part in filter(None, (part.strip() for part in text.split(","))):
         role, sign, name = (piece.strip() for piece in part.partition("="))
         if not sign or not name or role not in ROLES or (name == "none" and role not in OPTIONAL):
-            raise ConfigError(f"{FLAG} {part!r} says nothing: write {FLAG} image=…,wrist=…,state=…,action=…,instruction=…")
+            raise ConfigError(
+                f"{FLAG} {part!r} says nothing: write {FLAG} image=…,wrist=…,state=…,action=…,instruction=…"
+            )
         told[role] = name
     return told
 
@@ -71,12 +92,13 @@ def find_keys(fields: Mapping[str, Sequence[str]], told: Mapping[str, str], wher
         chosen["image"] = tuple(alone) if len(alone) == 1 else ()
     if "wrist" not in told and chosen["wrist"] == chosen["image"]:
         chosen["wrist"] = ()
-    for role in ("image", "action", *(["instruction"] if "text" in fields else [])):
-        if not chosen[role]:
-            there = ", ".join(fields.get(kinds[role], ())) or "none"
-            raise ConfigError(
-                f"{where} has no field with a usual name for its {role} (each {kinds[role]} there: {there}): give {FLAG} {role}=…"
-            )
+    missing = [role for role in ("image", "action", *(["instruction"] if "text" in fields else [])) if not chosen[role]]
+    if missing:
+        there = "; ".join(
+            f"for {role} there are {', '.join(fields.get(kinds[role], ())) or 'none'}" for role in missing
+        )
+        tell = ",".join(f"{role}=…" for role in missing)
+        raise ConfigError(f"{where} lacks a usual name of {' and '.join(missing)} ({there}): give {FLAG} {tell}")
     for role in ("image", "wrist", "instruction"):
         if len(chosen[role]) > 1:
             raise ConfigError(f"{FLAG} {role}= names {len(chosen[role])} fields of {where}: give one")
@@ -108,7 +130,9 @@ def _named(name: str, there: Sequence[str], role: str, where: str) -> str:
     found = [name] if name in there else [full for full in there if _last(full) == name or full.endswith(f"/{name}")]
     if len(found) != 1:
         listed = ", ".join(there) or "none"
-        raise ConfigError(f"{FLAG} {role}={name}: {where} has {len(found)} fields of that name (there are: {listed}): give one of them")
+        raise ConfigError(
+            f"{FLAG} {role}={name}: {where} has {len(found)} fields of that name (there are: {listed}): give one of them"
+        )
     return found[0]
 
 

@@ -1,44 +1,41 @@
-"""RLDS data sets in the layout of modified_libero_rlds: staged episodes → data set; data set → frame cache.
+"""RLDS data sets: staged episodes → data set; data set → frame cache, for the forms that people's data sets really have.
 
 The only user of TensorFlow, which crashes beside triton, torchvision or an osmesa context: both functions
 start `python -m prismatic.data.rlds` as a child that imports it, and what goes wrong there comes back as a
-ConfigError. No image is decoded or encoded: a frame's JPEG bytes stay the same from its first writing to the
-training batch. What is half-written lies in a hidden folder beside the target and is renamed when it is
-whole.
+ConfigError. A frame that is a JPEG is neither decoded nor encoded: its bytes stay the same from its first writing to the
+training batch. Fields are found by `keys.find_keys`.
 """
 
-import contextlib
-import hashlib
+import ctypes
 import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from prismatic.data.dataset_folder import AGAIN, check_whole, dataset_name, find_dataset, listing
-from prismatic.data.frames import CACHE_FORMAT
-from prismatic.data.staging import ACTION_SIZE, JOINTS, STATE_SIZE, load_episode, stage_episode, writing_to
+from prismatic.data.keys import FLAG, DataKeys, find_keys, parse_data_keys, sentences
+from prismatic.data.pictures import to_jpeg
+from prismatic.data.staging import StagedEpisode, load_episode, stage_episode, writing_to
+from prismatic.data.writer import CacheWriter, cached, unfinished
 from prismatic.errors import ConfigError
-from prismatic.filenames import CACHE_FRAMES, CACHE_META, CACHE_STEPS
+from prismatic.image import decode_jpeg
 
 __all__ = ["build_cache", "find_dataset", "stage_episode", "write_dataset"]
 
 VERSION = "1.0.0"  # of every data set that we write
-IMAGE_SHAPE = (256, 256, 3)
-JPEG_START = b"\xff\xd8"
-VIEWS = ("image", "wrist_image")  # their order in frames.bin; the second may be missing
 STAGED_NOTE = ".staged.json"  # in a version folder that write_dataset made: the episodes that it was made of
 REMEDIES = {"No space left": "free some space or give another folder", "DataLossError": AGAIN}
+PARENT = "OPENVLA_PARENT_PID"
+PR_SET_PDEATHSIG = 1  # Linux prctl: be sent a signal when the parent dies
 CHILD_ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "-1",  # a TensorFlow with GPU support would take the whole GPU
     "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -46,29 +43,23 @@ CHILD_ENVIRONMENT = {
 }
 
 
-def build_cache(rlds_dir: Path, cache_dir: Path) -> Path:
+def build_cache(rlds_dir: Path, cache_dir: Path, *, data_keys: str = "", rotate_images: bool = False) -> Path:
     """The frame cache of an RLDS data set (its version folder) under `cache_dir`, made now if it isn't there.
 
-    A data set whose files changed since (name, size, time) gets a new one. ConfigError for a folder that is
-    no such data set, is damaged, or lacks one of image, action and language_instruction.
+    data_keys: which fields are meant, see keys.py. rotate_images: turn each image by 180°. A data set whose files changed since (name,
+    size, time) gets a new one. ConfigError for a folder that is no such data set, is damaged, or lacks an image, an action or an instruction.
     """
-    source, cache_dir = Path(rlds_dir).absolute(), Path(cache_dir).absolute()  # a link keeps its own name
+    source = Path(rlds_dir).absolute()  # a link keeps its own name
     if not source.is_dir():
         raise ConfigError(f"the RLDS data set {source} doesn't exist: give a version folder, such as …/1.0.0")
-    key = hashlib.sha256(json.dumps([CACHE_FORMAT, listing(source.iterdir())]).encode()).hexdigest()
-    cache = cache_dir / f"{dataset_name(source)}-{key[:12]}"
-    if (cache / CACHE_META).is_file():
-        return cache
-    check_whole(source)
-    with _unfinished(cache_dir) as folder:
-        _in_child(f"reading {source}", "read", source, folder)
-        with writing_to(cache_dir):
-            try:
-                folder.rename(cache)
-            except OSError:
-                if not (cache / CACHE_META).is_file():  # else another process was quicker: its is as good
-                    raise
-    return cache
+    told = parse_data_keys(data_keys)
+
+    def fill(folder: Path) -> None:
+        options = json.dumps({"told": told, "rotate": rotate_images})
+        _in_child(f"reading {source}", "read", source, folder, options)
+
+    identity = [listing(source.iterdir()), sorted(told.items()), rotate_images]
+    return cached(cache_dir, dataset_name(source), identity, fill, check=lambda: check_whole(source))
 
 
 def check_name(name: str) -> None:
@@ -96,7 +87,7 @@ def write_dataset(episodes: Path, output: Path, name: str) -> Path:
             raise ConfigError(f"{target} is a data set from elsewhere and is kept: give another output or name")
         if (target / STAGED_NOTE).read_text() == note:
             return target
-    with _unfinished(target.parent) as folder:
+    with unfinished(target.parent) as folder:
         _in_child(f"writing {target}", "write", episodes, folder, name)
         with writing_to(target.parent):
             (folder / name / VERSION / STAGED_NOTE).write_text(note)
@@ -106,26 +97,12 @@ def write_dataset(episodes: Path, output: Path, name: str) -> Path:
     return target
 
 
-@contextlib.contextmanager
-def _unfinished(parent: Path) -> Iterator[Path]:
-    """A new folder inside a hidden one in `parent`, which goes away in the end, whatever happens."""
-    with writing_to(parent):
-        parent.mkdir(parents=True, exist_ok=True)
-        hidden = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=parent))
-        folder = hidden / "new"
-        folder.mkdir()  # with the usual permissions, unlike the hidden one
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
-
-
 def _in_child(doing: str, *arguments: str | Path) -> None:
     """Run `main` below in a new process. It answers one JSON object; its progress bar goes to our stderr."""
     done = subprocess.run(
         [sys.executable, "-m", "prismatic.data.rlds", *map(str, arguments)],
         cwd=Path(__file__).resolve().parents[2],  # where it finds this package
-        env=os.environ | CHILD_ENVIRONMENT,
+        env=os.environ | CHILD_ENVIRONMENT | {PARENT: str(os.getpid())},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -143,83 +120,105 @@ def _in_child(doing: str, *arguments: str | Path) -> None:
 # From here on: the child.
 
 
-def _read(source: Path, folder: Path) -> None:
-    """Stream the data set into the cache's three files; a few episodes' images are in memory at a time."""
+def _read(source: Path, folder: Path, options: str) -> None:
+    """Stream the data set into the cache's three files; an episode's images are in memory at a time."""
     import tensorflow_datasets as tfds
     from tqdm import tqdm
 
+    told, rotate = json.loads(options)["told"], json.loads(options)["rotate"]
     builder: Any = tfds.builder_from_directory(source)
-    views, has_state = _check_features(builder.info.features, source)
     splits = {name: split.num_examples for name, split in builder.info.splits.items() if name in ("train", "val")}
     if "train" not in splits:
         raise ConfigError(f"{source} has no split named train, only {list(builder.info.splits)}: rename one")
-    as_stored = {"steps": tfds.decode.SkipDecoding()}  # an episode as arrays, its images as bytes
-    in_order = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
-
-    columns: dict[str, list[np.ndarray]] = {"action": [], "episode": [], "timestep": [], "instruction": []}
-    columns |= {"state": []} if has_state else {}
-    sizes: list[int] = []
-    words: dict[str, int] = {}
-    file_paths: list[str] = []
-    content = hashlib.blake2b(digest_size=16)
-    bar = tqdm(total=sum(splits.values()), desc=f"reading {dataset_name(source)}", unit="episode")
-    with (folder / CACHE_FRAMES).open("wb") as frames, bar:
+    keys = find_keys(_fields(tfds, builder.info.features), told, str(source))
+    if keys.instruction is None:
+        raise ConfigError(f"{source} has no instruction: give {FLAG} instruction=…")
+    writer = CacheWriter(folder, name=dataset_name(source), source=str(source), has_wrist=keys.wrist is not None)
+    notes = sentences(keys)
+    with tqdm(total=sum(splits.values()), desc=f"reading {dataset_name(source)}", unit="episode") as bar:
         for split in sorted(splits):  # train, then val
-            stored = builder.as_dataset(split=split, shuffle_files=False, decoders=as_stored, read_config=in_order)
-            for example in tfds.as_numpy(stored):
-                steps, observation = example["steps"], example["steps"]["observation"]
-                number, length = len(file_paths), len(steps["action"])
-                jpegs = [jpeg for both in zip(*map(observation.get, views), strict=True) for jpeg in both]
-                said = [text.decode() for text in steps["language_instruction"]]
-                _check_episode(jpegs, steps["action"], f"episode {number + 1} of {source}")
-                columns["action"].append(steps["action"].astype(np.float32))
-                if has_state:
-                    columns["state"].append(observation["state"].astype(np.float32))
-                columns["episode"].append(np.full(length, number, dtype=np.int32))
-                columns["timestep"].append(np.arange(length, dtype=np.int32))
-                numbers = [words.setdefault(text, len(words)) for text in said]
-                columns["instruction"].append(np.array(numbers, dtype=np.int32))
-                file_paths.append(example.get("episode_metadata", {}).get("file_path", b"").decode())
-                sizes.extend(map(len, jpegs))
-                frames.write(b"".join(jpegs))
-                for piece in (*jpegs, columns["action"][-1].tobytes(), "\0".join(said).encode()):
-                    content.update(piece)
+            for example in _stored_episodes(tfds, builder, split):
+                metadata = example.get("episode_metadata", {})
+                fields = dict(_flat(example["steps"])) | dict(_flat({"episode_metadata": metadata}))
+                where = f"episode {bar.n + 1} of {source}"
+                _add(writer, fields, keys, rotate=rotate, where=where, file_path=metadata.get("file_path", b""))
+                if np.ndim(fields[keys.instruction]) > 1 and len(notes) == len(sentences(keys)):
+                    notes.append("of several instructions a step the first that is not empty is taken")
                 bar.update()
-    arrays = {key: np.concatenate(parts) for key, parts in columns.items()}
-    np.savez(folder / CACHE_STEPS, allow_pickle=False, offsets=np.cumsum([0, *sizes]), **arrays)
-    meta = {
-        "format": CACHE_FORMAT,
-        "name": dataset_name(source),
-        "source": str(source),
-        "fingerprint": content.hexdigest(),
-        "train_episodes": splits["train"] if "val" in splits else None,  # None: the first 95 %
-        "images": views,
-        "instructions": list(words),
-        "file_paths": file_paths,
-    }
-    (folder / CACHE_META).write_text(json.dumps(meta, indent=1))
+    writer.finish(train_episodes=splits["train"] if "val" in splits else None, notes=notes)
 
 
-def _check_features(features: Any, source: Path) -> tuple[list[str], bool]:
-    """The views that there are, and whether there is a state; ConfigError names missing fields."""
-    steps = features["steps"] if "steps" in features else {}  # noqa: SIM401  (these have no get)
-    observation = steps["observation"] if "observation" in steps else {}  # noqa: SIM401
-    needed = {"observation/image": "image" in observation}
-    needed |= {field: field in steps for field in ("action", "language_instruction")}
-    missing = ", ".join(f"steps/{field}" for field, there in needed.items() if not there)
-    if missing:
-        raise ConfigError(f"{source} lacks {missing}: give a data set in the layout of modified_libero_rlds")
-    shape = steps["action"].shape
-    if shape != (ACTION_SIZE,):
-        raise ConfigError(f"steps/action of {source} has shape {shape}: give one with ({ACTION_SIZE},)")
-    return [view for view in VIEWS if view in observation], "state" in observation
+def _stored_episodes(tfds: Any, builder: Any, split: str) -> Iterator[dict[str, Any]]:
+    """The episodes in order, their steps as arrays, encoded images as bytes."""
+    as_stored = {"steps": tfds.decode.SkipDecoding()}
+    if builder.info.file_format.value == "array_record":  # tf.data doesn't read it
+        yield from builder.as_data_source(split=split, decoders=as_stored)
+        return
+    in_order = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
+    yield from tfds.as_numpy(
+        builder.as_dataset(split=split, shuffle_files=False, decoders=as_stored, read_config=in_order)
+    )
 
 
-def _check_episode(jpegs: list[bytes], actions: np.ndarray, where: str) -> None:
-    if not np.isfinite(actions).all():
-        raise ConfigError(f"steps/action of {where} holds NaN or infinity: repair or drop that episode")
-    if not all(jpeg.startswith(JPEG_START) for jpeg in jpegs):
-        raise ConfigError(f"steps/observation of {where} holds an image that is no JPEG: store it as JPEG")
+def _add(
+    writer: CacheWriter, fields: Mapping[str, np.ndarray], keys: DataKeys, *, rotate: bool, where: str, file_path: bytes
+) -> None:
+    """One episode; where: for the error of an image that can't be read."""
+    steps = len(fields[keys.action[0]])
+    views = [keys.image, *([keys.wrist] if keys.wrist else [])]
+    text = fields[str(keys.instruction)]
+    said = [text] * steps if np.ndim(text) == 0 else list(text)
+    writer.add(
+        ([to_jpeg(fields[view][t], rotate=rotate, where=f"{view} of {where}") for view in views] for t in range(steps)),
+        action=_vector(fields, keys.action),
+        state=_vector(fields, keys.state) if keys.state else None,
+        instructions=[_first_text(texts) for texts in said],
+        file_path=_decoded(file_path),
+    )
+
+
+def _vector(fields: Mapping[str, np.ndarray], names: tuple[str, ...]) -> np.ndarray:
+    """(T, D): one field, or several beside each other."""
+    return np.concatenate([np.asarray(fields[name]).reshape(len(fields[name]), -1) for name in names], axis=1)
+
+
+def _first_text(texts: Any) -> str:
+    """Of a step's instruction, or instructions, the first that is not empty."""
+    return next(filter(None, (_decoded(text) for text in np.ravel(texts))), "")
+
+
+def _decoded(text: Any) -> str:
+    if isinstance(text, str):
+        return text
+    try:
+        return bytes(text).decode()
+    except UnicodeDecodeError:
+        return bytes(text).decode("latin-1")
+
+
+def _flat(nested: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Full names, parts joined by "/", and what they stand for."""
+    for name, value in nested.items():
+        if hasattr(value, "items"):  # a dictionary, or a FeaturesDict of tfds
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
+
+
+def _fields(tfds: Any, features: Any) -> dict[str, list[str]]:
+    """Full names of the cameras, vectors and texts that the steps hold; texts of episode_metadata, too."""
+    found: dict[str, list[str]] = {"camera": [], "vector": [], "text": []}
+    steps = dict(_flat(features["steps"].feature)) if "steps" in features else {}
+    metadata = {"episode_metadata": features["episode_metadata"]} if "episode_metadata" in features else {}
+    for name, feature in [*steps.items(), *_flat(metadata)]:
+        kind, shape = np.dtype(feature.np_dtype).kind, feature.shape or ()
+        if isinstance(feature, tfds.features.Image) or (kind == "u" and len(shape) == 3):
+            found["camera"] += [name] * (feature.np_dtype == np.uint8)  # others are depth
+        elif kind in "OSU":
+            found["text"].append(name)
+        elif kind in "fiu" and (len(shape) == 1 or "/" in name):
+            found["vector"].append(name)
+    return found
 
 
 def _write(episodes: Path, folder: Path, name: str) -> None:
@@ -228,7 +227,7 @@ def _write(episodes: Path, folder: Path, name: str) -> None:
     from tqdm import tqdm
 
     tfds.disable_progress_bar()
-    dataset_name = name
+    dataset_name, paths = name, sorted(episodes.glob("*.npz"))
 
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         name = dataset_name
@@ -236,42 +235,43 @@ def _write(episodes: Path, folder: Path, name: str) -> None:
         RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "Initial release."}
 
         def _info(self) -> Any:
-            return tfds.core.DatasetInfo(builder=self, features=_features(tfds))
+            return tfds.core.DatasetInfo(builder=self, features=_features(tfds, load_episode(paths[0])))
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
             return {"train": self._generate_examples()}
 
         def _generate_examples(self) -> Iterator[tuple[str, Any]]:
-            for path in tqdm(sorted(episodes.glob("*.npz")), desc=f"writing {dataset_name}", unit="episode"):
+            for path in tqdm(paths, desc=f"writing {dataset_name}", unit="episode"):
                 yield path.stem, _example(path)
 
     offline = tfds.download.DownloadConfig(try_download_gcs=False)
     Builder(data_dir=folder).download_and_prepare(download_config=offline)
 
 
-def _features(tfds: Any) -> Any:
-    """The features of modified_libero_rlds, their descriptions included."""
+def _features(tfds: Any, first: StagedEpisode) -> Any:
+    """The features of modified_libero_rlds, their descriptions included, as far as a staged episode has them, in its sizes."""
     feature = tfds.features
 
-    def image(doc: str) -> Any:
-        return feature.Image(shape=IMAGE_SHAPE, dtype=np.uint8, encoding_format="jpeg", doc=doc)
+    def image(jpeg: bytes, doc: str) -> Any:
+        return feature.Image(shape=decode_jpeg(jpeg).shape, dtype=np.uint8, encoding_format="jpeg", doc=doc)
 
-    def vector(size: int, doc: str) -> Any:
-        return feature.Tensor(shape=(size,), dtype=np.float32, doc=doc)
+    def vector(values: np.ndarray, doc: str) -> Any:
+        return feature.Tensor(shape=values.shape[1:], dtype=np.float32, doc=doc)
 
     def scalar(dtype: type, doc: str) -> Any:
         return feature.Scalar(dtype=dtype, doc=doc)
 
-    observation = {
-        "image": image("Main camera RGB observation."),
-        "wrist_image": image("Wrist camera RGB observation."),
-        "state": vector(STATE_SIZE, "Robot EEF state (6D pose, 2D gripper)."),
-        "joint_state": vector(JOINTS, "Robot joint angles."),
-    }
+    observation = {"image": image(first.images[0], "Main camera RGB observation.")}
+    if first.wrist_images:
+        observation["wrist_image"] = image(first.wrist_images[0], "Wrist camera RGB observation.")
+    if first.state is not None:
+        observation["state"] = vector(first.state, "Robot EEF state (6D pose, 2D gripper).")
+    if first.joint_state is not None:
+        observation["joint_state"] = vector(first.joint_state, "Robot joint angles.")
     terminal = "True on last step of the episode if it is a terminal step, True for demos."
     step = {
         "observation": feature.FeaturesDict(observation),
-        "action": vector(ACTION_SIZE, "Robot EEF action."),
+        "action": vector(first.action, "Robot EEF action."),
         "discount": scalar(np.float32, "Discount if provided, default to 1."),
         "reward": scalar(np.float32, "Reward if provided, 1 on final step for demos."),
         "is_first": scalar(np.bool_, "True on first step of the episode."),
@@ -289,12 +289,7 @@ def _example(path: Path) -> dict[str, Any]:
     last = len(episode.action) - 1
     steps = [
         {
-            "observation": {
-                "image": io.BytesIO(episode.images[t]),
-                "wrist_image": io.BytesIO(episode.wrist_images[t]),
-                "state": episode.state[t],
-                "joint_state": episode.joint_state[t],
-            },
+            "observation": _observation(episode, t),
             "action": episode.action[t],
             "discount": 1.0,
             "reward": float(t == last),
@@ -308,8 +303,18 @@ def _example(path: Path) -> dict[str, Any]:
     return {"steps": steps, "episode_metadata": {"file_path": episode.file_path}}
 
 
+def _observation(episode: StagedEpisode, t: int) -> dict[str, Any]:
+    wrist = {"wrist_image": io.BytesIO(episode.wrist_images[t])} if episode.wrist_images else {}
+    vectors = {"state": episode.state, "joint_state": episode.joint_state}
+    there = {name: values[t] for name, values in vectors.items() if values is not None}
+    return {"image": io.BytesIO(episode.images[t]), **wrist, **there}
+
+
 def main() -> None:
-    """The child: `read SOURCE FOLDER` or `write EPISODES FOLDER NAME`; answers one JSON object on stdout."""
+    """The child: `read SOURCE FOLDER OPTIONS` or `write EPISODES FOLDER NAME`; answers one JSON object on stdout."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(os.environ[PARENT]):  # it died before we asked
+        return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both: the parent ends us and tidies up
     answer_to = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # tfds prints there that it is "downloading"

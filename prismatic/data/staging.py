@@ -1,5 +1,4 @@
-"""Staged episodes: an .npz file per finished demonstration; `rlds.write_dataset` makes an RLDS data set of
-them.
+"""Staged episodes: an .npz file per finished demonstration; `rlds.write_dataset` or `lerobot_writer.write_dataset` makes a data set of them.
 
 A file is there whole or not at all, so that collecting can go on after any interruption.
 """
@@ -14,19 +13,15 @@ import numpy as np
 
 from prismatic.errors import ConfigError
 
-STATE_SIZE = 8  # end effector: position 3, axis-angle 3, fingers 2
-JOINTS = 7
-ACTION_SIZE = 7
-
 
 class StagedEpisode(NamedTuple):
     """A demonstration of T ≥ 1 steps, its frames as JPEG."""
 
     images: Sequence[bytes]  # T agent views, upright
-    wrist_images: Sequence[bytes]  # T wrist views, upright
-    state: np.ndarray  # (T, 8) float32
-    joint_state: np.ndarray  # (T, 7) float32
-    action: np.ndarray  # (T, 7) float32 as LIBERO takes it: gripper -1 open, +1 close
+    wrist_images: Sequence[bytes]  # T wrist views, upright; none where there is no such camera
+    state: np.ndarray | None  # (T, S) float32; LIBERO's: end effector's position 3, axis-angle 3, fingers 2
+    joint_state: np.ndarray | None  # (T, joints) float32
+    action: np.ndarray  # (T, D) float32; LIBERO's as it takes it: gripper -1 open, +1 close
     instruction: str
     file_path: str  # where the demonstration came from
 
@@ -45,32 +40,31 @@ def stage_episode(
     path: Path,
     *,
     images: Sequence[bytes],
-    wrist_images: Sequence[bytes],
-    state: np.ndarray,
-    joint_state: np.ndarray,
     action: np.ndarray,
     instruction: str,
-    file_path: str,
+    wrist_images: Sequence[bytes] = (),
+    state: np.ndarray | None = None,
+    joint_state: np.ndarray | None = None,
+    file_path: str = "",
 ) -> None:
     """Write an episode (see StagedEpisode) as `path`, an .npz whose name decides its place in the data set.
 
     ValueError where the fields don't agree in length; ConfigError where the disk is full.
     """
-    steps = len(images)
-    shapes = [np.shape(values) for values in (state, joint_state, action)]
-    expected = [(steps, STATE_SIZE), (steps, JOINTS), (steps, ACTION_SIZE)]
-    if steps == 0 or len(wrist_images) != steps or shapes != expected:
-        raise ValueError(f"an episode of {steps} images and {len(wrist_images)} wrist images, arrays {shapes}")
+    vectors = {"action": action, "state": state, "joint_state": joint_state}
+    numbers = {name: np.asarray(values, dtype=np.float32) for name, values in vectors.items() if values is not None}
+    shapes = {name: values.shape for name, values in numbers.items()}
+    lengths = {len(images), len(wrist_images) or len(images), *(len(values) for values in numbers.values())}
+    if len(images) == 0 or len(lengths) > 1 or any(len(shape) != 2 for shape in shapes.values()):
+        raise ValueError(f"an episode of {len(images)} images and {len(wrist_images)} wrist images, arrays {shapes}")
     content = {
         "image_jpeg": np.frombuffer(b"".join(images), dtype=np.uint8),
         "image_offsets": np.cumsum([0, *map(len, images)]),
         "wrist_jpeg": np.frombuffer(b"".join(wrist_images), dtype=np.uint8),
         "wrist_offsets": np.cumsum([0, *map(len, wrist_images)]),
-        "state": np.asarray(state, dtype=np.float32),
-        "joint_state": np.asarray(joint_state, dtype=np.float32),
-        "action": np.asarray(action, dtype=np.float32),
         "instruction": np.array(instruction),
         "file_path": np.array(file_path),
+        **numbers,
     }
     path = Path(path)
     with writing_to(path.parent):
@@ -89,7 +83,7 @@ def load_episode(path: Path) -> StagedEpisode:
             [staged[f"{view}_jpeg"][start:end].tobytes() for start, end in _spans(staged[f"{view}_offsets"])]
             for view in ("image", "wrist")
         )
-        numbers = (staged["state"], staged["joint_state"], staged["action"])
+        numbers = (staged.get("state"), staged.get("joint_state"), staged["action"])
         return StagedEpisode(images, wrist_images, *numbers, str(staged["instruction"]), str(staged["file_path"]))
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
         raise ConfigError(f"the staged episode {path} is damaged ({error}): delete it and go on") from None

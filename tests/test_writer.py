@@ -1,0 +1,106 @@
+"""The one writer of caches: what goes in comes out, what would fail in training is refused, and a changed byte is noticed where it is read."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prismatic.data.frames import FrameCache
+from prismatic.data.writer import CacheWriter, cached, unfinished
+from prismatic.errors import ConfigError
+from prismatic.normalize import Gripper
+from tests.conftest import REPOSITORY
+from tests.drawn_cache import write_cache
+from tests.drawn_episodes import drawn_episode
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> FrameCache:
+    return write_cache(tmp_path / "drawn", [drawn_episode(number) for number in (1, 0, 2)])
+
+
+def test_everything_written_is_read(cache: FrameCache) -> None:
+    frame = 0
+    for number in (1, 0, 2):
+        episode = drawn_episode(number)
+        for step, (image, wrist) in enumerate(zip(episode["images"], episode["wrist_images"], strict=True)):
+            assert (cache.image_bytes(frame), cache.wrist_bytes(frame)) == (image, wrist)
+            assert cache.instruction(frame) == episode["instruction"] and cache.timestep[frame] == step
+            assert cache.state is not None and (cache.state[frame] == episode["state"][step]).all()
+            frame += 1
+    assert frame == len(cache) and cache.file_paths == ["demo_1", "demo_0", "demo_2"]
+    assert (cache.gripper.dims, cache.gripper.convention) == ([6], "minus_one_open")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"action": np.full((3, 7), np.nan)}, "action of episode 1 .* NaN"),
+        ({"state": np.full((3, 8), np.inf)}, "state of episode 1 .* infinity"),
+        ({"action": np.zeros(3)}, "no vectors"),
+    ],
+)
+def test_numbers_that_would_fail_in_training_are_refused(tmp_path: Path, change: dict, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        write_cache(tmp_path / "drawn", [drawn_episode(1) | change])
+
+
+def test_lengths_that_differ_and_no_step_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"2 images .* for 3 steps"):
+        writer = CacheWriter(tmp_path, name="x", has_wrist=False)
+        writer.add([[b"a"], [b"b"]], action=np.zeros((3, 7)), instructions=["go"] * 3)
+    with pytest.raises(ConfigError, match="no episode with a step"):
+        CacheWriter(tmp_path, name="x").finish()
+
+
+@pytest.mark.parametrize("file", ["frames.bin", "meta.json", "steps.npz"])
+def test_a_changed_byte_is_noticed_where_it_is_read(cache: FrameCache, file: str) -> None:
+    path = cache.folder / file
+    content = bytearray(path.read_bytes())
+    place = content.index(b"put block") if file == "meta.json" else len(content) // 2
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="delete it"):
+        again = FrameCache(cache.folder)
+        for frame in range(len(again)):
+            again[frame]
+
+
+def test_another_convention_can_be_told(cache: FrameCache) -> None:
+    raw = np.load(cache.folder / "steps.npz")["action"][:, 6]
+    told = FrameCache(cache.folder, Gripper((6,), "plus_one_open"))
+    assert (told.actions[:, 6] == (raw > 0)).all() and (cache.actions[:, 6] == (raw < 0)).all()
+    untouched = FrameCache(cache.folder, Gripper((), "none"))
+    assert (untouched.actions[:, 6] == raw).all() and untouched.statistics["action"]["mask"] == [True] * 7
+
+
+def test_the_same_identity_is_filled_once(tmp_path: Path) -> None:
+    made = []
+
+    def fill(folder: Path) -> None:
+        made.append(folder)
+        (folder / "meta.json").write_text("{}")
+
+    first = cached(tmp_path, "a", ["x", 1], fill)
+    assert first == cached(tmp_path, "a", ["x", 1], fill) != cached(tmp_path, "a", ["x", 2], fill)
+    assert len(made) == 2 and sorted(tmp_path.glob(".*")) == []
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_call(tmp_path: Path) -> None:
+    program = f"""
+import os, signal
+from pathlib import Path
+from prismatic.data.writer import unfinished
+with unfinished(Path("{tmp_path}")) as folder:
+    (folder / "half").write_text("x")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY).returncode == -9
+    (left,) = tmp_path.iterdir()
+    with unfinished(tmp_path) as folder:  # a writer at work is left alone
+        assert not left.exists()
+        with unfinished(tmp_path):
+            assert folder.exists()
+    assert list(tmp_path.iterdir()) == []
