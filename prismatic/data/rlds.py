@@ -34,6 +34,7 @@ __all__ = ["build_cache", "find_dataset", "stage_episode", "write_dataset"]
 VERSION = "1.0.0"  # of every data set that we write
 STAGED_NOTE = ".staged.json"  # in a version folder that write_dataset made: the episodes that it was made of
 REMEDIES = {"No space left": "free some space or give another folder", "DataLossError": AGAIN}
+STOPS = {signal.SIGINT, signal.SIGTERM}
 PARENT = "OPENVLA_PARENT_PID"
 PR_SET_PDEATHSIG = 1  # Linux prctl: be sent a signal when the parent dies
 CHILD_ENVIRONMENT = {
@@ -99,17 +100,29 @@ def write_dataset(episodes: Path, output: Path, name: str) -> Path:
 
 def _in_child(doing: str, *arguments: str | Path) -> None:
     """Run `main` below in a new process. It answers one JSON object; its progress bar goes to our stderr."""
-    done = subprocess.run(
-        [sys.executable, "-m", "prismatic.data.rlds", *map(str, arguments)],
-        cwd=Path(__file__).resolve().parents[2],  # where it finds this package
-        env=os.environ | CHILD_ENVIRONMENT | {PARENT: str(os.getpid())},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    if done.returncode != 0 or not done.stdout:
-        hint = ", perhaps for want of memory" if done.returncode == -signal.SIGKILL else ""
-        raise ConfigError(f"{doing} failed, its process ended with code {done.returncode}{hint}: start it again")
-    answer = json.loads(done.stdout)
+    mask = signal.pthread_sigmask(
+        signal.SIG_BLOCK, STOPS
+    )  # a stop between the child's start and the `try` would leave it alive
+    child = None
+    try:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "prismatic.data.rlds", *map(str, arguments)],
+            cwd=Path(__file__).resolve().parents[2],  # where it finds this package
+            env=os.environ | CHILD_ENVIRONMENT | {PARENT: str(os.getpid())},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        output, _ = child.communicate()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if child:
+            child.kill()
+            child.wait()
+    if child.returncode != 0 or not output:
+        hint = ", perhaps for want of memory" if child.returncode == -signal.SIGKILL else ""
+        raise ConfigError(f"{doing} failed, its process ended with code {child.returncode}{hint}: start it again")
+    answer = json.loads(output)
     if "config_error" in answer:
         raise ConfigError(answer["config_error"])
     if "failure" in answer:
@@ -315,6 +328,7 @@ def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(os.environ[PARENT]):  # it died before we asked
         return
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both: the parent ends us and tidies up
     answer_to = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # tfds prints there that it is "downloading"
