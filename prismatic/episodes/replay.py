@@ -15,9 +15,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from prismatic.data.staging import ACTION_SIZE, writing_to
+from prismatic.data.staging import writing_to
 from prismatic.episodes.demonstration import Job, Recording
 from prismatic.errors import ConfigError
+from prismatic.normalize import ACTION_DIMENSIONS
 from prismatic.scene.suites import init_states, task_name
 from prismatic.simulator import Simulator
 
@@ -150,7 +151,7 @@ def _lengths(path: Path, *, state_size: int) -> list[tuple[int, int]]:
             )
         lengths = []
         for number in numbers:
-            actions = _array(data, f"demo_{number}", "actions", ACTION_SIZE, path)
+            actions = _array(data, f"demo_{number}", "actions", len(ACTION_DIMENSIONS), path)
             _array(data, f"demo_{number}", "states", state_size, path)
             lengths.append((number, len(actions)))
     return lengths
