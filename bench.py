@@ -1,4 +1,4 @@
-"""Measure: `python bench.py load | train | memory | data | eval | precision | infer | draft`. One table, and the same as JSON with --json FILE.
+"""Measure: `python bench.py load | train | memory | data | eval | precision | infer`. One table, and the same as JSON with --json FILE.
 
 python bench.py load                              a full-size folder with random weights (15 GB of disk, 16 GB of memory)
 python bench.py load --checkpoint FOLDER          a folder of yours
@@ -8,7 +8,6 @@ python bench.py data                              an RLDS set as large as LIBERO
 python bench.py eval --workers 2 4                episodes an hour: simulators side by side against one alone
 python bench.py precision --checkpoint FOLDER --data_root_dir DATA --dataset_name NAME      what quantising changes
 python bench.py infer --plot latency.png          time and memory of an action: full size and random on a GPU, the small model on a CPU
-python bench.py draft --task_id 1                 what drafting saves in episodes of the small model
 """
 
 import os
@@ -50,7 +49,7 @@ def load(cfg: BenchLoadConfig) -> Rows:
 
 
 @dataclass(frozen=True)
-class BenchDraftConfig(BenchConfig):
+class BenchEvalConfig(BenchConfig):
     # Checkpoint folder, adapter folder or hub id that acts, and the suite and task that it acts in.
     checkpoint: str = "checkpoints/openvla-tiny"
     task_suite_name: str = "libero_spatial"
@@ -60,10 +59,6 @@ class BenchDraftConfig(BenchConfig):
     steps: int = 60
     # fast: three times faster on a CPU. standard: LIBERO's own pixels.
     render_quality: Literal["standard", "fast"] = "standard"
-
-
-@dataclass(frozen=True)
-class BenchEvalConfig(BenchDraftConfig):
     # Numbers of simulator processes, each against one process alone.
     workers: tuple[int, ...] = (2,)
 
@@ -95,8 +90,6 @@ class BenchTrainConfig(BenchConfig):
     steps: int = 5
     # torch.compile our blocks.
     compile: bool = False
-    # On a GPU: ours also with passes recorded as CUDA graphs.
-    cuda_graph: bool = True
 
 
 def train(cfg: BenchTrainConfig) -> Rows:
@@ -109,7 +102,6 @@ def train(cfg: BenchTrainConfig) -> Rows:
         batch_sizes=cfg.batch_sizes,
         steps=cfg.steps,
         compiled=cfg.compile,
-        graphs=cfg.cuda_graph,
     )
 
 
@@ -223,20 +215,6 @@ def infer(cfg: BenchInferConfig) -> Rows:
     return rows
 
 
-def draft(cfg: BenchDraftConfig) -> Rows:
-    """Passes and confirmed words of drafting, frame by frame of episodes in LIBERO."""
-    from prismatic.bench import draft
-
-    return draft.run(
-        cfg.checkpoint,
-        suite=cfg.task_suite_name,
-        task_id=cfg.task_id,
-        episodes=cfg.episodes,
-        steps=cfg.steps,
-        quality=cfg.render_quality,
-    )
-
-
 BENCHES: dict[type[BenchConfig], Callable[[Any], Rows]] = {
     BenchLoadConfig: load,
     BenchTrainConfig: train,
@@ -245,7 +223,6 @@ BENCHES: dict[type[BenchConfig], Callable[[Any], Rows]] = {
     BenchEvalConfig: evaluation,
     BenchPrecisionConfig: precision,
     BenchInferConfig: infer,
-    BenchDraftConfig: draft,
 }
 Config = (
     Annotated[BenchLoadConfig, tyro.conf.subcommand("load")]
@@ -254,8 +231,7 @@ Config = (
     | Annotated[BenchDataConfig, tyro.conf.subcommand("data")]
     | Annotated[BenchEvalConfig, tyro.conf.subcommand("eval")]
     | Annotated[BenchPrecisionConfig, tyro.conf.subcommand("precision")]
-    | Annotated[BenchInferConfig, tyro.conf.subcommand("infer")]
-    | Annotated[BenchDraftConfig, tyro.conf.subcommand("draft")]  # one a bench, joined by |
+    | Annotated[BenchInferConfig, tyro.conf.subcommand("infer")]  # one a bench, joined by |
 )
 
 

@@ -31,8 +31,6 @@ class MemoryOptions:
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     # torch.compile each block. Minutes at the start; not measured on a GPU yet.
     compile: bool = False
-    # Record a pass as a CUDA graph and replay it: for one GPU at a small micro-batch, without dropout. Not run on a GPU yet; it checks itself first.
-    cuda_graph: bool = False
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,6 @@ from prismatic.models.vla import VLA, VLAConfig
 from prismatic.processor import Batch, Processor, ProcessorConfig
 from prismatic.ranges import checked
 from prismatic.training import first_batch
-from prismatic.training.cuda_graph import graph_passes
 from prismatic.training.display import Display
 from prismatic.training.distributed import Ranks, joined
 from prismatic.training.loggers import NoLogger, check_installed, open_logger
@@ -48,7 +47,7 @@ LOG_STEPS = 10  # steps between lines of metrics.jsonl
 MAY_CHANGE = (  # on resuming; batch_size and passes as far as their product, the effective batch, stays
     "max_steps", "save_steps", "val_steps", "log_to", "max_bad_steps", "keep", "num_workers", "resume", "shuffle_buffer_size",
     "run_root_dir", "cache_dir",
-    "batch_size", "grad_accumulation_steps", "shard", "gradient_checkpointing", "cuda_graph",
+    "batch_size", "grad_accumulation_steps", "shard", "gradient_checkpointing",
 )  # fmt: skip
 
 
@@ -139,10 +138,6 @@ def loop(job: Job, validation: Validation, display: Display) -> None:
     model = ranks.parallel(vla)
     stream = open_stream(job)
     autocast = in_bfloat16(cfg, ranks)
-    graphed = None
-    if cfg.cuda_graph:
-        sentences = job.mixture.instructions
-        graphed = graph_passes(vla, ranks, job.processor, sentences, passes=job.passes, autocast=autocast)
     stop = StopSignal()
     tokenizer = job.processor.action_tokenizer
     vla.train()
@@ -151,7 +146,7 @@ def loop(job: Job, validation: Validation, display: Display) -> None:
         passes = [next(stream) for _ in range(job.passes)]
         if step == 0 and ranks.is_first:
             first_batch.draw(passes, job.processor, job.run.path / FIRST_BATCH)
-        metrics = backward(model, passes, tokenizer, autocast=autocast, ranks=ranks, graphed=graphed)
+        metrics = backward(model, passes, tokenizer, autocast=autocast, ranks=ranks)
         metrics.grad_norm = clip_gradients(vla.parameters(), cfg.max_grad_norm)
         progress.step = step + 1
         if metrics.is_finite():
@@ -159,7 +154,7 @@ def loop(job: Job, validation: Validation, display: Display) -> None:
             progress.bad_steps = 0
         else:
             report_skipped(job, metrics)
-        job.optimizer.zero_grad(set_to_none=graphed is None)
+        job.optimizer.zero_grad()
         validated = {}
         if metrics.is_finite() and validation.due(progress.step, every=cfg.val_steps, last=cfg.max_steps):
             with display.paused("validation"):

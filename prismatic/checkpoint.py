@@ -29,7 +29,7 @@ from prismatic.filenames import (
 from prismatic.hub import resolve
 from prismatic.models import backends, weights
 from prismatic.models import quantize as quantization
-from prismatic.models.captured import capture
+from prismatic.models.compiled import decoder_for
 from prismatic.models.nf4 import prepare_nf4
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.policy import VLAPolicy
@@ -253,8 +253,8 @@ def load_policy(
     """A policy from a checkpoint folder, a hub id or an adapter folder (which knows its base). bfloat16 on a GPU, float32 on a CPU.
 
     quantize: none (a folder that export.py quantised stays so), int8 or int4; backend: torchao or bitsandbytes, None: as measured best.
-    drafting: whether a named episode's last answer is the draft of its next (same words, fewer passes); None: where it measured faster, on a CPU.
-    ConfigError with bitsandbytes: LLM.int8 rounds a whole pass at a time, so its words would follow the draft.
+    drafting: whether a named episode's last answer is the draft of its next (same tokens, fewer forward passes); None: yes, except with bitsandbytes.
+    ConfigError with bitsandbytes: LLM.int8 rounds a whole pass at a time, so its tokens would follow the draft.
     """
     folder, adapter_folder = base_and_adapter(checkpoint, adapter)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -278,11 +278,10 @@ def load_policy(
     rounds_by_pass = backend == "bitsandbytes"  # also in NF4: layers whose width it doesn't take are LLM.int8's
     if drafting and rounds_by_pass:
         raise ConfigError(
-            "bitsandbytes rounds a whole pass at a time, so a draft could change its words: leave out --drafting True"
+            "bitsandbytes rounds a whole pass at a time, so a draft could change its tokens: leave out --drafting True"
         )
-    drafting = device == "cpu" and not rounds_by_pass if drafting is None else drafting
-    # bitsandbytes' layers ask the GPU as they go along, which no graph can hold
-    decoder = capture(vla, graphs=backend != "bitsandbytes")
+    drafting = not rounds_by_pass if drafting is None else drafting
+    decoder = decoder_for(vla, compilable=backend != "bitsandbytes")
     return VLAPolicy(vla, processor, metadata, decoder=decoder, drafting=drafting)
 
 

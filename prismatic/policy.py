@@ -14,7 +14,7 @@ import torch
 
 from prismatic import image
 from prismatic.errors import ConfigError, PolicyError
-from prismatic.models.decode import Decoder
+from prismatic.models.decode import ActionDecoder
 from prismatic.models.vla import VLA
 from prismatic.processor import Processor, ProcessorConfig
 
@@ -92,8 +92,8 @@ class Policy(Protocol):
 class VLAPolicy(Policy):
     """A model and the processor it learnt with, as a Policy.
 
-    decoder: None decodes pass by pass. drafting: whether answers are drafted from the last one (see decode.py). `counts`: what decoding has
-    done so far (actions, passes, confirmed words of drafts, doubtful rows).
+    decoder: None decodes eagerly. drafting: whether answers are drafted from the last one (see decode.py). `counts`: what decoding has
+    done so far (actions, calls, forward passes, accepted tokens of drafts).
     """
 
     def __init__(
@@ -102,11 +102,11 @@ class VLAPolicy(Policy):
         processor: Processor,
         metadata: dict[str, Any],
         *,
-        decoder: Decoder | None = None,
+        decoder: ActionDecoder | None = None,
         drafting: bool = False,
     ) -> None:
         self.vla = vla.eval()
-        self.decoder = decoder or Decoder(vla)
+        self.decoder = decoder or ActionDecoder(vla)
         self.drafting = drafting
         self.counts: Counter[str] = Counter()
         self._last: OrderedDict[Hashable, torch.Tensor] = OrderedDict()
@@ -168,8 +168,8 @@ class VLAPolicy(Policy):
             draft,
         )
         ids = answer.ids.cpu()
-        self.last_margins = answer.lead.amin(dim=1).cpu().numpy()
-        self.counts.update(actions=len(ids), calls=1, passes=answer.passes, doubtful=int(answer.doubtful.sum()))
+        self.last_margins = answer.margins.amin(dim=1).cpu().numpy()
+        self.counts.update(actions=len(ids), calls=1, passes=answer.forward_passes)
         if draft is not None:
             self.counts["confirmed"] += int((draft == ids).cumprod(dim=1).sum())
         if self.drafting:
@@ -177,7 +177,7 @@ class VLAPolicy(Policy):
         return ids.numpy()
 
     def _draft(self, names: Sequence[Hashable]) -> torch.Tensor:
-        """(B, action_dim): what each named episode was answered last; to the others the middle word, which is no motion."""
+        """(B, action_dim): what each named episode was answered last; to the others the middle token, which is no motion."""
         config = self.processor.config
         middle = torch.full((self.processor.action_dim,), config.vocab_size - config.n_action_bins // 2)
         return torch.stack([middle if name is None else self._last.get(name, middle) for name in names])
@@ -199,6 +199,7 @@ class VLAPolicy(Policy):
             "center_crop": config.center_crop,
             "num_images_in_input": config.num_images_in_input,
             "picture": _picture(config),
+            "decoder": self.decoder.description,
             "decode": f"greedy over the {config.n_action_bins} action tokens"
             + ", drafted from the last answer and verified" * self.drafting,
             "device": str(self.device),

@@ -25,8 +25,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[bench.BenchConfig]:
 @pytest.mark.parametrize(
     ("cfg", "sentence"),
     [
-        (bench.BenchDraftConfig(episodes=0), "--episodes 0 is too small: give 1 or more"),
-        (bench.BenchDraftConfig(task_id=-1), "--task_id -1 is too small: give 0 or more"),
+        (bench.BenchEvalConfig(episodes=0), "--episodes 0 is too small: give 1 or more"),
+        (bench.BenchEvalConfig(task_id=-1), "--task_id -1 is too small: give 0 or more"),
         (bench.BenchInferConfig(batch_sizes=(1, 0)), "--batch_sizes 0 is too small"),
         (bench.BenchInferConfig(quantize=()), "--quantize is empty"),
         (bench.BenchMemoryConfig(cards=()), "--cards is empty"),

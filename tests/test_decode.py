@@ -2,7 +2,6 @@
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prismatic.checkpoint import load_statistics, load_vla
-from prismatic.models import decode
-from prismatic.models.decode import Decoder, Decoding, verified
+from prismatic.models.decode import ActionDecoder, prefill, verify
 from prismatic.models.tiny import TINY, random_vla
 from prismatic.models.vla import VLA
 from prismatic.normalize import unnormalize
@@ -135,41 +133,36 @@ def hostile_drafts(answer: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, 5])
-def test_no_draft_changes_the_answer(lively: VLA, batch: int) -> None:
+def test_no_draft_changes_a_bit_of_the_answer(lively: VLA, batch: int, dtype: torch.dtype) -> None:
     ids, mask, pixels = prompts(batch, seed=batch)
-    decode = Decoder(lively)
+    vla = copy.deepcopy(lively).to(dtype)
+    decode, pixels = ActionDecoder(vla), pixels.to(dtype)
     plain = decode(ids, pixels, 7, mask)
-    assert plain.passes == 7
     for name, draft in hostile_drafts(plain.ids).items():
         answer = decode(ids, pixels, 7, mask, draft)
-        assert answer.ids.equal(plain.ids), name
-        assert not answer.doubtful.any() and answer.passes <= 7, name
-        if name in ("right", "only the last wrong"):  # nothing is behind the last word
-            assert answer.passes == 1
+        assert answer.ids.equal(plain.ids) and answer.margins.equal(plain.margins), name
+        assert 2 <= answer.forward_passes <= 7, name
+        if name in ("right", "only the last wrong"):  # nothing is behind the last token
+            assert answer.forward_passes == 2
         if name == "half right":
-            assert 2 <= answer.passes <= 4
+            assert 3 <= answer.forward_passes <= 5
+    assert decode(ids, pixels, 1, mask).ids.equal(plain.ids[:, :1])
 
 
-def test_an_action_that_rounding_could_change_is_decoded_plainly(lively: VLA) -> None:
-    ids, mask, pixels = prompts(3)
-    lengths = mask.sum(dim=1)
-    with torch.inference_mode():
-        passes = Decoding(lively, ids, lengths, pixels, 7)
-        plain = passes.plain()
-        sure = verified(passes, plain, doubt=0.0)
-        doubt = float(passes.lead.amin(dim=1).sort().values[1])  # one row's closest word is closer than this
-        answer = verified(passes, plain, doubt=doubt)
-        passes.plain = lambda: torch.full_like(plain, FIRST)  # type: ignore[method-assign]
-        replaced = verified(passes, plain, doubt=doubt)
-    assert (int(sure.doubtful.sum()), sure.passes) == (0, 1)
-    assert (int(answer.doubtful.sum()), answer.passes) == (1, 1 + 7)
-    assert answer.ids.equal(plain)
-    assert (replaced.ids == FIRST).all(dim=1).sum() == 1 and (replaced.ids == plain).all(dim=1).sum() == 2
+def test_all_calls_share_one_cache_and_what_it_held_is_not_seen(lively: VLA) -> None:
+    decode = ActionDecoder(lively)
+    small, large = prompts(1, seed=1), prompts(5, seed=5)
+    expected = [ActionDecoder(lively)(ids, pixels, 7, mask).ids for ids, mask, pixels in (small, large, small)]
+    for (ids, mask, pixels), right in zip((small, large, small), expected, strict=True):
+        assert decode(ids, pixels, 7, mask).ids.equal(right)
+    (keys, _), (narrow, _) = decode._cache.layers[0], decode._layers(1, 140)[0]  # type: ignore[union-attr]
+    assert narrow.untyped_storage().data_ptr() == keys.untyped_storage().data_ptr()
 
 
 class Watched(TorchDispatchMode):
-    """Refuses what makes the host wait for a device, and remembers the shapes of matrices that are multiplied."""
+    """Refuses what makes the host wait for a device, and remembers the widths of matrices that are multiplied."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,33 +180,9 @@ class Watched(TorchDispatchMode):
 def test_no_pass_waits_for_the_device_nor_multiplies_more_of_the_head_than_the_actions(lively: VLA) -> None:
     ids, mask, pixels = prompts(2)
     with torch.inference_mode():
-        passes = Decoding(lively, ids, mask.sum(dim=1), pixels, 7)
+        layers = ActionDecoder(lively)._layers(2, 128 + 13 + 6)
         with Watched() as watched:
-            passes.plain()
-            passes.first()
-            passes.again(0)
-            passes.again(3)
+            first, _, ends = prefill(lively, layers, ids, mask.sum(dim=1), pixels)
+            verify(lively, layers, first.expand(-1, 6), ends)
     assert TINY.n_action_bins in watched.widths
     assert not watched.widths & {TINY.vocab_size, TINY.text_config.vocab_size}
-
-
-@pytest.mark.parametrize("words", [11, 12])
-def test_bfloat16_on_a_cpu_reads_an_even_number_of_columns(
-    lively: VLA, words: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """oneDNN's products of 287 rows take longer than those of 286 or 288."""
-    made: list[Decoding] = []
-
-    def kept(*inputs: Any) -> Decoding:
-        made.append(Decoding(*inputs))
-        return made[-1]
-
-    monkeypatch.setattr(decode, "Decoding", kept)
-    ids, _, pixels = prompts(2)
-    for vla in (copy.deepcopy(lively).bfloat16(), lively):
-        inputs = ids[:, :words], pixels.to(next(vla.parameters()).dtype), 7
-        with torch.inference_mode():
-            unpadded = Decoding(vla, inputs[0], torch.full((2,), words), *inputs[1:]).plain()
-        assert Decoder(vla)(*inputs).ids.equal(unpadded)
-    half, whole = (decoding.prompt_columns for decoding in made)
-    assert half % 2 == 0 and whole == TINY.num_images_in_input * TINY.num_patches + words + 1

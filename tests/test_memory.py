@@ -167,11 +167,3 @@ def test_what_cannot_fit_names_settings_that_do(model: Model, card: int) -> None
 def test_where_nothing_fits_it_says_how_much_would(model: Model) -> None:
     with pytest.raises(ConfigError, match=r"even --batch_size 1 .* needs 5\.\d GiB: take a larger card"):
         choose(model, Settings(16, 1), 4 * GIB, place="card")
-
-
-def test_a_graph_keeps_what_validation_needs_beside_it(model: Model) -> None:
-    plain, graphed = (plan(model, Settings(4, 4, True, cuda_graph=on)) for on in (False, True))
-    more = graphed.activations - plain.activations
-    assert more == max(model.piece(kind, 4).peak for kind in model.of_one) > 0
-    with pytest.raises(ConfigError, match=r"--cuda_graph True needs .*--cuda_graph True .the same"):
-        choose(model, graphed.settings, plain.total, place="card")

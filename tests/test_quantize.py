@@ -8,6 +8,7 @@ from torch import nn
 
 from prismatic.errors import ConfigError
 from prismatic.models import quantize
+from prismatic.models.decode import action_logits
 from prismatic.models.lora import add_lora
 from prismatic.models.quantize import Saved
 from prismatic.models.tiny import TINY, random_vla
@@ -93,7 +94,7 @@ def test_answers_stay_near_and_come_from_the_action_rows(
         plain, rounded = vla(ids, None, pixels).logits, quantized(ids, None, pixels).logits
         assert 0 < (rounded - plain).std() / plain.std() < error
         head, hidden = quantized.language_model.lm_head, torch.randn(4, TINY.text_config.hidden_size)
-        rows = quantize.head_rows(head, FIRST, LAST)(hidden)
+        rows = action_logits(head, hidden, FIRST, LAST)
         torch.testing.assert_close(rows, head(hidden)[:, FIRST:LAST])
     answer = quantized.generate_action_ids(ids, pixels)
     full = torch.cat([ids, torch.full((3, 1), TINY.empty_token_id), answer], dim=1)

@@ -26,7 +26,6 @@ OPTIONS = ModelOptions(
     gradient_checkpointing="auto",
     optimizer="adamw",
     compile=False,
-    cuda_graph=False,
     shard=False,
 )
 

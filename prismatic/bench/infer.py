@@ -20,9 +20,8 @@ from prismatic.bench.plain import PlainDecoder
 from prismatic.bench.random_model import random_model
 from prismatic.checkpoint import load_vla
 from prismatic.filenames import CONFIG
-from prismatic.models.captured import capture
-from prismatic.models.decode import Decoder
-from prismatic.models.graphs import give_back
+from prismatic.models.compiled import decoder_for
+from prismatic.models.decode import ActionDecoder
 from prismatic.models.quantize import quantize, stored_bytes
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.normalize import ACTION_DIMENSIONS
@@ -63,7 +62,7 @@ def inputs(
 
 
 def ways(
-    vla: VLA, precision: str, ids: torch.Tensor, pixels: torch.Tensor, captured: Callable[[], Decoder]
+    vla: VLA, precision: str, ids: torch.Tensor, pixels: torch.Tensor, compiled: Callable[[], ActionDecoder]
 ) -> Iterator[tuple[str, Callable[[], Run]]]:
     """(name, what makes its run) of every way of decoding this batch, the slowest first. Making one may run out of memory."""
 
@@ -71,20 +70,20 @@ def ways(
         decoder = PlainDecoder(vla, best=best)
         return lambda words: decoder(ids, pixels, words)
 
-    eager = Decoder(vla)
+    eager = ActionDecoder(vla)
 
     def drafted(*, wrong: int) -> Run:
         first = vla.config.vocab_size - vla.config.n_action_bins
         draft = first + (eager(ids, pixels, ACTION_DIM).ids - first + wrong) % vla.config.n_action_bins
-        return lambda words: captured()(ids, pixels, words, draft=draft[:, :words]).ids
+        return lambda words: compiled()(ids, pixels, words, draft=draft[:, :words]).ids
 
     if precision == "none":
         yield PLAIN, lambda: stock(best=False)
         yield "plain, static cache, compiled", lambda: stock(best=True)
     yield "ours, eager", lambda: lambda words: eager(ids, pixels, words).ids
-    yield "ours, captured", lambda: lambda words: captured()(ids, pixels, words).ids
-    yield "ours, captured + drafting, all right", lambda: drafted(wrong=0)
-    yield "ours, captured + drafting, all wrong", lambda: drafted(wrong=1)
+    yield "ours, compiled", lambda: lambda words: compiled()(ids, pixels, words).ids
+    yield "ours, compiled + drafting, all right", lambda: drafted(wrong=0)
+    yield "ours, compiled + drafting, all wrong", lambda: drafted(wrong=1)
 
 
 def run(
@@ -117,7 +116,7 @@ def run(
             else:
                 rows += _batch(vla, precision, batch, plain, floor, rounds, compiled)
         del vla  # before the next one is made
-        give_back()
+        ceilings.release_memory()
     for row in [row for row in rows if row["p50 ms"]][:1]:
         ceiling = f"ceilings: {rates[0] / 1e9:.0f} GB/s, {rates[1] / 1e12:.3g} TFLOP/s ({dtype})"
         row["note"] = ceiling.replace("torch.", "")
@@ -150,9 +149,9 @@ def _batch(
     ready: dict[str, tuple[Run, Row]] = {}
     rows = []
     held = _reserved(norm.device)
-    captured = functools.cache(lambda: capture(vla))
-    for name, make in ways(vla, precision, ids, pixels, captured):
-        if not compiled and name.endswith("compiled"):
+    decoder = functools.cache(lambda: decoder_for(vla))
+    for name, make in ways(vla, precision, ids, pixels, decoder):
+        if not compiled and name.startswith("plain, static"):
             rows.append(_skipped(precision, batch, name, "left out: --compiled False"))
             continue
         print(f"{precision}, batch {batch}: {name}", file=sys.stderr, flush=True)
@@ -173,11 +172,11 @@ def _batch(
                     f"{name}, batch {batch}: {100 * (1 - same):.1f} % of its words are not the plain way's"
                 )
             row["same words %"] = round(100 * same, 1)
-        if name.startswith("ours, captured"):
-            row["note"] = "; ".join(getattr(captured(), "given_up", ()))
+        if name.startswith("ours, compiled"):
+            row["note"] = decoder().description
         ready[name] = call, row
         rows.append(row)
-        if not name.startswith("ours, captured"):  # what is drafted stands on the same graphs and cache
+        if not name.startswith("ours, compiled"):  # what is drafted stands on the same graphs and cache
             held = _reserved(norm.device)
     print(f"{precision}, batch {batch}: {rounds} actions of each, in turns", file=sys.stderr, flush=True)
     times = _take_turns({name: call for name, (call, _) in ready.items()}, rounds, norm.device)
@@ -202,7 +201,7 @@ def _reserved(device: torch.device) -> int:
     """Bytes that torch holds on a GPU, the private memory of graphs included; 0 on a CPU."""
     if device.type != "cuda":
         return 0
-    give_back()
+    ceilings.release_memory()
     return torch.cuda.memory_reserved(device)
 
 

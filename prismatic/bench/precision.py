@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from prismatic.bench.ceilings import release_memory
 from prismatic.checkpoint import base_and_adapter, load_policy, load_quantized
 from prismatic.data.examples import example
 from prismatic.data.frames import FrameCache
 from prismatic.errors import ConfigError
 from prismatic.filenames import CONFIG
 from prismatic.models import quantize
-from prismatic.models.graphs import give_back
+from prismatic.models.decode import action_logits
 from prismatic.models.quantize import stored_bytes
 from prismatic.models.vla import IGNORE, VLA
 from prismatic.normalize import normalize
@@ -71,7 +72,7 @@ def forced_ids(vla: VLA, batch: Batch, action_dim: int) -> np.ndarray:
     hidden = vla.language_model(embeddings, positions)[:, -batch.labels.shape[1] : -1]
     counts = (batch.labels[:, 1:] != IGNORE) & (batch.labels[:, 1:] != vla.config.eos_token_id)
     low, high = vla.config.vocab_size - vla.config.n_action_bins, vla.config.vocab_size
-    logits = quantize.head_rows(vla.language_model.lm_head, low, high)(hidden[counts])
+    logits = action_logits(vla.language_model.lm_head, hidden[counts], low, high)
     return (low + logits.float().argmax(dim=-1)).reshape(-1, action_dim).cpu().numpy()
 
 
@@ -126,11 +127,11 @@ def run(
     reference = answers(policy.vla, samples, processor.action_dim)
     rows = [row("none", policy.vla, reference, reference, demonstrated, processor)]
     del policy  # the device holds one model at a time
-    give_back()
+    release_memory()
     for what, precision, backend, vision in WAYS:
         vla = load_quantized(folder, adapter, precision, backend=backend, vision=vision, dtype=dtype, device=device)
         ids = answers(vla.eval(), samples, processor.action_dim)
         rows.append(row(what, vla, ids, reference, demonstrated, processor))
         del vla
-        give_back()
+        release_memory()
     return rows

@@ -16,23 +16,20 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from prismatic.bench.ceilings import matrix_rate, wait
+from prismatic.bench.ceilings import matrix_rate, release_memory, wait
 from prismatic.bench.memory import WORDS
 from prismatic.bench.plain import PlainVLA
 from prismatic.bench.random_model import random_model
 from prismatic.errors import ConfigError
 from prismatic.models.checkpointing import checkpoint_activations, compile_blocks
-from prismatic.models.graphs import give_back, is_memory
 from prismatic.models.llama import LlamaConfig
 from prismatic.models.lora import add_lora, compute_in_base_dtype
 from prismatic.models.vla import DINO_ID, IGNORE, SIGLIP_ID, VLA, VLAConfig
-from prismatic.processor import Batch
 from prismatic.training.activations import LABELS
-from prismatic.training.cuda_graph import CannotRecord, GraphedPass
 from prismatic.training.live_bytes import LiveBytes
 from prismatic.training.optimizer import make_optimizer
 
-PLAIN, OURS, RECORDED = "plain", "ours", "ours, recorded"
+PLAIN, OURS = "plain", "ours"
 TOO_LARGE = "doesn't fit"
 RANK = 32
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # relative, of the loss and of all gradients together
@@ -169,22 +166,11 @@ def step_of(model: nn.Module, bench: Bench, size: int, *, way: str) -> tuple[Cal
     else:
         optimizer = make_optimizer("adamw", trained, learning_rate=1e-5, weight_decay=0.01)
     batch = batch_of(bench, size)
-    graphed = None
-    if way == RECORDED:
-        graphed = GraphedPass(model, words=WORDS, passes=1, autocast=False)  # pyright: ignore[reportArgumentType]  (ours)
-        # copied in at each step, as finetune.py does; the other ways have the batch on the device
-        hosted = [
-            Batch(**{name: tensor.cpu() for name, tensor in b.items()}) for b in (batch, batch_of(bench, size, 1))
-        ]
-        turns = itertools.cycle(b.pin_memory() if bench.on_gpu else b for b in hosted)
 
     def step() -> None:
-        if graphed is None:
-            loss_of(model, batch, bench).backward()
-        else:
-            graphed(next(turns))
+        loss_of(model, batch, bench).backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=graphed is None)
+        optimizer.zero_grad()
 
     return step, optimizer
 
@@ -217,15 +203,13 @@ def measure(make: Callable[[], nn.Module], bench: Bench, size: int, *, way: str)
 
 def tried(make: Callable[[], nn.Module], bench: Bench, size: int, *, way: str) -> tuple[float, float] | str:
     """As measure; or why not. It begins without what was cached before: that would count as reserved."""
-    give_back()
+    release_memory()
     try:
         return measure(make, bench, size, way=way)
     except torch.OutOfMemoryError:
         return TOO_LARGE
-    except CannotRecord as error:
-        return TOO_LARGE if error.__cause__ is not None and is_memory(error.__cause__) else str(error)
     finally:
-        give_back()
+        release_memory()
 
 
 def run(
@@ -235,9 +219,8 @@ def run(
     batch_sizes: tuple[int, ...] | None,
     steps: int,
     compiled: bool,
-    graphs: bool,
 ) -> list[dict[str, Any]]:
-    """The table. full_size None: where there is a GPU. graphs: ours recorded too, on a GPU."""
+    """The table. full_size None: where there is a GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     full_size = device == "cuda" if full_size is None else full_size
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -249,7 +232,7 @@ def run(
     loss, gradient = check_equal(base, bench)
     print(f"the two ways agree: relative difference of the loss {loss:.1e}, of the gradients {gradient:.1e}")
     facts = {"rate": matrix_rate(bench.place, dtype), "flops": step_flops(base, bench)}
-    rows = list(_rows(base, bench, batch_sizes or SIZES[device], compiled=compiled, graphs=graphs))
+    rows = list(_rows(base, bench, batch_sizes or SIZES[device], compiled=compiled))
     del base
     found = tried(lambda: ours(random_base(bench, nf4=True), bench, checkpointing=True), bench, 1, way=OURS)
     rows.append(Row("ours, NF4 base", 1, True, found))
@@ -264,13 +247,11 @@ class Row:
     found: tuple[float, float] | str  # samples a second, GiB; or why there are none
 
 
-def _rows(base: VLA, bench: Bench, sizes: tuple[int, ...], *, compiled: bool, graphs: bool) -> Iterator[Row]:
+def _rows(base: VLA, bench: Bench, sizes: tuple[int, ...], *, compiled: bool) -> Iterator[Row]:
     """Both ways at each micro-batch, ours with and without recomputing; a way that fails at one is not tried at larger ones."""
     failed: set[tuple[str, bool]] = set()
     ways = [(PLAIN, False), (OURS, False), (OURS, True)]
-    # behind the others: a recording that failed may keep its memory (torch 2.11)
-    graphed = [(RECORDED, False), (RECORDED, True)] if bench.on_gpu and graphs else []
-    for size, (way, checkpointing) in [*itertools.product(sizes, ways), *itertools.product(sizes, graphed)]:
+    for size, (way, checkpointing) in itertools.product(sizes, ways):
         if (way, checkpointing) in failed:
             continue
 

@@ -1,49 +1,53 @@
-"""Greedy decoding of one action: one pass over image and prompt, then one token at a time from a key-value cache; or a draft is verified.
+"""Greedy decoding of one action: the prompt in one forward pass, then all further tokens of the action verified at once, until nothing changes.
 
-In: right-padded prompts (B, T), pixel_values. Out: (B, action_dim) ids, always action ids: the original can answer `</s>` and then decode
-*prompt* words as an action. Rows of different length decode side by side, each exactly as it would alone.
+In: right-padded prompts (B, T), pixel_values, perhaps a draft. Out: (B, action_dim) ids, always action ids: the original can answer `</s>` and
+then decode tokens of the *prompt* as an action. Rows of different length decode side by side, each exactly as it would alone.
 
-A draft is a guess of the whole action, such as the answer to the frame before. It rides along with the prompt: every column then answers which
-word follows it, so the leading words that were guessed right are verified at once, and the rest are better guesses for another pass over the
-answer's columns (Jacobi iteration). Each pass settles at least one word, so a draft never takes more passes than decoding without one.
-The answer is plain decoding's whatever the draft: only rounding differs, because a matrix product's last bits change with its number of rows.
-So an action with a word whose lead over the next best is within DOUBT is decoded plainly after all.
+A draft is a guess of the whole action, such as the answer to the frame before. `prefill` reads the prompt and gives the first token. `verify`
+reads all columns of the answer but the last and says which token follows each: tokens guessed right are accepted, the others are better
+guesses for the next pass (Jacobi iteration). Each pass settles at least one token, so there are at most action_dim passes; a right draft takes 2.
+Surprising: without a draft the very same passes run, from a draft of middle tokens. A token depends only on columns before it and always comes
+out of a pass of the same shape, so its bits, and with them the answer, don't depend on the draft: no tolerance is needed.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from prismatic.models.llama import KVCache
-from prismatic.models.quantize import head_rows
+from prismatic.models.llama import KVCache, Llama, cache_views
 
-if TYPE_CHECKING:
-    from prismatic.models.vla import VLA
+Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values (B, kv_heads, length, D) of each layer
+Tensors = tuple[torch.Tensor, ...]
 
-# Logits: a lead smaller than this may be rounding. On the small model (CPU) a lead moved by up to 1.5e-5 in float32 and 0.06 in bfloat16 when a
-# draft rode along; a full-size model and float16 have not been measured.
-DOUBT = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+
+class TokenModel(Protocol):
+    """What decoding needs of a VLA."""
+
+    @property
+    def config(self) -> Any: ...
+    @property
+    def language_model(self) -> Llama: ...
+    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
-class Answer:
-    """ids (B, action_dim) int64; lead (B, action_dim) float32: by how much each id's logit beats the second best; passes through the language
-    model, the prompt's included; doubtful (B,) bool: rows that were decoded plainly after all.
+class DecodedActions:
+    """ids (B, action_dim) int64; margins (B, action_dim) float32: by how much each id's logit beats the second best (the top-1 margin);
+    forward_passes through the language model, the prompt's included.
     """
 
     ids: torch.Tensor
-    lead: torch.Tensor
-    passes: int
-    doubtful: torch.Tensor
+    margins: torch.Tensor
+    forward_passes: int
 
 
 def with_empty_token(
     input_ids: torch.Tensor, lengths: torch.Tensor, *, empty: int, pad: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Append the empty token to every row that doesn't end in it. (B, T), (B,) → ids (B, T or T + 1) and new lengths (B,)."""
+    """Append the empty token to every row that doesn't end in it. (B, T), (B,) → ids (B, T + 1) and new lengths (B,)."""
     rows = torch.arange(input_ids.shape[0], device=input_ids.device)
     missing = input_ids[rows, lengths - 1] != empty
     widened = F.pad(input_ids, (0, 1), value=pad)
@@ -52,154 +56,63 @@ def with_empty_token(
 
 
 def action_logits(head: nn.Module, hidden: torch.Tensor, first_id: int, last_id: int) -> torch.Tensor:
-    """(..., H) → (..., last_id - first_id) float32: the action rows of the head only, unless an adapter is on it."""
-    return head_rows(head, first_id, last_id)(hidden).float()
+    """(…, H) → (…, last_id - first_id) float32. Of a plain head only the action rows are read, less than a hundredth of it."""
+    if type(head) is nn.Linear and type(head.weight) is nn.Parameter:
+        return F.linear(hidden, head.weight[first_id:last_id]).float()
+    return head(hidden)[..., first_id:last_id].float()
 
 
-class Decoding:
-    """One batch on its way: prompt, cache and answer in tensors of fixed shape; no method waits for the device.
+def best_tokens(vla: TokenModel, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states (B, N, H) → the likeliest action ids (B, N) and their top-1 margins (B, N)."""
+    first_id, last_id = vla.config.vocab_size - vla.config.n_action_bins, vla.config.vocab_size
+    logits = action_logits(vla.language_model.lm_head, hidden, first_id, last_id)
+    values = logits.topk(2, dim=-1).values
+    return first_id + logits.argmax(dim=-1), values[..., 0] - values[..., 1]
 
-    words (B, W): right-padded ids without the empty token; lengths (B,): words that count; pixel_values. `answer` (B, action_dim) holds the
-    draft before `first` and ids ever after; `lead` (B, action_dim) says by how many logits each of them won.
+
+def prefill(
+    vla: TokenModel, layers: Layers, input_ids: torch.Tensor, lengths: torch.Tensor, pixel_values: torch.Tensor
+) -> Tensors:
+    """Read the prompts (B, T) of `lengths` tokens into the cache → first ids (B, 1), margins (B, 1), and where the answer begins (B,).
+
+    Waits for nothing on the device; shapes depend on nothing but the arguments' shapes.
     """
-
-    def __init__(
-        self, vla: "VLA", words: torch.Tensor, lengths: torch.Tensor, pixel_values: torch.Tensor, action_dim: int
-    ) -> None:
-        self.vla, self.action_dim = vla, action_dim
-        self.words, self.lengths, self.pixel_values = words, lengths, pixel_values
-        config, device = vla.config, words.device
-        self.first_id, self.last_id = config.vocab_size - config.n_action_bins, config.vocab_size
-        self.patches = config.num_images_in_input * config.num_patches
-        self.prompt_columns = self.patches + words.shape[1] + 1  # the empty token may have to be added
-        self.columns = torch.arange(self.prompt_columns + action_dim - 1, device=device)
-        self.cache = KVCache(
-            config.text_config, len(words), len(self.columns), like=vla.language_model.model.norm.weight
-        )
-        self.answer = torch.full((len(words), action_dim), self.first_id, device=device)
-        self.lead = torch.zeros(self.answer.shape, device=device)
-
-    def plain(self) -> torch.Tensor:
-        """One pass over the prompt and one for each further word → ids (B, action_dim)."""
-        prompt, end = self._prompt()
-        positions = self.columns[: self.prompt_columns].expand(len(prompt), -1)
-        hidden = self._read(prompt, positions, 0, end, wanted=(end - 1)[:, None])
-        words = [self._best(hidden)]
-        for step in range(self.action_dim - 1):
-            hidden = self._read(self._embed(words[-1][0]), (end + step)[:, None], self.prompt_columns + step, end)
-            words.append(self._best(hidden))
-        ids, leads = zip(*words, strict=True)
-        self.lead.copy_(torch.cat(leads, dim=1))
-        return torch.cat(ids, dim=1)
-
-    def first(self) -> torch.Tensor:
-        """The pass over the prompt with the draft behind it. Returns how many leading words of it every row confirms, at most action_dim - 1."""
-        self.answer.clamp_(self.first_id, self.last_id - 1)
-        prompt, end = self._prompt()
-        embeddings = torch.cat([prompt, self._embed(self.answer[:, :-1])], dim=1)
-        positions = self.columns[: self.prompt_columns].expand(len(prompt), -1)
-        positions = torch.cat([positions, self._answer_positions(end)], dim=1)
-        behind = self.columns[self.prompt_columns :].expand(len(prompt), -1)
-        wanted = torch.cat([(end - 1)[:, None], behind], dim=1)  # the prompt's last word answers with the first one
-        return self._update(self._read(embeddings, positions, 0, end, wanted), 0)
-
-    def again(self, start: int = 0) -> torch.Tensor:
-        """One more pass over the answer's columns from `start` (settled ones before it) on. Returns as `first`."""
-        end = self._ends()
-        positions = self._answer_positions(end)[:, start:]
-        hidden = self._read(self._embed(self.answer[:, start:-1]), positions, self.prompt_columns + start, end)
-        return self._update(hidden, start + 1)
-
-    def _ends(self) -> torch.Tensor:
-        """(B,): position behind the prompt, where the answer begins."""
-        return self.patches + self._completed()[1]
-
-    def _completed(self) -> tuple[torch.Tensor, torch.Tensor]:
-        config = self.vla.config
-        return with_empty_token(self.words, self.lengths, empty=config.empty_token_id, pad=config.pad_token_id)
-
-    def _prompt(self) -> tuple[torch.Tensor, torch.Tensor]:
-        words, lengths = self._completed()
-        return self.vla.embed(words, self.pixel_values), self.patches + lengths
-
-    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.vla.language_model.model.embed_tokens(ids)
-
-    def _answer_positions(self, end: torch.Tensor) -> torch.Tensor:
-        return end[:, None] + self.columns[: self.action_dim - 1]
-
-    def _read(
-        self,
-        embeddings: torch.Tensor,
-        positions: torch.Tensor,
-        first_column: int,
-        end: torch.Tensor,
-        wanted: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """A pass that fills the columns from first_column on → hidden states of all of them, or of those wanted (B, N)."""
-        columns = self.columns[first_column : first_column + embeddings.shape[1]]
-        filled = (self.columns < end[:, None]) | (self.columns >= self.prompt_columns)  # (B, all): not a padded word
-
-        def seen(by: torch.Tensor) -> torch.Tensor:
-            return filled[:, None, None] & (self.columns <= by[..., None])
-
-        # behind padded words nothing stands yet when the prompt is read alone: plain causal attention will do
-        alone = embeddings.shape[1] == self.prompt_columns
-        slots = self.cache.slots(
-            columns, None if alone else seen(columns), wanted, None if wanted is None else seen(wanted[:, None])
-        )
-        return self.vla.language_model(embeddings, positions, slots)
-
-    def _best(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states (B, N, H) → the likeliest ids (B, N), and by how many logits each beats the second best."""
-        logits = action_logits(self.vla.language_model.lm_head, hidden, self.first_id, self.last_id)
-        values = logits.topk(2, dim=-1).values
-        return self.first_id + logits.argmax(dim=-1), values[..., 0] - values[..., 1]
-
-    def _update(self, hidden: torch.Tensor, start: int) -> torch.Tensor:
-        """Answers from word `start` on, of hidden states (B, action_dim - start, H)."""
-        ids, lead = self._best(hidden)
-        same = (self.answer[:, start:-1] == ids[:, : self.action_dim - 1 - start]).cumprod(dim=1).sum(dim=1).amin()
-        self.answer[:, start:] = ids
-        self.lead[:, start:] = lead
-        return start + same
+    config = vla.config
+    input_ids, lengths = with_empty_token(input_ids, lengths, empty=config.empty_token_id, pad=config.pad_token_id)
+    embeddings = vla.embed(input_ids, pixel_values)
+    ends = embeddings.shape[1] - input_ids.shape[1] + lengths
+    columns = torch.arange(layers[0][0].shape[2], device=ends.device)
+    output_positions = (ends - 1)[:, None]
+    # plain causal attention will do: behind padding nothing is read; only the last layer's one query needs a mask
+    output_mask = (columns <= output_positions)[:, None, None]
+    columns = columns[: embeddings.shape[1]]
+    caches = cache_views(layers, columns, None, output_positions, output_mask)
+    hidden = vla.language_model(embeddings, columns.expand(len(input_ids), -1), caches)
+    return *best_tokens(vla, hidden), ends
 
 
-class Passes(Protocol):
-    """What decoding a batch takes: Decoding itself, or recorded graphs of its passes."""
-
-    answer: torch.Tensor
-    lead: torch.Tensor
-    action_dim: int
-
-    def plain(self) -> torch.Tensor: ...
-    def first(self) -> torch.Tensor: ...
-    def again(self, start: int) -> torch.Tensor: ...
-
-
-def verified(passes: Passes, draft: torch.Tensor, doubt: float) -> Answer:
-    """Plain decoding's answer by way of a draft (B, action_dim) of any numbers. The host waits for each pass: the next one depends on it."""
-    passes.answer.copy_(draft)
-    last = passes.action_dim - 1
-    settled, count = int(passes.first()), 1
-    while settled < last and count <= last:
-        settled, count = int(passes.again(settled)), count + 1
-    ids, lead = passes.answer.clone(), passes.lead.clone()
-    doubtful = (lead.amin(dim=1) >= doubt).logical_not()  # NaN is doubtful too
-    if settled < last:  # cannot be, unless the same pass gives two answers
-        doubtful |= True
-    if doubtful.any():
-        ids = torch.where(doubtful[:, None], passes.plain(), ids)
-        lead = torch.where(doubtful[:, None], passes.lead, lead)
-        count += passes.action_dim
-    return Answer(ids, lead, count, doubtful)
+def verify(vla: TokenModel, layers: Layers, tokens: torch.Tensor, ends: torch.Tensor) -> Tensors:
+    """tokens (B, N) of the answer, guesses or not, written behind the prompts that end at `ends` → the ids that follow each (B, N), margins."""
+    columns = torch.arange(layers[0][0].shape[2], device=ends.device)
+    first = len(columns) - tokens.shape[1]  # the answer's columns are the last
+    filled = (columns < ends[:, None]) | (columns >= first)  # (B, length): not the prompt's padding
+    attn_mask = filled[:, None, None] & (columns <= columns[first:, None])
+    positions = ends[:, None] + columns[: tokens.shape[1]]
+    embeddings = vla.language_model.model.embed_tokens(tokens)
+    return best_tokens(vla, vla.language_model(embeddings, positions, cache_views(layers, columns[first:], attn_mask)))
 
 
-class Decoder:
-    """Turns batches into actions, pass by pass in plain PyTorch."""
+class ActionDecoder:
+    """Turns batches into actions, kernel by kernel in plain PyTorch. One at a time: all calls share one cache."""
 
-    def __init__(self, vla: "VLA") -> None:
+    def __init__(self, vla: TokenModel) -> None:
         self.vla = vla
+        self._cache: KVCache | None = None
+
+    @property
+    def description(self) -> str:
+        """How forward passes are run, as a result records it."""
+        return "eager"
 
     @torch.inference_mode()
     def __call__(
@@ -209,23 +122,38 @@ class Decoder:
         action_dim: int,
         attention_mask: torch.Tensor | None = None,
         draft: torch.Tensor | None = None,
-    ) -> Answer:
+    ) -> DecodedActions:
         """(B, T) right-padded prompts, attention_mask None for full rows, draft (B, action_dim) of any numbers or None."""
-        lengths = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
+        config, device = self.vla.config, input_ids.device
+        lengths = torch.full((len(input_ids),), input_ids.shape[1], device=device)
         if attention_mask is not None:
             lengths = attention_mask.sum(dim=1)
-        passes = self._passes(input_ids, lengths, pixel_values, action_dim)
+        first_id, last_id = config.vocab_size - config.n_action_bins, config.vocab_size
         if draft is None:
-            ids = passes.plain()
-            return Answer(ids, passes.lead, action_dim, torch.zeros(len(ids), dtype=torch.bool, device=ids.device))
-        return verified(passes, draft.to(input_ids.device), DOUBT[self.vla.language_model.model.norm.weight.dtype])
+            draft = torch.full((len(input_ids), action_dim), (first_id + last_id) // 2)
+        patches = config.num_images_in_input * config.num_patches
+        layers = self._layers(len(input_ids), patches + input_ids.shape[1] + 1 + action_dim - 1)
+        first, margins, ends = self._run(prefill, layers, input_ids, lengths, pixel_values)
+        ids = torch.cat([first, draft[:, 1:].to(device).clamp(first_id, last_id - 1)], dim=1)
+        passes, settled = 1, action_dim == 1
+        while not settled:
+            following, following_margins = self._run(verify, layers, ids[:, :-1], ends)
+            settled = passes == action_dim - 1 or following[:, :-1].equal(ids[:, 1:-1])  # waits for the device
+            ids, passes = torch.cat([first, following], dim=1), passes + 1
+            if settled:
+                margins = torch.cat([margins, following_margins], dim=1)
+        return DecodedActions(ids, margins, passes)
 
-    def _passes(
-        self, input_ids: torch.Tensor, lengths: torch.Tensor, pixel_values: torch.Tensor, action_dim: int
-    ) -> Passes:
-        norm = self.vla.language_model.model.norm.weight
-        columns = self.vla.config.num_images_in_input * self.vla.config.num_patches + input_ids.shape[1] + 1
-        if norm.device.type == "cpu" and norm.dtype == torch.bfloat16 and columns % 2:
-            # oneDNN's bfloat16 products of an odd number of rows take up to half as long again
-            input_ids = F.pad(input_ids, (0, 1), value=self.vla.config.pad_token_id)
-        return Decoding(self.vla, input_ids, lengths, pixel_values, action_dim)
+    def _layers(self, batch: int, length: int) -> Layers:
+        """Keys and values for this batch: views of one allocation, which grows to the largest that was asked for."""
+        if self._cache is None or self._cache.batch < batch or self._cache.length < length:
+            held = (0, 0) if self._cache is None else (self._cache.batch, self._cache.length)
+            self._cache = None  # frees it before the larger one is made
+            like = self.vla.language_model.model.norm.weight
+            text = self.vla.config.text_config
+            self._cache = KVCache(text, max(batch, held[0]), max(length, held[1]), like=like)
+        return self._cache.narrowed(batch, length)
+
+    def _run(self, step: Any, layers: Layers, *inputs: torch.Tensor) -> Tensors:
+        """One forward pass: prefill or verify."""
+        return step(self.vla, layers, *inputs)

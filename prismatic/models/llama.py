@@ -1,8 +1,8 @@
 """The decoder of Llama-2 in plain PyTorch, under the published names. In: embeddings (B, T, H). Out: hidden states (B, T, H).
 
 Surprising: RoPE's cos and sin and RMSNorm's mean are computed in float32 whatever the weights are, then cast; right padding needs no mask,
-because nothing before it can see it; a cache slot is a *column* of the padded batch, not a position: rows of different length write the same
-slot at the same time, each with its own position, and a mask says what a row has.
+because nothing before it can see it; a place in the cache is a *column* of the padded batch, not a position: rows of different length write the same
+column at the same time, each with its own position, and a mask says what a row has.
 """
 
 from dataclasses import dataclass
@@ -28,38 +28,48 @@ class LlamaConfig:
     max_position_embeddings: int = 2048
 
 
-class Slots(NamedTuple):
-    """One layer's part of the cache in one pass: what it holds, where this pass writes, what its columns see."""
+class CacheView(NamedTuple):
+    """One layer's part of a KV cache in one forward pass: what it holds, where this pass writes, what its queries attend to."""
 
     keys: torch.Tensor  # (B, kv_heads, length, D)
     values: torch.Tensor
-    columns: torch.Tensor  # (T,) int64: the slots that this pass fills
-    seen: torch.Tensor | None  # (B, 1, T, length) bool; None: plain causal among the columns of this pass
-    # (B, N): the columns whose output is needed, if not all; `seen` is then (B, 1, N, length)
-    wanted: torch.Tensor | None = None
+    columns: torch.Tensor  # (T,) int64: the columns that this pass fills
+    attn_mask: (
+        torch.Tensor | None
+    )  # (B, 1, T, length) bool, True where attended; None: causal among the columns of this pass
+    # (B, N): positions among the T whose output is needed, if not all; attn_mask is then (B, 1, N, length)
+    output_positions: torch.Tensor | None = None
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once: slot c of row b holds what column c of that row left there."""
+    """Keys and values of every layer, allocated once: column c of row b holds what column c of that row left there."""
 
     def __init__(self, config: LlamaConfig, batch: int, length: int, like: torch.Tensor) -> None:
         head = config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, head)
-        self.layers = list(zip(like.new_zeros(shape), like.new_zeros(shape), strict=True))
+        self.batch, self.length = batch, length
+        shape = (batch, config.num_key_value_heads, length, head)
+        self.layers = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.num_hidden_layers)]
 
-    def slots(
-        self,
-        columns: torch.Tensor,
-        seen: torch.Tensor | None,
-        wanted: torch.Tensor | None = None,
-        wanted_seen: torch.Tensor | None = None,
-    ) -> list[Slots]:
-        """Each layer's part for a pass that writes columns (T,) and lets them see `seen` (B, 1, T, length); None: causal among themselves.
+    def narrowed(self, batch: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Each layer's keys and values for a smaller batch or fewer columns: views of the same memory."""
+        return [(keys[:batch, :, :length], values[:batch, :, :length]) for keys, values in self.layers]
 
-        wanted (B, N), with what they see: of the last layer, only these columns' output is computed.
-        """
-        slots = [Slots(keys, values, columns, seen) for keys, values in self.layers]
-        return slots if wanted is None else [*slots[:-1], slots[-1]._replace(seen=wanted_seen, wanted=wanted)]
+
+def cache_views(
+    layers: list[tuple[torch.Tensor, torch.Tensor]],
+    columns: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    output_positions: torch.Tensor | None = None,
+    output_mask: torch.Tensor | None = None,
+) -> list[CacheView]:
+    """Each layer's view in a pass that fills columns (T,); arguments as CacheView has them.
+
+    output_positions (B, N) with output_mask (B, 1, N, length): of the last layer, only these positions' output is computed.
+    """
+    views = [CacheView(keys, values, columns, attn_mask) for keys, values in layers]
+    if output_positions is not None:
+        views[-1] = views[-1]._replace(attn_mask=output_mask, output_positions=output_positions)
+    return views
 
 
 class RMSNorm(nn.Module):
@@ -98,24 +108,26 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, asking: torch.Tensor, x: torch.Tensor, cos_sin, slots: Slots | None) -> torch.Tensor:
-        """asking: x, or its wanted columns."""
+    def forward(self, queries: torch.Tensor, x: torch.Tensor, cos_sin, cache: CacheView | None) -> torch.Tensor:
+        """queries: x, or x at its output positions."""
         batch, length, _ = x.shape
-        q = self.q_proj(asking).view(batch, -1, self.heads, self.head_dim).transpose(1, 2)
+        q = self.q_proj(queries).view(batch, -1, self.heads, self.head_dim).transpose(1, 2)
         k = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
         k = _rotate(k, *cos_sin)
-        if slots is not None and slots.wanted is not None:
-            cos_sin = [torch.take_along_dim(part, slots.wanted[:, None, :, None], dim=2) for part in cos_sin]
+        if cache is not None and cache.output_positions is not None:
+            cos_sin = [torch.take_along_dim(part, cache.output_positions[:, None, :, None], dim=2) for part in cos_sin]
         q = _rotate(q, *cos_sin)
         grouped = self.kv_heads != self.heads
-        if slots is not None:
-            slots.keys.index_copy_(2, slots.columns, k)
-            slots.values.index_copy_(2, slots.columns, v)
-        if slots is None or slots.seen is None:
+        if cache is not None:
+            cache.keys.index_copy_(2, cache.columns, k)
+            cache.values.index_copy_(2, cache.columns, v)
+        if cache is None or cache.attn_mask is None:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         else:
-            out = F.scaled_dot_product_attention(q, slots.keys, slots.values, attn_mask=slots.seen, enable_gqa=grouped)
+            out = F.scaled_dot_product_attention(
+                q, cache.keys, cache.values, attn_mask=cache.attn_mask, enable_gqa=grouped
+            )
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -138,11 +150,11 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, cos_sin, slots: Slots | None) -> torch.Tensor:
-        read = asking = self.input_layernorm(x)
-        if slots is not None and slots.wanted is not None:
-            x, asking = (torch.take_along_dim(part, slots.wanted[..., None], dim=1) for part in (x, read))
-        x = x + self.self_attn(asking, read, cos_sin, slots)
+    def forward(self, x: torch.Tensor, cos_sin, cache: CacheView | None) -> torch.Tensor:
+        normed = queries = self.input_layernorm(x)
+        if cache is not None and cache.output_positions is not None:
+            x, queries = (torch.take_along_dim(part, cache.output_positions[..., None], dim=1) for part in (x, normed))
+        x = x + self.self_attn(queries, normed, cos_sin, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -166,11 +178,11 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
-        self, embeddings: torch.Tensor, positions: torch.Tensor, slots: list[Slots] | None = None
+        self, embeddings: torch.Tensor, positions: torch.Tensor, caches: list[CacheView] | None = None
     ) -> torch.Tensor:
-        """embeddings (B, T, H), positions (B, T) → normed hidden states (B, T, H), or (B, N, H) of the wanted columns.
+        """embeddings (B, T, H), positions (B, T) → normed hidden states (B, T, H), or (B, N, H) at the output positions.
 
-        slots: of a KVCache, one a layer; None reads nothing and keeps nothing.
+        caches: one a layer (cache_views); None reads nothing and keeps nothing.
         """
         config = self.config
         cos_sin = rotary(
@@ -178,5 +190,5 @@ class Llama(nn.Module):
         )
         x = embeddings
         for number, layer in enumerate(self.model.layers):
-            x = layer(x, cos_sin, None if slots is None else slots[number])
+            x = layer(x, cos_sin, None if caches is None else caches[number])
         return self.model.norm(x)

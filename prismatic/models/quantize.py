@@ -7,18 +7,16 @@
 Embedding table, norms, biases and convolutions stay as they are. Adapters are merged before.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from prismatic.errors import ConfigError, read_json
 from prismatic.models import backends, integers, weights
-from prismatic.models.onednn import OneDNNLinear
 
 if TYPE_CHECKING:
     from prismatic.models.vla import VLA
@@ -234,18 +232,3 @@ def fill(
         there = {part: tensor.to(device, copy=True) for part, tensor in tensors.items()}
         linear.weight = backends.torchao_weight(there, dtype)
     vla.requires_grad_(False)
-
-
-def head_rows(head: nn.Module, first: int, last: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """(…, H) → (…, last - first): the rows first … last of a head alone. A quantised one is cut through its parts, without a copy.
-
-    Surprising: torchao's own slicing fails under torch.inference_mode, so it is done here.
-    """
-    if type(head) not in (nn.Linear, OneDNNLinear):  # one with an adapter on it, or bitsandbytes' kind
-        return lambda hidden: head(hidden)[..., first:last]
-    weight: Any = head.weight
-    if not hasattr(weight, "qdata"):
-        rows = weight[first:last]
-    else:
-        rows = type(weight)(weight.qdata[first:last], weight.scale[first:last], weight.block_size, weight.dtype)
-    return lambda hidden: F.linear(hidden, rows)  # torchao wants the weight by position

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from prismatic.errors import ConfigError, read_json
-from prismatic.models import decode
+from prismatic.models.decode import ActionDecoder
 from prismatic.models.llama import Llama, LlamaConfig
 from prismatic.models.projector import Projector
 from prismatic.models.vision import VisionBackbone
@@ -170,12 +170,10 @@ class VLA(nn.Module):
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
         all_logits: bool = False,
-        label_columns: torch.Tensor | None = None,
     ) -> VLAOutput:
         """One pass over a right-padded batch; attention_mask is taken for OpenVLA's sake: behind right padding nothing is read.
 
         Loss: mean cross entropy over the labels of the batch that are not -100, each predicted from the position before it.
-        label_columns (B, N): where in labels[:, 1:] those are, if every row has N and the caller knows them; to look for them a GPU is waited for.
         """
         embeddings = self.embed(input_ids, pixel_values)  # (B, P + T, H)
         positions = torch.arange(embeddings.shape[1], device=embeddings.device).expand(embeddings.shape[:2])
@@ -186,13 +184,9 @@ class VLA(nn.Module):
                 return VLAOutput(logits, None)
         predicting = hidden[:, -labels.shape[1] : -1]  # position P + t - 1 predicts label t
         following = labels[:, 1:]
-        if label_columns is None:
-            counts = following != IGNORE
-            predicting, following = predicting[counts], following[counts]
-        else:
-            predicting = torch.take_along_dim(predicting, label_columns[..., None], dim=1).flatten(0, 1)
-            following = torch.take_along_dim(following, label_columns, dim=1).flatten()
-        chosen = self.language_model.lm_head(predicting).float()  # (labels that count, rows)
+        counts = following != IGNORE
+        following = following[counts]
+        chosen = self.language_model.lm_head(predicting[counts]).float()  # (labels that count, rows)
         loss = F.cross_entropy(chosen, following)
         return VLAOutput(logits if all_logits else chosen, loss)
 
@@ -209,7 +203,7 @@ class VLA(nn.Module):
 
         margins: a list that gets, for each id, by how much its logit beats the second best: (B,) float32.
         """
-        answer = decode.Decoder(self)(input_ids, pixel_values, action_dim, attention_mask)
+        answer = ActionDecoder(self)(input_ids, pixel_values, action_dim, attention_mask)
         if margins is not None:
-            margins.extend(answer.lead.unbind(dim=1))
+            margins.extend(answer.margins.unbind(dim=1))
         return answer.ids

@@ -9,7 +9,6 @@ Adapters are float32 by default: bfloat16 would save 0.84 GiB of the 16.9 of ope
 """
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -62,7 +61,6 @@ class Settings:
     use_quantization: bool = False
     optimizer: str = "adamw"
     shares: int = 1  # processes among which weights, gradients and optimizer are cut up (--shard)
-    cuda_graph: bool = False
 
     @property
     def flags(self) -> str:
@@ -70,7 +68,6 @@ class Settings:
         parts += ["--gradient_checkpointing True"] * bool(self.gradient_checkpointing)
         parts += ["--use_quantization True"] * self.use_quantization
         parts += [f"--optimizer {self.optimizer}"] * (self.optimizer != "adamw")
-        parts += ["--cuda_graph True"] * self.cuda_graph
         return " ".join(parts)
 
 
@@ -138,8 +135,6 @@ def plan(model: Model, settings: Settings) -> Plan:
     activations, logits = _activations(model, settings)
     if settings.use_quantization:
         activations += model.largest * size  # a matrix is unpacked while it is used
-    if settings.cuda_graph:  # it never gives its activations back: validation has its own beside them, block by block
-        activations += max(model.piece(kind, settings.batch_size).peak for kind in model.of_one)
     if settings.shares > 1:
         activations += _gathered(model, computing)
     split = [weights, model.adapters * own, model.trained * own, int(model.trained * state)]
@@ -199,11 +194,10 @@ def _smaller(settings: Settings, *, quantisable: bool) -> Iterator[Settings]:
     changes = [(settings.use_quantization, settings.optimizer), (settings.use_quantization, "paged_adamw_8bit")]
     if quantisable:
         changes += [(True, settings.optimizer), (True, "paged_adamw_8bit")]
-    graphs = dict.fromkeys((settings.cuda_graph, False))
-    for (use_quantization, optimizer), graph in itertools.product(changes, graphs):
+    for use_quantization, optimizer in changes:
         for batch in range(settings.batch_size, 0, -1):
             if effective % batch == 0:
-                ways = (True, use_quantization, optimizer, settings.shares, graph)
+                ways = (True, use_quantization, optimizer, settings.shares)
                 yield Settings(batch, effective // batch, *ways)
 
 

@@ -17,7 +17,6 @@ from prismatic.models.lora import add_lora, compute_in_base_dtype
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.training import memory
 from prismatic.training.activations import SHARDED, Precision
-from prismatic.training.cuda_graph import recordable
 from prismatic.training.distributed import Ranks, shard
 
 
@@ -34,7 +33,6 @@ class ModelOptions:
     gradient_checkpointing: bool | str  # or "auto"
     optimizer: str
     compile: bool
-    cuda_graph: bool
     shard: bool
 
     def precision(self, device: str) -> Precision:
@@ -72,8 +70,7 @@ def plan_training(
     precision = SHARDED if shares > 1 and device != "cpu" else options.precision(device)
     model = memory.describe(config, precision, words=words, on_cpu=device == "cpu")
     checkpointing = None if options.gradient_checkpointing == "auto" else bool(options.gradient_checkpointing)
-    graph = options.cuda_graph and recordable(ranks, dropout=options.lora_dropout if options.use_lora else 0.0)
-    ways = (checkpointing, options.use_quantization, options.optimizer, shares, graph)
+    ways = (checkpointing, options.use_quantization, options.optimizer, shares)
     asked = memory.Settings(batch_size, passes, *ways)
     free, place = memory.free_memory(device)
     if ranks.size > 1 and device != "cpu":

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,17 +75,14 @@ def attention_kernel(device: str, autocast: bool) -> contextlib.AbstractContextM
     return sdpa_kernel(SDPBackend.MATH) if autocast and device == "cpu" else contextlib.nullcontext()
 
 
-def one_pass(
-    model: nn.Module, batch: Batch, *, passes: int, autocast: bool, label_columns: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def one_pass(model: nn.Module, batch: Batch, *, passes: int, autocast: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and logits of a batch on the model's device; a step's share of the gradients (one of `passes`) is added to what is there."""
     device = batch.input_ids.device.type
-    known = {} if label_columns is None else {"label_columns": label_columns}
     # the kernel is chosen for the backward pass too, which computes blocks again where activations are recomputed
     with attention_kernel(device, autocast):
         # no cache: it would hold a copy of every trained weight until the end of the pass, recomputing or not
         with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast, cache_enabled=False):
-            out = model(batch.input_ids, batch.attention_mask, batch.pixel_values, batch.labels, **known)
+            out = model(batch.input_ids, batch.attention_mask, batch.pixel_values, batch.labels)
         (out.loss / passes).backward()
     return out.loss.detach(), out.logits.detach()
 
@@ -97,21 +94,17 @@ def backward(
     *,
     autocast: bool,
     ranks: Ranks = ALONE,
-    graphed: Callable[[Batch], tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> Metrics:
     """Gradients of the mean loss of several passes (gradient accumulation) of all ranks, added to what is there; returns the mean metrics.
 
-    model: a VLA, or what Ranks.parallel made of it. graphed: a GraphedPass of the same model that runs the passes in its place.
+    model: a VLA, or what Ranks.parallel made of it.
     Every sample has as many labels as any other, so a mean of means is the mean.
     """
     total = Metrics()
     device = next(model.parameters()).device
     for number, batch in enumerate(passes, start=1):
-        if graphed is not None:
-            loss, logits = graphed(batch)
-        else:
-            with gradients_wait(model, number < len(passes)):
-                loss, logits = one_pass(model, batch.to(device), passes=len(passes), autocast=autocast)
+        with gradients_wait(model, number < len(passes)):
+            loss, logits = one_pass(model, batch.to(device), passes=len(passes), autocast=autocast)
         accuracy, l1 = action_metrics(logits, batch.labels, tokenizer)
         total.loss += loss.item() / len(passes)
         total.action_accuracy += accuracy / len(passes)
