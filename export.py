@@ -15,6 +15,7 @@ import torch
 import tyro
 
 from prismatic import checkpoint as files
+from prismatic.dataset_statistics import base_statistics, load_statistics
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.hub import resolve
 from prismatic.models import quantize, weights
@@ -96,12 +97,12 @@ def refuse_a_second_merge(base: Path, adapter: Path | None) -> None:
 
 def exported_processor(cfg: ExportConfig, base: Path, adapter: Path | None) -> tuple[Processor, dict]:
     """The adapter's processor where there is one; statistics of both. A foreign checkpoint with several keys leaves the choice open."""
-    statistics = files.base_statistics(base)
+    statistics = base_statistics(base)
     if adapter is not None and (adapter / files.STATISTICS).exists():
-        statistics |= files.load_statistics(adapter)
+        statistics |= load_statistics(adapter)
     known = any((folder / files.PROCESSOR).exists() for folder in (adapter, base) if folder is not None)
     if not statistics:
-        files.load_statistics(base)  # says what is missing
+        load_statistics(base)  # says what is missing
     key = cfg.unnorm_key
     if not known and key is None:
         key = next(iter(statistics))  # to build a processor at all; taken out again below

@@ -20,10 +20,11 @@ import tyro
 from tqdm import tqdm
 
 from config import FinetuneConfig
-from prismatic.checkpoint import load_statistics, load_tokenizer, save_checkpoint, statistics_key
+from prismatic.checkpoint import load_tokenizer, save_checkpoint
 from prismatic.data.examples import Examples, batches
 from prismatic.data.frames import DrawBatches, Mixture
 from prismatic.data.mixture import open_mixture
+from prismatic.dataset_statistics import load_statistics, statistics_key
 from prismatic.errors import ConfigError, Terminated, exit_codes
 from prismatic.filenames import CONFIG, FIRST_BATCH, LATEST, SKIPPED, STEP_FOLDER
 from prismatic.hub import resolve

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from prismatic.dataset_statistics import check_entry, load_statistics, statistics_key
 from prismatic.errors import ConfigError, read_json
 from prismatic.filenames import (
     ADAPTER_CONFIG,
@@ -34,10 +35,6 @@ from prismatic.models.nf4 import prepare_nf4
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.policy import VLAPolicy
 from prismatic.processor import Processor, ProcessorConfig, preprocessor_json
-
-NO_NOOPS = (
-    "_no_noops"  # a data set's name with and without its still steps: the statistics of either serve a suite's name
-)
 
 
 def load_vla(
@@ -141,44 +138,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise ConfigError(f"{folder / TOKENIZER} is damaged ({error}): copy it again from the checkpoint") from None
 
 
-def load_statistics(folder: Path) -> dict[str, Any]:
-    """All entries of a folder's statistics: dataset_statistics.json, else `norm_stats` of config.json."""
-    if (folder / STATISTICS).exists():
-        return read_json(folder / STATISTICS)
-    norm_stats = read_json(folder / CONFIG).get("norm_stats") if (folder / CONFIG).exists() else None
-    if not norm_stats:
-        raise ConfigError(
-            f"{folder} has no {STATISTICS} (and no norm_stats in {CONFIG}): copy it from the run that made the weights"
-        )
-    return norm_stats
-
-
-def base_statistics(folder: Path) -> dict[str, Any]:
-    """As load_statistics, but empty for a base model that has none."""
-    try:
-        return load_statistics(folder)
-    except ConfigError:
-        return {}
-
-
-def statistics_key(statistics: Mapping[str, Any], unnorm_key: str | None, folder: Path) -> str:
-    """The entry that unnorm_key means: itself, or with `_no_noops`; the only one if None. ConfigError that lists the keys otherwise."""
-    if unnorm_key is None and len(statistics) == 1:
-        return next(iter(statistics))
-    for key in (unnorm_key, f"{unnorm_key}{NO_NOOPS}", str(unnorm_key).removesuffix(NO_NOOPS)):
-        if key in statistics:
-            return str(key)
-    asked = "--unnorm_key is needed" if unnorm_key is None else f"--unnorm_key {unnorm_key} is not there"
-    raise ConfigError(f"{asked}: {folder} has statistics of {', '.join(sorted(statistics))}")
-
-
 def load_processor(
     checkpoint: Path, adapter: Path | None = None, *, unnorm_key: str | None = None, center_crop: bool | None = None
 ) -> Processor:
     """The processor of an adapter or checkpoint folder; see the module's first lines for what may be given."""
     home = adapter if adapter is not None and (adapter / PROCESSOR).exists() else checkpoint
     statistics_home = next((f for f in (adapter, home) if f is not None and (f / STATISTICS).exists()), checkpoint)
-    statistics = load_statistics(statistics_home)
+    statistics = load_statistics(statistics_home, unnorm_key)
     if (home / PROCESSOR).exists():
         config = ProcessorConfig.load(home / PROCESSOR)
         if config.unnorm_key is None:
@@ -201,18 +167,8 @@ def load_processor(
         crop = True if center_crop is None else center_crop
         config = ProcessorConfig.for_model(model, unnorm_key=key, center_crop=crop, **_preprocessor(checkpoint))
     if config.unnorm_key is not None:
-        _check_entry(statistics[config.unnorm_key], f"{statistics_home / STATISTICS}, {config.unnorm_key}")
+        check_entry(statistics[config.unnorm_key], f"{statistics_home / STATISTICS}, {config.unnorm_key}")
     return Processor(config, load_tokenizer(checkpoint), statistics)
-
-
-def _check_entry(entry: Any, where: str) -> None:
-    """ConfigError unless an entry of the statistics has what un-normalising needs."""
-    action = entry.get("action") if isinstance(entry, dict) else None
-    for name in ("q01", "q99"):
-        if not isinstance(action, dict) or not action.get(name):
-            raise ConfigError(
-                f"{where}: action.{name} is missing: copy the statistics from the run that made the weights"
-            )
 
 
 def _preprocessor(folder: Path) -> dict[str, Any]:

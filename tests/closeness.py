@@ -13,7 +13,8 @@ from PIL import Image
 
 from action_tokenizer import ActionTokenizer
 from prismatic import image, normalize
-from prismatic.checkpoint import load_statistics, load_vla
+from prismatic.checkpoint import load_vla
+from prismatic.dataset_statistics import load_statistics
 from prismatic.models.lora import merge_lora
 from prismatic.models.vision import patch_features
 from tests.conftest import EXCERPT, FULL

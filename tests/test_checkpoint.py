@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prismatic.checkpoint import load_policy, load_statistics, load_tokenizer, load_vla, save_checkpoint, statistics_key
+from prismatic.checkpoint import load_policy, load_tokenizer, load_vla, save_checkpoint
+from prismatic.dataset_statistics import load_statistics, statistics_key
 from prismatic.errors import ConfigError
 from prismatic.hub import resolve
 from prismatic.models import weights

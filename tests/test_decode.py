@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prismatic.checkpoint import load_statistics, load_vla
+from prismatic.checkpoint import load_vla
+from prismatic.dataset_statistics import load_statistics
 from prismatic.models.decode import ActionDecoder, prefill, verify
 from prismatic.models.tiny import TINY, random_vla
 from prismatic.models.vla import VLA

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from prismatic.errors import ConfigError
 from prismatic.ranges import Positive, Share
 from prismatic.records import LARGEST, finite, parse_record, read_bytes, read_object, read_record
+from tests.odd_values import JSON_VALUES
 
 
 class Nested(TypedDict):
@@ -41,11 +42,6 @@ GOOD: dict[str, Any] = {
     "key": None,
     "flag": False,
 }
-JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
-    max_leaves=8,
-)
 
 
 def one_sentence(content: bytes | str, kind: type = Example) -> str | None:

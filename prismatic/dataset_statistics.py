@@ -1,0 +1,127 @@
+"""Statistics of data sets, from dataset_statistics.json or `norm_stats` of config.json: looked at for sense before anybody acts or trains by them.
+
+Of a file with many entries only the chosen one must make sense. Surprising: an entry without a mask scales all dimensions, the gripper too, as
+the original does; that is said. A file of one data set, as OpenVLA's data loader caches it, has no key on top: it is taken under `unnorm_key`.
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from prismatic.errors import ConfigError
+from prismatic.filenames import CONFIG, STATISTICS
+from prismatic.ranges import Count, wanted
+from prismatic.records import finite, read_object
+
+NO_NOOPS = (
+    "_no_noops"  # a data set's name with and without its still steps: the statistics of either serve a suite's name
+)
+COPY = "copy the statistics from the run that made the weights"
+# In metres, radians or normalised units nothing is larger than this by far.
+Column = Annotated[list[Annotated[float, Meta(ge=-1e5, le=1e5)]], Meta(min_length=1, max_length=256)]
+
+
+class Columns(TypedDict, total=False):
+    """A number a dimension, D in each list."""
+
+    mean: Column
+    std: Column
+    max: Column
+    min: Column
+    q01: Column
+    q99: Column
+    mask: list[bool]
+
+
+class _Entry(TypedDict, total=False):
+    action: Columns
+    proprio: Columns
+    num_transitions: Count
+    num_trajectories: Count
+
+
+def load_statistics(folder: Path, unnorm_key: str | None = None) -> dict[str, Any]:
+    """All entries of a folder's statistics: dataset_statistics.json, else `norm_stats` of config.json. ConfigError where there are none."""
+    if (folder / STATISTICS).exists():
+        return read_statistics(folder / STATISTICS, unnorm_key)
+    found = read_object(folder / CONFIG).get("norm_stats") if (folder / CONFIG).exists() else None
+    if not found:
+        raise ConfigError(
+            f"{folder} has no {STATISTICS} (and no norm_stats in {CONFIG}): copy it from the run that made the weights"
+        )
+    return _entries(found, f"{folder / CONFIG}, norm_stats", unnorm_key)
+
+
+def base_statistics(folder: Path) -> dict[str, Any]:
+    """As load_statistics, but empty for a base model that has none."""
+    config = read_object(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    return load_statistics(folder) if (folder / STATISTICS).exists() or config.get("norm_stats") else {}
+
+
+def read_statistics(path: Path, unnorm_key: str | None = None) -> dict[str, Any]:
+    """The entries of a statistics file by data set; unnorm_key names the one entry of a file that has no key on top."""
+    return _entries(read_object(path, way_out=COPY), str(path), unnorm_key)
+
+
+def _entries(found: Any, where: str, unnorm_key: str | None) -> dict[str, Any]:
+    if isinstance(found, dict) and isinstance(found.get("action"), dict) and "action" not in found["action"]:
+        return {unnorm_key or "dataset": found}
+    if not isinstance(found, dict) or not all(isinstance(entry, dict) for entry in found.values()):
+        raise ConfigError(f"{where} holds no object of an entry a data set: {COPY}")
+    return found
+
+
+def statistics_key(statistics: Mapping[str, Any], unnorm_key: str | None, folder: Path) -> str:
+    """The entry that unnorm_key means: itself, or with `_no_noops`; the only one if None. ConfigError that lists the keys otherwise."""
+    if unnorm_key is None and len(statistics) == 1:
+        return next(iter(statistics))
+    for key in (unnorm_key, f"{unnorm_key}{NO_NOOPS}", str(unnorm_key).removesuffix(NO_NOOPS)):
+        if key in statistics:
+            return str(key)
+    asked = "--unnorm_key is needed" if unnorm_key is None else f"--unnorm_key {unnorm_key} is not there"
+    raise ConfigError(f"{asked}: {folder} has statistics of {', '.join(sorted(statistics)) or 'no data set'}")
+
+
+def check_entry(entry: Any, where: str, *, state: bool = False, whole: bool = False) -> None:
+    """ConfigError that names the field unless an entry makes sense: finite numbers of one length, q01 up to q99, a mask that fits.
+
+    state: the robot's state is read too, so `proprio` is needed. whole: training needs mean, std, min and max as well.
+    """
+    try:
+        found = msgspec.convert(entry, _Entry)
+    except msgspec.ValidationError as error:
+        message, _, place = str(error).partition(" - at `$.")
+        raise ConfigError(f"{where}: {place.rstrip('`') or 'the entry'}: {wanted(message)}: {COPY}") from None
+    if not finite(entry):
+        raise ConfigError(f"{where} holds a number that is not finite: {COPY}")
+    for part in ("action", "proprio") if state else ("action",):
+        _check_columns(found.get(part, {}), f"{where}: {part}", whole=whole)
+    action = found.get("action", {})
+    low, high, mask = (np.array(action.get(name, [])) for name in ("q01", "q99", "mask"))
+    if "mask" not in action:
+        print(f"notice: {where} has no action.mask: every dimension is scaled, the gripper too", file=sys.stderr)
+    elif not mask.any():
+        raise ConfigError(f"{where}: action.mask is false everywhere, so no dimension would be scaled: {COPY}")
+    if not (low < high).any():
+        raise ConfigError(f"{where}: action.q01 equals action.q99 in every dimension, so nothing would move: {COPY}")
+
+
+def _check_columns(columns: Mapping[str, Any], where: str, *, whole: bool) -> None:
+    needed = ("q01", "q99", "mean", "std", "min", "max") if whole else ("q01", "q99")
+    for name in needed:
+        if name not in columns:
+            raise ConfigError(f"{where}.{name} is missing: {COPY}")
+    size = len(columns["q01"])
+    for name, column in columns.items():
+        if len(column) != size:
+            raise ConfigError(f"{where}.{name} has {len(column)} values, but q01 has {size}: {COPY}")
+    for low, high in (("q01", "q99"), ("min", "max")):
+        if low in columns and high in columns and (np.array(columns[low]) > np.array(columns[high])).any():
+            raise ConfigError(f"{where}.{low} is above {high} in a dimension: {COPY}")
+    if min(columns.get("std", [0.0])) < 0:
+        raise ConfigError(f"{where}.std has a negative value: {COPY}")
