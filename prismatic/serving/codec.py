@@ -1,0 +1,146 @@
+"""Bytes to arrays and back, for json-numpy and the two msgpack conventions, without pickle and within limits.
+
+In: a body or a message of a client, at most `Limits.body` long. Out: maps, lists, strings, numbers and numpy arrays of plain numbers.
+Surprising: openpi's array maps have bytes keys (`b"__ndarray__"`), vla-eval's string keys, and vla-eval sends images as PNG.
+"""
+
+import base64
+import binascii
+import io
+import json
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import msgpack
+import numpy as np
+from PIL import Image
+
+from prismatic.serving.observation import Limits, RequestError, check_size
+
+DTYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248])")  # no objects, no structures, no strings
+MOST_CONTAINERS = 2000  # lists and maps of a message: a few bytes each on the wire, a hundred in memory
+MOST_ITEMS = 20_000  # entries of all of them together
+
+
+def read_json(body: bytes, limits: Limits) -> Any:
+    """JSON with json-numpy's arrays ({"__numpy__": base64, "dtype", "shape"})."""
+    if body.count(b"[") + body.count(b"{") > MOST_CONTAINERS or body.count(b",") > MOST_ITEMS:
+        raise RequestError("the body has too many lists and maps: send arrays as json-numpy encodes them", 413)
+    try:
+        return json.loads(body, object_hook=_json_array)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is no valid JSON: {_first_line(error)}") from None
+
+
+def _json_array(found: dict[str, Any]) -> Any:
+    if "__numpy__" not in found:
+        return found
+    data = found["__numpy__"]
+    if not isinstance(data, str):
+        raise RequestError("__numpy__ must be base64 text")
+    try:
+        return _array(base64.b64decode(data, validate=True), found.get("dtype"), found.get("shape"))
+    except binascii.Error as error:
+        raise RequestError(f"__numpy__ is no base64: {_first_line(error)}") from None
+
+
+def json_array(array: np.ndarray) -> dict[str, Any]:
+    """An array as json-numpy writes it."""
+    data = base64.b64encode(np.ascontiguousarray(array).data).decode()
+    return {"__numpy__": data, "dtype": array.dtype.str, "shape": list(array.shape)}
+
+
+def read_msgpack(data: bytes, limits: Limits) -> Any:
+    """msgpack with openpi's or vla-eval's arrays and vla-eval's images."""
+    counted = [0]
+
+    def count(items: Any) -> Any:
+        counted[0] += 1
+        if counted[0] > MOST_CONTAINERS:
+            raise RequestError("the message has too many lists and maps", 413)
+        return items
+
+    try:
+        return msgpack.unpackb(
+            data,
+            object_hook=lambda found: _msgpack_array(count(found), limits),
+            list_hook=count,
+            strict_map_key=False,
+            max_array_len=MOST_CONTAINERS,
+            max_map_len=MOST_CONTAINERS,
+            max_ext_len=0,
+            max_str_len=limits.body,
+            max_bin_len=limits.body,
+        )
+    except RequestError:
+        raise
+    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:  # TypeError: an unhashable key
+        raise RequestError(f"the message is no valid msgpack: {_first_line(error)}") from None
+
+
+def write_msgpack(content: Any, array: Callable[[np.ndarray], dict]) -> bytes:
+    """array: how the dialect writes one."""
+    return bytes(msgpack.packb(content, default=array) or b"")
+
+
+def bytes_keys(array: np.ndarray) -> dict[bytes, Any]:
+    """An array as openpi's clients read it."""
+    return {b"__ndarray__": True, b"data": array.tobytes(), b"dtype": array.dtype.str, b"shape": array.shape}
+
+
+def string_keys(array: np.ndarray) -> dict[str, Any]:
+    """An array as vla-eval's harness reads it."""
+    return {"__ndarray__": True, "data": array.tobytes(), "dtype": array.dtype.str, "shape": array.shape}
+
+
+def _msgpack_array(found: dict[Any, Any], limits: Limits) -> Any:
+    if found.get("__image__"):
+        return _picture(found, limits)
+    for key in (str, str.encode):
+        if found.get(key("__npgeneric__")):
+            value = found.get(key("data"))
+            if not isinstance(value, (bool, int, float)):
+                raise RequestError("a numpy scalar must hold a number")
+            return value
+        if found.get(key("__ndarray__")):
+            return _array(*(found.get(key(name)) for name in ("data", "dtype", "shape")))
+    return found
+
+
+def _array(data: Any, dtype: Any, shape: Any) -> np.ndarray:
+    """An array of plain numbers from its bytes."""
+    if isinstance(dtype, bytes):
+        dtype = dtype.decode("latin-1")
+    if not isinstance(dtype, str) or not DTYPE.fullmatch(dtype):
+        raise RequestError(f"an array's dtype must be a plain number's such as |u1 or <f4, it is {str(dtype)[:40]!r}")
+    whole = isinstance(shape, (list, tuple)) and len(shape) <= 4 and all(type(n) is int and n >= 0 for n in shape)
+    if not isinstance(data, bytes) or not whole:
+        raise RequestError("an array needs its bytes as data and at most 4 whole numbers as shape")
+    if math.prod(shape) * np.dtype(dtype).itemsize != len(data):
+        raise RequestError(f"an array's shape {list(shape)} and dtype {dtype} don't fit its {len(data):,} bytes")
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+def _picture(found: dict[Any, Any], limits: Limits) -> np.ndarray:
+    """vla-eval's image map; its size is looked at before it is decoded."""
+    data, kind = found.get("data"), found.get("format")
+    if kind == "raw":
+        return _array(data, found.get("dtype"), found.get("shape"))
+    if not isinstance(data, bytes) or kind not in ("png", "jpeg"):
+        raise RequestError("an image needs its bytes as data and png, jpeg or raw as format")
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG", "JPEG"]) as opened:
+            check_size(opened.height, opened.width, "the image", limits)
+            if opened.mode != "RGB":
+                raise RequestError(f"an image must be RGB with 8 bits a channel, it is {opened.mode}")
+            return np.asarray(opened)
+    except RequestError:
+        raise
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, zlib's and struct's own
+        raise RequestError(f"an image can't be decoded: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]

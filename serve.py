@@ -1,0 +1,156 @@
+"""Serve a policy to robots and harnesses that already speak to one: OpenVLA's and OpenVLA-OFT's /act, openpi's and vla-eval's WebSockets.
+
+    python serve.py --pretrained_checkpoint FOLDER_OR_HUB_ID [--lora_checkpoint …] [--quantize int8]
+
+Requests that arrive together are answered in one batch. Only this machine may ask, unless there is an API key (docs/serve.md).
+SIGTERM finishes what is under way and leaves with 143.
+"""
+
+import asyncio
+import logging
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from prismatic.errors import ConfigError, exit_codes
+from prismatic.serving.guard import read_key
+from prismatic.serving.observation import Limits
+
+if TYPE_CHECKING:
+    from prismatic.serving.app import Server
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    # Checkpoint folder, adapter folder (it knows its base), or hub id such as openvla/openvla-7b-finetuned-libero-spatial.
+    pretrained_checkpoint: str
+    # Adapter folder that goes on top of the checkpoint.
+    lora_checkpoint: Path | None = None
+    # Weights in 8 or 4 bits. A folder that export.py quantised needs no flag.
+    quantize: Literal["none", "int8", "int4"] = "none"
+    # Key of the data set's statistics. Only for a folder without processor.json that has several.
+    unnorm_key: str | None = None
+    # Whether it was trained with random crops. None: what the folder says, True where it says nothing.
+    center_crop: bool | None = None
+    # Address to listen at. Another one than this machine's own (127.0.0.1) demands an API key.
+    host: str = "127.0.0.1"
+    # Port to listen at; 0 takes a free one.
+    port: int = 8000
+    # File that holds the API key, which the environment variable OPENVLA_API_KEY may hold instead.
+    api_key_file: Path | None = None
+    # Most requests of one batch.
+    max_batch: int = 16
+    # Longest that a request waits for others to come along, in ms. A client alone doesn't wait.
+    max_wait_ms: float = 5.0
+    # Folder in which to write each request and answer.
+    record: Path | None = None
+    # Largest image, in pixels.
+    max_pixels: int = Limits.pixels
+    # Most connections at a time.
+    max_connections: int = Limits.connections
+
+
+def main(cfg: ServeConfig) -> None:
+    check(cfg)
+    key = read_key(cfg.api_key_file, cfg.host)
+    listener = bind(cfg.host, cfg.port)
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    logging.getLogger("serve.access").setLevel(logging.INFO)
+
+    from prismatic.checkpoint import load_policy
+    from prismatic.serving.app import Server
+    from prismatic.serving.recording import Recorder
+    from prismatic.serving.service import Service
+
+    start = time.monotonic()
+    policy = load_policy(
+        cfg.pretrained_checkpoint,
+        adapter=cfg.lora_checkpoint,
+        unnorm_key=cfg.unnorm_key,
+        center_crop=cfg.center_crop,
+        quantize=cfg.quantize,
+    )
+    print(f"loaded {cfg.pretrained_checkpoint} in {time.monotonic() - start:.1f} s", flush=True)
+    service = Service(
+        policy,
+        Limits(pixels=cfg.max_pixels, connections=cfg.max_connections),
+        max_batch=cfg.max_batch,
+        max_wait=cfg.max_wait_ms / 1000,
+        recorder=None if cfg.record is None else Recorder(cfg.record),
+    )
+    asyncio.run(serve(Server(service, key), listener, cfg))
+
+
+async def serve(server: "Server", listener: socket.socket, cfg: ServeConfig) -> None:
+    """Listen, warm up, answer until a signal comes."""
+    service = server.service
+
+    async def warm_up_and_answer() -> None:
+        times = await service.warm_up()
+        sizes = ", ".join(f"{rows} in {seconds:.2f} s" for rows, seconds in times)
+        print(f"warmed up with batches of {sizes}", *addresses(cfg, listener.getsockname()[1]), sep="\n", flush=True)
+        await service.queue.run()
+
+    worker = asyncio.create_task(warm_up_and_answer())
+
+    def stop(task: asyncio.Task[None]) -> None:
+        server.should_exit = True
+
+    worker.add_done_callback(stop)
+    await server.serve([listener])
+    if worker.done():
+        worker.result()  # raises what stopped it
+    worker.cancel()
+
+
+def check(cfg: ServeConfig) -> None:
+    """What can be said before anything is loaded. ConfigError."""
+    for name in ("max_batch", "max_pixels", "max_connections"):
+        if getattr(cfg, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(cfg, name)}: it must be at least 1")
+    if not 0 <= cfg.max_wait_ms <= 1000:
+        raise ConfigError(f"--max_wait_ms is {cfg.max_wait_ms:g}: it must be 0 to 1000")
+    if not 0 <= cfg.port < 2**16:
+        raise ConfigError(f"--port is {cfg.port}: it must be 1 to 65535, or 0 for a free one")
+    if cfg.lora_checkpoint and not cfg.lora_checkpoint.is_dir():
+        raise ConfigError(f"--lora_checkpoint {cfg.lora_checkpoint} is not a folder: give the adapter's folder")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that doesn't listen yet: a port that is taken is known before the weights are loaded. ConfigError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host.strip("[]"), port))
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"can't listen at --host {host} --port {port} ({reason}): give another port or host"
+        ) from None
+    return listener
+
+
+def addresses(cfg: ServeConfig, port: int) -> list[str]:
+    """Where each dialect is answered, and a command that asks."""
+    host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
+    url = f"http://{host}:{port}"
+    key = '-H "Authorization: Api-Key $(cat ' + f'{cfg.api_key_file})" ' if cfg.api_key_file else ""
+    return [
+        f"page          {url}/",
+        f"OpenVLA, OFT  POST {url}/act",
+        f"openpi        ws://{host}:{port}",
+        f"vla-eval      ws://{host}:{port}/vla-eval (or without the path)",
+        "try it:",
+        f"curl -s {key}{url}/example | curl -s {key}-H 'Accept: application/json' --data-binary @- {url}/act",
+    ]
+
+
+if __name__ == "__main__":
+    with exit_codes():
+        main(tyro.cli(ServeConfig, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
