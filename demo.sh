@@ -27,11 +27,12 @@ if [ $processes = 2 ] && grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then aut
 export OMP_WAIT_POLICY=PASSIVE # a thread that waits must not take the core from the one it waits for
 python=.venv/bin/python base=checkpoints/openvla-tiny work=workspace/$name
 first=libero_spatial_task$task second=libero_spatial_task${task}_second # data sets: the expert's; with those that the first round began
-times=()
+number=0 times=()
 stage() { # stage LABEL COMMAND …: show it, run it, remember how long it took
     local label=$1 start=$SECONDS
     shift
-    printf '\n== %s\n' "$label"
+    number=$((number + 1))
+    printf '\n== %d of 6, %d s after the start: %s\n' $number $SECONDS "$label"
     "$@"
     times+=("$(printf '%4d s  %s' $((SECONDS - start)) "$label")")
 }
@@ -55,6 +56,15 @@ evaluate() { # evaluate CHECKPOINT NOTE
         --render_quality $quality --run_id_note "$name-$2"
 }
 
+plan() { printf '  %s  %-52s %-7s %s\n' "$@"; }
+printf 'The small base policy has never seen task %s of LIBERO-Spatial and should fail; after fine-tuning it should mostly succeed.\n' $task
+printf 'Six stages; the minutes are those of the full demo on 2 CPU cores. Stop at any time: the same command goes on from there.\n'
+plan 1 "evaluate the base policy, $trials episodes" "4 min" "rollouts/EVAL-libero_spatial-*--$name-before: a video each"
+plan 2 "the scripted expert gives $demos demonstrations" "3 min" "$work/datasets"
+plan 3 "fine-tune on them, $((steps / 2)) steps" "3 min" "$work/runs: first_batch.png is what the model sees"
+plan 4 "the new policy begins, the expert ends: $((demos * 3 / 5)) more" "3 min" "$work/datasets"
+plan 5 "fine-tune on all of them, $steps steps" "5 min" "$work/runs"
+plan 6 "evaluate again" "3 min" "rollouts/EVAL-libero_spatial-*--$name-after"
 stage "the base policy, which has never seen task $task" evaluate $base before
 stage "expert demonstrations → RLDS" collect $first $demos
 stage "LoRA fine-tuning, first round" train $first $((steps / 2))
