@@ -10,17 +10,24 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, TypedDict
 
 import torch
+from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from prismatic.errors import ConfigError, read_json
+from prismatic.errors import ConfigError
 from prismatic.filenames import NATIVE_WEIGHTS, WEIGHTS, WEIGHTS_INDEX
 from prismatic.models import nf4
+from prismatic.records import read_record
+from prismatic.sums import check_sum
 
 SHARD_BYTES = 5 * 10**9  # a shard that export writes is at most this large
+SMALLEST_MATRIX = 256  # values: a smaller one, such as a class token's place, may be zero
+ANOTHER_COPY = "copy the weights again, or take an earlier step's"
+LFS_POINTER = b"version https://git-lfs"
 FINGERPRINT_VALUES = 512  # of each tensor go into the fingerprint of a checkpoint
 NATIVE_NAMES = (  # native Prismatic prefix → published prefix, and the projector's Sequential indices
     ("vision_backbone.dino_featurizer.", "vision_backbone.featurizer."),
@@ -32,6 +39,12 @@ NATIVE_NAMES = (  # native Prismatic prefix → published prefix, and the projec
 )
 
 
+class _Index(TypedDict):
+    """model.safetensors.index.json: the file of each tensor."""
+
+    weight_map: Annotated[dict[str, str], Meta(min_length=1)]
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """One tensor of a checkpoint: where it is, its shape, and how to read it (mapped, not copied)."""
@@ -40,12 +53,36 @@ class StoredTensor:
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
 
+    def checked(self, name: str, *, may_be_zero: bool = False) -> torch.Tensor:
+        """Read it, and look at every value. ConfigError for NaN or infinity, whole numbers, or a matrix of zeros: any would act, badly."""
+        tensor = self.read()
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ConfigError(f"{self.file}: tensor {name} has dtype {kind}, not a floating one: {ANOTHER_COPY}")
+        # One cheap pass: a sum is finite where every value is. Float16 would overflow; bfloat16 and float32 add up in float32.
+        total = tensor.sum(dtype=torch.float32 if tensor.dtype == torch.float16 else None)
+        if not torch.isfinite(total) and not torch.isfinite(tensor).all():
+            raise ConfigError(f"{self.file}: tensor {name} holds NaN or infinity: {ANOTHER_COPY}")
+        if (
+            not may_be_zero
+            and total == 0
+            and tensor.dim() > 1
+            and tensor.numel() >= SMALLEST_MATRIX
+            and not tensor.any()
+        ):
+            raise ConfigError(f"{self.file}: tensor {name} is zero everywhere: {ANOTHER_COPY}")
+        return tensor
+
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint folder under its published name, read lazily. ConfigError for a missing or truncated file."""
     if (folder / WEIGHTS_INDEX).exists():
-        names = read_json(folder / WEIGHTS_INDEX).get("weight_map", {}).values()
-        files = [folder / name for name in sorted(set(names))]
+        names = set(read_record(folder / WEIGHTS_INDEX, _Index)["weight_map"].values())
+        if outside := sorted(name for name in names if Path(name).name != name or name in ("", "..")):
+            raise ConfigError(
+                f"{folder / WEIGHTS_INDEX} names {outside[0]!r}, which is not in its folder: copy it again"
+            )
+        files = [folder / name for name in sorted(names)]
     elif (folder / WEIGHTS).exists():
         files = [folder / WEIGHTS]
     elif native := sorted((folder / "checkpoints").glob("*.pt")):
@@ -58,12 +95,20 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def read_safetensors(path: Path) -> Iterable[tuple[str, StoredTensor]]:
-    """(name, tensor) of one safetensors file, read lazily. ConfigError if it is missing or truncated."""
+    """(name, tensor) of one safetensors file, read lazily. ConfigError if it is missing, truncated, not as it was written, or a pointer."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is no regular file: copy it again")
+    check_sum(path)
     try:
         handle = safe_open(path, framework="pt")
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing, though the index names it: copy the checkpoint again") from None
     except (SafetensorError, OSError) as error:
+        with path.open("rb") as stream:
+            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ConfigError(
+                    f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in {path.parent}"
+                ) from None
         raise ConfigError(f"{path} is damaged or truncated ({error}): copy it again") from None
     for name in handle.keys():  # noqa: SIM118  (no dict: it can't be iterated itself)
         shape = tuple(handle.get_slice(name).get_shape())
@@ -119,17 +164,17 @@ def fill(model: nn.Module, stored: dict[str, StoredTensor], *, dtype: torch.dtyp
     for name, tensor in stored.items():
         parent, _, last = name.rpartition(".")
         if nf4.is_packed(model.get_submodule(parent), last):
-            nf4.pack(model.get_submodule(parent), tensor.read().to(dtype), device)
+            nf4.pack(model.get_submodule(parent), tensor.checked(name).to(dtype), device)
             continue
         sharded = getattr(model.get_submodule(parent), last)
         if hasattr(sharded, "placements"):
             from torch.distributed.tensor import distribute_tensor  # here, because it is slow to import and few need it
 
-            whole = tensor.read().to(dtype)
+            whole = tensor.checked(name).to(dtype)
             with torch.no_grad():
                 sharded.copy_(distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None))
             continue
-        value = tensor.read().to(device=device, dtype=dtype, copy=True)
+        value = tensor.checked(name).to(device=device, dtype=dtype, copy=True)
         setattr(model.get_submodule(parent), last, nn.Parameter(value))
 
 
