@@ -4,6 +4,7 @@ Downloads go through huggingface_hub's cache: they resume after an interruption 
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,11 +13,16 @@ from prismatic.filenames import ADAPTER_CONFIG, CONFIG, LATEST
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WANTED = ["*.json", "*.safetensors", "*.model", "checkpoints/latest-checkpoint.pt"]  # never Python files
-WANTED_DATA = ["*.json", "*.tfrecord*"]
+WANTED_DATA = ["*.json", "*.tfrecord*", "*.array_record*"]
 
 
-def resolve(name: str | Path, *, kind: Literal["model", "dataset"] = "model") -> Path:
-    """The folder that name is, or the snapshot of the hub id that it names. ConfigError if it is neither, or can't be fetched."""
+def resolve(
+    name: str | Path, *, kind: Literal["model", "dataset"] = "model", patterns: Sequence[str] | None = None
+) -> Path:
+    """The folder that name is, or the snapshot of the hub id that it names. ConfigError if it is neither, or can't be fetched.
+
+    patterns: which files to fetch, if not those of a checkpoint or of RLDS data sets.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return newest_step(folder) if kind == "model" else folder
@@ -32,8 +38,8 @@ def resolve(name: str | Path, *, kind: Literal["model", "dataset"] = "model") ->
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        patterns = WANTED if kind == "model" else WANTED_DATA
-        return Path(snapshot_download(str(name), repo_type=kind, allow_patterns=patterns))
+        wanted = list(patterns or (WANTED if kind == "model" else WANTED_DATA))
+        return Path(snapshot_download(str(name), repo_type=kind, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(

@@ -1,8 +1,7 @@
-"""RLDS data sets as folders and files, looked at without TensorFlow: which there are, and whether they are
-whole.
+"""Data sets as folders and files, looked at without TensorFlow: which there are, of which format, and whether they are whole.
 
-The layout is `<data_root_dir>/<dataset_name>/<version>/`, with dataset_info.json, features.json, tfrecord
-files.
+RLDS lies in `<data_root_dir>/<dataset_name>/<version>/` (dataset_info.json, features.json, tfrecord files), LeRobot in
+`<data_root_dir>/<dataset_name>/` (meta/info.json, data/, videos/).
 """
 
 import json
@@ -11,25 +10,74 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from prismatic.errors import ConfigError
+from prismatic.filenames import LEROBOT_INFO, RLDS_FEATURES, RLDS_INFO
 
 AGAIN = "download or collect the data set again"
 RECORD_HEADER_BYTES = 12  # of a tfrecord: the content's length in 8 bytes, and their checksum
 RECORD_FOOTER_BYTES = 4  # the content's checksum
+LFS_POINTER = b"version https://git-lfs"
 
 
 def find_dataset(data_root_dir: Path, dataset_name: str) -> Path:
-    """The newest `<data_root_dir>/<dataset_name>/<version>`; ConfigError lists what there is."""
-    root = Path(data_root_dir)
+    """`<data_root_dir>/<dataset_name>` where that is a LeRobot data set, or its newest version where it is RLDS.
+
+    A root that is one level off, the data set itself or the folder above its root, is taken where that leaves no doubt.
+    ConfigError lists what there is.
+    """
+    root = Path(data_root_dir).expanduser()
     if not root.is_dir():
         raise ConfigError(f"data_root_dir {root} doesn't exist: give the folder that holds {dataset_name}/")
-    version = _newest_version(root / dataset_name)
-    if version is None:
-        there = ", ".join(sorted(folder.name for folder in root.iterdir() if _newest_version(folder)))
+    deeper = [folder for folder in root.glob(f"*/{dataset_name}") if dataset_in(folder)] if dataset_name else []
+    itself = [root] if root.absolute().name == dataset_name else []
+    for folder in (root / dataset_name, *itself, *(deeper if len(deeper) == 1 else [])):
+        found = dataset_in(folder)
+        if found:
+            return found
+    if dataset_in(root):
         raise ConfigError(
-            f"data_root_dir {root} holds no RLDS data set {dataset_name!r}: "
-            + (f"set dataset_name to one that it holds ({there})" if there else "nor any other")
+            f"data_root_dir {root} is itself a data set: give --data_root_dir {root.absolute().parent} --dataset_name {root.absolute().name}"
         )
-    return version
+    below = _names(root / dataset_name)
+    if below:
+        raise ConfigError(
+            f"{root / dataset_name} is a folder of data sets ({', '.join(below)}): give it as data_root_dir, and one of them as dataset_name"
+        )
+    there = _names(root) or sorted(
+        f"{folder.parent.name}/{folder.name}" for folder in root.glob("*/*") if dataset_in(folder)
+    )
+    raise ConfigError(
+        f"data_root_dir {root} holds no data set {dataset_name!r}, neither RLDS nor LeRobot: "
+        + (
+            f"set dataset_name to one that it holds ({', '.join(there)})"
+            if there
+            else "nor any other: give their folder"
+        )
+    )
+
+
+def dataset_in(folder: Path) -> Path | None:
+    """The folder if it is a LeRobot data set, its newest version if it is an RLDS one, else None."""
+    return folder if is_lerobot(folder) else _newest_version(folder)
+
+
+def is_lerobot(folder: Path) -> bool:
+    """Whether it has a LeRobot data set's description."""
+    return (folder / LEROBOT_INFO).is_file()
+
+
+def _names(root: Path) -> list[str]:
+    return sorted(folder.name for folder in root.glob("*") if dataset_in(folder))
+
+
+def check_no_pointer(path: Path) -> None:
+    """ConfigError for a file that isn't there, and for one whose content Git LFS has still to fetch."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(LFS_POINTER))
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read ({error.strerror}): {AGAIN}") from None
+    if start == LFS_POINTER:
+        raise ConfigError(f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull in its folder")
 
 
 def dataset_name(source: Path) -> str:
@@ -48,16 +96,22 @@ def check_whole(source: Path) -> None:
     Walks the tfrecords from header to header, some hundred small reads, so that the bad file is named.
     """
     try:
-        info = json.loads((source / "dataset_info.json").read_text())
+        info = json.loads((source / RLDS_INFO).read_text())
         expected = sum(int(length) for split in info["splits"] for length in split["shardLengths"])
-        json.loads((source / "features.json").read_text())
+        json.loads((source / RLDS_FEATURES).read_text())
     except FileNotFoundError as error:
         missing = Path(error.filename).name
         raise ConfigError(f"{source} is no RLDS data set, as it has no {missing}: give a version folder") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"the JSON files of {source} are damaged ({error!r}): {AGAIN}") from None
     found = 0
+    shards = sorted(
+        source.glob("*.array_record*")
+    )  # of this kind only the number of files is known without its library
+    if shards and len(shards) == sum(len(split["shardLengths"]) for split in info["splits"]):
+        return
     for path in sorted(source.glob("*.tfrecord*")):
+        check_no_pointer(path)
         size, position = path.stat().st_size, 0
         with path.open("rb") as file:
             while position < size:
@@ -72,7 +126,7 @@ def check_whole(source: Path) -> None:
 
 
 def _newest_version(dataset: Path) -> Path | None:
-    versions = [info.parent for info in dataset.glob("*/dataset_info.json") if _is_version(info.parent.name)]
+    versions = [info.parent for info in dataset.glob(f"*/{RLDS_INFO}") if _is_version(info.parent.name)]
     return max(versions, key=lambda folder: [int(part) for part in folder.name.split(".")], default=None)
 
 

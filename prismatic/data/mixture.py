@@ -1,20 +1,58 @@
-"""What --dataset_name means: a data set by name, or several, each with a weight if it has one, opened as one Mixture."""
+"""What --dataset_name means: a data set by name, or several, each with a weight if it has one, opened as one Mixture, whatever their formats."""
 
 from pathlib import Path
 
-from prismatic.data.dataset_folder import find_dataset
+from prismatic.data import lerobot, rlds
+from prismatic.data.dataset_folder import find_dataset, is_lerobot
 from prismatic.data.frames import VAL_SHARE, FrameCache, Mixture
-from prismatic.data.rlds import build_cache
+from prismatic.data.gripper import choose_gripper
 from prismatic.errors import ConfigError
+from prismatic.hub import resolve
 
 
-def open_cache(root: str | Path, name: str, *, cache_dir: Path) -> FrameCache:
-    """The frame cache of one data set, built from RLDS where it isn't there yet."""
-    return FrameCache(build_cache(find_dataset(Path(root), name), cache_dir))
+def open_cache(
+    root: str | Path,
+    name: str,
+    *,
+    cache_dir: Path,
+    data_keys: str = "",
+    gripper: str = "auto",
+    rotate_images: bool = False,
+) -> FrameCache:
+    """The frame cache of one data set, RLDS or LeRobot, built where it isn't there yet.
+
+    root: a folder of data sets, or the hub id of such a folder or of one LeRobot data set. data_keys: which fields are meant, see keys.py.
+    gripper: a convention of normalize.GRIPPER_CONVENTIONS, "none", or "auto" to find it. rotate_images: turn each image by 180°.
+    """
+    options = {"data_keys": data_keys, "rotate_images": rotate_images}
+    source = None
+    if not Path(root).expanduser().is_dir():
+        source = lerobot.fetch(str(root), data_keys)
+        if source and name != str(root).rpartition("/")[2]:
+            raise ConfigError(f"{root} is one LeRobot data set: give --dataset_name {str(root).rpartition('/')[2]}")
+    source = source or find_dataset(resolve(root, kind="dataset"), name)
+    if is_lerobot(source):
+        folder = lerobot.build_cache(source, cache_dir, name=name if source.name != name else None, **options)
+    else:
+        folder = rlds.build_cache(source, cache_dir, **options)
+    cache = FrameCache(folder)
+    chosen = choose_gripper(gripper, cache.gripper, cache.actions.shape[1])
+    return cache if chosen == cache.gripper else FrameCache(folder, chosen)
 
 
-def open_mixture(root: Path, dataset_name: str, *, cache_dir: Path, seed: int, val_share: float = VAL_SHARE) -> Mixture:
-    """The frame caches of dataset_name (a name, or name:weight,name:weight), built from RLDS where they aren't there yet."""
+def open_mixture(
+    root: str | Path,
+    dataset_name: str,
+    *,
+    cache_dir: Path,
+    seed: int,
+    val_share: float = VAL_SHARE,
+    num_actions_chunk: int = 1,
+    data_keys: str = "",
+    gripper: str = "auto",
+    rotate_images: bool = False,
+) -> Mixture:
+    """The frame caches of dataset_name (a name, or name:weight,name:weight), each built where it isn't there yet; see open_cache."""
     caches, shares = [], []
     for part in dataset_name.split(","):
         name, _, share = part.strip().partition(":")
@@ -24,5 +62,24 @@ def open_mixture(root: Path, dataset_name: str, *, cache_dir: Path, seed: int, v
             raise ConfigError(
                 f"--dataset_name {part!r}: {share!r} is no weight, write it like libero_spatial_no_noops:0.5"
             ) from None
-        caches.append(open_cache(root, name, cache_dir=cache_dir))
-    return Mixture(caches, seed=seed, weights=shares, val_share=val_share)
+        caches.append(
+            open_cache(
+                root, name, cache_dir=cache_dir, data_keys=data_keys, gripper=gripper, rotate_images=rotate_images
+            )
+        )
+    return Mixture(caches, seed=seed, weights=shares, val_share=val_share, num_actions_chunk=num_actions_chunk)
+
+
+def sentences(cache: FrameCache, *, rotate_images: bool = False) -> list[str]:
+    """What a person should know of how a data set is read, before it costs a day."""
+    turned = (
+        "turned by 180°"
+        if rotate_images
+        else "as recorded, not turned (they should be upright; --rotate_images True turns them)"
+    )
+    dims = ", ".join(str(dim) for dim in cache.gripper.dims)
+    return [
+        f"data set {cache.name}: {len(cache):,} frames, {len(cache.file_paths):,} episodes; " + "; ".join(cache.notes),
+        f"images {turned}",
+        f"gripper{f' (dimension {dims})' if dims else ''}: {cache.gripper.evidence}",
+    ]
