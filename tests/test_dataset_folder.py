@@ -38,13 +38,40 @@ def test_the_newest_version_is_found(version):
 
 def test_what_there_is_is_said(version, tmp_path):
     make_folder(tmp_path / "root/b_set/1.0.0")
-    with pytest.raises(ConfigError, match=r"no RLDS data set 'absent'.*dataset_name.*a_set, b_set"):
+    with pytest.raises(ConfigError, match=r"no data set 'absent'.*dataset_name.*a_set, b_set"):
         find_dataset(tmp_path / "root", "absent")
     with pytest.raises(ConfigError, match=r"data_root_dir .*missing doesn't exist"):
         find_dataset(tmp_path / "missing", "a_set")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="nor any other"):
         find_dataset(tmp_path / "empty", "a_set")
+
+
+def test_a_root_one_level_off_is_taken_or_named(version):
+    root = version.parents[1]
+    assert find_dataset(root / "a_set", "a_set") == version
+    assert find_dataset(root.parent, "a_set") == version
+    with pytest.raises(ConfigError, match=r"is itself a data set: give --data_root_dir .*root --dataset_name a_set"):
+        find_dataset(root / "a_set", "libero")
+    with pytest.raises(ConfigError, match=r"root is a folder of data sets \(a_set\): give it as data_root_dir"):
+        find_dataset(root.parent, "root")
+    with pytest.raises(ConfigError, match=r"one that it holds \(root/a_set\)"):
+        find_dataset(root.parent, "b_set")
+    make_folder(root.parent / "other/a_set/1.0.0")
+    with pytest.raises(ConfigError, match=r"other/a_set, root/a_set"):
+        find_dataset(root.parent, "a_set")
+
+
+def test_a_lerobot_folder_is_found_by_its_description(tmp_path):
+    (tmp_path / "b_set/meta").mkdir(parents=True)
+    (tmp_path / "b_set/meta/info.json").write_text("{}")
+    assert find_dataset(tmp_path, "b_set") == tmp_path / "b_set"
+
+
+def test_a_git_lfs_pointer_is_named(version):
+    next(version.glob("*.tfrecord*")).write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ConfigError, match="git lfs pull"):
+        check_whole(version)
 
 
 def test_names_come_from_folders(version):

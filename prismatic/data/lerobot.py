@@ -6,17 +6,30 @@ is decoded once, from its beginning to its end.
 """
 
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from prismatic.data.dataset_folder import AGAIN, check_no_pointer, is_lerobot, listing
+from prismatic.data.dataset_folder import AGAIN, is_lerobot, listing
 from prismatic.data.keys import DataKeys, find_keys, parse_data_keys, sentences
+from prismatic.data.lerobot_meta import (
+    COUNTERS,
+    DATA_FILES,
+    Info,
+    check_lengths,
+    dimension_names,
+    fields,
+    read_info,
+    read_table,
+    read_tasks,
+    train_episodes,
+    video_places,
+)  # fmt: skip
 from prismatic.data.pictures import to_jpeg
 from prismatic.data.video import VideoFrames
 from prismatic.data.writer import CacheWriter, cached
@@ -24,37 +37,7 @@ from prismatic.errors import ConfigError
 from prismatic.filenames import LEROBOT_INFO
 from prismatic.hub import resolve
 
-COUNTERS = (
-    "timestamp",
-    "frame_index",
-    "episode_index",
-    "index",
-    "task_index",
-)  # columns that are no state and no action
-CHUNKS_SIZE = 1000  # episodes a folder, where info.json doesn't say
-DATA_FILES = "data/**/*.parquet"
-EPISODE_FILES = "meta/episodes/**/*.parquet"
-VIDEO_PATHS = {
-    2: "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
-    3: "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
-}
 ROWS_AT_ONCE = 64  # of an image column that are in memory
-
-
-class Info(NamedTuple):
-    """What meta/info.json says, with defaults for what foreign writers leave out."""
-
-    source: Path
-    version: int  # 2 or 3
-    fps: float | None
-    features: Mapping[str, Mapping[str, Any]]
-    chunks_size: int
-    video_path: str
-    splits: Mapping[str, str]
-
-    def cameras(self) -> dict[str, str]:
-        """Name → "image" or "video"."""
-        return {name: str(f["dtype"]) for name, f in self.features.items() if f.get("dtype") in ("image", "video")}
 
 
 class Rows(NamedTuple):
@@ -108,56 +91,6 @@ def fetch(repo_id: str, data_keys: str) -> Path | None:
     )
 
 
-def read_info(source: Path) -> Info:
-    """meta/info.json; ConfigError where it is missing, damaged or of a format that isn't read."""
-    path = source / LEROBOT_INFO
-    try:
-        raw = json.loads(path.read_text())
-        version = str(
-            raw.get("codebase_version") or raw.get("version") or ("v3.0" if any(source.glob(EPISODE_FILES)) else "v2.1")
-        )
-        number = int(version.lstrip("v").split(".")[0])
-        features = {name: dict(feature) for name, feature in raw["features"].items()}
-        size, fps = raw.get("chunks_size") or CHUNKS_SIZE, raw.get("fps")
-        if number not in VIDEO_PATHS:
-            raise ConfigError(
-                f"{source} has LeRobot format {version}, and v2.0 to v3.x are read: convert it with lerobot's own converter"
-            )
-        video_path = raw.get("video_path") or VIDEO_PATHS[number]
-        splits = raw.get("splits") or {}
-        return Info(source, number, float(fps) if fps else None, features, int(size), str(video_path), dict(splits))
-    except OSError as error:
-        raise ConfigError(f"{path} can't be read ({error.strerror}): give a LeRobot data set's folder") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error}): {AGAIN}") from None
-
-
-def fields(info: Info, told: Mapping[str, str]) -> dict[str, list[str]]:
-    """Names of the cameras, vectors and, where an instruction column is told, texts."""
-    rest = {name: str(f.get("dtype")) for name, f in info.features.items() if name not in COUNTERS}
-    found = {
-        "camera": list(info.cameras()),
-        "vector": [name for name, dtype in rest.items() if dtype.startswith(("float", "int", "uint"))],
-    }
-    texts = [name for name, dtype in rest.items() if dtype == "string"]
-    return found | ({"text": texts} if "instruction" in told else {})
-
-
-def dimension_names(info: Info, columns: Sequence[str]) -> list[str]:
-    """The names of the dimensions of joined vectors; empty where they aren't all named. info.json has lists, dictionaries of lists, or null."""
-    joined: list[str] = []
-    for column in columns:
-        names = info.features[column].get("names")
-        if isinstance(names, Mapping):
-            names = [name for part in names.values() for name in (part if isinstance(part, list) else [part])]
-        width = int(np.prod(info.features[column].get("shape") or [0]))
-        names = [column] if width == 1 else names
-        if not isinstance(names, list) or len(names) != width:
-            return []
-        joined += map(str, names)
-    return joined
-
-
 def _read(info: Info, keys: DataKeys, folder: Path, *, name: str, rotate: bool) -> None:
     """Rows first, without images; then frame after frame. In memory: numbers, a few rows' images, a video's decoder for each camera."""
     from tqdm import tqdm
@@ -165,8 +98,8 @@ def _read(info: Info, keys: DataKeys, folder: Path, *, name: str, rotate: bool) 
     rows = read_rows(info, [*keys.state, *keys.action, *([keys.instruction] if keys.instruction else [])])
     numbers, starts = np.unique(rows.episode, return_index=True)
     ends = [*starts[1:].tolist(), len(rows.episode)]
-    places = _video_places(info, keys)
-    _check_lengths(info, dict(zip(numbers.tolist(), np.diff([*starts, len(rows.episode)]).tolist(), strict=True)))
+    places = video_places(info, keys)
+    check_lengths(info, dict(zip(numbers.tolist(), np.diff([*starts, len(rows.episode)]).tolist(), strict=True)))
     said = _instructions(info, rows, keys.instruction)
     kinds = info.cameras()
     views = [view for view in (keys.image, keys.wrist) if view]
@@ -196,7 +129,7 @@ def _read(info: Info, keys: DataKeys, folder: Path, *, name: str, rotate: bool) 
             )
             bar.update()
     notes = sentences(keys)
-    train, note = _train_episodes(info, len(numbers))
+    train, note = train_episodes(info, len(numbers))
     names = dimension_names(info, keys.action)
     writer.finish(train_episodes=train, action_names=names, fps=info.fps, notes=[*notes, *note])
 
@@ -208,7 +141,7 @@ def read_rows(info: Info, columns: Sequence[str]) -> Rows:
         raise ConfigError(f"{info.source} has no {DATA_FILES}: {AGAIN}")
     parts: dict[str, list[np.ndarray]] = {}
     for number, path in enumerate(files):
-        table = _table(path, [*COUNTERS, *columns])
+        table = read_table(path, [*COUNTERS, *columns])
         for name in ("episode_index", "frame_index", *columns):
             if name not in table.column_names:
                 raise ConfigError(f"{path} has no column {name}, only {', '.join(table.column_names)}: {AGAIN}")
@@ -231,17 +164,6 @@ def read_rows(info: Info, columns: Sequence[str]) -> Rows:
     return Rows(files, joined["file"], joined["place"], episode, time, joined)
 
 
-def _table(path: Path, columns: Sequence[str] | None) -> pa.Table:
-    """Those of the columns that the file has."""
-    check_no_pointer(path)
-    try:
-        with pq.ParquetFile(path) as file:
-            there = file.schema_arrow.names
-            return file.read(columns=there if columns is None else [name for name in there if name in columns])
-    except (pa.ArrowException, OSError) as error:
-        raise ConfigError(f"{path} is no whole parquet file ({str(error).splitlines()[0]}): {AGAIN}") from None
-
-
 def _array(column: pa.ChunkedArray, where: str) -> np.ndarray:
     """Numbers (n,) or texts (n,) as they are, lists as (n, D), as is a number that is no counter."""
     if column.null_count:
@@ -249,7 +171,7 @@ def _array(column: pa.ChunkedArray, where: str) -> np.ndarray:
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type):
         pieces = [piece.flatten() for piece in column.chunks]  # unlike .values, flatten minds a slice's offset
         flat = np.concatenate([piece.to_numpy(zero_copy_only=False) for piece in pieces]) if pieces else np.zeros(0)
-        lengths = set(pa.compute.list_value_length(column).unique().to_pylist())
+        lengths = set(pc.list_value_length(column).unique().to_pylist())
         if len(lengths) != 1:
             raise ConfigError(f"{where} has vectors of several lengths ({sorted(lengths)}): give one whose rows agree")
         return flat.reshape(len(column), -1)
@@ -271,78 +193,6 @@ def _instructions(info: Info, rows: Rows, column: str | None) -> list[str]:
     return [tasks[number] for number in numbers]
 
 
-def read_tasks(info: Info) -> dict[int, str]:
-    """Number → instruction, of meta/tasks.parquet (v3.0: the text's column has no fixed name) or meta/tasks.jsonl."""
-    path = info.source / "meta/tasks.parquet"
-    if path.is_file():
-        table = _table(path, None)
-        texts = [f.name for f in table.schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
-        if "task_index" not in table.column_names or not texts:
-            raise ConfigError(f"{path} has columns {table.column_names}, and no task_index with a text: {AGAIN}")
-        text = "task" if "task" in texts else texts[0]
-        return dict(zip(table.column("task_index").to_pylist(), table.column(text).to_pylist(), strict=True))
-    return {int(line["task_index"]): str(line["task"]) for line in _lines(info.source / "meta/tasks.jsonl")}
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} can't be read ({error}): {AGAIN}") from None
-
-
-def _episode_table(info: Info) -> list[dict[str, Any]]:
-    """meta/episodes, without statistics, which are most of its bytes."""
-    if info.version == 2:
-        path = info.source / "meta/episodes.jsonl"
-        return _lines(path) if path.is_file() else []
-    rows: list[dict[str, Any]] = []
-    for path in sorted(info.source.glob(EPISODE_FILES)):
-        names = pq.read_schema(path).names
-        rows += _table(path, [name for name in names if not name.startswith("stats/")]).to_pylist()
-    return sorted(rows, key=lambda row: row["episode_index"])
-
-
-def _check_lengths(info: Info, lengths: Mapping[int, int]) -> None:
-    """ConfigError where a file is missing, so that frames are."""
-    for row in _episode_table(info):
-        number, expected = row["episode_index"], row.get("length")
-        if expected is not None and lengths.get(number, 0) != expected:
-            raise ConfigError(
-                f"episode {number} of {info.source} has {lengths.get(number, 0)} of its {expected} frames: {AGAIN}"
-            )
-
-
-def _train_episodes(info: Info, episodes: int) -> tuple[int | None, list[str]]:
-    """How many episodes come before a validation split, and a note where splits are of another kind."""
-    spans = {name: str(text).split(":") for name, text in info.splits.items()}
-    for name in ("val", "validation"):
-        train, held_out = spans.get("train"), spans.get(name)
-        if train and held_out and train[0] == "0" and train[1] == held_out[0] and held_out[1] == str(episodes):
-            return int(train[1]), []
-    if spans and spans != {"train": ["0", str(episodes)]}:
-        return None, [f"its splits {dict(info.splits)} are not used: --val_share says what is held out"]
-    return None, []
-
-
-def _video_places(info: Info, keys: DataKeys) -> dict[str, dict[int, tuple[Path, float]]]:
-    """Camera → episode → its file, and the second in it at which the episode begins."""
-    cameras = [view for view in (keys.image, keys.wrist) if view and info.cameras()[view] == "video"]
-    places: dict[str, dict[int, tuple[Path, float]]] = {camera: {} for camera in cameras}
-    if info.version == 2:
-        return places
-    for row in _episode_table(info) if cameras else ():
-        for camera in cameras:
-            chunk, file, start = (
-                row.get(f"videos/{camera}/{part}") for part in ("chunk_index", "file_index", "from_timestamp")
-            )
-            if chunk is None or file is None:
-                raise ConfigError(f"meta/episodes of {info.source} doesn't say where videos/{camera} are: {AGAIN}")
-            path = info.video_path.format(video_key=camera, chunk_index=chunk, file_index=file)
-            places[camera][row["episode_index"]] = (info.source / path, float(start or 0.0))
-    return places
-
-
 def _parquet_frames(rows: Rows, camera: str) -> Iterator[bytes]:
     """The encoded images of a column, in the order of the rows; a few are in memory at a time where the file has that order."""
     for number, group in itertools.groupby(range(len(rows.file)), key=rows.file.__getitem__):
@@ -355,7 +205,7 @@ def _parquet_frames(rows: Rows, camera: str) -> Iterator[bytes]:
             else:
                 batches = [file.read(columns=[camera]).column(0).combine_chunks().take(pa.array(order))]
             for batch in batches:
-                images = pa.compute.struct_field(batch, "bytes") if pa.types.is_struct(batch.type) else batch
+                images = pc.struct_field(batch, "bytes") if pa.types.is_struct(batch.type) else batch
                 for image in images:
                     if not image.is_valid:
                         raise ConfigError(f"{camera} in {path} has a row without an image's bytes: {AGAIN}")

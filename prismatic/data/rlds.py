@@ -103,7 +103,6 @@ def _in_child(doing: str, *arguments: str | Path) -> None:
     mask = signal.pthread_sigmask(
         signal.SIG_BLOCK, STOPS
     )  # a stop between the child's start and the `try` would leave it alive
-    child = None
     try:
         child = subprocess.Popen(
             [sys.executable, "-m", "prismatic.data.rlds", *map(str, arguments)],
@@ -112,13 +111,14 @@ def _in_child(doing: str, *arguments: str | Path) -> None:
             stdout=subprocess.PIPE,
             text=True,
         )
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        output, _ = child.communicate()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if child:
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            output, _ = child.communicate()
+        finally:
             child.kill()
             child.wait()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if child.returncode != 0 or not output:
         hint = ", perhaps for want of memory" if child.returncode == -signal.SIGKILL else ""
         raise ConfigError(f"{doing} failed, its process ended with code {child.returncode}{hint}: start it again")

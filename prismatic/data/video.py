@@ -5,6 +5,8 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError
 
 from prismatic.data.dataset_folder import AGAIN, check_no_pointer
 from prismatic.errors import ConfigError
@@ -18,7 +20,7 @@ class VideoFrames:
     def __init__(self, fps: float) -> None:
         self._reach = HALF_A_FRAME / fps
         self._path: Path | None = None
-        self._container: av.container.InputContainer | None = None
+        self._container: InputContainer | None = None
         self._frames: Iterator[av.VideoFrame] = iter(())
         self._held: av.VideoFrame | None = None
         self._first = 0.0
@@ -45,7 +47,7 @@ class VideoFrames:
                 self._held = next(self._frames, None)
                 if self._held is None:
                     raise ConfigError(f"{path} ends before second {seconds:.3f}, where a frame should be: {AGAIN}")
-        except (av.FFmpegError, IndexError) as error:
+        except (FFmpegError, IndexError) as error:
             raise ConfigError(f"{path} can't be decoded ({error}): {AGAIN}") from None
         if self._time(self._held) > seconds + self._reach:
             raise ConfigError(
@@ -62,8 +64,8 @@ class VideoFrames:
         if self._container:
             self._container.close()
         self._path, self._held, self._first = path, None, 0.0
-        self._container = av.open(str(path))
-        self._frames = self._container.decode(video=0)
+        self._container = container = av.open(str(path))
+        self._frames = container.decode(video=0)
         self._held = next(self._frames, None)
         self._first = 0.0 if self._held is None else self._time(self._held)
 
