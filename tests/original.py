@@ -20,10 +20,10 @@ def cases(folder: Path) -> list[tuple[dict, torch.Tensor]]:
     found = []
     for case in json.loads((folder / "generate.json").read_text()):
         if case.get("image_key"):
-            picture = np.load(folder / "image_path.npz")[case["image_key"]]
+            frame = np.load(folder / "image_path.npz")[case["image_key"]]
         else:
-            picture = np.asarray(Image.open(folder / case["image_file"]).convert("RGB"))
-        found.append((case, torch.from_numpy(image.normalize_pixels(resize_bicubic(picture, 224), MEANS, STDS))))
+            frame = np.asarray(Image.open(folder / case["image_file"]).convert("RGB"))
+        found.append((case, torch.from_numpy(image.normalize_pixels(resize_bicubic(frame, 224), MEANS, STDS))))
     return found
 
 

@@ -56,7 +56,11 @@ def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
             yield "", re.findall(r"(?<!\S)--[a-z][\w-]*", command)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name != "CHANGELOG.md"],  # which names flags that went
+    ids=lambda page: str(page.relative_to(REPOSITORY)),
+)
 def test_each_flag_exists(page: Path) -> None:
     any_script = frozenset().union(*(flags(script) for script in SCRIPTS))
     for script, used in commands(page):

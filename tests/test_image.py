@@ -12,7 +12,7 @@ from prismatic.image import Augmentation
 from tests.original import MEANS, STDS
 
 
-def pictures(folder: Path) -> dict[str, np.ndarray]:
+def frames_of(folder: Path) -> dict[str, np.ndarray]:
     names = np.load(folder / "image_path.npz")["names"]
     return {str(name): np.asarray(Image.open(folder / "images" / f"{name}.png").convert("RGB")) for name in names}
 
@@ -23,8 +23,8 @@ def digest(array: np.ndarray) -> str:
 
 def test_jpeg_round_trip_is_bit_equal_to_tensorflows(numbers: Path) -> None:
     arrays = np.load(numbers / "image_path.npz")
-    for name, picture in pictures(numbers).items():
-        assert digest(image.jpeg_round_trip(picture)) == str(arrays[f"{name}__jpeg_decoded_sha256"])
+    for name, frame in frames_of(numbers).items():
+        assert digest(image.jpeg_round_trip(frame)) == str(arrays[f"{name}__jpeg_decoded_sha256"])
         assert digest(image.decode_jpeg(arrays[f"{name}__jpeg_bytes"].tobytes())) == str(
             arrays[f"{name}__jpeg_decoded_sha256"]
         )
@@ -32,25 +32,25 @@ def test_jpeg_round_trip_is_bit_equal_to_tensorflows(numbers: Path) -> None:
 
 def test_resize_differs_in_at_most_two_values_by_one(numbers: Path) -> None:
     arrays = np.load(numbers / "image_path.npz")
-    for name, picture in pictures(numbers).items():
-        mine = image.resize_lanczos3(image.jpeg_round_trip(picture), 224)
+    for name, frame in frames_of(numbers).items():
+        mine = image.resize_lanczos3(image.jpeg_round_trip(frame), 224)
         difference = np.abs(mine.astype(int) - arrays[f"{name}__resize_224"])
         assert difference.max() <= 1 and np.count_nonzero(difference) <= 2, name
 
 
 def test_a_turned_frame_equals_get_libero_image(numbers: Path) -> None:
     arrays = np.load(numbers / "image_path.npz")
-    frames, equal = pictures(numbers), 0
-    for name, picture in frames.items():
-        upright = np.ascontiguousarray(picture[::-1, ::-1])
+    frames, equal = frames_of(numbers), 0
+    for name, frame in frames.items():
+        upright = np.ascontiguousarray(frame[::-1, ::-1])
         mine = image.resize_lanczos3(image.jpeg_round_trip(upright), 224)
         equal += digest(mine) == str(arrays[f"{name}__rotated_resize_sha256"])
-    assert equal >= len(frames) / 2  # the others differ in one or two values by one
+    assert 3 * equal >= 2 * len(frames)  # the others differ in one or two values by one
 
 
 def test_center_crop_is_equal(numbers: Path) -> None:
     arrays = np.load(numbers / "image_path.npz")
-    for name in pictures(numbers):
+    for name in frames_of(numbers):
         np.testing.assert_array_equal(
             image.center_crop(arrays[f"{name}__resize_224"]), arrays[f"{name}__center_crop_224"]
         )
@@ -58,7 +58,7 @@ def test_center_crop_is_equal(numbers: Path) -> None:
 
 def test_pixel_values_are_bit_equal(numbers: Path) -> None:
     arrays = np.load(numbers / "image_path.npz")
-    for name in pictures(numbers):
+    for name in frames_of(numbers):
         values = image.normalize_pixels(arrays[f"{name}__center_crop_224"], MEANS, STDS)
         assert digest(values) == str(arrays[f"{name}__pixel_values_sha256"])
         table = arrays["pixel_value_lut"]  # (6, 256): value of each channel and level
@@ -69,9 +69,9 @@ def test_pixel_values_are_bit_equal(numbers: Path) -> None:
 def test_bicubic_squash_is_pils(numbers: Path) -> None:
     arrays = np.load(numbers / "image_path.npz")
     compared = 0
-    for name, picture in pictures(numbers).items():
+    for name, frame in frames_of(numbers).items():
         if f"{name}__processor_bicubic_224" in arrays:
-            np.testing.assert_array_equal(image.resize_bicubic(picture, 224), arrays[f"{name}__processor_bicubic_224"])
+            np.testing.assert_array_equal(image.resize_bicubic(frame, 224), arrays[f"{name}__processor_bicubic_224"])
             compared += 1
     assert compared
 
@@ -88,10 +88,10 @@ def test_augmentation_with_the_originals_parameters(numbers: Path) -> None:
                 for key in ("brightness_delta", "contrast_factor", "saturation_factor", "hue_delta")
             ),
         )
-        picture = source[f"{name}__resize_224"]
-        stages = np.stack([stage[::8, ::8] for stage in augmentation.stages(picture)])
+        frame = source[f"{name}__resize_224"]
+        stages = np.stack([stage[::8, ::8] for stage in augmentation.stages(frame)])
         np.testing.assert_allclose(stages, given[f"{name}__stages_every8"], atol=1e-5)
-        difference = np.abs(augmentation(picture).astype(int) - given[f"{name}__out"])
+        difference = np.abs(augmentation(frame).astype(int) - given[f"{name}__out"])
         assert difference.max() <= 1 and np.mean(difference > 0) < 1e-3
 
 
@@ -120,4 +120,4 @@ def test_an_operation_left_out_does_not_move_the_others() -> None:
 
 def test_damaged_jpeg_is_an_error() -> None:
     with pytest.raises(ValueError):
-        image.decode_jpeg(b"no picture")
+        image.decode_jpeg(b"no image")
