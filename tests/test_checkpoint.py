@@ -94,10 +94,10 @@ def test_a_truncated_file_is_named(folder: Path) -> None:
 
 def test_a_wrong_vocabulary_is_named(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["vocab_size"] = 32000
+    config["text_config"]["vocab_size"] = 32128
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        ConfigError, match=r"embed_tokens\.weight has shape \[32064, 32\], but config\.json makes it \[32000, 32\]"
+        ConfigError, match=r"embed_tokens\.weight has shape \[32064, 32\], but config\.json makes it \[32128, 32\]"
     ):
         load_vla(folder)
 

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from prismatic.errors import ConfigError, read_json
+from prismatic.errors import ConfigError
+from prismatic.models.config_file import DINO_ID, SIGLIP_ID, read_model_config
 from prismatic.models.decode import ActionDecoder
 from prismatic.models.llama import Llama, LlamaConfig
 from prismatic.models.projector import Projector
@@ -22,7 +23,6 @@ from prismatic.models.vision import VisionBackbone
 
 IGNORE = -100  # a label that is not trained on
 PATCH_SIZE = 14  # pixels, of both published towers
-DINO_ID, SIGLIP_ID = "vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"
 ARCH_SPECIFIER, RESIZE_STRATEGY = "no-align+fused-gelu-mlp", "resize-naive"
 ActionHead = Literal["tokens", "parallel", "l1"]
 
@@ -63,7 +63,7 @@ class VLAConfig:
     @classmethod
     def from_json(cls, path: Path) -> "VLAConfig":
         """Read config.json of an OpenVLA folder or of the native Prismatic layout. ConfigError for an architecture that this is not."""
-        raw = read_json(Path(path))
+        raw = read_model_config(Path(path))
         native = isinstance(raw.get("vla"), dict)
         if native and "dinosiglip-224px+7b" not in str(raw["vla"].get("base_vlm")):
             raise ConfigError(
@@ -80,9 +80,6 @@ class VLAConfig:
         if "image_sizes" in raw:
             values["image_size"] = raw["image_sizes"][0]
         sizes = {name: value for name, value in text.items() if name in known}
-        for name, value in sizes.items():
-            if not isinstance(value, int | float):
-                raise ConfigError(f"{path}: text_config.{name} is {value!r}, not a number")
         return cls(text_config=LlamaConfig(**sizes), **values)
 
     def to_json(self) -> dict[str, Any]:
