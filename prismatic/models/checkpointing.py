@@ -1,36 +1,129 @@
-"""Two passes over a built VLA that change neither names nor results: forget a block's activations and compute them again in the backward pass,
-and compile each block. In: a VLA, with its adapters if it gets any. Out: the same object.
+"""Passes over a built VLA for training that change neither names nor results: keep less until the backward pass, compile each block.
 
-A block is a decoder layer, or a block of an image tower that is run (the last of each never is).
+In: a VLA, with its adapters if it gets any. Out: the same object. A block is a decoder layer, or a block of an image tower that is run.
+
+    lean_activations         norms and SwiGLU keep their inputs only, no float32 copies; free
+    checkpoint_activations   each block keeps its input and runs again in the backward pass (a third more work), or, selective, it also keeps
+                             the results of its large matrix products and attention, and redoes only norms, SiLU, rotary and adapters
+    compile_blocks           torch.compile of each block by itself
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from prismatic.models.llama import MLP, RMSNorm
 from prismatic.models.vla import VLA
 
+LARGE = 256  # inner size from which a matrix product costs more than what its result takes: an adapter's second one (its rank) is redone
+PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm}
+ATTENTION = {
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}")
+    for kernel in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+}
 
-def checkpoint_activations(vla: VLA) -> VLA:
-    """Keep only each block's input until the backward pass, which runs the block again: memory for a third of the time.
+
+class _LeanNorm(torch.autograd.Function):
+    """weight · (x / root mean square of x), computed in float32. Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return weight * F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight = ctx.saved_tensors
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + ctx.eps)
+        normed = wide * scale
+        of_normed = (gradient * weight).to(x.dtype).float()
+        of_x = scale * (of_normed - normed * (of_normed * normed).mean(dim=-1, keepdim=True))
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            of_weight = (gradient * normed.to(x.dtype)).flatten(0, -2).sum(dim=0).to(weight.dtype)
+        return of_x.to(x.dtype), of_weight, None
+
+
+class LeanRMSNorm(RMSNorm):
+    """RMSNorm that keeps its input alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == self.weight.dtype == torch.float32 or not torch.is_grad_enabled():
+            return super().forward(x)
+        return _LeanNorm.apply(x, self.weight, self.eps)  # type: ignore[return-value]
+
+
+class _LeanGate(torch.autograd.Function):
+    """silu(gate) · up."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * up, gate), gradient * F.silu(gate)
+
+
+class LeanMLP(MLP):
+    """MLP that does not keep silu(gate)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(_LeanGate.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+def lean_activations(vla: VLA) -> VLA:
+    """Let the decoder's norms and SwiGLU keep their inputs only; forward results are bit-equal."""
+    for module in vla.language_model.modules():
+        if type(module) is RMSNorm:
+            module.__class__ = LeanRMSNorm
+        elif type(module) is MLP:
+            module.__class__ = LeanMLP
+    return vla
+
+
+def checkpoint_activations(vla: VLA, *, selective: bool = False) -> VLA:
+    """Compute each block's activations again in the backward pass: all of them, or (selective) the cheap ones.
 
     The non-reentrant form, so that gradients are bit-equal to those without it (dropout included: it draws the same again). Without
     gradients (validation, acting) nothing changes.
     """
+    for module in vla.modules():
+        if hasattr(module, "sum_in_place"):  # a kept product must stay as it was kept
+            module.sum_in_place = not selective
     for block in vla.blocks():
         draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in block.modules())
-        block.forward = _recomputing(block.forward, preserve_rng_state=draws)  # not a wrapper: names must stay
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws}
+        if selective:
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_products)
+        block.forward = _recomputing(block.forward, options)  # not a wrapper: names must stay
     return vla
 
 
-def _recomputing(forward: Callable[..., Any], *, preserve_rng_state: bool) -> Callable[..., Any]:
+def keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """torch's selective policy: results of attention and of large matrix products are kept, everything else is redone."""
+    packet = getattr(operator, "overloadpacket", None)
+    large = packet in PRODUCTS and args[-1].shape[0] >= LARGE  # the inner size is the right factor's first
+    kept = large or packet in ATTENTION
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _recomputing(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
     def recomputed(*args: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+        return checkpoint(forward, *args, **options)
 
     return recomputed
 

@@ -74,11 +74,12 @@ class AdaptedProduct(torch.autograd.Function):
         a: torch.Tensor,
         b: torch.Tensor,
         scaling: float,
+        in_place: bool,
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         out = F.linear(rows, weight, bias)
         low = _scaled_product(rows, a.to(x.dtype).t(), scaling)  # (rows, rank)
-        out.addmm_(low, b.to(x.dtype).t())
+        out = (out.addmm_ if in_place else out.addmm)(low, b.to(x.dtype).t())
         ctx.save_for_backward(rows, low, weight, a, b)
         ctx.scaling, ctx.shape = scaling, x.shape
         return out.view(*x.shape[:-1], out.shape[-1])
@@ -94,18 +95,23 @@ class AdaptedProduct(torch.autograd.Function):
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = gradient.mm(weight).addmm_(of_low, a.to(gradient.dtype)).view(ctx.shape)
-        return of_x, None, None, of_a, of_b, None
+        return of_x, None, None, of_a, of_b, None, None
 
 
 class AdaptedLinear(peft.tuners.lora.Linear):
-    """peft's layer with the product above, while it trains in one number format."""
+    """peft's layer with the product above, while it trains in one number format.
+
+    sum_in_place False where the base's product is kept for recomputing: it must not change.
+    """
+
+    sum_in_place = True
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.merged or self.disable_adapters or torch.is_autocast_enabled(x.device.type):
             return super().forward(x, *args, **kwargs)
         base, scaling = self.get_base_layer(), self.scaling[ADAPTER]
         a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        return AdaptedProduct.apply(x, base.weight, base.bias, a, b, scaling)  # type: ignore[return-value]
+        return AdaptedProduct.apply(x, base.weight, base.bias, a, b, scaling, self.sum_in_place)  # type: ignore[return-value]
 
 
 def compute_in_base_dtype(vla: VLA) -> VLA:
