@@ -23,8 +23,9 @@ class MemoryOptions:
 
     # Pack the base's linear maps (not lm_head) into 4 bits, NF4, as QLoRA does; for adapters only, on a GPU or a CPU.
     use_quantization: bool = False
-    # Keep only each block's input, run the block again in the backward pass: same gradients, less memory, a third slower. auto: where needed.
-    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    # Compute activations again in the backward pass: same gradients, less memory. True: each block whole, a third slower. selective: only what is
+    # cheap (norms, SiLU, rotary), a tenth of the memory. auto: the least that makes it fit.
+    gradient_checkpointing: bool | Literal["selective", "auto"] = "auto"
     # Number format in which the adapter is kept; it computes in the base's. bfloat16: 0.8 GiB less at full size, half of each update rounded away.
     lora_dtype: Literal["float32", "bfloat16"] = "float32"
     # paged_adamw_8bit: moments in 8 bits, a quarter of the memory, moved to the host when the card is full (bitsandbytes).

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from prismatic.models.checkpointing import checkpoint_activations, compile_blocks
-from prismatic.models.lora import add_lora
+from prismatic.models import checkpointing
+from prismatic.models.checkpointing import checkpoint_activations, compile_blocks, lean_activations
+from prismatic.models.lora import add_lora, compute_in_base_dtype
 from prismatic.models.tiny import TINY, random_vla
 from prismatic.models.vla import VLA
 from prismatic.training.live_bytes import LiveBytes
@@ -38,6 +39,50 @@ def test_gradients_are_bit_equal_and_less_is_kept(dropout: float) -> None:
     for name, gradient in gradients.items():
         assert torch.equal(gradient, recomputed[name]), name
     assert less < 0.6 * kept
+
+
+def in_bfloat16() -> VLA:
+    """As on a GPU: a bfloat16 base, adapters in float32."""
+    vla = adapted(0.0)
+    for parameter in vla.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    return compute_in_base_dtype(vla)
+
+
+def test_norms_and_swiglu_keep_their_inputs_alone() -> None:
+    (loss, gradients, kept), (lean_loss, lean, less) = step(in_bfloat16()), step(lean_activations(in_bfloat16()))
+    assert torch.equal(loss, lean_loss) and less < 0.9 * kept
+    exact = step(adapted(0.0))[1]  # in float32
+    for name, gradient in gradients.items():
+        error, own = ((g - exact[name]).norm() / exact[name].norm() for g in (lean[name], gradient))
+        assert error < 1.2 * own + 1e-3, name  # as near to the truth as before
+
+
+def test_selective_recomputing_keeps_products_and_not_a_bit_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpointing, "LARGE", 32)  # the small model's widths, beyond an adapter's rank
+    multiplied: list[int] = []
+
+    class Products(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            multiplied[-1] += func.overloadpacket in checkpointing.PRODUCTS and args[-1].shape[0] >= 32
+            return func(*args, **(kwargs or {}))
+
+    results = []
+    for recompute in (
+        lambda vla: vla,
+        lambda vla: checkpoint_activations(vla, selective=True),
+        checkpoint_activations,
+    ):
+        multiplied.append(0)
+        vla = recompute(lean_activations(in_bfloat16()))
+        with Products():
+            results.append(step(vla))
+    (loss, gradients, kept), (selective_loss, selective, less), (_, _, least) = results
+    assert torch.equal(loss, selective_loss)
+    assert all(torch.equal(gradient, selective[name]) for name, gradient in gradients.items())
+    assert least < less < 0.85 * kept
+    assert multiplied[0] == multiplied[1] < multiplied[2]  # no large product is computed twice
 
 
 def test_all_of_a_model_can_be_trained_so() -> None:

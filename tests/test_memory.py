@@ -14,7 +14,7 @@ from prismatic.models.tiny import TINY
 from prismatic.models.vla import VLAConfig
 from prismatic.training.activations import LABELS, SHARDED, Precision, fake_vla
 from prismatic.training.live_bytes import LiveBytes
-from prismatic.training.memory import GIB, Model, Settings, _smaller, choose, describe, lines, plan
+from prismatic.training.memory import GIB, Checkpointing, Model, Settings, _smaller, choose, describe, lines, plan
 from prismatic.training.step import attention_kernel
 
 WORDS = 40
@@ -25,12 +25,12 @@ def model() -> Model:
     return describe(VLAConfig(), Precision(), words=WORDS)
 
 
-def counted_peak(config: VLAConfig, precision: Precision, batch: int, *, checkpointing: bool) -> int:
+def counted_peak(config: VLAConfig, precision: Precision, batch: int, *, checkpointing: Checkpointing) -> int:
     """Bytes beyond weights and gradients at the worst moment of a whole model's pass, on fake tensors."""
     mode = FakeTensorMode()
     vla = fake_vla(config, precision, mode)
     if checkpointing:
-        checkpoint_activations(vla)
+        checkpoint_activations(vla, selective=checkpointing == "selective")
     patches = config.num_patches * config.num_images_in_input
 
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision.autocast, cache_enabled=False)
@@ -57,11 +57,13 @@ def counted_peak(config: VLAConfig, precision: Precision, batch: int, *, checkpo
     return live.peak
 
 
-@pytest.mark.parametrize(("batch", "checkpointing"), [(1, False), (4, True)])
-def test_the_plan_is_what_the_full_sizes_own_code_keeps_alive(model: Model, batch: int, checkpointing: bool) -> None:
+@pytest.mark.parametrize(("batch", "checkpointing"), [(1, False), (4, "selective"), (4, True)])
+def test_the_plan_is_what_the_full_sizes_own_code_keeps_alive(
+    model: Model, batch: int, checkpointing: Checkpointing
+) -> None:
     planned = plan(model, Settings(batch, 1, checkpointing))
     counted = counted_peak(VLAConfig(), Precision(), batch, checkpointing=checkpointing)
-    assert planned.activations + planned.logits == pytest.approx(counted, rel=0.005)
+    assert planned.activations + planned.logits == pytest.approx(counted, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +80,13 @@ def test_and_in_other_formats_at_a_small_size(precision: Precision, checkpointin
     planned = plan(describe(TINY, precision, words=WORDS, on_cpu=True), Settings(8, 1, checkpointing))
     counted = counted_peak(TINY, precision, 8, checkpointing=checkpointing)
     assert planned.activations + planned.logits == pytest.approx(counted, rel=0.02)  # a block's output is 1 to 2 %
+
+
+def test_four_samples_fit_22_gib_without_computing_a_large_product_twice(model: Model) -> None:
+    chosen = choose(model, Settings(4, 4), 22 * GIB, place="card")
+    assert chosen.settings.gradient_checkpointing == "selective" and chosen.total < 21.5 * GIB
+    assert plan(model, Settings(4, 4, False)).total < 23 * GIB
+    assert model.of_one["selective layer"].saved < 29.5 * 2**20 < 48 * 2**20
 
 
 def test_what_does_not_depend_on_the_batch_is_counted_exactly(model: Model) -> None:

@@ -6,15 +6,16 @@ a CPU's (the towers' LayerNorms in float32) is left out: counted, it is 2 % of a
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from prismatic.models.checkpointing import checkpoint_activations, lean_activations
 from prismatic.models.llama import rotary
 from prismatic.models.lora import add_lora, compute_in_base_dtype
 from prismatic.models.vision import CHANNELS
@@ -22,6 +23,7 @@ from prismatic.models.vla import VLA, VLAConfig
 from prismatic.training.live_bytes import LiveBytes
 from prismatic.training.step import attention_kernel
 
+SELECTIVE: Literal["selective"] = "selective"
 LABELS = 8  # positions a row that have a label: 7 actions and </s>
 
 
@@ -63,7 +65,7 @@ def fake_vla(config: VLAConfig, precision: Precision, mode: FakeTensorMode) -> V
             setattr(module, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
     if precision.lora_rank and precision.lora_dtype != precision.base_dtype:
         compute_in_base_dtype(vla)
-    return vla.train()
+    return lean_activations(vla).train()
 
 
 def shallow(config: VLAConfig) -> VLAConfig:
@@ -74,13 +76,22 @@ def shallow(config: VLAConfig) -> VLAConfig:
 
 
 def pieces(
-    config: VLAConfig, precision: Precision, *, batch_size: int, words: int, on_cpu: bool = False
-) -> dict[str, Piece]:
-    """A Piece of each kind: "dino", "siglip" (a block), their "… patches", "projector", "layer" (of the decoder), "head" (norm, logits, loss)."""
+    config: VLAConfig, precision: Precision, *, batch_sizes: Sequence[int], words: int, on_cpu: bool = False
+) -> list[dict[str, Piece]]:
+    """At each batch size a Piece of each kind: "dino", "siglip" (a block), their "… patches", "projector", "layer" (of the decoder), "head"
+    (norm, logits, loss); and of blocks that redo what is cheap (checkpointing.py) under "selective …".
+    """
     mode = FakeTensorMode()
     vla = fake_vla(shallow(config), precision, mode)
+
+    def measured(size: int) -> dict[str, Piece]:
+        return {name: _measure(run, shape, precision=precision) for name, run, shape in _runs(vla, size, words)}
+
     with mode, attention_kernel("cpu" if on_cpu else "cuda", precision.autocast):
-        return {name: _measure(run, shape, precision=precision) for name, run, shape in _runs(vla, batch_size, words)}
+        whole = [measured(size) for size in batch_sizes]
+        checkpoint_activations(vla, selective=True)
+        selective = [{f"{SELECTIVE} {kind}": piece for kind, piece in measured(size).items()} for size in batch_sizes]
+    return [one | other for one, other in zip(whole, selective, strict=True)]
 
 
 def _runs(

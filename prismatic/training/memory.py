@@ -11,6 +11,7 @@ Adapters are float32 by default: bfloat16 would save 0.84 GiB of the 16.9 of ope
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -19,7 +20,7 @@ from prismatic.machine import available_memory
 from prismatic.models.lora import add_lora
 from prismatic.models.nf4 import BYTES_PER_VALUE, quantised_linears
 from prismatic.models.vla import VLA, VLAConfig
-from prismatic.training.activations import Piece, Precision, pieces
+from prismatic.training.activations import SELECTIVE, Piece, Precision, pieces
 
 GIB = 2**30
 EIGHT_BIT_STATE = 2 * (1 + 4 / 256)  # bytes a value: two moments, each with a float32 scale for 256 values
@@ -27,6 +28,7 @@ RESERVE_SHARE = 0.03  # of all else, for the allocator's rounding; an allowance,
 RESERVE_BYTES = 64 * 2**20  # for cuBLAS' workspaces, likewise
 PROCESSES_BYTES = 2**30  # of each card of several: NCCL's buffers, DDP's buckets while they are laid anew; likewise
 TOWERS = ("dino", "siglip")
+Checkpointing = bool | Literal["selective"]  # recomputed: nothing, all of a block, or what is cheap
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Model:
     outside: int  # values in none of them
     of_one: Mapping[str, Piece]  # activations of each kind at batch 1
     of_two: Mapping[str, Piece]  # and at batch 2: the rest lies on the line through both
+    # the same of blocks that redo what is cheap, under "selective …"
     precision: Precision
 
     def piece(self, kind: str, batch_size: int) -> Piece:
@@ -53,11 +56,11 @@ class Model:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a person may change to make it fit. gradient_checkpointing None: if it doesn't fit without."""
+    """What a person may change to make it fit. gradient_checkpointing None: the least that makes it fit."""
 
     batch_size: int
     grad_accumulation_steps: int
-    gradient_checkpointing: bool | None = None
+    gradient_checkpointing: Checkpointing | None = None
     use_quantization: bool = False
     optimizer: str = "adamw"
     shares: int = 1  # processes among which weights, gradients and optimizer are cut up (--shard)
@@ -65,7 +68,8 @@ class Settings:
     @property
     def flags(self) -> str:
         parts = [f"--batch_size {self.batch_size} --grad_accumulation_steps {self.grad_accumulation_steps}"]
-        parts += ["--gradient_checkpointing True"] * bool(self.gradient_checkpointing)
+        if self.gradient_checkpointing:
+            parts.append(f"--gradient_checkpointing {self.gradient_checkpointing}")
         parts += ["--use_quantization True"] * self.use_quantization
         parts += [f"--optimizer {self.optimizer}"] * (self.optimizer != "adamw")
         return " ".join(parts)
@@ -101,6 +105,7 @@ def describe(config: VLAConfig, precision: Precision, *, words: int, on_cpu: boo
         linears = [module.weight.numel() for _, module in quantised_linears(vla, on_cpu=on_cpu)]
         if precision.lora_rank:
             add_lora(vla, rank=precision.lora_rank)
+    of_one, of_two = pieces(config, precision, batch_sizes=(1, 2), words=words, on_cpu=on_cpu)
     vision = vla.vision_backbone
     towers = dict(zip(TOWERS, (vision.featurizer, vision.fused_featurizer), strict=True))
     unread = set(vla.unread_parameters())
@@ -117,8 +122,8 @@ def describe(config: VLAConfig, precision: Precision, *, words: int, on_cpu: boo
         depths=depths,
         block=max(sum(p.numel() for p in block.parameters()) for block in vla.blocks()),
         outside=base - sum(p.numel() for block in vla.blocks() for p in block.parameters()),
-        of_one=pieces(config, precision, batch_size=1, words=words, on_cpu=on_cpu),
-        of_two=pieces(config, precision, batch_size=2, words=words, on_cpu=on_cpu),
+        of_one=of_one,
+        of_two=of_two,
         precision=precision,
     )
 
@@ -154,9 +159,10 @@ def _gathered(model: Model, computing: int) -> int:
 def _activations(model: Model, settings: Settings) -> tuple[int, int]:
     """Bytes while the backward pass is where it takes most, and what the head adds to that."""
     piece = {kind: model.piece(kind, settings.batch_size) for kind in model.of_one}
-    blocks = {kind: piece[kind] for kind in model.depths}
+    way = f"{SELECTIVE} " if settings.gradient_checkpointing == SELECTIVE else ""
+    blocks = {kind: piece[way + kind] for kind in model.depths}
     edges = sum(piece[f"{tower} patches"].saved for tower in TOWERS)
-    if settings.gradient_checkpointing:  # a block's input is as large as its output
+    if settings.gradient_checkpointing is True:  # a block's input is as large as its output
         kept = {kind: depth * blocks[kind].output for kind, depth in model.depths.items()}
         # the output that lies beside them while one is measured is gone by the time it is run again
         working = {kind: block.peak - block.output for kind, block in blocks.items()}
@@ -171,12 +177,12 @@ def _activations(model: Model, settings: Settings) -> tuple[int, int]:
 
 
 def choose(model: Model, settings: Settings, card: int, *, place: str) -> Plan:
-    """The plan of settings, with gradient_checkpointing decided where it is None: on only if it doesn't fit without.
+    """The plan of settings, with gradient_checkpointing decided where it is None: nothing recomputed if that fits, else what is cheap, else all.
 
     card: free bytes of place. ConfigError that names settings of the same effective batch that fit, if these don't.
     """
     decide = settings.gradient_checkpointing is None
-    for on in (False, True) if decide else (settings.gradient_checkpointing,):
+    for on in (False, SELECTIVE, True) if decide else (settings.gradient_checkpointing,):
         asked = plan(model, dataclasses.replace(settings, gradient_checkpointing=on))
         if asked.total <= card:
             return asked

@@ -6,17 +6,18 @@ In: a base folder and options. Out: a Plan, printed before anything is loaded, a
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from prismatic.checkpoint import load_vla
 from prismatic.errors import ConfigError
 from prismatic.filenames import CONFIG
-from prismatic.models.checkpointing import checkpoint_activations, compile_blocks
+from prismatic.models.checkpointing import checkpoint_activations, compile_blocks, lean_activations
 from prismatic.models.lora import add_lora, compute_in_base_dtype
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.training import memory
-from prismatic.training.activations import SHARDED, Precision
+from prismatic.training.activations import SELECTIVE, SHARDED, Precision
 from prismatic.training.distributed import Ranks, shard
 
 
@@ -30,7 +31,7 @@ class ModelOptions:
     lora_dtype: str  # "float32" or "bfloat16"
     use_quantization: bool
     autocast: bool
-    gradient_checkpointing: bool | str  # or "auto"
+    gradient_checkpointing: bool | str  # or "selective" or "auto"
     optimizer: str
     compile: bool
     shard: bool
@@ -55,7 +56,7 @@ def planned_model(
         lambda: plan_training(base, options, ranks, batch_size=batch_size, passes=passes, words=words)
     )
     cut = (lambda vla: shard(vla, ranks)) if options.shard and ranks.size > 1 else None
-    checkpointing = bool(plan.settings.gradient_checkpointing)
+    checkpointing = plan.settings.gradient_checkpointing or False
     return build_training_model(base, resumed, options, checkpointing=checkpointing, device=ranks.device, cut=cut)
 
 
@@ -69,7 +70,7 @@ def plan_training(
     shares = ranks.size if options.shard else 1
     precision = SHARDED if shares > 1 and device != "cpu" else options.precision(device)
     model = memory.describe(config, precision, words=words, on_cpu=device == "cpu")
-    checkpointing = None if options.gradient_checkpointing == "auto" else bool(options.gradient_checkpointing)
+    checkpointing: Any = None if options.gradient_checkpointing == "auto" else options.gradient_checkpointing
     ways = (checkpointing, options.use_quantization, options.optimizer, shares)
     asked = memory.Settings(batch_size, passes, *ways)
     free, place = memory.free_memory(device)
@@ -85,7 +86,7 @@ def build_training_model(
     resumed: Path | None,
     options: ModelOptions,
     *,
-    checkpointing: bool,
+    checkpointing: memory.Checkpointing,
     device: str,
     cut: Callable[[VLA], None] | None = None,
 ) -> VLA:
@@ -95,8 +96,9 @@ def build_training_model(
         vla = _with_adapter(base, resumed, precision, nf4=options.use_quantization, device=device)
     else:
         vla = load_vla(resumed or base, dtype=precision.base_dtype, device=device, shard=cut)
+    lean_activations(vla)
     if checkpointing:
-        checkpoint_activations(vla)
+        checkpoint_activations(vla, selective=checkpointing == SELECTIVE)
     return compile_blocks(vla) if options.compile else vla
 
 
