@@ -165,7 +165,7 @@ class EvalConfig(VideoOptions, ControlOptions):
     unnorm_key: str | None = None
     # Whether it was trained with random crops. None: what the folder says, True where it says nothing.
     center_crop: bool | None = None
-    # Weights in 8 or 4 bits (torchao, weight only). A folder that export.py quantised needs no flag.
+    # Weights in 8 or 4 bits (weight only). A folder that export.py quantised needs no flag.
     quantize: Literal["none", "int8", "int4"] = "none"
     # OpenVLA's name for bitsandbytes' LLM.int8, which rounds the activations too.
     load_in_8bit: bool = False

@@ -208,7 +208,7 @@ def load_policy(
 ) -> VLAPolicy:
     """A policy from a checkpoint folder, a hub id or an adapter folder (which knows its base). bfloat16 on a GPU, float32 on a CPU.
 
-    quantize: none (a folder that export.py quantised stays so), int8 or int4; backend: torchao or bitsandbytes, None: as measured best.
+    quantize: none (a folder that export.py quantised stays so), int8 or int4; backend: torch (weight only) or bitsandbytes, None: torch.
     drafting: whether a named episode's last answer is the draft of its next (same tokens, fewer forward passes); None: yes, except with bitsandbytes.
     ConfigError with bitsandbytes: LLM.int8 rounds a whole pass at a time, so its tokens would follow the draft.
     """

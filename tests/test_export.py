@@ -186,7 +186,7 @@ def test_a_quantised_folder_answers_as_quantising_at_load(
     assert sizes[0] < most * sizes[1]
     for policy in (stored, at_load):
         card = policy.metadata()
-        assert card["quantize"] == precision and card["quantize_backend"].startswith("torchao 0.")
+        assert card["quantize"] == precision and card["quantize_backend"].startswith("torch 2.")
     assert load_policy(folder, quantize=precision, device="cpu").metadata()["quantize"] == precision
     assert load_policy(half, unnorm_key="base", device="cpu").metadata()["quantize"] == "none"
 
@@ -208,7 +208,7 @@ def test_what_a_quantised_folder_refuses(place: Path, half: Path, tmp_path: Path
             call()
     assert not (tmp_path / "again").exists()
     for quantize, backend in (("int4", None), ("int8", "bitsandbytes")):
-        with pytest.raises(ConfigError, match=r"is quantised to int8 for torchao, not .*: leave that out"):
+        with pytest.raises(ConfigError, match=r"is quantised to int8 for torch, not .*: leave that out"):
             load_policy(folder, quantize=quantize, backend=backend, device="cpu")
     with pytest.raises(ConfigError, match="quantize 'int2' is unknown"):
         load_policy(half, quantize="int2", device="cpu")

@@ -55,16 +55,6 @@ def test_nibbles_come_out_as_they_went_in() -> None:
     assert torch.equal(integers.unpacked({"weight_int4": packed}), nibbles)
 
 
-def test_the_formula_is_that_of_the_tinygemm_kernel() -> None:
-    from torchao.quantization.quant_primitives import _dequantize_affine_tinygemm
-
-    parts = integers.to_parts("int4", weight(16, 256))
-    nibbles = integers.unpacked(parts).to(torch.int32)
-    scale, zero = parts["weight_scale"].float(), parts["weight_zero"].float()
-    theirs = _dequantize_affine_tinygemm(nibbles, (1, 128), scale, zero, torch.int32, 0, 15, output_dtype=torch.float32)
-    torch.testing.assert_close(integers.to_float(parts), theirs)
-
-
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_nan_is_refused(kind: str) -> None:
     w = weight(8, 128)

@@ -28,9 +28,9 @@ from prismatic.processor import Batch, Processor
 
 FLOAT32_BYTES = 4
 WAYS = (  # name, precision, backend, whether the image towers are quantised too (None: what is usual for the precision)
-    ("int8", "int8", "torchao", None),
-    ("int8, image towers too", "int8", "torchao", True),
-    ("int4", "int4", "torchao", None),
+    ("int8", "int8", "torch", None),
+    ("int8, image towers too", "int8", "torch", True),
+    ("int4", "int4", "torch", None),
     ("LLM.int8", "int8", "bitsandbytes", None),
     ("NF4", "int4", "bitsandbytes", None),
 )

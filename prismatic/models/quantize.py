@@ -2,9 +2,10 @@
 
     int8   the decoder's linear layers, the head and the projector in 8 bits, a scale for each output channel
     int4   the decoder's linear layers in 4 bits, groups of 128 columns (64 or 32 where the width asks for it, int8 where none divides it);
-           head, projector and image towers in int8
+           head and projector in int8
 
-Embedding table, norms, biases and convolutions stay as they are. Adapters are merged before.
+Embedding table, norms, biases, convolutions and the image towers stay as they are (the towers in int8 where asked for: they are 6 % of the
+weights, and compute-bound). Adapters are merged before.
 """
 
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from torch import nn
 
 from prismatic.errors import ConfigError, read_json
 from prismatic.models import backends, integers, weights
+from prismatic.models.quantized import QUANTIZED, quantized_linear
 
 if TYPE_CHECKING:
     from prismatic.models.vla import VLA
@@ -27,7 +29,7 @@ ENTRY, FORMAT = (
     "quantization",
     1,
 )  # the key of config.json, and what it describes: the parts of integers.py in the places of `…weight`
-SAVED_FOR = "torchao"  # the backend that such a folder loads for
+SAVED_FOR = "torch"  # the backend that such a folder loads for
 FOREIGN_ENTRY = "quantization_config"  # what transformers writes
 
 
@@ -43,15 +45,15 @@ class Saved:
 
 
 def with_vision(precision: str, vision: bool | None = None) -> bool:
-    """Whether the image towers are quantised too; None: with int4 only."""
-    return precision == "int4" if vision is None else vision
+    """Whether the image towers are quantised too; None: no."""
+    return bool(vision)
 
 
 def default_backend(device: torch.device) -> str:
-    """torchao on every device: on a CPU for correctness; on a GPU because its weight-only kernels read fewer bytes, while LLM.int8 was slower
+    """torch on every device: on a CPU for correctness; on a GPU because weight-only kernels read fewer bytes, while LLM.int8 was slower
     than bfloat16 in every published measurement. Neither has been measured here on a GPU.
     """
-    return "torchao"
+    return "torch"
 
 
 def quantize(
@@ -61,16 +63,21 @@ def quantize(
     *,
     vision: bool | None = None,
     dtype: torch.dtype | None = None,
+    int8_activations: bool = False,
 ) -> "VLA":
     """Quantise a model without adapters, in place and layer by layer; returns it, frozen.
 
-    precision: int8 or int4. backend: torchao or bitsandbytes (LLM.int8 and NF4, the head left out), None: default_backend. vision: the image
-    towers in int8 too, None: with_vision. dtype: what is computed in and what the rest is cast to, None: the model's own. ConfigError for
-    another name, a model with adapters or quantised already, weights that hold NaN, or a dtype or GPU that int4's kernel doesn't take.
+    precision: int8 or int4. backend: torch or bitsandbytes (LLM.int8 and NF4, the head left out), None: default_backend. vision: the image
+    towers in int8 too. dtype: what is computed in and what the rest is cast to, None: the model's own. int8_activations: with many rows,
+    as in the prompt's forward pass, int8 layers round their inputs too (W8A8). ConfigError for another name, a model with adapters or
+    quantised already, weights that hold NaN, or a dtype or GPU that int4's kernel doesn't take.
     """
     kinds = plan(vla, precision, vision=vision)
     first = next(vla.parameters())
-    backend, dtype = backend or default_backend(first.device), dtype or first.dtype
+    backend, dtype = (
+        backends.OLD_NAME.get(backend or "", backend) or default_backend(first.device),
+        dtype or first.dtype,
+    )
     if backend not in backends.BACKENDS:
         raise ConfigError(f"quantisation backend {backend!r} is unknown: use one of {', '.join(backends.BACKENDS)}")
     if backend == "bitsandbytes":
@@ -80,9 +87,10 @@ def quantize(
         if backend == "bitsandbytes":
             vla.set_submodule(name, backends.bitsandbytes_linear(linear, kind, dtype))
         else:
-            linear.weight = backends.torchao_weight(_parts(linear, name, kind), dtype)
+            parts = _parts(linear, name, kind)
+            vla.set_submodule(name, quantized_linear(parts, linear.bias, dtype, int8_activations=int8_activations))
     for parameter in vla.parameters():
-        if type(parameter) is nn.Parameter:  # not one of the quantised, which are of their library's type
+        if type(parameter) is nn.Parameter:  # not one of bitsandbytes'
             parameter.data = parameter.data.to(dtype)
     return vla.requires_grad_(False)
 
@@ -97,6 +105,8 @@ def plan(vla: "VLA", precision: str, *, vision: bool | None = None) -> dict[str,
             raise ConfigError(
                 "a model with an adapter on it can't be quantised: merge the adapter first (merge_lora, or export.py)"
             )
+        if isinstance(module, QUANTIZED):
+            raise ConfigError("this model is quantised already: build it anew from its checkpoint")
         if not isinstance(module, nn.Linear) or (name.startswith(VISION) and not with_vision(precision, vision)):
             continue
         if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
@@ -135,16 +145,7 @@ def layout_bytes(vla: "VLA", saved: Saved, dtype: torch.dtype = torch.bfloat16) 
 
 def stored_bytes(vla: nn.Module) -> int:
     """Bytes that a model's weights take where it is, quantised or not: the parts that are really there, packing and scales included."""
-    return sum(_tensor_bytes(tensor) for tensor in vla.state_dict(keep_vars=True).values())
-
-
-def _tensor_bytes(tensor: torch.Tensor) -> int:
-    names = getattr(
-        tensor, "tensor_data_names", None
-    )  # of torchao's subclasses, whose own nbytes are those of the float weight
-    if names is None:
-        return tensor.nbytes
-    return sum(part.nbytes for part in (getattr(tensor, name) for name in names))
+    return sum(tensor.nbytes for tensor in vla.state_dict().values())
 
 
 def take_state(vla: "VLA", saved: Saved, *, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -190,7 +191,8 @@ def choose(config: Path, precision: str, backend: str | None, device: str) -> tu
     """Precision and backend for the folder of this config.json; backend None: nothing is quantised. ConfigError for what it can't be."""
     if precision not in ("none", *PRECISIONS):
         raise ConfigError(f"quantize {precision!r} is unknown: use none, {' or '.join(PRECISIONS)}")
-    found, backend = saved_as(config), backend or default_backend(torch.device(device))
+    found = saved_as(config)
+    backend = backends.OLD_NAME.get(backend or "", backend) or default_backend(torch.device(device))
     if found and (precision not in ("none", found.precision) or backend != SAVED_FOR):
         raise ConfigError(
             f"{config.parent} is quantised to {found.precision} for {SAVED_FOR}, not {precision} for {backend}: leave that out"
@@ -230,5 +232,5 @@ def fill(
     for layer, tensors in parts.items():
         linear: Any = vla.get_submodule(layer)
         there = {part: tensor.to(device, copy=True) for part, tensor in tensors.items()}
-        linear.weight = backends.torchao_weight(there, dtype)
+        vla.set_submodule(layer, quantized_linear(there, linear.bias, dtype))
     vla.requires_grad_(False)
