@@ -15,8 +15,10 @@ import torch
 
 from prismatic.errors import ConfigError, read_json
 from prismatic.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIONS, PROCESSOR, STATISTICS, VERSIONS
+from prismatic.head_files import save_heads
 from prismatic.models import weights
-from prismatic.models.lora import ADAPTER, FILE_PREFIX, lora_config, lora_layers, lora_state_dict
+from prismatic.models.heads import HEADS
+from prismatic.models.lora import ADAPTER, FILE_PREFIX, inject, lora_config, lora_layers, lora_state_dict
 from prismatic.models.vla import VLA
 from prismatic.processor import Processor
 from prismatic.versions import versions
@@ -49,6 +51,7 @@ def save_adapter(
     _, layer = next(lora_layers(vla))
     tensors = {name: tensor.detach().float().contiguous().cpu() for name, tensor in lora_state_dict(vla).items()}
     weights.save_tensors(tensors, partial / ADAPTER_WEIGHTS)
+    save_heads(partial, {name: t.float() for name, t in vla.state_dict().items() if name.startswith(HEADS)})
     config = PLAIN_FIELDS | {
         "base_model_name_or_path": processor.config.base_model,
         "r": layer.r[ADAPTER],
@@ -92,8 +95,7 @@ def load_adapter(vla: VLA, folder: Path, *, dtype: torch.dtype) -> VLA:
     )
     expected = _expected_shapes(vla, lora)
     weights.check_names(expected, stored, folder)
-    vla.requires_grad_(False)
-    peft.inject_adapter_in_model(lora, vla, adapter_name=ADAPTER)
+    inject(vla, lora)
     parameters = dict(vla.named_parameters())
     for name, tensor in stored.items():
         half, letter = name.removesuffix(".weight").rsplit(".", 1)
@@ -123,5 +125,5 @@ def _expected_shapes(vla: VLA, lora: peft.LoraConfig) -> dict[str, tuple[int, ..
     """Names and shapes that an adapter of this kind has, found by adapting an empty model of the same config."""
     with torch.device("meta"):
         empty = VLA(vla.config)
-        peft.inject_adapter_in_model(lora, empty, adapter_name=ADAPTER)
+        inject(empty, lora)
     return {name.removeprefix(FILE_PREFIX): tuple(tensor.shape) for name, tensor in lora_state_dict(empty).items()}

@@ -5,6 +5,7 @@ layout; an adapter folder has `adapter_config.json`. Surprising: a folder with a
 `unnorm_key` where it has several statistics, and `center_crop` (default True).
 """
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -13,26 +14,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from prismatic.dataset_statistics import check_entry, load_statistics, statistics_key
+from prismatic.dataset_statistics import COPY, check_entry, load_statistics, statistics_key
 from prismatic.errors import ConfigError, read_json
 from prismatic.filenames import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CONFIG,
+    MERGED_ADAPTER,
     PREPROCESSOR,
     PROCESSOR,
     STATISTICS,
     TOKENIZER,
     TOKENIZER_FILES,
 )
+from prismatic.head_files import model_config, save_heads, stored_heads, without_heads
 from prismatic.hub import resolve
 from prismatic.models import backends, weights
 from prismatic.models import quantize as quantization
 from prismatic.models.compiled import decoder_for
+from prismatic.models.heads import HEADS
 from prismatic.models.nf4 import prepare_nf4
-from prismatic.models.vla import VLA, VLAConfig
+from prismatic.models.vla import VLA
 from prismatic.policy import VLAPolicy
 from prismatic.processor import Processor, ProcessorConfig, preprocessor_json
 
@@ -46,12 +51,16 @@ def load_vla(
     adapter_dtype: torch.dtype | None = None,
     shard: Callable[[VLA], None] | None = None,
     nf4: bool = False,
+    new_heads: bool = False,
+    **choice: Any,
 ) -> VLA:
     """A model from a checkpoint folder or hub id, with an adapter on it if one is given (then only the adapter is trainable).
 
     adapter_dtype: None means dtype. Training keeps its adapter in float32 on a bfloat16 base.
     shard: is given the model while it is empty, so that no process ever holds all of one that is cut up among several.
-    nf4: pack the base's linear maps into 4 bits while loading (see models/nf4.py); dtype is then what is computed in.
+    nf4: pack the base's linear layers into 4 bits while loading (see models/nf4.py); dtype is then what is computed in.
+    choice: action_head, num_actions_chunk, num_images_in_input, proprio_dim, stop_token: what a foreign folder does not say (see head_files.py).
+    new_heads: the choice counts more than the folder, and a head that has no file starts at random, for training. Heads take adapter_dtype.
 
     ConfigError, before anything is loaded, for a missing, surplus or mis-shaped tensor, a truncated file, or an adapter of another base.
     A folder that export.py quantised comes out quantised (and frozen), and takes no adapter.
@@ -60,18 +69,24 @@ def load_vla(
     adapter = None if adapter is None else resolve(adapter)
     if (folder / ADAPTER_CONFIG).exists():
         raise ConfigError(f"{folder} is an adapter: give its base as the checkpoint and this folder as the adapter")
-    config = VLAConfig.from_json(folder / CONFIG)
+    if adapter is not None and adapter.name == MERGED_ADAPTER and (adapter.parent / CONFIG).exists():
+        raise ConfigError(
+            f"{adapter} is merged into {adapter.parent} already: give that folder as the checkpoint alone"
+        )
+    config = model_config(folder, adapter, new_heads=new_heads, **choice)
     stored = weights.stored_tensors(folder)
     with torch.device("meta"):
         vla = VLA(config)
+    heads = _heads(vla, adapter if adapter is not None and (adapter / PROCESSOR).exists() else folder, new=new_heads)
     if saved := quantization.saved_as(folder / CONFIG):
         if adapter is not None:
             quantization.refuse(folder / CONFIG, "an adapter is merged before")
         shapes = {name: shape for name, (shape, _) in quantization.layout(vla, saved).items()}
-        weights.check_names(shapes, stored, folder)
-        quantization.fill(vla, stored, saved, dtype=dtype, device=device)
+        weights.check_names(shapes, stored | heads, folder)
+        quantization.fill(vla, stored | heads, saved, dtype=dtype, device=device)
         return vla
-    weights.check_names({name: tuple(tensor.shape) for name, tensor in vla.state_dict().items()}, stored, folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in vla.state_dict().items()}
+    weights.check_names(shapes, stored | heads, folder)
     if adapter is not None:
         _check_base(adapter, folder, stored)
     if shard is not None:
@@ -79,6 +94,7 @@ def load_vla(
     if nf4:
         prepare_nf4(vla, on_cpu=torch.device(device).type == "cpu")
     weights.fill(vla, stored, dtype=dtype, device=device)
+    weights.fill(vla, heads, dtype=adapter_dtype or dtype, device=device)
     if adapter is not None:
         from prismatic.adapter import load_adapter  # here, because peft takes seconds to import
 
@@ -86,13 +102,34 @@ def load_vla(
     return vla
 
 
-def load_merged(folder: Path, adapter: Path | None, *, dtype: torch.dtype, device: str = "cpu") -> VLA:
+def _heads(vla: VLA, folder: Path, *, new: bool) -> dict[str, weights.StoredTensor]:
+    """The tensors of vla's heads in a folder; new: a head without a file is initialised as torch does it, as the original's are."""
+    heads = stored_heads(folder)
+    for part in HEADS:
+        module = getattr(vla, part)
+        if module is None or any(name.startswith(part) for name in heads):
+            continue
+        if not new:
+            raise ConfigError(f"{folder} has no {part}: copy its file from where the folder came from")
+        fresh = copy.deepcopy(module).to_empty(device="cpu")
+        for layer in fresh.modules():
+            if isinstance(layer, nn.Linear | nn.LayerNorm):
+                layer.reset_parameters()
+        for name, tensor in fresh.state_dict().items():
+            heads[f"{part}.{name}"] = weights.StoredTensor(folder, tuple(tensor.shape), lambda tensor=tensor: tensor)
+    return heads
+
+
+def load_merged(folder: Path, adapter: Path | None, *, dtype: torch.dtype, device: str = "cpu", **choice: Any) -> VLA:
     """As load_vla, with the adapter merged in float32, for acting and for export.py: a folder and its export answer alike."""
-    vla = load_vla(folder, adapter, dtype=dtype, device=device, adapter_dtype=torch.float32)
+    vla = load_vla(folder, adapter, dtype=dtype, device=device, adapter_dtype=torch.float32, **choice)
     if adapter is not None:
         from prismatic.models.lora import merge_lora
 
         merge_lora(vla)
+    for part in HEADS:
+        if getattr(vla, part) is not None:
+            getattr(vla, part).to(dtype)
     return vla
 
 
@@ -105,13 +142,14 @@ def load_quantized(
     vision: bool | None = None,
     dtype: torch.dtype,
     device: str = "cpu",
+    **choice: Any,
 ) -> VLA:
     """A checkpoint folder that is quantised as it loads (see quantize.quantize) and computes in dtype.
 
     An adapter is merged into weights of the checkpoint's own number format.
     """
     own = weights.stored_dtype(weights.stored_tensors(folder))
-    vla = load_merged(folder, adapter, dtype=own, device=device)
+    vla = load_merged(folder, adapter, dtype=own, device=device, **choice)
     return quantization.quantize(vla, precision, backend, vision=vision, dtype=dtype)
 
 
@@ -139,7 +177,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def load_processor(
-    checkpoint: Path, adapter: Path | None = None, *, unnorm_key: str | None = None, center_crop: bool | None = None
+    checkpoint: Path,
+    adapter: Path | None = None,
+    *,
+    unnorm_key: str | None = None,
+    center_crop: bool | None = None,
+    **choice: Any,
 ) -> Processor:
     """The processor of an adapter or checkpoint folder; see the module's first lines for what may be given."""
     home = adapter if adapter is not None and (adapter / PROCESSOR).exists() else checkpoint
@@ -163,12 +206,24 @@ def load_processor(
             )
     else:
         key = statistics_key(statistics, unnorm_key, statistics_home)
-        model = VLAConfig.from_json(checkpoint / CONFIG)
+        model = model_config(checkpoint, adapter, **choice)
         crop = True if center_crop is None else center_crop
         config = ProcessorConfig.for_model(model, unnorm_key=key, center_crop=crop, **_preprocessor(checkpoint))
     if config.unnorm_key is not None:
-        check_entry(statistics[config.unnorm_key], f"{statistics_home / STATISTICS}, {config.unnorm_key}")
+        where = f"{statistics_home / STATISTICS}, {config.unnorm_key}"
+        check_entry(statistics[config.unnorm_key], where, state=config.proprio_dim > 0)
+        _check_state(statistics[config.unnorm_key], config.proprio_dim, where)
     return Processor(config, load_tokenizer(checkpoint), statistics)
+
+
+def _check_state(entry: Mapping[str, Any], proprio_dim: int, where: str) -> None:
+    """ConfigError unless an entry's statistics of the robot's state are those that the model learnt with. OpenVLA's own are zeros."""
+    if not proprio_dim:
+        return
+    low, high = entry["proprio"]["q01"], entry["proprio"]["q99"]
+    if len(low) != proprio_dim or low == high:
+        found = f"{len(low)} dimensions" + " that never change" * (low == high)
+        raise ConfigError(f"{where}: proprio has {found}, but the model reads a state of {proprio_dim}: {COPY}")
 
 
 def _preprocessor(folder: Path) -> dict[str, Any]:
@@ -205,6 +260,7 @@ def load_policy(
     device: str | None = None,
     backend: str | None = None,
     drafting: bool | None = None,
+    **choice: Any,
 ) -> VLAPolicy:
     """A policy from a checkpoint folder, a hub id or an adapter folder (which knows its base). bfloat16 on a GPU, float32 on a CPU.
 
@@ -213,24 +269,30 @@ def load_policy(
     ConfigError with bitsandbytes: LLM.int8 rounds a whole pass at a time, so its tokens would follow the draft.
     """
     folder, adapter_folder = base_and_adapter(checkpoint, adapter)
+    choice = {name: value for name, value in choice.items() if value is not None}
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    processor = load_processor(folder, adapter_folder, unnorm_key=unnorm_key, center_crop=center_crop)
+    processor = load_processor(folder, adapter_folder, unnorm_key=unnorm_key, center_crop=center_crop, **choice)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     precision, backend = quantization.choose(folder / CONFIG, quantize, backend, device)
     if backend is None or quantization.saved_as(folder / CONFIG):
-        vla = load_merged(folder, adapter_folder, dtype=dtype, device=device)
+        vla = load_merged(folder, adapter_folder, dtype=dtype, device=device, **choice)
     else:
-        vla = load_quantized(folder, adapter_folder, precision, backend=backend, dtype=dtype, device=device)
-    if processor.config.num_images_in_input != vla.config.num_images_in_input:
-        raise ConfigError(f"{folder / CONFIG} and its processor.json disagree about num_images_in_input")
+        vla = load_quantized(folder, adapter_folder, precision, backend=backend, dtype=dtype, device=device, **choice)
+    known = any((place / PROCESSOR).exists() for place in (folder, adapter_folder) if place is not None)
+    unsaid = () if known or vla.config.action_head == "tokens" else ("num_actions_chunk", "num_images_in_input")
     metadata = {
         "checkpoint": str(checkpoint),
-        "checkpoint_fingerprint": weights.fingerprint(weights.stored_tensors(folder)),
+        "checkpoint_fingerprint": weights.fingerprint(weights.stored_tensors(folder) | stored_heads(folder)),
         "adapter": None if adapter_folder is None else str(adapter_folder),
         "adapter_fingerprint": None if adapter_folder is None else adapter_fingerprint(adapter_folder),
         "quantize": precision,
         "quantize_backend": backend and backends.described(backend),
+        "assumed": {
+            name: getattr(vla.config, name) for name in unsaid if name not in choice
+        },  # by the published recipe
     }
+    if vla.config.action_head != "tokens":
+        return VLAPolicy(vla, processor, metadata)  # one forward pass, nothing to draft
     rounds_by_pass = backend == "bitsandbytes"  # also in NF4: layers whose width it doesn't take are LLM.int8's
     if drafting and rounds_by_pass:
         raise ConfigError(
@@ -242,8 +304,8 @@ def load_policy(
 
 
 def adapter_fingerprint(folder: Path) -> str:
-    """Hash of an adapter's tensors, whatever else lies in its folder."""
-    return weights.fingerprint(dict(weights.read_safetensors(folder / ADAPTER_WEIGHTS)))
+    """Hash of an adapter's tensors and heads, whatever else lies in its folder."""
+    return weights.fingerprint(dict(weights.read_safetensors(folder / ADAPTER_WEIGHTS)) | stored_heads(folder))
 
 
 def adapter_base(folder: Path) -> str:
@@ -271,11 +333,13 @@ def save_checkpoint(
     dtype: torch.dtype,
     tensors: Mapping[str, torch.Tensor] | None = None,
     precision: str = "none",
+    published: bool = False,
 ) -> None:
     """Write a checkpoint folder in OpenVLA's form from a model without adapters. The folder appears whole or not at all.
 
     tensors: what to write in place of vla's own, which may be sharded over processes.
     precision int8 or int4 quantises it on the way (for load_vla only; the original code can't read it), which empties vla.
+    published: heads as the files that OpenVLA-OFT's code looks for.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -288,7 +352,8 @@ def save_checkpoint(
         saved = quantization.Saved(precision, quantization.with_vision(precision))
         tensors = quantization.take_state(vla, saved, dtype=dtype)
         config |= saved.to_json()
-    weights.save_weights(tensors, partial)
+    weights.save_weights(without_heads(tensors), partial)
+    save_heads(partial, tensors, published=published)
     (partial / CONFIG).write_text(json.dumps(config, indent=2))
     (partial / STATISTICS).write_text(json.dumps(statistics, indent=2))
     (partial / PROCESSOR).write_text(processor.config.to_json())

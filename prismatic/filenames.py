@@ -17,6 +17,7 @@ NATIVE_WEIGHTS = "latest-checkpoint.pt"  # in checkpoints/ of a native Prismatic
 PROCESSOR = "processor.json"
 ACTION_HEAD = "action_head.safetensors"
 PROPRIO_PROJECTOR = "proprio_projector.safetensors"
+MERGED_ADAPTER = "lora_adapter"  # a folder in OpenVLA-OFT's checkpoints: the adapter that their weights hold already
 OPTIONS = "finetune.json"  # the flags that it was trained with
 VERSIONS = "versions.json"
 SUMS = "SHA256SUMS"

@@ -50,6 +50,7 @@ class ProcessorConfig:
     action_head: ActionHead = _OPENVLA_7B.action_head
     num_actions_chunk: int = _OPENVLA_7B.num_actions_chunk
     proprio_dim: int = _OPENVLA_7B.proprio_dim  # 0: reads no state
+    stop_token: bool = _OPENVLA_7B.stop_token
     means: tuple[tuple[float, ...], ...] = (DINO_MEAN, SIGLIP_MEAN)
     stds: tuple[tuple[float, ...], ...] = (DINO_STD, SIGLIP_STD)
     vocab_size: int = _OPENVLA_7B.vocab_size

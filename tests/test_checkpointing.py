@@ -5,7 +5,8 @@ import torch
 
 from prismatic.models import checkpointing
 from prismatic.models.checkpointing import checkpoint_activations, compile_blocks, lean_activations
-from prismatic.models.lora import add_lora, compute_in_base_dtype
+from prismatic.models.lora import add_lora
+from prismatic.models.lora_dtype import compute_in_base_dtype
 from prismatic.models.tiny import TINY, random_vla
 from prismatic.models.vla import VLA
 from prismatic.training.live_bytes import LiveBytes

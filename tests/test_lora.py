@@ -8,13 +8,12 @@ from torch import nn
 
 from prismatic.models.lora import (
     ADAPTER,
-    AdaptedLinear,
     add_lora,
-    compute_in_base_dtype,
     lora_layers,
     lora_state_dict,
     merge_lora,
 )
+from prismatic.models.lora_dtype import AdaptedLinear, compute_in_base_dtype
 from prismatic.models.tiny import TINY, random_vla
 from prismatic.models.vla import VLA
 from prismatic.training.live_bytes import LiveBytes
@@ -55,7 +54,7 @@ def test_adapters_compute_in_the_bases_format_and_learn_in_their_own() -> None:
 
 
 def trained_layers(vla: VLA) -> list[Any]:
-    unread = vla.unread_parameters()
+    unread = vla.unused_parameters()
     return [layer for name, layer in lora_layers(vla) if not any(other.startswith(name) for other in unread)]
 
 

@@ -23,7 +23,8 @@ from prismatic.bench.random_model import random_model
 from prismatic.errors import ConfigError
 from prismatic.models.checkpointing import checkpoint_activations, compile_blocks
 from prismatic.models.llama import LlamaConfig
-from prismatic.models.lora import add_lora, compute_in_base_dtype
+from prismatic.models.lora import add_lora
+from prismatic.models.lora_dtype import compute_in_base_dtype
 from prismatic.models.vla import DINO_ID, IGNORE, SIGLIP_ID, VLA, VLAConfig
 from prismatic.training.activations import LABELS
 from prismatic.training.live_bytes import LiveBytes

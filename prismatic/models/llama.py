@@ -99,8 +99,9 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 class Attention(nn.Module):
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, *, causal: bool) -> None:
         super().__init__()
+        self.causal = causal
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
@@ -108,8 +109,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, queries: torch.Tensor, x: torch.Tensor, cos_sin, cache: CacheView | None) -> torch.Tensor:
-        """queries: x, or x at its output positions."""
+    def forward(
+        self,
+        queries: torch.Tensor,
+        x: torch.Tensor,
+        cos_sin,
+        cache: CacheView | None,
+        attn_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """queries: x, or x at its output positions. attn_mask (B, 1, 1, T) bool: which positions of x all others attend to; None: all."""
         batch, length, _ = x.shape
         q = self.q_proj(queries).view(batch, -1, self.heads, self.head_dim).transpose(1, 2)
         k = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
@@ -123,7 +131,9 @@ class Attention(nn.Module):
             cache.keys.index_copy_(2, cache.columns, k)
             cache.values.index_copy_(2, cache.columns, v)
         if cache is None or cache.attn_mask is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=attn_mask, is_causal=self.causal, enable_gqa=grouped
+            )
         else:
             out = F.scaled_dot_product_attention(
                 q, cache.keys, cache.values, attn_mask=cache.attn_mask, enable_gqa=grouped
@@ -143,46 +153,56 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, *, causal: bool) -> None:
         super().__init__()
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, causal=causal)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, cos_sin, cache: CacheView | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, cos_sin, cache: CacheView | None, attn_mask: torch.Tensor | None
+    ) -> torch.Tensor:
         normed = queries = self.input_layernorm(x)
         if cache is not None and cache.output_positions is not None:
             x, queries = (torch.take_along_dim(part, cache.output_positions[..., None], dim=1) for part in (x, normed))
-        x = x + self.self_attn(queries, normed, cos_sin, cache)
+        x = x + self.self_attn(queries, normed, cos_sin, cache, attn_mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Decoder(nn.Module):
+class LlamaModel(nn.Module):
     """Embedding table, layers and final norm; `language_model.model.*` in the checkpoint."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, *, causal: bool) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, causal=causal) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Llama(nn.Module):
-    """Decoder and head. Call it with embeddings; `head` turns hidden states into logits."""
+    """Decoder and head. Call it with embeddings; `lm_head` turns hidden states into logits.
 
-    def __init__(self, config: LlamaConfig) -> None:
+    causal False: every position attends to all others, also to later ones, as OpenVLA-OFT does it.
+    """
+
+    def __init__(self, config: LlamaConfig, *, causal: bool = True) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
+        self.model = LlamaModel(config, causal=causal)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
-        self, embeddings: torch.Tensor, positions: torch.Tensor, caches: list[CacheView] | None = None
+        self,
+        embeddings: torch.Tensor,
+        positions: torch.Tensor,
+        caches: list[CacheView] | None = None,
+        attn_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """embeddings (B, T, H), positions (B, T) → normed hidden states (B, T, H), or (B, N, H) at the output positions.
 
-        caches: one a layer (cache_views); None reads nothing and keeps nothing.
+        caches: one a layer (cache_views); None reads nothing and keeps nothing. attn_mask (B, 1, 1, T) bool: the positions that are no
+        padding, where not causal; None: all.
         """
         config = self.config
         cos_sin = rotary(
@@ -190,5 +210,5 @@ class Llama(nn.Module):
         )
         x = embeddings
         for number, layer in enumerate(self.model.layers):
-            x = layer(x, cos_sin, None if caches is None else caches[number])
+            x = layer(x, cos_sin, None if caches is None else caches[number], attn_mask)
         return self.model.norm(x)

@@ -1,4 +1,4 @@
-"""LoRA as a pass over a built model, through peft. In: a VLA. Out: the same object with adapters on all 439 linear maps of openvla-7b.
+"""LoRA as a pass over a built model, through peft. In: a VLA. Out: the same object with adapters on all 439 linear layers of openvla-7b.
 
 Surprising: OpenVLA's "all-linear" meant every module whose *last name* is one of the list below, which takes in `patch_embed.proj` (a
 convolution), `lm_head` and parts the forward never reads; today's peft reads "all-linear" differently, so the names are written out.
@@ -10,8 +10,8 @@ from typing import Any
 import peft
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from prismatic.models.heads import HEADS
 from prismatic.models.vla import VLA
 
 TARGET_MODULES = (
@@ -24,7 +24,7 @@ FILE_PREFIX = "base_model.model."  # what peft puts before every name in adapter
 def lora_config(
     *, rank: int, alpha: int | None = None, dropout: float = 0.0, target_modules: Sequence[str] = TARGET_MODULES
 ) -> peft.LoraConfig:
-    """OpenVLA's configuration: alpha defaults to min(rank, 16); A ~ N(0, 1/rank), B = 0."""
+    """OpenVLA's configuration: alpha defaults to min(rank, 16); A ~ N(0, 1/rank), B = 0. Heads are trained whole: they get no adapter."""
     return peft.LoraConfig(
         r=rank,
         lora_alpha=min(rank, 16) if alpha is None else alpha,
@@ -35,107 +35,19 @@ def lora_config(
 
 
 def add_lora(vla: VLA, *, rank: int = 32, alpha: int | None = None, dropout: float = 0.0) -> VLA:
-    """Freeze vla and put trainable adapters on it, in place; returns it. Its names then hold `base_layer` and `lora_A.default`."""
+    """Freeze all of vla but its heads and put trainable adapters on it, in place; returns it. Names then hold `base_layer` and `lora_A.default`."""
+    return inject(vla, lora_config(rank=rank, alpha=alpha, dropout=dropout))
+
+
+def inject(vla: VLA, config: peft.LoraConfig) -> VLA:
+    """add_lora with a configuration of any targets. The heads' layers are called fc1 and fc2 too: they are left out by name."""
     vla.requires_grad_(False)
-    peft.inject_adapter_in_model(lora_config(rank=rank, alpha=alpha, dropout=dropout), vla, adapter_name=ADAPTER)
-    return vla
-
-
-class CastLinear(nn.Linear):
-    """A linear map that computes in its input's number format, whatever its own."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.linear(input, self.weight.to(input.dtype))
-
-
-class CastConv2d(nn.Conv2d):
-    """The same for a convolution."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(input, self.weight.to(input.dtype), None)
-
-
-def _scaled_product(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
-    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
-
-
-class AdaptedProduct(torch.autograd.Function):
-    """x Wᵀ + bias + scaling · x Aᵀ Bᵀ, with W frozen: what the adapter adds is summed into the base's product, in both directions.
-
-    Step by step each adapter would write its share, the scaled share and the sum, all as large as the output, and as much going back.
-    """
-
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scaling: float,
-        in_place: bool,
-    ) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        out = F.linear(rows, weight, bias)
-        low = _scaled_product(rows, a.to(x.dtype).t(), scaling)  # (rows, rank)
-        out = (out.addmm_ if in_place else out.addmm)(low, b.to(x.dtype).t())
-        ctx.save_for_backward(rows, low, weight, a, b)
-        ctx.scaling, ctx.shape = scaling, x.shape
-        return out.view(*x.shape[:-1], out.shape[-1])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, low, weight, a, b = ctx.saved_tensors
-        gradient = gradient.reshape(-1, gradient.shape[-1])
-        of_low = _scaled_product(gradient, b.to(gradient.dtype), ctx.scaling)
-        of_a = of_low.t().mm(rows).to(a.dtype)
-        of_b = gradient.t().mm(low).to(b.dtype)
-        of_x = None
-        if ctx.needs_input_grad[0]:
-            of_x = gradient.mm(weight).addmm_(of_low, a.to(gradient.dtype)).view(ctx.shape)
-        return of_x, None, None, of_a, of_b, None, None
-
-
-class AdaptedLinear(peft.tuners.lora.Linear):
-    """peft's layer with the product above, while it trains in one number format.
-
-    sum_in_place False where the base's product is kept for recomputing: it must not change.
-    """
-
-    sum_in_place = True
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.merged or self.disable_adapters or torch.is_autocast_enabled(x.device.type):
-            return super().forward(x, *args, **kwargs)
-        base, scaling = self.get_base_layer(), self.scaling[ADAPTER]
-        a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        return AdaptedProduct.apply(x, base.weight, base.bias, a, b, scaling, self.sum_in_place)  # type: ignore[return-value]
-
-
-def compute_in_base_dtype(vla: VLA) -> VLA:
-    """Let adapters that are kept in float32 compute in the base's bfloat16, in place; returns vla. Gradients arrive in float32.
-
-    By itself peft casts the *input* of every adapter up instead: a float32 copy of each activation, kept until the backward pass.
-    """
-    for _, layer in lora_layers(vla):
-        layer.cast_input_dtype_enabled = False
-        base = layer.get_base_layer()
-        plain = type(layer) is peft.tuners.lora.Linear and type(base) is nn.Linear
-        frozen = not any(parameter.requires_grad for parameter in base.parameters())
-        if plain and frozen and isinstance(layer.lora_dropout[ADAPTER], nn.Identity):
-            layer.__class__ = AdaptedLinear
-            continue
-        for half in (layer.lora_A, layer.lora_B):
-            old: Any = half[ADAPTER]
-            if isinstance(old, nn.Conv2d):
-                sizes: dict[str, Any] = {"kernel_size": old.kernel_size, "stride": old.stride, "padding": old.padding}
-                new = CastConv2d(old.in_channels, old.out_channels, bias=False, device="meta", **sizes)
-            else:
-                new = CastLinear(old.in_features, old.out_features, bias=False, device="meta")
-            new.weight = old.weight
-            half[ADAPTER] = new
+    if any(name.startswith(HEADS) for name, _ in vla.named_parameters()):
+        config.exclude_modules = rf"({'|'.join(HEADS)})\..*"
+    peft.inject_adapter_in_model(config, vla, adapter_name=ADAPTER)
+    for name, parameter in vla.named_parameters():
+        if name.startswith(HEADS):
+            parameter.requires_grad_(True)
     return vla
 
 

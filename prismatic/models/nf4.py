@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from prismatic.models.heads import HEADS
+
 if TYPE_CHECKING:
     from prismatic.models.vla import VLA
 
@@ -30,6 +32,7 @@ def quantised_linears(vla: nn.Module, *, on_cpu: bool) -> Iterator[tuple[str, nn
         if (
             type(module) is nn.Linear
             and name.rpartition(".")[2] != HEAD
+            and not name.startswith(HEADS)
             and not (on_cpu and module.in_features % BLOCK)
         ):
             yield name, module

@@ -18,6 +18,7 @@ from torch import nn
 
 from prismatic.errors import ConfigError, read_json
 from prismatic.models import backends, integers, weights
+from prismatic.models.heads import HEADS
 from prismatic.models.quantized import QUANTIZED, quantized_linear
 
 if TYPE_CHECKING:
@@ -107,7 +108,11 @@ def plan(vla: "VLA", precision: str, *, vision: bool | None = None) -> dict[str,
             )
         if isinstance(module, QUANTIZED):
             raise ConfigError("this model is quantised already: build it anew from its checkpoint")
-        if not isinstance(module, nn.Linear) or (name.startswith(VISION) and not with_vision(precision, vision)):
+        if (
+            not isinstance(module, nn.Linear)
+            or name.startswith(HEADS)
+            or (name.startswith(VISION) and not with_vision(precision, vision))
+        ):
             continue
         if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
             raise ConfigError("this model is quantised already: build it anew from its checkpoint")

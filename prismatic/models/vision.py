@@ -94,7 +94,7 @@ class VisionBackbone(nn.Module):
         for tower in (self.featurizer, self.fused_featurizer):
             yield from tower.blocks[:-1]
 
-    def unread_parameters(self) -> Iterator[str]:
+    def unused_parameters(self) -> Iterator[str]:
         """Names of those that the output does not depend on: each tower's last block, its final norm and its pooling."""
         towers: dict[str, Any] = {"featurizer": self.featurizer, "fused_featurizer": self.fused_featurizer}
         for tower, module in towers.items():

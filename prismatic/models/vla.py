@@ -14,9 +14,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from action_tokenizer import ActionTokenizer
 from prismatic.errors import ConfigError
 from prismatic.models.config_file import DINO_ID, SIGLIP_ID, read_model_config
-from prismatic.models.decode import ActionDecoder
+from prismatic.models.decode import ActionDecoder, best_tokens, with_empty_token
+from prismatic.models.heads import L1RegressionHead, ProprioProjector, before_blanks, bin_centers, with_blanks
 from prismatic.models.llama import Llama, LlamaConfig
 from prismatic.models.projector import Projector
 from prismatic.models.vision import VisionBackbone
@@ -38,6 +40,7 @@ class VLAConfig:
     num_actions_chunk: int = 1  # actions that one query answers with: 8 in OpenVLA-OFT's LIBERO recipe
     action_dim: int = 7  # numbers of one action; a token head takes any number
     proprio_dim: int = 0  # numbers of the robot's state that the model reads: 0 none, 8 in OpenVLA-OFT's LIBERO recipe
+    stop_token: bool = True  # whether the end token stands behind a chunk; some RL recipes leave it out
     timm_model_ids: tuple[str, str] = (DINO_ID, SIGLIP_ID)
     tiny_timm_kwargs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # sizes of small towers, by timm id
     vision_stem: tuple[int, ...] = ()  # channels of a convolutional stem in front of small towers
@@ -49,6 +52,13 @@ class VLAConfig:
     pad_token_id: int = 32000
     empty_token_id: int = 29871  # "▁", which stands between the prompt and the action
 
+    def __post_init__(self) -> None:
+        if self.action_head == "tokens" and (self.num_actions_chunk != 1 or self.proprio_dim):
+            raise ConfigError(
+                f"action_head tokens answers with one action and reads no state: with num_actions_chunk {self.num_actions_chunk} and "
+                f"proprio_dim {self.proprio_dim} give action_head l1 or parallel"
+            )
+
     @property
     def vocab_size(self) -> int:
         """Words without filling rows: 32000. The last n_action_bins of them are actions."""
@@ -59,6 +69,11 @@ class VLAConfig:
         """Patches of one image: 256."""
         patch = self.tiny_timm_kwargs.get(self.timm_model_ids[0], {}).get("patch_size", PATCH_SIZE)
         return (self.image_size // patch) ** 2
+
+    @property
+    def action_positions(self) -> int:
+        """Positions of one chunk's numbers: 56."""
+        return self.num_actions_chunk * self.action_dim
 
     @classmethod
     def from_json(cls, path: Path) -> "VLAConfig":
@@ -90,7 +105,7 @@ class VLAConfig:
             for f in dataclasses.fields(self)
             if f.name not in ("image_size", "text_config")
         }
-        always = ("timm_model_ids", "pad_to_multiple_of", "n_action_bins", "pad_token_id")
+        always = ("action_head", "timm_model_ids", "pad_to_multiple_of", "n_action_bins", "pad_token_id")
         return {
             "architectures": ["OpenVLAForActionPrediction"],
             "model_type": "openvla",
@@ -127,38 +142,73 @@ def _check_architecture(raw: Mapping[str, Any], path: Path) -> None:
 
 @dataclass
 class VLAOutput:
-    """logits: float32, (B, n_images·num_patches + T, rows) with all_logits, else (labels that count, rows), row by row of the batch."""
+    """logits: float32, (B, n_images·num_patches + T, rows) with all_logits, else (labels that count, rows), row by row of the batch; None from
+    a regression head that wasn't asked. actions: (B, K, D) float32, normalised, of a head that answers with chunks.
+    """
 
-    logits: torch.Tensor
-    loss: torch.Tensor | None
+    logits: torch.Tensor | None
+    loss: torch.Tensor | None = None
+    actions: torch.Tensor | None = None
 
 
 class VLA(nn.Module):
-    """`vision_backbone`, `projector`, `language_model`: parameters under the published checkpoint's names."""
+    """`vision_backbone`, `projector`, `language_model`, `action_head`, `proprio_projector`: parameters under the published checkpoints' names."""
 
     def __init__(self, config: VLAConfig) -> None:
         super().__init__()
         self.config = config
+        self.tokenizer = ActionTokenizer(config.vocab_size, config.n_action_bins)
+        hidden_size = config.text_config.hidden_size
         self.vision_backbone = VisionBackbone(
             config.timm_model_ids, config.tiny_timm_kwargs, image_size=config.image_size, stem=config.vision_stem
         )
-        self.projector = Projector(self.vision_backbone.width, config.text_config.hidden_size)
-        self.language_model = Llama(config.text_config)
+        self.projector = Projector(self.vision_backbone.width, hidden_size)
+        self.language_model = Llama(config.text_config, causal=config.action_head == "tokens")
+        self.action_head = L1RegressionHead(hidden_size, config.action_dim) if config.action_head == "l1" else None
+        self.proprio_projector = ProprioProjector(config.proprio_dim, hidden_size) if config.proprio_dim else None
 
     def blocks(self) -> Iterator[nn.Module]:
         """The blocks that run, in their order: of the towers, then of the decoder. What is sharded or recomputed piece by piece."""
         yield from self.vision_backbone.blocks()
         yield from self.language_model.model.layers
 
-    def unread_parameters(self) -> list[str]:
+    def unused_parameters(self) -> list[str]:
         """Names of the parameters that never get a gradient, because no output depends on them."""
-        return [f"vision_backbone.{name}" for name in self.vision_backbone.unread_parameters()]
+        unused = [f"vision_backbone.{name}" for name in self.vision_backbone.unused_parameters()]
+        if self.action_head is not None:
+            unused += [f"language_model.lm_head.{name}" for name, _ in self.language_model.lm_head.named_parameters()]
+        return unused
 
-    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, T) ids and (B, 6·n_images, S, S) pixels → (B, P + T, H) with the P patches behind BOS."""
-        words = self.language_model.model.embed_tokens(input_ids)
-        patches = self.projector(self.vision_backbone(pixel_values.to(words.dtype)))
-        return torch.cat([words[:, :1], patches.to(words.dtype), words[:, 1:]], dim=1)
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        proprio: torch.Tensor | None = None,
+        is_blank: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(B, T) ids, (B, 6·n_images, S, S) pixels, (B, proprio_dim) state → (B, P + T, H): BOS, patches, the state's token, the other tokens.
+
+        is_blank (B, T): tokens that are embedded as zeros.
+        """
+        tokens = self.language_model.model.embed_tokens(input_ids)
+        if is_blank is not None:
+            tokens = tokens.masked_fill(is_blank[..., None], 0)
+        patches = self.projector(self.vision_backbone(pixel_values.to(tokens.dtype)))
+        parts = [tokens[:, :1], patches]
+        if self.proprio_projector is not None:
+            if proprio is None:
+                raise ConfigError(f"this model reads a robot state of {self.config.proprio_dim} numbers: give proprio")
+            parts.append(self.proprio_projector(proprio))
+        return torch.cat([part.to(tokens.dtype) for part in (*parts, tokens[:, 1:])], dim=1)
+
+    def hidden_states(self, embeddings: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """(B, P + T, H) → the same after the final norm. attention_mask (B, T) bool, False at right padding; a causal model needs none."""
+        attn_mask = None
+        if attention_mask is not None and self.config.action_head != "tokens":
+            patches = embeddings.shape[1] - attention_mask.shape[1]
+            attn_mask = F.pad(attention_mask.bool(), (patches, 0), value=True)[:, None, None]  # (B, 1, 1, P + T)
+        positions = torch.arange(embeddings.shape[1], device=embeddings.device).expand(embeddings.shape[:2])
+        return self.language_model(embeddings, positions, attn_mask=attn_mask)
 
     def forward(
         self,
@@ -167,25 +217,32 @@ class VLA(nn.Module):
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
         all_logits: bool = False,
+        *,
+        actions: torch.Tensor | None = None,
+        proprio: torch.Tensor | None = None,
     ) -> VLAOutput:
-        """One pass over a right-padded batch; attention_mask is taken for OpenVLA's sake: behind right padding nothing is read.
+        """One forward pass over a right-padded batch in training form: the ids end with those of the actions and the end token.
 
-        Loss: mean cross entropy over the labels of the batch that are not -100, each predicted from the position before it.
+        Loss: mean cross entropy over the labels of the batch that are not -100, each predicted from the position before it; of a regression
+        head the mean |difference| to actions (B, K, D). attention_mask (B, T): see hidden_states.
         """
-        embeddings = self.embed(input_ids, pixel_values)  # (B, P + T, H)
-        positions = torch.arange(embeddings.shape[1], device=embeddings.device).expand(embeddings.shape[:2])
-        hidden = self.language_model(embeddings, positions)
-        if all_logits or labels is None:
-            logits = self.language_model.lm_head(hidden).float()
-            if labels is None:
-                return VLAOutput(logits, None)
-        predicting = hidden[:, -labels.shape[1] : -1]  # position P + t - 1 predicts label t
-        following = labels[:, 1:]
-        counts = following != IGNORE
-        following = following[counts]
-        chosen = self.language_model.lm_head(predicting[counts]).float()  # (labels that count, rows)
-        loss = F.cross_entropy(chosen, following)
-        return VLAOutput(logits if all_logits else chosen, loss)
+        is_blank = None if labels is None or self.config.action_head == "tokens" else self._is_action(labels)
+        hidden = self.hidden_states(self.embed(input_ids, pixel_values, proprio, is_blank), attention_mask)
+        logits = self.language_model.lm_head(hidden).float() if all_logits or labels is None else None
+        if labels is None:
+            return VLAOutput(logits)
+        if self.action_head is not None and is_blank is not None:
+            predicted = self.action_head(before_blanks(hidden, is_blank, self.config.action_positions))
+            return VLAOutput(logits, None if actions is None else F.l1_loss(predicted, actions.float()), predicted)
+        targets = labels[:, 1:]
+        counts = targets != IGNORE
+        targets = targets[counts]  # each is predicted from the position before it
+        chosen = self.language_model.lm_head(hidden[:, -labels.shape[1] : -1][counts]).float()
+        loss = F.cross_entropy(chosen, targets)
+        predicted = None
+        if is_blank is not None:
+            predicted = self._chunks(bin_centers(chosen.argmax(dim=-1)[self._is_action(targets)], self.tokenizer))
+        return VLAOutput(logits if all_logits else chosen, loss, predicted)
 
     @torch.inference_mode()
     def generate_action_ids(
@@ -204,3 +261,59 @@ class VLA(nn.Module):
         if margins is not None:
             margins.extend(answer.margins.unbind(dim=1))
         return answer.ids
+
+    @torch.inference_mode()
+    def predict_chunk(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        proprio: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(B, T) right-padded prompts, attention_mask None for full rows → (B, K, D) float32, normalised, in one forward pass."""
+        hidden = self._before_actions(input_ids, pixel_values, proprio, attention_mask)
+        if self.action_head is not None:
+            return self.action_head(hidden)
+        return self._chunks(bin_centers(best_tokens(self, hidden)[0], self.tokenizer))
+
+    @torch.inference_mode()
+    def predict_chunk_ids(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        proprio: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the `parallel` head: the likeliest action ids (B, K, D) int64, and by how much each logit beats the second best."""
+        hidden = self._before_actions(input_ids, pixel_values, proprio, attention_mask)
+        ids, margins = best_tokens(self, hidden)
+        return self._chunks(ids), self._chunks(margins)
+
+    def _before_actions(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        proprio: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Hidden states (B, K·D, H) that the prompts' actions are predicted from. The host waits for the prompts' lengths once."""
+        config = self.config
+        lengths = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
+        if attention_mask is not None:
+            lengths = attention_mask.sum(dim=1)
+        pad = config.pad_token_id
+        input_ids, lengths = with_empty_token(input_ids, lengths, empty=config.empty_token_id, pad=pad)
+        shortest, longest = torch.stack([lengths.min(), lengths.max()]).tolist()
+        end = config.eos_token_id if config.stop_token else None
+        ids, mask, is_blank = with_blanks(
+            input_ids[:, :longest], lengths, blanks=config.action_positions, end=end, pad=pad
+        )
+        embeddings = self.embed(ids, pixel_values, proprio, is_blank)
+        hidden = self.hidden_states(embeddings, None if shortest == longest else mask)
+        return before_blanks(hidden, is_blank, config.action_positions)
+
+    def _is_action(self, ids: torch.Tensor) -> torch.Tensor:
+        return (ids >= self.tokenizer.first_id) & (ids < self.config.vocab_size)
+
+    def _chunks(self, values: torch.Tensor) -> torch.Tensor:
+        return values.reshape(-1, self.config.num_actions_chunk, self.config.action_dim)

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from prismatic.models.checkpointing import checkpoint_activations, lean_activations
 from prismatic.models.llama import rotary
-from prismatic.models.lora import add_lora, compute_in_base_dtype
+from prismatic.models.lora import add_lora
+from prismatic.models.lora_dtype import compute_in_base_dtype
 from prismatic.models.vision import CHANNELS
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.training.live_bytes import LiveBytes

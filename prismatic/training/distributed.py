@@ -94,7 +94,7 @@ class Ranks:
         if self.size == 1 or any(isinstance(parameter, DTensor) for parameter in vla.parameters()):
             return vla
         # DDP would wait for ever for a gradient of these.
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(vla, vla.unread_parameters())
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(vla, vla.unused_parameters())
         devices = [torch.device(self.device)] if self.device != "cpu" else None
         return DistributedDataParallel(vla, device_ids=devices, gradient_as_bucket_view=True)
 

@@ -108,7 +108,7 @@ def describe(config: VLAConfig, precision: Precision, *, words: int, on_cpu: boo
     of_one, of_two = pieces(config, precision, batch_sizes=(1, 2), words=words, on_cpu=on_cpu)
     vision = vla.vision_backbone
     towers = dict(zip(TOWERS, (vision.featurizer, vision.fused_featurizer), strict=True))
-    unread = set(vla.unread_parameters())
+    unread = set(vla.unused_parameters())
     trained = sum(p.numel() for name, p in vla.named_parameters() if p.requires_grad and name not in unread)
     depths = {name: len(tower.blocks) - 1 for name, tower in towers.items()} | {
         "layer": config.text_config.num_hidden_layers

@@ -14,7 +14,8 @@ from prismatic.checkpoint import load_vla
 from prismatic.errors import ConfigError
 from prismatic.filenames import CONFIG
 from prismatic.models.checkpointing import checkpoint_activations, compile_blocks, lean_activations
-from prismatic.models.lora import add_lora, compute_in_base_dtype
+from prismatic.models.lora import add_lora
+from prismatic.models.lora_dtype import compute_in_base_dtype
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.training import memory
 from prismatic.training.activations import SELECTIVE, SHARDED, Precision

@@ -1,0 +1,159 @@
+"""The heads of a folder: the files they lie in, and which head, chunk, images and state a folder means.
+
+OpenVLA-OFT's folders have `action_head--N_checkpoint.pt` and `proprio_projector--N_checkpoint.pt`, ours `action_head.safetensors` and
+`proprio_projector.safetensors`. Surprising: a published folder says neither how many images it reads nor how many actions it answers with,
+and one without a head may decode its tokens at once or one by one: what can't be read off the files is asked for, never guessed.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prismatic.errors import ConfigError
+from prismatic.filenames import ACTION_HEAD, CONFIG, MERGED_ADAPTER, PROCESSOR, PROPRIO_PROJECTOR, STATISTICS
+from prismatic.models.heads import HEADS
+from prismatic.models.vla import VLAConfig
+from prismatic.models.weights import StoredTensor, read_safetensors, save_tensors
+from prismatic.processor import ProcessorConfig
+from prismatic.records import read_object
+
+OWN = dict(zip(HEADS, (ACTION_HEAD, PROPRIO_PROJECTOR), strict=True))
+PUBLISHED = "{part}--{step}_checkpoint.pt"
+PUBLISHED_CHUNK, PUBLISHED_IMAGES = 8, 2  # of OpenVLA-OFT's LIBERO recipe; one image where there is no state either
+NOT_BUILT = {"vision_backbone": "FiLM towers", "noisy_action_projector": "a diffusion head"}
+CHOICE = ("action_head", "num_actions_chunk", "num_images_in_input", "proprio_dim", "stop_token")
+
+
+def stored_heads(folder: Path) -> dict[str, StoredTensor]:
+    """Tensors of the heads in a folder, under the VLA's names; {} where there are none. ConfigError for two of a kind or of different steps."""
+    for part, what in NOT_BUILT.items():
+        if found := next(folder.glob(PUBLISHED.format(part=part, step="*")), None):
+            raise ConfigError(f"{found} is of {what}, which are not built here: take a checkpoint without it")
+    tensors: dict[str, StoredTensor] = {}
+    steps: dict[str, str] = {}
+    for part, own in OWN.items():
+        files = sorted([*folder.glob(own), *folder.glob(PUBLISHED.format(part=part, step="*"))])
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            raise ConfigError(f"{folder} holds more than one {part} ({names}): keep that of the weights' training step")
+        for file in files:
+            read = read_safetensors(file) if file.name == own else _read_published(file)
+            tensors |= {f"{part}.{name}": tensor for name, tensor in read}
+            steps[file.name] = re.sub(r".*--|_checkpoint\.pt|.*\.safetensors", "", file.name)
+    if len(set(steps.values())) > 1:
+        raise ConfigError(f"{folder}: {' and '.join(steps)} are of different training steps: copy both of one step")
+    return tensors
+
+
+def _read_published(path: Path) -> list[tuple[str, StoredTensor]]:
+    """A pickle, read with weights_only so that it can run no code; its names may begin with the `module.` of DDP."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return [
+            (name.removeprefix("module."), StoredTensor(path, tuple(tensor.shape), lambda tensor=tensor: tensor))
+            for name, tensor in tensors.items()
+        ]
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        raise ConfigError(f"{path} is no readable head ({str(error).splitlines()[0]}): copy it again") from None
+
+
+def save_heads(folder: Path, tensors: Mapping[str, torch.Tensor], *, published: bool = False) -> None:
+    """Write the heads among tensors (named as a VLA's) into a folder: safetensors, or published, as OpenVLA-OFT's code looks for them."""
+    for part, own in OWN.items():
+        of_part = {
+            name.removeprefix(f"{part}."): tensor.detach().contiguous().cpu()
+            for name, tensor in tensors.items()
+            if name.startswith(f"{part}.")
+        }
+        if of_part and published:
+            torch.save(of_part, folder / PUBLISHED.format(part=part, step="latest"))
+        elif of_part:
+            save_tensors(of_part, folder / own)
+
+
+def without_heads(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those that belong into the weights' own file."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(HEADS)}
+
+
+def model_config(folder: Path, adapter: Path | None = None, *, new_heads: bool = False, **given: Any) -> VLAConfig:
+    """The config of a checkpoint folder with the choices of its processor.json (or the adapter's), else of its files and of what is given.
+
+    given: action_head, num_actions_chunk, num_images_in_input, proprio_dim, stop_token; None says nothing. new_heads: they count more than the
+    folder, which may lack those heads, for training. ConfigError for a contradiction, and where a folder could be of more than one kind.
+    """
+    config = VLAConfig.from_json(folder / CONFIG)
+    given = {name: value for name, value in given.items() if value is not None}
+    home = next((place for place in (adapter, folder) if place is not None and (place / PROCESSOR).exists()), None)
+    if home is None:
+        said = _read_off(folder, config, given, new_heads=new_heads)
+    else:
+        processor = ProcessorConfig.load(home / PROCESSOR)
+        said = {name: getattr(processor, name) for name in CHOICE}
+        said["action_dim"] = _action_dim(stored_heads(home), config)
+        if home == folder and said["num_images_in_input"] != config.num_images_in_input:
+            raise ConfigError(f"{folder / CONFIG} and its {PROCESSOR} disagree about num_images_in_input")
+    if new_heads:
+        said |= given
+    for name, value in given.items():
+        if said[name] != value:
+            where = folder if home is None else home / PROCESSOR
+            raise ConfigError(f"--{name} {value} contradicts {where}, which says {said[name]}: leave it out")
+    return dataclasses.replace(config, **said)
+
+
+def _read_off(folder: Path, config: VLAConfig, given: Mapping[str, Any], *, new_heads: bool) -> dict[str, Any]:
+    """The choices of a folder without a processor.json."""
+    heads = stored_heads(folder)
+    parts = {name.split(".")[0] for name in heads}
+    kind = given.get("action_head") or _kind(folder, config, parts)
+    if "action_head" in parts and kind != "l1":
+        raise ConfigError(
+            f"{folder} holds an action head, so its token head is untrained: leave out --action_head {kind}"
+        )
+    if "action_head" not in parts and kind == "l1" and not new_heads:
+        raise ConfigError(f"{folder} has no action_head--N_checkpoint.pt: copy it from where the folder came from")
+    state = heads.get("proprio_projector.fc1.weight")
+    chunked = kind != "tokens"
+    found = {
+        "num_actions_chunk": PUBLISHED_CHUNK if chunked else 1,
+        "num_images_in_input": PUBLISHED_IMAGES if state else config.num_images_in_input,
+        "proprio_dim": state.shape[1] if state else 0,
+        "stop_token": True,
+    }
+    if kind == config.action_head and chunked:  # one of ours that lost its processor.json
+        found = {name: getattr(config, name) for name in found}
+    return {"action_head": kind, "action_dim": _action_dim(heads, config), **found, **given}
+
+
+def _kind(folder: Path, config: VLAConfig, parts: set[str]) -> str:
+    if "action_head" in parts:
+        return "l1"
+    if config.action_head != "tokens" or "action_head" in read_object(folder / CONFIG):
+        return config.action_head
+    signs = ["a proprio projector"] * ("proprio_projector" in parts) + [MERGED_ADAPTER] * (
+        folder / MERGED_ADAPTER
+    ).is_dir()
+    if signs or _learnt_with_state(folder):
+        sign = (*signs, "statistics of the robot's state")[0]
+        raise ConfigError(
+            f"{folder} has {sign}, as OpenVLA-OFT's folders have, but no action head: give --action_head parallel (all tokens at once, as "
+            "RL checkpoints), --action_head tokens (one by one), or copy its action_head--N_checkpoint.pt"
+        )
+    return "tokens"
+
+
+def _learnt_with_state(folder: Path) -> bool:
+    """Whether statistics hold states that change: OpenVLA's own always have zeros there."""
+    entries = read_object(folder / STATISTICS) if (folder / STATISTICS).exists() else {}
+    states = [entry.get("proprio") for entry in entries.values() if isinstance(entry, dict)]
+    return any(isinstance(state, dict) and any(state.get("q99") or ()) for state in states)
+
+
+def _action_dim(heads: Mapping[str, StoredTensor], config: VLAConfig) -> int:
+    last = heads.get("action_head.model.fc2.bias")
+    return config.action_dim if last is None else last.shape[0]
