@@ -128,15 +128,14 @@ class VLAPolicy(Policy):
         *,
         episodes: Sequence[Hashable] | None = None,
     ) -> np.ndarray:
-        if self.num_images == 2 and wrists is None:
-            raise ConfigError(
-                "this policy learnt with two images (num_images_in_input 2): pass the wrist camera's frame as wrist="
-            )
-        ids = self.action_ids(frames, instructions, wrists, episodes=episodes)
-        actions = self.processor.actions(ids).astype(np.float32)[:, None]  # (B, 1, 7)
-        if not (np.isfinite(actions).all() and np.isfinite(self.last_margins).all()):
+        processor = self.processor
+        if processor.config.action_head == "tokens":
+            actions = processor.actions(self.action_ids(frames, instructions, wrists, episodes=episodes))[:, None]
+        else:
+            actions = processor.unnormalize(self._normalized_chunks(frames, instructions, wrists, states))
+        if not np.isfinite(actions).all() or np.isnan(self.last_margins).any():
             raise PolicyError("the policy answered with NaN or infinity: its weights or statistics are damaged")
-        return actions
+        return actions.astype(np.float32)  # (B, K, 7)
 
     def action_ids(
         self,
@@ -146,27 +145,12 @@ class VLAPolicy(Policy):
         *,
         episodes: Sequence[Hashable] | None = None,
     ) -> np.ndarray:
-        """(B, 7) token ids of the answers to B frames."""
-        pairs = [[frame] for frame in frames]
-        if self.num_images == 2 and wrists is not None:
-            pairs = [[frame, wrist] for frame, wrist in zip(frames, wrists, strict=True)]
-        rows = [self.processor.inputs(pictures, words) for pictures, words in zip(pairs, instructions, strict=True)]
-        lengths = torch.tensor([len(ids) for ids, _ in rows])
-        input_ids = torch.full((len(rows), int(lengths.max())), self.processor.config.pad_token_id)
-        for row, (ids, _) in zip(input_ids, rows, strict=True):
-            row[: len(ids)] = torch.tensor(ids)
-        mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
-        pixels = torch.stack([pixel_values for _, pixel_values in rows])
-        names = [None] * len(rows) if episodes is None else list(episodes)
+        """Of the head that decodes token by token: (B, 7) ids of the answers to B frames."""
+        input_ids, mask, pixels = self._inputs(frames, instructions, wrists)
+        names = [None] * len(input_ids) if episodes is None else list(episodes)
         remembered = any(name in self._last for name in names)
         draft = self._draft(names) if self.drafting and remembered else None
-        answer = self.decoder(
-            input_ids.to(self.device),
-            pixels.to(self.device, self.dtype),
-            self.processor.action_dim,
-            mask.to(self.device),
-            draft,
-        )
+        answer = self.decoder(input_ids, pixels, self.processor.action_dim, mask, draft)
         ids = answer.ids.cpu()
         self.last_margins = answer.margins.amin(dim=1).cpu().numpy()
         self.counts.update(actions=len(ids), calls=1, passes=answer.forward_passes)
@@ -175,6 +159,43 @@ class VLAPolicy(Policy):
         if self.drafting:
             self._remember(names, ids)
         return ids.numpy()
+
+    def _normalized_chunks(
+        self,
+        frames: Sequence[np.ndarray],
+        instructions: Sequence[str],
+        wrists: Sequence[np.ndarray] | None,
+        states: Sequence[np.ndarray] | None,
+    ) -> np.ndarray:
+        """(B, K, 7) of a head that answers with chunks; there is nothing to draft: it is one forward pass."""
+        input_ids, mask, pixels = self._inputs(frames, instructions, wrists)
+        proprio = self.processor.proprio(states)
+        inputs = (input_ids, pixels, None if proprio is None else proprio.to(self.device), mask)
+        self.counts.update(actions=len(frames) * self.num_actions_chunk, calls=1, passes=1)
+        if self.processor.config.action_head == "l1":
+            self.last_margins = np.full(len(frames), np.inf)
+            return self.vla.predict_chunk(*inputs).cpu().numpy()
+        ids, margins = self.vla.predict_chunk_ids(*inputs)
+        self.last_margins = margins.amin(dim=(1, 2)).cpu().numpy()
+        return self.processor.action_tokenizer.decode(ids.cpu().numpy())
+
+    def _inputs(
+        self, frames: Sequence[np.ndarray], instructions: Sequence[str], wrists: Sequence[np.ndarray] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Right-padded prompt ids and their mask (B, T), and pixel_values, on the model's device."""
+        if self.num_images == 2 and wrists is None:
+            raise ConfigError(
+                "this policy learnt with two images (num_images_in_input 2): pass the wrist camera's frame as wrist="
+            )
+        views = zip(frames, wrists, strict=True) if self.num_images == 2 and wrists is not None else zip(frames)
+        rows = [self.processor.inputs(images, text) for images, text in zip(views, instructions, strict=True)]
+        lengths = torch.tensor([len(ids) for ids, _ in rows])
+        input_ids = torch.full((len(rows), int(lengths.max())), self.processor.config.pad_token_id)
+        for row, (ids, _) in zip(input_ids, rows, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
+        pixels = torch.stack([pixel_values for _, pixel_values in rows])
+        return input_ids.to(self.device), mask.to(self.device), pixels.to(self.device, self.dtype)
 
     def _draft(self, names: Sequence[Hashable]) -> torch.Tensor:
         """(B, action_dim): what each named episode was answered last; to the others the middle token, which is no motion."""
@@ -198,14 +219,26 @@ class VLAPolicy(Policy):
             "unnorm_key": config.unnorm_key,
             "center_crop": config.center_crop,
             "num_images_in_input": config.num_images_in_input,
+            "action_head": config.action_head,
+            "num_actions_chunk": config.num_actions_chunk,
+            "proprio_dim": config.proprio_dim,
             "picture": _picture(config),
             "decoder": self.decoder.description,
-            "decode": f"greedy over the {config.n_action_bins} action tokens"
-            + ", drafted from the last answer and verified" * self.drafting,
+            "decode": self._decoding(),
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "backend": _backend(self.device),
         }
+
+    def _decoding(self) -> str:
+        config = self.processor.config
+        chunk = f"{config.num_actions_chunk} actions in one forward pass"
+        if config.action_head == "l1":
+            return f"{chunk}, regressed"
+        tokens = f"greedy over the {config.n_action_bins} action tokens"
+        if config.action_head == "parallel":
+            return f"{chunk}, {tokens}"
+        return tokens + ", drafted from the last answer and verified" * self.drafting
 
 
 def _picture(config: ProcessorConfig) -> str:
