@@ -4,22 +4,28 @@
 
 The sum of base and adapter is formed in float32. An adapter that is in the weights already is refused. `--quantize int8` writes
 8-bit weights behind the merge: a folder of 28 % of the float32 size for load_policy and eval.py (the original code can't read it).
+Heads of OpenVLA-OFT are written as that project's code looks for them.
 """
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from msgspec import Meta
 
 from prismatic import checkpoint as files
 from prismatic.dataset_statistics import base_statistics, load_statistics
 from prismatic.errors import ConfigError, exit_codes
+from prismatic.filenames import ADAPTER_CONFIG, CONFIG, PROCESSOR, STATISTICS
+from prismatic.head_files import refuse_merged
 from prismatic.hub import resolve
 from prismatic.models import quantize, weights
-from prismatic.processor import Processor
+from prismatic.models.vla import ActionHead
+from prismatic.processor import Processor, ProcessorConfig
+from prismatic.processor_files import load_processor
 from prismatic.ranges import checked
 
 
@@ -39,29 +45,42 @@ class ExportConfig:
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     # int8 or int4: quantised weights, for this project alone (dtype then is that of the rest).
     quantize: Literal["none", "int8", "int4"] = "none"
+    # For a folder without processor.json: tokens (one by one), parallel (a chunk of tokens at once) or l1 (regressed). None: as its files say.
+    action_head: ActionHead | None = None
+    # For such a folder with a head of chunks: actions that one query answers with. None: 8.
+    num_actions_chunk: Annotated[int, Meta(ge=1, le=256)] | None = None
+    # For such a folder: 1, or 2 with the wrist camera. None: 2 where the model reads the robot's state.
+    num_images_in_input: Literal[1, 2] | None = None
+
+    def choice(self) -> dict[str, Any]:
+        """What the folder itself may not say."""
+        names = ("action_head", "num_actions_chunk", "num_images_in_input")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 def main(cfg: ExportConfig) -> Path:
     cfg = checked(cfg)
     base, adapter = resolve(cfg.checkpoint), cfg.adapter
-    if (base / files.ADAPTER_CONFIG).exists():
+    for folder in (base, adapter):
+        refuse_merged(folder)
+    if (base / ADAPTER_CONFIG).exists():
         if adapter is not None:
             raise ConfigError(f"--checkpoint {base} is itself an adapter: give its base, or leave --adapter out")
         base, adapter = resolve(files.adapter_base(base)), base
     if cfg.output.exists() and (not cfg.output.is_dir() or any(cfg.output.iterdir())):
         raise ConfigError(f"--output {cfg.output} is not empty: give a new folder")
-    if adapter is not None and not (adapter / files.ADAPTER_CONFIG).exists():
+    if adapter is not None and not (adapter / ADAPTER_CONFIG).exists():
         raise ConfigError(
-            f"--adapter {adapter} has no {files.ADAPTER_CONFIG}: give the folder that finetune.py or peft wrote"
+            f"--adapter {adapter} has no {ADAPTER_CONFIG}: give the folder that finetune.py or peft wrote"
         )
-    quantize.refuse(base / files.CONFIG, "export.py starts from weights that are not")
+    quantize.refuse(base / CONFIG, "export.py starts from weights that are not")
     refuse_a_second_merge(base, adapter)
     processor, statistics = exported_processor(cfg, base, adapter)
     stored = weights.stored_tensors(base)
     own = weights.stored_dtype(stored)
     dtype = getattr(torch, cfg.dtype) if cfg.dtype else own
     # Quantised from the checkpoint's own numbers, as load_policy does.
-    vla = files.load_merged(base, adapter, dtype=dtype if cfg.quantize == "none" else own)
+    vla = files.load_merged(base, adapter, dtype=dtype if cfg.quantize == "none" else own, **cfg.choice())
     parameters = sum(p.numel() for p in vla.parameters())
     try:
         files.save_checkpoint(
@@ -72,6 +91,7 @@ def main(cfg: ExportConfig) -> Path:
             tokenizer_from=base,
             dtype=dtype,
             precision=cfg.quantize,
+            published=cfg.quantize == "none",
         )
     except OSError as error:
         raise ConfigError(
@@ -88,9 +108,9 @@ def main(cfg: ExportConfig) -> Path:
 
 def refuse_a_second_merge(base: Path, adapter: Path | None) -> None:
     """ConfigError if the adapter is in the base's weights already."""
-    if adapter is None or not (base / files.PROCESSOR).exists():
+    if adapter is None or not (base / PROCESSOR).exists():
         return
-    merged = files.ProcessorConfig.load(base / files.PROCESSOR).merged_adapter
+    merged = ProcessorConfig.load(base / PROCESSOR).merged_adapter
     if merged and merged == files.adapter_fingerprint(adapter):
         raise ConfigError(f"{adapter} is merged into {base} already: use {base} as it is")
 
@@ -98,15 +118,15 @@ def refuse_a_second_merge(base: Path, adapter: Path | None) -> None:
 def exported_processor(cfg: ExportConfig, base: Path, adapter: Path | None) -> tuple[Processor, dict]:
     """The adapter's processor where there is one; statistics of both. A foreign checkpoint with several keys leaves the choice open."""
     statistics = base_statistics(base)
-    if adapter is not None and (adapter / files.STATISTICS).exists():
+    if adapter is not None and (adapter / STATISTICS).exists():
         statistics |= load_statistics(adapter)
-    known = any((folder / files.PROCESSOR).exists() for folder in (adapter, base) if folder is not None)
+    known = any((folder / PROCESSOR).exists() for folder in (adapter, base) if folder is not None)
     if not statistics:
         load_statistics(base)  # says what is missing
     key = cfg.unnorm_key
     if not known and key is None:
         key = next(iter(statistics))  # to build a processor at all; taken out again below
-    processor = files.load_processor(base, adapter, unnorm_key=key, center_crop=cfg.center_crop)
+    processor = load_processor(base, adapter, unnorm_key=key, center_crop=cfg.center_crop, **cfg.choice())
     config = dataclasses.replace(
         processor.config,
         unnorm_key=processor.config.unnorm_key if known or cfg.unnorm_key or len(statistics) == 1 else None,

@@ -20,7 +20,7 @@ import tyro
 from tqdm import tqdm
 
 from config import FinetuneConfig
-from prismatic.checkpoint import load_tokenizer, save_checkpoint
+from prismatic.checkpoint import save_checkpoint
 from prismatic.data.examples import Examples, batches
 from prismatic.data.frames import DrawBatches, Mixture
 from prismatic.data.mixture import open_mixture
@@ -32,6 +32,7 @@ from prismatic.image import AUGMENTATIONS
 from prismatic.models import quantize, weights
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.processor import Batch, Processor, ProcessorConfig
+from prismatic.processor_files import load_tokenizer
 from prismatic.ranges import checked
 from prismatic.training import first_batch
 from prismatic.training.display import Display

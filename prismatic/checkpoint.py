@@ -1,12 +1,10 @@
 """Folders of weights: what their files are called, and how a model, a processor or a policy comes out of one.
 
 A checkpoint folder is OpenVLA's own (`config.json`, safetensors, tokenizer, preprocessor, `dataset_statistics.json`) or the native Prismatic
-layout; an adapter folder has `adapter_config.json`. Surprising: a folder with a processor.json allows no override; a foreign one needs
-`unnorm_key` where it has several statistics, and `center_crop` (default True).
+layout; an adapter folder has `adapter_config.json`.
 """
 
 import copy
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -15,22 +13,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 
-from prismatic.dataset_statistics import COPY, check_entry, load_statistics, statistics_key
 from prismatic.errors import ConfigError, read_json
 from prismatic.filenames import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CONFIG,
-    MERGED_ADAPTER,
     PREPROCESSOR,
     PROCESSOR,
     STATISTICS,
-    TOKENIZER,
     TOKENIZER_FILES,
 )
-from prismatic.head_files import model_config, save_heads, stored_heads, without_heads
+from prismatic.head_files import model_config, refuse_merged, save_heads, stored_heads, without_heads
 from prismatic.hub import resolve
 from prismatic.models import backends, weights
 from prismatic.models import quantize as quantization
@@ -39,7 +33,8 @@ from prismatic.models.heads import HEADS
 from prismatic.models.nf4 import prepare_nf4
 from prismatic.models.vla import VLA
 from prismatic.policy import VLAPolicy
-from prismatic.processor import Processor, ProcessorConfig, preprocessor_json
+from prismatic.processor import Processor, ProcessorConfig
+from prismatic.processor_files import load_processor, preprocessor_json
 
 
 def load_vla(
@@ -69,10 +64,7 @@ def load_vla(
     adapter = None if adapter is None else resolve(adapter)
     if (folder / ADAPTER_CONFIG).exists():
         raise ConfigError(f"{folder} is an adapter: give its base as the checkpoint and this folder as the adapter")
-    if adapter is not None and adapter.name == MERGED_ADAPTER and (adapter.parent / CONFIG).exists():
-        raise ConfigError(
-            f"{adapter} is merged into {adapter.parent} already: give that folder as the checkpoint alone"
-        )
+    refuse_merged(adapter)
     config = model_config(folder, adapter, new_heads=new_heads, **choice)
     stored = weights.stored_tensors(folder)
     with torch.device("meta"):
@@ -164,84 +156,10 @@ def _check_base(adapter: Path, base: Path, stored: Mapping[str, weights.StoredTe
         )
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a checkpoint folder, from tokenizer.json alone: library updates can't reinterpret it."""
-    if not (folder / TOKENIZER).exists():
-        raise ConfigError(
-            f"{folder / TOKENIZER} is missing: copy it from the checkpoint, or for a native Prismatic folder from openvla-7b"
-        )
-    try:
-        return PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise ConfigError(f"{folder / TOKENIZER} is damaged ({error}): copy it again from the checkpoint") from None
-
-
-def load_processor(
-    checkpoint: Path,
-    adapter: Path | None = None,
-    *,
-    unnorm_key: str | None = None,
-    center_crop: bool | None = None,
-    **choice: Any,
-) -> Processor:
-    """The processor of an adapter or checkpoint folder; see the module's first lines for what may be given."""
-    home = adapter if adapter is not None and (adapter / PROCESSOR).exists() else checkpoint
-    statistics_home = next((f for f in (adapter, home) if f is not None and (f / STATISTICS).exists()), checkpoint)
-    statistics = load_statistics(statistics_home, unnorm_key)
-    if (home / PROCESSOR).exists():
-        config = ProcessorConfig.load(home / PROCESSOR)
-        if config.unnorm_key is None:
-            config = dataclasses.replace(config, unnorm_key=statistics_key(statistics, unnorm_key, statistics_home))
-        elif unnorm_key is not None and statistics_key(statistics, unnorm_key, statistics_home) != config.unnorm_key:
-            raise ConfigError(
-                f"--unnorm_key {unnorm_key} contradicts {home / PROCESSOR}, which says {config.unnorm_key}: leave it out"
-            )
-        if center_crop is not None and center_crop != config.center_crop:
-            raise ConfigError(
-                f"--center_crop {center_crop} contradicts {home / PROCESSOR}, which says {config.center_crop}: leave it out"
-            )
-        if config.unnorm_key not in statistics:
-            raise ConfigError(
-                f"{statistics_home / STATISTICS} has no entry {config.unnorm_key}, which {home / PROCESSOR} names"
-            )
-    else:
-        key = statistics_key(statistics, unnorm_key, statistics_home)
-        model = model_config(checkpoint, adapter, **choice)
-        crop = True if center_crop is None else center_crop
-        config = ProcessorConfig.for_model(model, unnorm_key=key, center_crop=crop, **_preprocessor(checkpoint))
-    if config.unnorm_key is not None:
-        where = f"{statistics_home / STATISTICS}, {config.unnorm_key}"
-        check_entry(statistics[config.unnorm_key], where, state=config.proprio_dim > 0)
-        _check_state(statistics[config.unnorm_key], config.proprio_dim, where)
-    return Processor(config, load_tokenizer(checkpoint), statistics)
-
-
-def _check_state(entry: Mapping[str, Any], proprio_dim: int, where: str) -> None:
-    """ConfigError unless an entry's statistics of the robot's state are those that the model learnt with. OpenVLA's own are zeros."""
-    if not proprio_dim:
-        return
-    low, high = entry["proprio"]["q01"], entry["proprio"]["q99"]
-    if len(low) != proprio_dim or low == high:
-        found = f"{len(low)} dimensions" + " that never change" * (low == high)
-        raise ConfigError(f"{where}: proprio has {found}, but the model reads a state of {proprio_dim}: {COPY}")
-
-
-def _preprocessor(folder: Path) -> dict[str, Any]:
-    """Means and deviations of preprocessor_config.json; `tvf_normalize_params` holds the numbers that were in force."""
-    path = folder / PREPROCESSOR
-    if not path.exists():
-        return {}
-    towers = read_json(path).get("tvf_normalize_params", [])
-    if len(towers) != 2:
-        raise ConfigError(
-            f"{path}: tvf_normalize_params must hold the constants of two towers: copy it again from the checkpoint"
-        )
-    return {"means": tuple(tuple(t["mean"]) for t in towers), "stds": tuple(tuple(t["std"]) for t in towers)}
-
-
 def base_and_adapter(checkpoint: str | Path, adapter: str | Path | None = None) -> tuple[Path, Path | None]:
     """Folders of the base and of the adapter, which may be given as the checkpoint alone. ConfigError for two adapters."""
     folder = resolve(checkpoint)
+    refuse_merged(folder)
     if (folder / ADAPTER_CONFIG).exists():
         if adapter is not None:
             raise ConfigError(

@@ -80,6 +80,14 @@ def without_heads(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(HEADS)}
 
 
+def refuse_merged(adapter: Path | None) -> None:
+    """ConfigError for the adapter that lies in a published folder, whose weights hold it already."""
+    if adapter is not None and adapter.name == MERGED_ADAPTER and (adapter.parent / CONFIG).exists():
+        raise ConfigError(
+            f"{adapter} is merged into {adapter.parent} already: give that folder as the checkpoint alone"
+        )
+
+
 def model_config(folder: Path, adapter: Path | None = None, *, new_heads: bool = False, **given: Any) -> VLAConfig:
     """The config of a checkpoint folder with the choices of its processor.json (or the adapter's), else of its files and of what is given.
 

@@ -89,28 +89,6 @@ class ProcessorConfig:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
 
-def preprocessor_json(config: ProcessorConfig) -> dict[str, Any]:
-    """preprocessor_config.json as OpenVLA's image processor reads it."""
-    size, towers = config.image_size, len(config.means)
-    return {
-        "image_processor_type": "PrismaticImageProcessor",
-        "processor_class": "PrismaticProcessor",
-        "image_resize_strategy": "resize-naive",
-        "use_fused_vision_backbone": True,
-        "input_sizes": [[3, size, size]] * towers,
-        "interpolations": ["bicubic"] * towers,
-        "means": config.means,
-        "stds": config.stds,
-        "tvf_resize_params": [{"antialias": True, "interpolation": 3, "max_size": None, "size": [size, size]}] * towers,
-        "tvf_crop_params": [{"output_size": [size, size]}] * towers,
-        "tvf_normalize_params": [
-            {"inplace": False, "mean": mean, "std": std} for mean, std in zip(config.means, config.stds, strict=True)
-        ],
-        "tvf_do_letterbox": False,
-        "tvf_letterbox_fill": None,
-    }
-
-
 @dataclass(frozen=True)
 class Example:
     """One training sample: ids and labels (T,) int64, pixel_values (6·n_images, S, S), normalised actions (K, D) and state (S,) float32."""

@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prismatic.checkpoint import load_policy, load_tokenizer, load_vla, save_checkpoint
+from prismatic.checkpoint import load_policy, load_vla, save_checkpoint
 from prismatic.dataset_statistics import load_statistics, statistics_key
 from prismatic.errors import ConfigError
 from prismatic.hub import resolve
 from prismatic.models import weights
 from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
 from prismatic.processor import Processor, ProcessorConfig
+from prismatic.processor_files import load_tokenizer
 from tests.conftest import EXCERPT
 
 ENTRY = {

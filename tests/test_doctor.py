@@ -10,7 +10,8 @@ import torch
 
 import doctor
 from doctor import DoctorConfig
-from prismatic.checkpoint import load_processor, load_vla, save_checkpoint
+from prismatic.checkpoint import load_vla, save_checkpoint
+from prismatic.processor_files import load_processor
 from tests.conftest import REPOSITORY
 
 BASE = REPOSITORY / "checkpoints" / "openvla-tiny"

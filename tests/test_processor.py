@@ -9,11 +9,11 @@ import torch
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from prismatic import image
-from prismatic.checkpoint import load_processor, load_tokenizer
 from prismatic.errors import ConfigError
 from prismatic.image import Augmentation
 from prismatic.models.tiny import TINY, tiny_tokenizer
 from prismatic.processor import IGNORE, Processor, ProcessorConfig
+from prismatic.processor_files import load_processor, load_tokenizer
 
 ENTRY = {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "min": [-1.0] * 7, "max": [1.0] * 7, "mask": [True] * 7}}
 

@@ -1,0 +1,115 @@
+"""The files that a Processor comes out of: processor.json, tokenizer.json, dataset_statistics.json, preprocessor_config.json.
+
+In: folders of a checkpoint and perhaps of an adapter. Out: a Processor. Surprising: a folder with a processor.json allows no override; a
+foreign one needs `unnorm_key` where it has several statistics, and `center_crop` (default True).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from prismatic.dataset_statistics import COPY, check_entry, load_statistics, statistics_key
+from prismatic.errors import ConfigError, read_json
+from prismatic.filenames import PREPROCESSOR, PROCESSOR, STATISTICS, TOKENIZER
+from prismatic.head_files import model_config
+from prismatic.processor import Processor, ProcessorConfig
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint folder, from tokenizer.json alone: library updates can't reinterpret it."""
+    if not (folder / TOKENIZER).exists():
+        raise ConfigError(
+            f"{folder / TOKENIZER} is missing: copy it from the checkpoint, or for a native Prismatic folder from openvla-7b"
+        )
+    try:
+        return PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ConfigError(f"{folder / TOKENIZER} is damaged ({error}): copy it again from the checkpoint") from None
+
+
+def load_processor(
+    checkpoint: Path,
+    adapter: Path | None = None,
+    *,
+    unnorm_key: str | None = None,
+    center_crop: bool | None = None,
+    **choice: Any,
+) -> Processor:
+    """The processor of an adapter or checkpoint folder; see the module's first lines for what may be given."""
+    home = adapter if adapter is not None and (adapter / PROCESSOR).exists() else checkpoint
+    statistics_home = next((f for f in (adapter, home) if f is not None and (f / STATISTICS).exists()), checkpoint)
+    statistics = load_statistics(statistics_home, unnorm_key)
+    if (home / PROCESSOR).exists():
+        config = ProcessorConfig.load(home / PROCESSOR)
+        if config.unnorm_key is None:
+            config = dataclasses.replace(config, unnorm_key=statistics_key(statistics, unnorm_key, statistics_home))
+        elif unnorm_key is not None and statistics_key(statistics, unnorm_key, statistics_home) != config.unnorm_key:
+            raise ConfigError(
+                f"--unnorm_key {unnorm_key} contradicts {home / PROCESSOR}, which says {config.unnorm_key}: leave it out"
+            )
+        if center_crop is not None and center_crop != config.center_crop:
+            raise ConfigError(
+                f"--center_crop {center_crop} contradicts {home / PROCESSOR}, which says {config.center_crop}: leave it out"
+            )
+        if config.unnorm_key not in statistics:
+            raise ConfigError(
+                f"{statistics_home / STATISTICS} has no entry {config.unnorm_key}, which {home / PROCESSOR} names"
+            )
+    else:
+        key = statistics_key(statistics, unnorm_key, statistics_home)
+        model = model_config(checkpoint, adapter, **choice)
+        crop = True if center_crop is None else center_crop
+        config = ProcessorConfig.for_model(model, unnorm_key=key, center_crop=crop, **_preprocessor(checkpoint))
+    if config.unnorm_key is not None:
+        where = f"{statistics_home / STATISTICS}, {config.unnorm_key}"
+        check_entry(statistics[config.unnorm_key], where, state=config.proprio_dim > 0)
+        _check_state(statistics[config.unnorm_key], config.proprio_dim, where)
+    return Processor(config, load_tokenizer(checkpoint), statistics)
+
+
+def _check_state(entry: Mapping[str, Any], proprio_dim: int, where: str) -> None:
+    """ConfigError unless an entry's statistics of the robot's state are those that the model learnt with. OpenVLA's own are zeros."""
+    if not proprio_dim:
+        return
+    low, high = entry["proprio"]["q01"], entry["proprio"]["q99"]
+    if len(low) != proprio_dim or low == high:
+        found = f"{len(low)} dimensions" + " that never change" * (low == high)
+        raise ConfigError(f"{where}: proprio has {found}, but the model reads a state of {proprio_dim}: {COPY}")
+
+
+def _preprocessor(folder: Path) -> dict[str, Any]:
+    """Means and deviations of preprocessor_config.json; `tvf_normalize_params` holds the numbers that were in force."""
+    path = folder / PREPROCESSOR
+    if not path.exists():
+        return {}
+    towers = read_json(path).get("tvf_normalize_params", [])
+    if len(towers) != 2:
+        raise ConfigError(
+            f"{path}: tvf_normalize_params must hold the constants of two towers: copy it again from the checkpoint"
+        )
+    return {"means": tuple(tuple(t["mean"]) for t in towers), "stds": tuple(tuple(t["std"]) for t in towers)}
+
+
+def preprocessor_json(config: ProcessorConfig) -> dict[str, Any]:
+    """preprocessor_config.json as OpenVLA's image processor reads it."""
+    size, towers = config.image_size, len(config.means)
+    return {
+        "image_processor_type": "PrismaticImageProcessor",
+        "processor_class": "PrismaticProcessor",
+        "image_resize_strategy": "resize-naive",
+        "use_fused_vision_backbone": True,
+        "input_sizes": [[3, size, size]] * towers,
+        "interpolations": ["bicubic"] * towers,
+        "means": config.means,
+        "stds": config.stds,
+        "tvf_resize_params": [{"antialias": True, "interpolation": 3, "max_size": None, "size": [size, size]}] * towers,
+        "tvf_crop_params": [{"output_size": [size, size]}] * towers,
+        "tvf_normalize_params": [
+            {"inplace": False, "mean": mean, "std": std} for mean, std in zip(config.means, config.stds, strict=True)
+        ],
+        "tvf_do_letterbox": False,
+        "tvf_letterbox_fill": None,
+    }
