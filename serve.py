@@ -81,6 +81,7 @@ def main(cfg: ServeConfig) -> None:
         Limits(pixels=cfg.max_pixels, connections=cfg.max_connections),
         max_batch=cfg.max_batch,
         max_wait=cfg.max_wait_ms / 1000,
+        prepare=policy.processor.image_path,
         recorder=None if cfg.record is None else Recorder(cfg.record),
     )
     asyncio.run(serve(Server(service, key), listener, cfg))

@@ -38,7 +38,7 @@ async def act(request: HttpRequest) -> Response:
     client = f"{request.client.host}:{request.client.port}" if request.client else "?"
     try:
         async with service.request(OPENVLA, client) as query:
-            asked = await service.read(ActRequest, await read_body(request, service.limits), service.limits)
+            asked = await service.in_thread(ActRequest, await read_body(request, service.limits), service.limits)
             query.dialect = asked.dialect
             stream = None if asked.session is None else ("session", asked.session)
             chunk = await query.ask(asked.observation, stream)

@@ -29,7 +29,7 @@ class Connection:
         """What a message says. RequestError for text."""
         if not isinstance(data, bytes):
             raise RequestError("messages must be binary msgpack frames, not text")
-        return await self.service.read(read_msgpack, data, self.service.limits)
+        return await self.service.in_thread(read_msgpack, data, self.service.limits)
 
     async def send(self, data: bytes | str) -> None:
         await self._while_there(

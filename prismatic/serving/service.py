@@ -48,7 +48,8 @@ class Request:
         """(K, 7) float32, in the data set's units, gripper 1 open … 0 close. stream: the same while one robot goes on, None: no draft."""
         service = self.service
         service.check(observation)
-        self.stream, self.answer = stream, await service.queue.ask(observation, stream)
+        prepared = await service.in_thread(service.prepared, observation)
+        self.stream, self.answer = stream, await service.queue.ask(prepared, stream)
         if service.recorder is not None:
             service.recorder.add(observation, self.answer.chunk, dialect=self.dialect, stream=stream)
         return self.answer.chunk
@@ -70,10 +71,11 @@ class Service:
         *,
         max_batch: int,
         max_wait: float,
+        prepare: Callable[[np.ndarray], Any] | None = None,
         recorder: Recorder | None = None,
     ) -> None:
-        """max_wait: seconds that a request may wait for others."""
-        self.policy, self.limits, self.recorder = policy, limits, recorder
+        """max_wait: seconds that a request may wait for others. prepare: what the policy may be given for a frame, worked out beside it."""
+        self.policy, self.limits, self.recorder, self._prepare = policy, limits, recorder, prepare
         self.metadata: dict[str, Any] = json.loads(json.dumps(policy.metadata(), default=str))
         self.metrics = Metrics()
         self.queue = BatchQueue(
@@ -88,9 +90,17 @@ class Service:
         """A number that no other connection has."""
         return next(self._connections)
 
-    async def read(self, reader: Callable[..., Any], *arguments: Any) -> Any:
-        """Decode a client's bytes in a thread, so that a large message stops nobody else's."""
-        return await to_thread.run_sync(lambda: reader(*arguments), limiter=self._readers)
+    async def in_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Decode bytes or prepare images in a thread, so that a large message stops nobody else's."""
+        return await to_thread.run_sync(lambda: work(*arguments), limiter=self._readers)
+
+    def prepared(self, observation: Observation) -> Observation:
+        """Its images as the policy's model sees them, while the policy answers others."""
+        if self._prepare is None:
+            return observation
+        wrist = observation.wrist if self.policy.num_images > 1 else None
+        images = (None if frame is None else self._prepare(frame) for frame in (observation.frame, wrist))
+        return dataclasses.replace(observation, **dict(zip(("frame", "wrist"), images, strict=True)))
 
     @contextlib.asynccontextmanager
     async def request(self, dialect: str, client: str) -> AsyncIterator[Request]:
