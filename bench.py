@@ -1,4 +1,4 @@
-"""Measure: `python bench.py load | train | memory | data | eval | precision | infer`. One table, and the same as JSON with --json FILE.
+"""Measure: `python bench.py load | train | memory | data | eval | precision | infer | serve`. One table, and the same as JSON with --json FILE.
 
 python bench.py load                              a full-size folder with random weights (15 GB of disk, 16 GB of memory)
 python bench.py load --checkpoint FOLDER          a folder of yours
@@ -8,6 +8,7 @@ python bench.py data                              an RLDS set as large as LIBERO
 python bench.py eval --workers 2 4                episodes an hour: simulators side by side against one alone
 python bench.py precision --checkpoint FOLDER --data_root_dir DATA --dataset_name NAME      what quantising changes
 python bench.py infer --plot latency.png          time and memory of an action: full size and random on a GPU, the small model on a CPU
+python bench.py serve                             serve.py under load: latency, throughput, memory, and hostile requests
 """
 
 import os
@@ -215,6 +216,34 @@ def infer(cfg: BenchInferConfig) -> Rows:
     return rows
 
 
+@dataclass(frozen=True)
+class BenchServeConfig(BenchConfig):
+    # Checkpoint folder, adapter folder or hub id that is served.
+    checkpoint: str = "checkpoints/openvla-tiny"
+    # Clients of mixed dialects at a time, and seconds that they ask.
+    clients: int = 16
+    seconds: float = 60.0
+    # Calls whose latency is compared with and without the server, in turns.
+    pairs: int = 100
+    # Hostile requests beside a good client, and refused ones while memory is watched.
+    hostile: int = 10_000
+    requests: int = 10_000
+
+
+def serve(cfg: BenchServeConfig) -> Rows:
+    """A server under load, and under attack."""
+    from prismatic.bench import serve
+
+    return serve.run(
+        cfg.checkpoint,
+        clients=cfg.clients,
+        seconds=cfg.seconds,
+        pairs=cfg.pairs,
+        hostile=cfg.hostile,
+        requests=cfg.requests,
+    )
+
+
 BENCHES: dict[type[BenchConfig], Callable[[Any], Rows]] = {
     BenchLoadConfig: load,
     BenchTrainConfig: train,
@@ -223,6 +252,7 @@ BENCHES: dict[type[BenchConfig], Callable[[Any], Rows]] = {
     BenchEvalConfig: evaluation,
     BenchPrecisionConfig: precision,
     BenchInferConfig: infer,
+    BenchServeConfig: serve,
 }
 Config = (
     Annotated[BenchLoadConfig, tyro.conf.subcommand("load")]
@@ -231,7 +261,8 @@ Config = (
     | Annotated[BenchDataConfig, tyro.conf.subcommand("data")]
     | Annotated[BenchEvalConfig, tyro.conf.subcommand("eval")]
     | Annotated[BenchPrecisionConfig, tyro.conf.subcommand("precision")]
-    | Annotated[BenchInferConfig, tyro.conf.subcommand("infer")]  # one a bench, joined by |
+    | Annotated[BenchInferConfig, tyro.conf.subcommand("infer")]
+    | Annotated[BenchServeConfig, tyro.conf.subcommand("serve")]  # one a bench, joined by |
 )
 
 

@@ -13,11 +13,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+from msgspec import Meta
 
 from prismatic.errors import ConfigError, exit_codes
+from prismatic.ranges import BatchSize, Positive, checked
 from prismatic.serving.guard import read_key
 from prismatic.serving.observation import Limits
 
@@ -40,23 +42,23 @@ class ServeConfig:
     # Address to listen at. Another one than this machine's own (127.0.0.1) demands an API key.
     host: str = "127.0.0.1"
     # Port to listen at; 0 takes a free one.
-    port: int = 8000
+    port: Annotated[int, Meta(ge=0, lt=2**16)] = 8000
     # File that holds the API key, which the environment variable OPENVLA_API_KEY may hold instead.
     api_key_file: Path | None = None
     # Most requests of one batch.
-    max_batch: int = 16
+    max_batch: BatchSize = 16
     # Longest that a request waits for others to come along, in ms. A client alone doesn't wait.
-    max_wait_ms: float = 5.0
+    max_wait_ms: Annotated[float, Meta(ge=0, le=1000)] = 5.0
     # Folder in which to write each request and answer.
     record: Path | None = None
     # Largest image, in pixels.
-    max_pixels: int = Limits.pixels
+    max_pixels: Positive = Limits.pixels
     # Most connections at a time.
-    max_connections: int = Limits.connections
+    max_connections: Positive = Limits.connections
 
 
 def main(cfg: ServeConfig) -> None:
-    check(cfg)
+    cfg = checked(cfg)
     key = read_key(cfg.api_key_file, cfg.host)
     listener = bind(cfg.host, cfg.port)
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
@@ -107,19 +109,6 @@ async def serve(server: "Server", listener: socket.socket, cfg: ServeConfig) -> 
     if worker.done():
         worker.result()  # raises what stopped it
     worker.cancel()
-
-
-def check(cfg: ServeConfig) -> None:
-    """What can be said before anything is loaded. ConfigError."""
-    for name in ("max_batch", "max_pixels", "max_connections"):
-        if getattr(cfg, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(cfg, name)}: it must be at least 1")
-    if not 0 <= cfg.max_wait_ms <= 1000:
-        raise ConfigError(f"--max_wait_ms is {cfg.max_wait_ms:g}: it must be 0 to 1000")
-    if not 0 <= cfg.port < 2**16:
-        raise ConfigError(f"--port is {cfg.port}: it must be 1 to 65535, or 0 for a free one")
-    if cfg.lora_checkpoint and not cfg.lora_checkpoint.is_dir():
-        raise ConfigError(f"--lora_checkpoint {cfg.lora_checkpoint} is not a folder: give the adapter's folder")
 
 
 def bind(host: str, port: int) -> socket.socket:

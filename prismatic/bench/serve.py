@@ -1,12 +1,14 @@
 """How fast and how firm is a server? In: a checkpoint. Out: a row a question, with its target.
 
 The server is serve.py in a process of its own; its clients are threads here, which take a share of the same cores. Latency is compared in turns:
-a call of the policy in this process, then a request, and so on, because a machine's speed changes under one's hands.
+a call of the policy in this process, then a request, and so on, because a machine's speed changes under one's hands. On a CPU the
+model has one thread, here and there, so that the images of the next batch are prepared beside it.
 """
 
 import contextlib
 import http.client
 import json
+import os
 import random
 import re
 import statistics
@@ -38,8 +40,12 @@ def run(
     checkpoint: str, *, clients: int, seconds: float, pairs: int, hostile: int, requests: int
 ) -> list[dict[str, Any]]:
     """pairs: calls compared one by one. hostile, requests: how many of each."""
+    import torch
+
     from prismatic.checkpoint import load_policy
 
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
     policy = load_policy(checkpoint)
     rows: list[dict[str, Any]] = []
 
@@ -80,7 +86,13 @@ def server(checkpoint: str) -> Iterator[tuple[int, int]]:
         "--port",
         "0",
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command,
+        env={"OMP_NUM_THREADS": "1"} | dict(os.environ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     assert process.stdout is not None
     try:
         for line in process.stdout:
