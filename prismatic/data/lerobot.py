@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from prismatic.data.dataset_folder import AGAIN, is_lerobot, listing
@@ -171,12 +170,18 @@ def _array(column: pa.ChunkedArray, where: str) -> np.ndarray:
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type):
         pieces = [piece.flatten() for piece in column.chunks]  # unlike .values, flatten minds a slice's offset
         flat = np.concatenate([piece.to_numpy(zero_copy_only=False) for piece in pieces]) if pieces else np.zeros(0)
-        lengths = set(pc.list_value_length(column).unique().to_pylist())
+        lengths = {size for piece in column.chunks for size in _list_sizes(piece)}
         if len(lengths) != 1:
             raise ConfigError(f"{where} has vectors of several lengths ({sorted(lengths)}): give one whose rows agree")
         return flat.reshape(len(column), -1)
     values = column.to_numpy()
     return values if where.split()[0] in COUNTERS or values.dtype == object else values[:, None]
+
+
+def _list_sizes(piece: pa.Array) -> set[int]:
+    if pa.types.is_fixed_size_list(piece.type):
+        return {piece.type.list_size}
+    return set(np.diff(piece.offsets.to_numpy()).tolist())
 
 
 def _instructions(info: Info, rows: Rows, column: str | None) -> list[str]:
@@ -205,7 +210,9 @@ def _parquet_frames(rows: Rows, camera: str) -> Iterator[bytes]:
             else:
                 batches = [file.read(columns=[camera]).column(0).combine_chunks().take(pa.array(order))]
             for batch in batches:
-                images = pc.struct_field(batch, "bytes") if pa.types.is_struct(batch.type) else batch
+                images = batch
+                if pa.types.is_struct(batch.type):
+                    images = batch.flatten()[batch.type.get_field_index("bytes")]
                 for image in images:
                     if not image.is_valid:
                         raise ConfigError(f"{camera} in {path} has a row without an image's bytes: {AGAIN}")
