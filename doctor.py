@@ -1,7 +1,9 @@
-"""Is this machine ready, and would its scores be right? One line a check, with what to do; exit 1 if a score would be wrong.
+"""Is this machine ready, is the data right, would the scores be? One line a check, with what to do; exit 1 if a score would be wrong,
+2 if training on the data would be.
 
 python doctor.py                                   versions, pins, renderer, golden frame, GPU
 python doctor.py --checkpoint FOLDER_OR_HUB_ID     also: does the checkpoint load, has it statistics, does it look at the picture
+python doctor.py --data_root_dir datasets --dataset_name NAME    also: one page about the data, and what of it would hurt
 python doctor.py --model openvla-7b                counts of the full model and its adapter (no weights needed)
 """
 
@@ -16,6 +18,7 @@ import torch
 import torchvision  # noqa: F401  (before the first osmesa context: afterwards it crashes)
 import tyro
 
+from config import WORKSPACE
 from prismatic import machine, simulator
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.ranges import checked
@@ -37,10 +40,20 @@ class DoctorConfig:
     adapter: Path | None = None
     # Key of the data set's statistics, where the checkpoint has several.
     unnorm_key: str | None = None
-    # Folder of data sets to look at.
-    data_root_dir: Path | None = None
+    # Folder of data sets (RLDS or LeRobot) to look at, or the hub id of a LeRobot data set.
+    data_root_dir: str | None = None
     # Data set in it.
     dataset_name: str = "libero_spatial_no_noops"
+    # Fields of the data set, where they have no usual names: image=…,wrist=…,state=…,action=…,instruction=… (finetune.py takes the same).
+    data_keys: str = ""
+    # How the data set writes its gripper. auto: found from its values, and said.
+    gripper: Literal["auto", "minus_one_open", "plus_one_open", "one_open", "zero_open", "none"] = "auto"
+    # Turn each image by 180°.
+    rotate_images: bool = False
+    # Folder of frame caches; finetune.py finds what is read here.
+    cache_dir: Path = WORKSPACE / "cache"
+    # Folder for the page about the data set, an HTML and a PNG file.
+    page_dir: Path = WORKSPACE / "doctor"
     # Start the simulator: renderer, golden frame, and a bowl that must stay where it is (half a minute).
     simulator: bool = True
 
@@ -52,17 +65,19 @@ class Check:
     good: bool | None
     text: str
     remedy: str = ""
+    about_data: bool = False  # if not good, it is training that would be wrong
 
 
 def main(cfg: DoctorConfig) -> int:
     cfg = checked(cfg)
-    bad = 0
+    bad = wrong_data = 0
     for check in checks(cfg):
         mark = {True: "ok  ", False: "BAD ", None: "    "}[check.good]
         print(mark + check.text + (f": {check.remedy}" if check.good is False and check.remedy else ""), flush=True)
         bad += check.good is False
+        wrong_data += check.good is False and check.about_data
     print(f"{bad} checks failed" if bad else "all checks passed")
-    return 1 if bad else 0
+    return 2 if wrong_data else int(bad > 0)
 
 
 def checks(cfg: DoctorConfig) -> Iterator[Check]:
@@ -124,14 +139,30 @@ def gpus() -> Iterator[Check]:
 
 
 def data(cfg: DoctorConfig) -> Iterator[Check]:
-    from prismatic.data.dataset_folder import check_whole, find_dataset
+    """What training would read, read: the page, and each finding as a line."""
+    from prismatic.data.look import look
+    from prismatic.data.mixture import open_cache, sentences
+    from prismatic.pages.dataset import write_page
 
+    how = {"data_keys": cfg.data_keys, "gripper": cfg.gripper, "rotate_images": cfg.rotate_images}
     try:
-        version = find_dataset(Path(str(cfg.data_root_dir)), cfg.dataset_name)
-        check_whole(version)
-        yield Check(True, f"data set {version} is whole")
+        cache = open_cache(str(cfg.data_root_dir), cfg.dataset_name, cache_dir=cfg.cache_dir, **how)
+        found, reading = look(cache), sentences(cache, rotate_images=cfg.rotate_images)
+        page, sheet = write_page(cache, found, reading, cfg.page_dir)
     except ConfigError as error:
-        yield Check(False, str(error))
+        yield Check(False, str(error), about_data=True)
+        return
+    for sentence in reading:
+        yield Check(None, sentence)
+    for finding in found.findings:
+        wrong = finding.severity == "wrong"
+        yield Check(
+            False if wrong else None,
+            finding.text + f" ({finding.remedy})" * (not wrong),
+            finding.remedy,
+            about_data=True,
+        )
+    yield Check(True, f"data set {cache.name} was read to its end; {page} and {sheet} show it")
 
 
 def policy(cfg: DoctorConfig) -> Iterator[Check]:

@@ -80,6 +80,9 @@ class FrameCache:
         self.notes: list[str] = meta["notes"]  # how the data set was read, a sentence each
         self.fps: float | None = meta["fps"]
         self.gripper = gripper or Gripper(**meta["gripper"])
+        self.action_names: list[str] = meta["action_names"]  # of each dimension, empty where the data set doesn't say
+        grips = steps["action"][:, self.gripper.dims]
+        self.gripper_low = float(grips.min()) if grips.size else None  # as recorded
         self.actions = gripper_open_is_one(steps["action"], self.gripper)  # (N, D) float32
         self.state: np.ndarray | None = steps.get("state")  # (N, S) float32, S = 8 in LIBERO
         self.episode = steps["episode"]  # (N,) int32
