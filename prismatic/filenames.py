@@ -54,6 +54,7 @@ CACHE_FRAMES = "frames.bin"
 RLDS_INFO = "dataset_info.json"
 RLDS_FEATURES = "features.json"
 LEROBOT_INFO = "meta/info.json"
+STAGED_NOTE = ".staged.json"  # in a data set that was made of staged episodes: which ones
 
 
 def step_folder(step: int) -> str:

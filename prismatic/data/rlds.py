@@ -27,12 +27,12 @@ from prismatic.data.pictures import to_jpeg
 from prismatic.data.staging import StagedEpisode, load_episode, stage_episode, writing_to
 from prismatic.data.writer import CacheWriter, cached, unfinished
 from prismatic.errors import ConfigError
+from prismatic.filenames import STAGED_NOTE
 from prismatic.image import decode_jpeg
 
 __all__ = ["build_cache", "find_dataset", "stage_episode", "write_dataset"]
 
 VERSION = "1.0.0"  # of every data set that we write
-STAGED_NOTE = ".staged.json"  # in a version folder that write_dataset made: the episodes that it was made of
 REMEDIES = {"No space left": "free some space or give another folder", "DataLossError": AGAIN}
 STOPS = {signal.SIGINT, signal.SIGTERM}
 PARENT = "OPENVLA_PARENT_PID"
