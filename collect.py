@@ -1,4 +1,4 @@
-"""Demonstrations in LIBERO's simulator → an RLDS data set laid out as modified_libero_rlds is.
+"""Demonstrations in LIBERO's simulator → an RLDS data set laid out as modified_libero_rlds is, or a LeRobot one (--format lerobot).
 
     python collect.py --task_suite_name libero_spatial --task_ids 0 2 --num_demos_per_task 30   # by the scripted expert
     python collect.py --task_suite_name libero_spatial --from_hdf5 FOLDER                       # LIBERO's own, replayed
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from config import WORKSPACE
 from prismatic.atomic import write_json
-from prismatic.data.rlds import check_name, write_dataset
+from prismatic.data import lerobot_writer, rlds
 from prismatic.data.staging import writing_to
 from prismatic.episodes.demonstration import Demonstration, Job, Worker, stop
 from prismatic.episodes.replay import Replays, find_replays
@@ -47,7 +47,9 @@ class CollectConfig:
     from_hdf5: Path | None = None
     # Successful episodes wanted of each task; with from_hdf5, how many of each file are played.
     num_demos_per_task: Positive = 50
-    # Folder of data sets; the new one is data_root_dir/dataset_name/1.0.0.
+    # Format of the new data set: rlds (data_root_dir/dataset_name/1.0.0) or lerobot (v3.0, data_root_dir/dataset_name).
+    format: Literal["rlds", "lerobot"] = "rlds"
+    # Folder of data sets; the new one goes there.
     data_root_dir: Path = WORKSPACE / "datasets"
     # Small letters, digits and _.
     dataset_name: str = "libero_expert"
@@ -224,7 +226,7 @@ def make_schedule(cfg: CollectConfig) -> Schedule | Replays:
 def collect(cfg: CollectConfig) -> Path:
     """Episodes as files, then the data set made of them; its version folder."""
     choose_renderer()
-    check_name(cfg.dataset_name)
+    rlds.check_name(cfg.dataset_name)
     for name in ("num_demos_per_task", "num_workers"):
         if getattr(cfg, name) < 1:
             raise ConfigError(f"{name} is {getattr(cfg, name)}: give at least 1")
@@ -242,7 +244,8 @@ def collect(cfg: CollectConfig) -> Path:
                 run(schedule, workers, bar)
     for line in schedule.report():
         print(line)
-    return write_dataset(stage_folder(cfg), cfg.data_root_dir, cfg.dataset_name)
+    writer = rlds if cfg.format == "rlds" else lerobot_writer
+    return writer.write_dataset(stage_folder(cfg), cfg.data_root_dir, cfg.dataset_name)
 
 
 def main(cfg: CollectConfig) -> None:

@@ -13,6 +13,8 @@ import tyro
 from prismatic.image import AUGMENTATIONS
 from prismatic.ranges import BatchSize, FolderName, Seed, Share
 
+GripperConvention = Literal["auto", "minus_one_open", "plus_one_open", "one_open", "zero_open", "none"]
+
 # Where data sets, frame caches and runs go; the environment variable of the same name wins.
 WORKSPACE = Path(os.environ.get("WORKSPACE", "workspace"))
 
@@ -113,12 +115,18 @@ class ControlOptions:
     open_loop: bool = False
     # Frames asked about, of the training episodes and as many of the validation episodes.
     open_loop_frames: int = 200
-    # For replay and open_loop: folder of RLDS data sets.
+    # For replay and open_loop: folder of data sets (RLDS or LeRobot).
     data_root_dir: Path = WORKSPACE / "datasets"
     # The data set in it.
     dataset_name: str = "libero_spatial_no_noops"
     # Folder of frame caches.
     cache_dir: Path = WORKSPACE / "cache"
+    # Fields of that data set, where they have no usual names: image=…,wrist=…,state=…,action=…,instruction=… (see docs/data.md).
+    data_keys: str = ""
+    # How that data set writes its gripper. auto: found from its values.
+    gripper: GripperConvention = "auto"
+    # Turn each image of that data set by 180°.
+    rotate_images: bool = False
     # For a replay of LIBERO's own demonstrations: folder of their *_demo.hdf5 files, which hold the initial states.
     from_hdf5: Path | None = None
     # Difference in success that one would like to tell, as a fraction: how many episodes that needs is said.

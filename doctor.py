@@ -18,7 +18,7 @@ import torch
 import torchvision  # noqa: F401  (before the first osmesa context: afterwards it crashes)
 import tyro
 
-from config import WORKSPACE
+from config import WORKSPACE, GripperConvention
 from prismatic import machine, simulator
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.ranges import checked
@@ -47,7 +47,7 @@ class DoctorConfig:
     # Fields of the data set, where they have no usual names: image=…,wrist=…,state=…,action=…,instruction=… (finetune.py takes the same).
     data_keys: str = ""
     # How the data set writes its gripper. auto: found from its values, and said.
-    gripper: Literal["auto", "minus_one_open", "plus_one_open", "one_open", "zero_open", "none"] = "auto"
+    gripper: GripperConvention = "auto"
     # Turn each image by 180°.
     rotate_images: bool = False
     # Folder of frame caches; finetune.py finds what is read here.

@@ -95,7 +95,8 @@ def open_data(cfg: EvalConfig) -> Any:
     """The frame cache of the data set that is replayed or asked about."""
     from prismatic.data.mixture import open_cache
 
-    return open_cache(cfg.data_root_dir, cfg.dataset_name, cache_dir=cfg.cache_dir)
+    how = {"data_keys": cfg.data_keys, "gripper": cfg.gripper, "rotate_images": cfg.rotate_images}
+    return open_cache(cfg.data_root_dir, cfg.dataset_name, cache_dir=cfg.cache_dir, **how)
 
 
 def ask_open_loop(cfg: EvalConfig, folder: evaluation.RolloutFolder) -> None:

@@ -31,7 +31,7 @@ def test_everything_written_is_read(cache: FrameCache) -> None:
             assert cache.state is not None and (cache.state[frame] == episode["state"][step]).all()
             frame += 1
     assert frame == len(cache) and cache.file_paths == ["demo_1", "demo_0", "demo_2"]
-    assert (cache.gripper.dims, cache.gripper.convention) == ([6], "minus_one_open")
+    assert (cache.gripper.dims, cache.gripper.convention) == ((6,), "minus_one_open")
 
 
 @pytest.mark.parametrize(

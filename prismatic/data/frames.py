@@ -79,7 +79,7 @@ class FrameCache:
         self.file_paths: list[str] = meta["file_paths"]  # per episode
         self.notes: list[str] = meta["notes"]  # how the data set was read, a sentence each
         self.fps: float | None = meta["fps"]
-        self.gripper = gripper or Gripper(**meta["gripper"])
+        self.gripper = gripper or Gripper(**meta["gripper"] | {"dims": tuple(meta["gripper"]["dims"])})
         self.action_names: list[str] = meta["action_names"]  # of each dimension, empty where the data set doesn't say
         grips = steps["action"][:, self.gripper.dims]
         self.gripper_low = float(grips.min()) if grips.size else None  # as recorded
