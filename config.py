@@ -10,8 +10,20 @@ from typing import Annotated, Literal
 
 import tyro
 
+from prismatic.filenames import STEP_FOLDER
 from prismatic.image import AUGMENTATIONS
-from prismatic.ranges import BatchSize, FolderName, Seed, Share
+from prismatic.ranges import (
+    BatchSize,
+    BelowOne,
+    Count,
+    FolderName,
+    LearningRate,
+    NonNegative,
+    Positive,
+    Processes,
+    Seed,
+    Share,
+)
 
 GripperConvention = Literal["auto", "minus_one_open", "plus_one_open", "one_open", "zero_open", "none"]
 
@@ -20,88 +32,122 @@ WORKSPACE = Path(os.environ.get("WORKSPACE", "workspace"))
 
 
 @dataclass(frozen=True)
-class MemoryOptions:
-    """What makes a training run fit a card, and fast; finetune.py prints what it will take before it loads anything."""
-
-    # Pack the base's linear maps (not lm_head) into 4 bits, NF4, as QLoRA does; for adapters only, on a GPU or a CPU.
+class FinetuneConfig:
+    # Model to start from: checkpoint folder, or hub id such as openvla/openvla-7b.
+    vla_path: str = "openvla/openvla-7b"
+    # Folder of data sets (RLDS or LeRobot), or the hub id of such a data set.
+    data_root_dir: str = str(WORKSPACE / "datasets")
+    # Name of the data set in data_root_dir; several with commas, each with a weight after a colon if you like: a,b:0.5.
+    dataset_name: str = "libero_spatial_no_noops"
+    # Folder for runs. Checkpoints land in <run_root_dir>/<run>/step-…, the newest also under <run>/latest.
+    run_root_dir: Path = WORKSPACE / "runs"
+    # Text that is added to the run's name.
+    run_id_note: FolderName | None = None
+    # How the model gives its actions. tokens: one token after the other (OpenVLA). parallel: all tokens of a chunk in one forward pass. l1: a chunk
+    # of numbers in one forward pass, by regression (OpenVLA-OFT). None: as the model to start from does.
+    action_head: Literal["tokens", "parallel", "l1"] | None = None
+    # Cameras that the model sees: 1 the agent view, 2 also the wrist view. None: as many as the model to start from.
+    num_images_in_input: Literal[1, 2] | None = None
+    # Whether the model reads the robot's state (proprioception). None: as the model to start from.
+    use_proprio: bool | None = None
+    # Train a LoRA adapter (and an action head whole). False trains every weight: for a small model, or a large machine.
+    use_lora: bool = True
+    # Rank r of the LoRA adapter's matrices; alpha is min(r, 16).
+    lora_rank: Positive = 32
+    # Keep the frozen base's linear layers (not lm_head) in 4 bits, NF4, as QLoRA does. Only with use_lora.
     use_quantization: bool = False
+    # Samples of one forward pass of one process (the micro-batch).
+    batch_size: BatchSize = 16
+    # Micro-batches whose gradients are added up for a step: a step has batch_size x this x the number of processes (torchrun) samples.
+    grad_accumulation_steps: Positive = 1
+    # Learning rate of AdamW.
+    learning_rate: LearningRate = 5e-4
+    # Number of optimizer steps of the whole run.
+    max_steps: Positive = 200_000
+    # Steps between checkpoints.
+    save_steps: Positive = 5000
+    # Steps between validations on held-out episodes, without augmentation; 0 never. The last step is validated too.
+    val_steps: Count = 5000
+    # Augment images at random: crop, brightness, contrast, saturation, hue. With it, the policy crops the centre when it acts.
+    image_aug: bool = True
+    # Processes that load data, beside each training process.
+    num_workers: Processes = 4
+    # Where the numbers go besides metrics.jsonl and curves.png.
+    log_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    # Seed of shuffling, augmentation, and new weights (adapter, head).
+    seed: Seed = 7
+
+    # Advanced: few people change what follows.
+
+    # Actions that one query answers with. None: as many as the model to start from, 8 for a new head.
+    num_actions_chunk: Positive | None = None
+    # Folder of frame caches: what was read from the data sets once, about as large as they are.
+    cache_dir: Path = WORKSPACE / "cache"
     # Compute activations again in the backward pass: same gradients, less memory. True: each block whole, a third slower. selective: only what is
     # cheap (norms, SiLU, rotary), a tenth of the memory. auto: the least that makes it fit.
     gradient_checkpointing: bool | Literal["selective", "auto"] = "auto"
-    # Number format in which the adapter is kept; it computes in the base's. bfloat16: 0.8 GiB less at full size, half of each update rounded away.
+    # dtype in which the LoRA adapter is kept (it computes in the base's). bfloat16: 0.8 GiB less at full size, half of each update rounded away.
     lora_dtype: Literal["float32", "bfloat16"] = "float32"
-    # paged_adamw_8bit: moments in 8 bits, a quarter of the memory, moved to the host when the card is full (bitsandbytes).
+    # Dropout in front of the LoRA adapter (OpenVLA: 0).
+    lora_dropout: BelowOne = 0.0
+    # adamw, or paged_adamw_8bit (bitsandbytes): moments in 8 bits, a quarter of the memory, moved to the host when the GPU is full.
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     # torch.compile each block. Minutes at the start; not measured on a GPU yet.
     compile: bool = False
-
-
-@dataclass(frozen=True)
-class FinetuneConfig(MemoryOptions):
-    # Base model: checkpoint folder, or hub id such as openvla/openvla-7b.
-    vla_path: str = "openvla/openvla-7b"
-    # Folder of RLDS data sets (modified_libero_rlds), or the hub id of such a data set.
-    data_root_dir: str = str(WORKSPACE / "datasets")
-    # Data set in it; several with commas, each with a weight after a colon if you like: a,b:0.5.
-    dataset_name: str = "libero_spatial_no_noops"
-    # Folder of run folders; the adapters land in <run_root_dir>/<run>/step-…, the newest also under <run>/latest.
-    run_root_dir: Path = WORKSPACE / "runs"
-    # Folder of frame caches: what was read from RLDS once, about as large as the data set.
-    cache_dir: Path = WORKSPACE / "cache"
-    # Samples of one pass of one process.
-    batch_size: BatchSize = 16
-    # Passes added up before a step: the effective batch is batch_size x this x the number of processes (torchrun).
-    grad_accumulation_steps: int = 1
-    # Of AdamW.
-    learning_rate: float = 5e-4
-    # constant (the recipe of record), or cosine down to zero at max_steps.
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    # Steps in which the learning rate rises from zero.
-    warmup_steps: int = 0
-    # Of AdamW.
-    weight_decay: float = 0.01
-    # Gradient norm above which gradients are scaled down; 0 never (the recipe of record).
-    max_grad_norm: float = 0.0
-    # Matrix products in bfloat16. auto: on a GPU only; it pays on a CPU that has instructions for it (lscpu: avx512_bf16, amx).
+    # Matrix products in bfloat16 while weights are float32. auto: on a GPU only; on a CPU it pays where lscpu shows avx512_bf16 or amx.
     autocast: Literal["auto", "bfloat16", "none"] = "auto"
-    # Steps in a row whose loss or gradient is not finite, after which the run ends; each is skipped and reported.
-    max_bad_steps: int = 10
-    # Steps after which to stop.
-    max_steps: int = 200_000
-    # Steps between checkpoints.
-    save_steps: int = 5000
-    # Checkpoints to keep, beside the best on validation; the oldest are deleted.
-    keep: int = 2
-    # Steps between validations on held-out episodes, un-augmented; 0 never. The last step is validated too.
-    val_steps: int = 5000
-    # Share of the episodes held out, the last on disk, where a data set has no split named val (OpenVLA's 5 %).
-    val_share: Share = 0.05
-    # Actions become tokens by the data set's statistics (as in OpenVLA) or the base's: its tokens keep their meaning, better for little data.
-    action_statistics: Literal["dataset", "base"] = "dataset"
-    # Where the numbers go besides metrics.jsonl and curves.png.
-    log_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
-    # Train a LoRA adapter; False trains every weight (a small model, or a large machine).
-    use_lora: bool = True
-    # With use_lora False and torchrun: every process holds a share of weights, gradients and optimizer (FSDP2), not all of them.
+    # With use_lora False and torchrun: split weights, gradients and optimizer among the processes (FSDP2) instead of copying them.
     shard: bool = False
-    # Rank r of the adapter's matrices; alpha is min(r, 16).
-    lora_rank: int = 32
-    # Dropout in front of the adapter (0.05 in the reproduction this project starts from).
-    lora_dropout: float = 0.0
-    # Random crop, brightness, contrast, saturation, hue. With it, acting crops the centre.
-    image_aug: bool = True
-    # Which of them.
+    # Schedule of the learning rate: constant (OpenVLA), or cosine down to zero at max_steps.
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    # Step from which the learning rate is a tenth; 0 never. OpenVLA-OFT's num_steps_before_decay: 100000 in its LIBERO recipe.
+    lr_decay_step: Count = 0
+    # Steps in which the learning rate rises at the start.
+    warmup_steps: Count = 0
+    # Share of the learning rate at which warmup_steps begin (OpenVLA-OFT's lr_warmup_steps: 0.1).
+    warmup_start: Share = 0.0
+    # Weight decay of AdamW.
+    weight_decay: NonNegative = 0.01
+    # Gradient norm above which gradients are scaled down to it; 0 never (OpenVLA).
+    max_grad_norm: NonNegative = 0.0
+    # Skipped steps in a row after which the run ends; a step is skipped and reported where its loss or gradient is not finite.
+    max_bad_steps: Positive = 10
+    # Checkpoints to keep beside the best on validation; the oldest are deleted.
+    keep: Positive = 2
+    # Share of the episodes held out for validation, the last on disk, where a data set has no split named val (OpenVLA: 5 %).
+    val_share: BelowOne = 0.05
+    # Statistics that actions are normalised by: the data set's (OpenVLA) or the base's, so that tokens keep their meaning (better for little data).
+    action_statistics: Literal["dataset", "base"] = "dataset"
+    # Augmentations that image_aug applies.
     augment_order: tuple[str, ...] = AUGMENTATIONS
-    # Seed of the shuffling, the augmentations and the adapter's start.
-    seed: Seed = 7
-    # Loader processes.
-    num_workers: int = 4
-    # auto: the same command continues its run. never: refuse if the run exists.
+    # Steps between lines of metrics.jsonl.
+    log_steps: Positive = 10
+    # Project that wandb or trackio shows the run in.
+    wandb_project: str | None = None
+    # Account or team that wandb shows the run under.
+    wandb_entity: str | None = None
+    # What to do where the run exists. auto: go on with it. never: refuse.
     resume: Literal["auto", "never"] = "auto"
-    # Is added to the run's name.
-    run_id_note: FolderName | None = None
-    # OpenVLA's shuffle buffer. Accepted, no longer needed: frames are read in random order from disk.
-    shuffle_buffer_size: int | None = None
+
+    @property
+    def run_name(self) -> str:
+        """OpenVLA's run id: model, data, effective batch, learning rate, adapter, note."""
+        base = Path(self.vla_path)
+        base = base.parent if STEP_FOLDER.fullmatch(base.name) else base
+        name = f"{base.name}+{self.dataset_name.replace(',', '_').replace(':', '-')}"
+        name += f"+b{self.batch_size * self.grad_accumulation_steps}+lr-{self.learning_rate:g}"
+        if self.use_lora:
+            name += f"+lora-r{self.lora_rank}+dropout-{self.lora_dropout:g}"
+        if self.run_id_note:
+            name += f"--{self.run_id_note}"
+        return name + "--image_aug" * self.image_aug
+
+
+MAY_CHANGE_ON_RESUME = (  # batch_size and grad_accumulation_steps as far as their product with the number of processes stays
+    "max_steps", "save_steps", "val_steps", "log_steps", "log_to", "wandb_project", "wandb_entity", "max_bad_steps", "keep", "num_workers",
+    "resume", "vla_path", "data_root_dir", "run_root_dir", "cache_dir",  # base and data are told by their fingerprints
+    "batch_size", "grad_accumulation_steps", "shard", "gradient_checkpointing",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

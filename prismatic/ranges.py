@@ -21,6 +21,7 @@ BatchSize = Annotated[int, Meta(ge=1, le=2**16)]
 Processes = Annotated[int, Meta(ge=0, le=1024)]  # beside this one
 Workers = Annotated[int, Meta(ge=1, le=1024)]
 Share = Annotated[float, Meta(ge=0, le=1)]
+BelowOne = Annotated[float, Meta(ge=0, lt=1)]
 NonNegative = Annotated[float, Meta(ge=0)]
 LearningRate = Annotated[float, Meta(gt=0, le=10)]
 

@@ -18,6 +18,7 @@ from prismatic.data.frames import FrameCache, Mixture
 from prismatic.errors import exit_codes
 from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
 from prismatic.processor import Processor, ProcessorConfig
+from prismatic.training import setup
 from tests.drawn_cache import write_cache
 from tests.drawn_episodes import drawn_episode
 
@@ -49,16 +50,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cfg(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FinetuneConfig:
     """A run of four steps of four samples; every step is logged."""
-    monkeypatch.setattr(finetune, "find_data", lambda cfg: place)
     monkeypatch.setattr(
-        finetune,
-        "open_mixture",
-        lambda *anything, seed, val_share, **more: Mixture(
-            [FrameCache(place / "cache")], seed=seed, val_share=val_share
-        ),
+        setup, "open_mixture", lambda *anything, cache_dir, **how: Mixture([FrameCache(place / "cache")], **how)
     )
-    monkeypatch.setattr(finetune, "LOG_STEPS", 1)
     return FinetuneConfig(
+        data_root_dir=str(place),
+        log_steps=1,
         vla_path=str(place / "base"),
         dataset_name="drawn",
         run_root_dir=tmp_path / "runs",
@@ -72,7 +69,7 @@ def cfg(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Finetun
 
 
 def run_folder(cfg: FinetuneConfig) -> Path:
-    return cfg.run_root_dir / finetune.run_name(cfg)
+    return cfg.run_root_dir / cfg.run_name
 
 
 def rows(run: Path) -> list[dict[str, float]]:

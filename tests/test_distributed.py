@@ -131,12 +131,12 @@ def test_a_stop_signal_to_one_saves_and_ends_all(cfg: FinetuneConfig) -> None:
     ("size", "batch_size", "shares"), [(1, 16, (16, 2)), (2, 16, (16, 1)), (4, 16, (8, 1)), (1, 5, (4, 8))]
 )
 def test_the_effective_batch_stays(size: int, batch_size: int, shares: tuple[int, int]) -> None:
-    assert Progress(32).passes(Ranks(size=size), batch_size) == shares
+    assert Progress(32).micro_batches(Ranks(size=size), batch_size) == shares
 
 
 def test_processes_that_cannot_share_are_named() -> None:
     with pytest.raises(ConfigError, match="3 processes can't share out the 32 samples"):
-        Progress(32).passes(Ranks(size=3), 16)
+        Progress(32).micro_batches(Ranks(size=3), 16)
 
 
 def test_sharding_an_adapter_is_refused(cfg: FinetuneConfig) -> None:

@@ -54,6 +54,7 @@ def cfg(place: Path, tmp_path: Path) -> FinetuneConfig:
         max_steps=4,
         save_steps=2,
         num_workers=0,
+        log_steps=1,
     )
 
 
@@ -63,13 +64,17 @@ def losses(run: Path) -> list[float]:
 
 def flags(cfg: FinetuneConfig) -> list[str]:
     """A run's options as its command line."""
-    left_out = ("augment_order", "run_id_note", "shuffle_buffer_size")
+    left_out = (
+        "augment_order",
+        "run_id_note",
+        "action_head",
+        "num_actions_chunk",
+        "num_images_in_input",
+        "use_proprio",
+        "wandb_project",
+        "wandb_entity",
+    )
     return [f"--{f.name}={getattr(cfg, f.name)}" for f in dataclasses.fields(cfg) if f.name not in left_out]
-
-
-@pytest.fixture(autouse=True)
-def every_step_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetune, "LOG_STEPS", 1)
 
 
 def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(cfg: FinetuneConfig) -> None:
@@ -133,7 +138,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(cfg: FinetuneConfig) -> None:
     process = subprocess.Popen(
         command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True
     )
-    run = cfg.run_root_dir / finetune.run_name(cfg)
+    run = cfg.run_root_dir / cfg.run_name
     deadline = time.monotonic() + 180
     while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.2)
@@ -158,7 +163,7 @@ def test_torchrun_starts_it(cfg: FinetuneConfig) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "8 samples each, on cpu x 2" in done.stdout
-    assert (cfg.run_root_dir / finetune.run_name(cfg) / "latest" / "adapter_model.safetensors").is_file()
+    assert (cfg.run_root_dir / cfg.run_name / "latest" / "adapter_model.safetensors").is_file()
 
 
 def test_an_option_that_changed_is_named(cfg: FinetuneConfig) -> None:
@@ -181,7 +186,7 @@ def test_data_that_changed_is_named(cfg: FinetuneConfig, place: Path, tmp_path: 
 
 
 def test_one_process_a_run(cfg: FinetuneConfig) -> None:
-    run = RunFolder(cfg.run_root_dir / finetune.run_name(cfg), keep=2)
+    run = RunFolder(cfg.run_root_dir / cfg.run_name, keep=2)
     with pytest.raises(ConfigError, match="another process"):
         finetune.main(cfg)
     del run

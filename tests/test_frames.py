@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from prismatic.data.frames import CACHE_FORMAT, DrawBatches, FrameCache, Mixture, num_train_episodes
+from prismatic.data.examples import DrawBatches
+from prismatic.data.frames import CACHE_FORMAT, FrameCache, Mixture, num_train_episodes
 from prismatic.data.writer import CacheWriter
 from prismatic.errors import ConfigError
 from prismatic.normalize import normalize

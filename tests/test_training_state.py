@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from prismatic.training.distributed import ALONE
+from prismatic.training.distributed import SINGLE_PROCESS
 from prismatic.training.state import Progress, capture, restore, seed_everything
 
 
@@ -27,14 +27,14 @@ def test_all_of_it_goes_through_a_file(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW([weight], lr=0.1)
     stepped(optimizer, weight)
     progress = Progress(effective_batch=12, step=5, bad_steps=2, learning_rate=0.1)
-    torch.save(capture(progress, optimizer, ALONE), tmp_path / "state.pt")
+    torch.save(capture(progress, optimizer, SINGLE_PROCESS), tmp_path / "state.pt")
     again = torch.nn.Parameter(weight.detach().clone())
     expected, moved = some_numbers(), stepped(optimizer, weight)
     seed_everything(8)
     other = torch.optim.AdamW([again], lr=0.1)
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert state["draws"] == 60 and state["versions"]["torch"]
-    assert restore(state, other, ALONE, seed=7) == progress
+    assert restore(state, other, SINGLE_PROCESS, seed=7) == progress
     assert some_numbers() == expected
     assert torch.equal(stepped(other, again), moved)
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from prismatic.data.examples import Examples, batches
-from prismatic.data.frames import DrawBatches, FrameCache, Mixture
+from prismatic.data.examples import DrawBatches, Examples, batches
+from prismatic.data.frames import FrameCache, Mixture
 from prismatic.data.rlds import build_cache, find_dataset, stage_episode, write_dataset
 from prismatic.errors import ConfigError
 from prismatic.image import AUGMENTATIONS, encode_jpeg

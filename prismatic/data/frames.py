@@ -9,11 +9,10 @@ resumes exactly, whatever its workers.
 import functools
 import hashlib
 import io
-import itertools
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -210,8 +209,12 @@ class Mixture:
             raise ConfigError(f"a mixture of {names} needs a weight above 0 for each, not {list(weights)}")
         if len(set(names)) < len(names):
             raise ConfigError(f"a mixture can't hold two data sets of one name, {names}: rename a folder")
+        widths = {cache.actions.shape[1] for cache in caches}
+        if len(widths) > 1:
+            raise ConfigError(f"a mixture can't hold actions of {sorted(widths)} numbers: train {names} one by one")
         self.caches = list(caches)
         self.seed = seed
+        (self.action_dim,) = widths
         self.val_share, self.num_actions_chunk = val_share, num_actions_chunk
         self._frames = [cache.train_indices(val_share, num_actions_chunk) for cache in caches]
         for cache, frames in zip(caches, self._frames, strict=True):
@@ -266,22 +269,3 @@ class Mixture:
         frames = self._frames[dataset]
         times, place = divmod(int(nth), len(frames))
         return dataset, int(frames[_permutation(len(frames), self.seed, 1 + dataset, times)[place]])
-
-
-class DrawBatches:
-    """Batch sampler of torch's DataLoader over a Mixture: endless batches, each a list of draw numbers.
-
-    Batch k of all W ranks together is draws [k·B·W, (k+1)·B·W), shared out without repeats; to resume is to begin at a later one.
-    """
-
-    def __init__(self, *, batch_size: int, first: int = 0, rank: int = 0, world_size: int = 1) -> None:
-        self.batch_size, self.first = batch_size, first  # samples of one rank; number of the first batch
-        self.rank, self.world_size = rank, world_size
-
-    def batch(self, number: int) -> list[int]:
-        """This rank's draws of a batch (≥ 0)."""
-        start = (number * self.world_size + self.rank) * self.batch_size
-        return list(range(start, start + self.batch_size))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return map(self.batch, itertools.count(self.first))

@@ -1,11 +1,7 @@
-"""A run folder in (metrics.jsonl), its curves.png out: loss, action accuracy, L1 and learning rate over the steps.
-
-python -m prismatic.training.curves RUN
-"""
+"""A run folder's metrics.jsonl in, its curves.png out: loss, action accuracy, L1 and learning rate over the steps."""
 
 import io
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from prismatic.atomic import write_whole
-from prismatic.errors import ConfigError, exit_codes
+from prismatic.errors import ConfigError
 from prismatic.filenames import CURVES, METRICS
 
 PANELS = (
@@ -51,19 +47,20 @@ def draw(folder: Path) -> Path | None:
     FigureCanvasAgg(figure)
     figure.suptitle(folder.resolve().name)
     for axes, (field, title) in zip(figure.subplots(2, 2, sharex=True).flat, PANELS, strict=True):
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
         steps, values = _column(rows, field)
         if field == "learning_rate":
             axes.plot(steps, values)
-        else:
+        elif len(steps):  # a regression has no accuracy
+            width = max(1, min(SMOOTHED_ROWS, len(values) // 10))
+            smoothed = np.convolve(values, np.full(width, 1 / width), mode="valid")
             axes.plot(steps, values, color="tab:blue", alpha=0.25)
-            axes.plot(*_smoothed(steps, values), color="tab:blue", label="training")
+            axes.plot(steps[width - 1 :], smoothed, color="tab:blue", label="training")
             held_out = _column(rows, f"val_{field}")
             if len(held_out[0]):
                 axes.plot(*held_out, color="tab:orange", marker="o", markersize=3, label="held-out episodes")
             axes.legend()
-        axes.set_title(title)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=100)
     write_whole(folder / CURVES, drawn.getvalue())
@@ -74,19 +71,3 @@ def _column(rows: Sequence[dict[str, Any]], field: str) -> tuple[np.ndarray, np.
     """Steps and values of the rows that have the field."""
     pairs = [(row["step"], row[field]) for row in rows if field in row]
     return np.array([step for step, _ in pairs]), np.array([value for _, value in pairs], dtype=float)
-
-
-def _smoothed(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of the rows up to each step, as far as there are enough of them."""
-    width = max(1, min(SMOOTHED_ROWS, len(values) // 10))
-    return steps[width - 1 :], np.convolve(values, np.full(width, 1 / width), mode="valid")
-
-
-if __name__ == "__main__":
-    with exit_codes():
-        if len(sys.argv) != 2:
-            raise ConfigError("one folder is needed: python -m prismatic.training.curves RUN")
-        picture = draw(Path(sys.argv[1]))
-        if picture is None:
-            raise ConfigError(f"{sys.argv[1]} has no rows in {METRICS}: give the run folder that finetune.py writes")
-        print(picture)

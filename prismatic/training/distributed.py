@@ -7,6 +7,7 @@ is small is exchanged over gloo on the CPU; NCCL carries gradients and weights.
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -37,31 +38,31 @@ class Ranks:
     device: str = "cpu"
 
     @property
-    def is_first(self) -> bool:
-        """Whether this is the rank that prints and writes."""
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes."""
         return self.rank == 0
 
-    def on_first(self, action: Callable[[], T]) -> T:
+    def on_main_process(self, action: Callable[[], T]) -> T:
         """Rank 0 does it, and all get its (small) answer. A ConfigError there ends all of them, said once."""
         if self.size == 1:
             return action()
         answer: list[Any] = [None, None]
-        if self.is_first:
+        if self.is_main:
             try:
                 answer[0] = action()
             except ConfigError as error:
                 answer[1] = error
         dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
-        if answer[1] is not None and self.is_first:
+        if answer[1] is not None and self.is_main:
             raise answer[1]
         if answer[1] is not None:
             raise SystemExit(EXIT_CONFIGURATION)
         return answer[0]
 
-    def first_then_all(self, action: Callable[[], T]) -> T:
+    def main_process_first(self, action: Callable[[], T]) -> T:
         """Rank 0 does it, then all do, so that a download or a frame cache is made once and found by the others."""
         if self.size > 1:
-            self.on_first(lambda: action() and None)
+            self.on_main_process(lambda: action() and None)
         return action()
 
     def mean(self, values: Sequence[float]) -> list[float]:
@@ -85,7 +86,7 @@ class Ranks:
 
         def put_together(tensor: DTensor) -> torch.Tensor:
             full = tensor.full_tensor()
-            return full.cpu() if self.is_first else full.new_empty(0)
+            return full.cpu() if self.is_main else full.new_empty(0)
 
         return tree_map_only(DTensor, put_together, tree)
 
@@ -99,7 +100,7 @@ class Ranks:
         return DistributedDataParallel(vla, device_ids=devices, gradient_as_bucket_view=True)
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
 @contextlib.contextmanager
@@ -120,17 +121,15 @@ def joined() -> Iterator[Ranks]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
     ranks = Ranks(dist.get_rank(), size, device)
     with contextlib.ExitStack() as stack:
-        if not ranks.is_first:
+        if not ranks.is_main:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         yield ranks
     dist.destroy_process_group()  # only after success: with a rank gone it would wait
 
 
-@contextlib.contextmanager
-def gradients_wait(model: nn.Module, wait: bool) -> Iterator[None]:
-    """Passes inside add up gradients without exchanging them, where that is DDP's. FSDP2 exchanges at every pass: whole gradients may not fit."""
-    with model.no_sync() if wait and isinstance(model, DistributedDataParallel) else contextlib.nullcontext():
-        yield
+def no_sync(model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
+    """A context in which backward passes don't exchange gradients, where that is DDP's. FSDP2 always does: whole gradients may not fit."""
+    return model.no_sync if isinstance(model, DistributedDataParallel) else contextlib.nullcontext
 
 
 def shard(vla: VLA, ranks: Ranks) -> None:

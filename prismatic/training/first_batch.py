@@ -50,10 +50,14 @@ def _words(batch: Batch, row: int, processor: Processor, *, width: int) -> list[
     """Instruction, then actions in the data set's units, or normalised where the batch is drawn from several data sets."""
     ids, labels = batch.input_ids[row], batch.labels[row]
     said = processor.instruction(ids[(labels == IGNORE) & batch.attention_mask[row]])
-    action_ids = labels[labels >= processor.action_tokenizer.first_id].numpy()
+    assert batch.actions is not None
+    action = batch.actions[row, 0].numpy()  # of a chunk the first
+    if processor.config.action_head != "l1":  # as its tokens say
+        action = processor.action_tokenizer.decode(processor.action_tokenizer.encode(action))
     one = processor.config.unnorm_key is not None
-    action = processor.actions(action_ids) if one else processor.action_tokenizer.decode(action_ids)
-    numbers = "  ".join(f"{name} {value:+.3f}" for name, value in zip(ACTION_DIMENSIONS, action, strict=False))
+    action = processor.unnormalize(action) if one else action
+    names = ACTION_DIMENSIONS if len(action) == len(ACTION_DIMENSIONS) else range(len(action))
+    numbers = "  ".join(f"{name} {value:+.3f}" for name, value in zip(names, action, strict=True))
     return textwrap.wrap(f"“{said}”", width) + textwrap.wrap(numbers if one else f"normalised: {numbers}", width)
 
 

@@ -15,9 +15,9 @@ from typing import Any
 from prismatic.errors import ConfigError
 from prismatic.normalize import ACTION_DIMENSIONS
 
-PROJECT = "openvla"  # of wandb and trackio; the environment's WANDB_PROJECT wins, as always with wandb
+PROJECT = "openvla"  # of wandb and trackio, where none is given
 IDENTITY = (
-    ".log_id"  # file in the run folder: under which name a tracker knows the run, so that a resumed one goes on there
+    ".log_id"  # file in the run folder: the name that a tracker knows the run by, so that a resumed one goes on there
 )
 
 
@@ -79,26 +79,21 @@ def check_installed(log_to: str) -> None:
 def open_logger(log_to: str, folder: Path, *, options: Mapping[str, Any], first_step: int) -> NoLogger:
     """log_to: none, tensorboard, wandb or trackio; folder: the run's. A resumed run (first_step > 0) continues its log.
 
-    ConfigError where the package is missing, or can't start.
+    options: the run's flags; its wandb_project and wandb_entity, and wandb's own environment, say where it is logged. ConfigError where the
+    package is missing, or can't start.
     """
     check_installed(log_to)
     if log_to == "none":
         return NoLogger()
     if log_to == "tensorboard":
         return TensorBoardLogger(folder, first_step)
-    known = _identity(folder)
-    package = importlib.import_module(log_to)
-    how: dict[str, Any] = {"project": PROJECT, "name": f"{folder.name}-{known}"}
+    known, project = _identity(folder), options.get("wandb_project") or os.environ.get("WANDB_PROJECT", PROJECT)
+    how: dict[str, Any] = {"project": project, "name": f"{folder.name}-{known}"}
     if log_to == "wandb":
-        how = {
-            "project": os.environ.get("WANDB_PROJECT", PROJECT),
-            "name": folder.name,
-            "id": known,
-            "dir": str(folder),
-        }
+        how = {"project": project, "entity": options.get("wandb_entity"), "name": folder.name, "id": known, "dir": str(folder)}  # fmt: skip
+    plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in options.items()}
     try:
-        plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in options.items()}
-        return TrackerLogger(package.init(**how, config=plain, resume="allow"))
+        return TrackerLogger(importlib.import_module(log_to).init(**how, config=plain, resume="allow"))
     except Exception as error:  # each has its own for no login, no network, an unwritable folder
         raise ConfigError(
             f"--log_to {log_to} can't start ({(str(error) or type(error).__name__).splitlines()[0]}): log in first, set WANDB_MODE=offline "
@@ -112,7 +107,8 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
     for name, value in row.items():
         group = f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"
         if isinstance(value, list):
-            named |= {f"{group}/{dimension}": x for dimension, x in zip(ACTION_DIMENSIONS, value, strict=True)}
+            of_an_arm = len(value) == len(ACTION_DIMENSIONS)
+            named |= {f"{group}/{ACTION_DIMENSIONS[i] if of_an_arm else i}": number for i, number in enumerate(value)}
         elif isinstance(value, int | float) and name != "step":
             named[group] = value
     return named

@@ -1,9 +1,8 @@
-"""The model that is trained: what it will take of the card, then base and adapter in their number formats with the passes that make it fit.
+"""The model that is trained: what it will take of the GPU, then base, head and adapter in their dtypes with what makes them fit.
 
-In: a base folder and options. Out: a Plan, printed before anything is loaded, and a VLA.
+In: a base folder, the model's config and options. Out: a memory plan, printed before anything is loaded, and a VLA.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ from typing import Any
 import torch
 
 from prismatic.checkpoint import load_vla
-from prismatic.errors import ConfigError
-from prismatic.filenames import CONFIG
 from prismatic.models.checkpointing import checkpoint_activations, compile_blocks, lean_activations
 from prismatic.models.lora import add_lora
 from prismatic.models.lora_dtype import compute_in_base_dtype
@@ -24,56 +21,64 @@ from prismatic.training.distributed import Ranks, shard
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """config.py's options of these names. autocast: whether products are in bfloat16 where weights are float32."""
+    """config.py's options of these names."""
 
     use_lora: bool
     lora_rank: int
     lora_dropout: float
     lora_dtype: str  # "float32" or "bfloat16"
     use_quantization: bool
-    autocast: bool
+    autocast: str  # "auto", "bfloat16" or "none"
     gradient_checkpointing: bool | str  # or "selective" or "auto"
     optimizer: str
     compile: bool
     shard: bool
 
-    def precision(self, device: str) -> Precision:
+    def in_bfloat16(self, ranks: Ranks) -> bool:
+        """Whether autocast is needed: on a GPU for weights that are trained; under an adapter the base is bfloat16 itself."""
+        return self.autocast == "bfloat16" or (self.autocast == "auto" and ranks.device != "cpu" and not self.use_lora)
+
+    def precision(self, ranks: Ranks) -> Precision:
         """On a GPU a base that isn't trained is bfloat16; what is trained is float32 unless lora_dtype says otherwise."""
-        base = torch.bfloat16 if self.use_lora and device != "cpu" else torch.float32
+        base = torch.bfloat16 if self.use_lora and ranks.device != "cpu" else torch.float32
         return Precision(
             lora_rank=self.lora_rank if self.use_lora else 0,
             lora_dropout=self.lora_dropout,
             base_dtype=base,
             lora_dtype=getattr(torch, self.lora_dtype),
-            autocast=self.autocast,
+            autocast=self.in_bfloat16(ranks),
         )
 
 
-def planned_model(
-    base: Path, resumed: Path | None, options: ModelOptions, ranks: Ranks, *, batch_size: int, passes: int, words: int
+def load_planned(
+    base: Path,
+    resumed: Path | None,
+    config: VLAConfig,
+    options: ModelOptions,
+    ranks: Ranks,
+    *,
+    sizes: tuple[int, int],
+    tokens: int,
 ) -> VLA:
-    """Plan on rank 0, which says what the run will take, then build on all."""
-    plan = ranks.on_first(
-        lambda: plan_training(base, options, ranks, batch_size=batch_size, passes=passes, words=words)
+    """Plan on the main process, which says what the run will take, then build on all.
+
+    sizes: (micro_batch_size, grad_accumulation_steps); tokens: of the longest row, without patches.
+    """
+    plan = ranks.on_main_process(lambda: plan_training(config, options, ranks, sizes=sizes, tokens=tokens))
+    return build_training_model(
+        base, resumed, config, options, checkpointing=plan.settings.gradient_checkpointing or False, ranks=ranks
     )
-    cut = (lambda vla: shard(vla, ranks)) if options.shard and ranks.size > 1 else None
-    checkpointing = plan.settings.gradient_checkpointing or False
-    return build_training_model(base, resumed, options, checkpointing=checkpointing, device=ranks.device, cut=cut)
 
 
 def plan_training(
-    base: Path, options: ModelOptions, ranks: Ranks, *, batch_size: int, passes: int, words: int
+    config: VLAConfig, options: ModelOptions, ranks: Ranks, *, sizes: tuple[int, int], tokens: int
 ) -> memory.Plan:
-    """Print what the run will take of a card, and decide gradient_checkpointing where it is auto. ConfigError where it can't fit."""
-    if options.use_quantization and not options.use_lora:
-        raise ConfigError("--use_quantization packs a base that isn't trained: leave out --use_lora False")
-    device, config = ranks.device, VLAConfig.from_json(base / CONFIG)
-    shares = ranks.size if options.shard else 1
-    precision = SHARDED if shares > 1 and device != "cpu" else options.precision(device)
-    model = memory.describe(config, precision, words=words, on_cpu=device == "cpu")
+    """Print what the run will take of the GPU, and decide gradient_checkpointing where it is auto. ConfigError where it can't fit."""
+    shares, device = ranks.size if options.shard else 1, ranks.device
+    precision = SHARDED if shares > 1 and device != "cpu" else options.precision(ranks)
+    model = memory.describe(config, precision, words=tokens, on_cpu=device == "cpu")
     checkpointing: Any = None if options.gradient_checkpointing == "auto" else options.gradient_checkpointing
-    ways = (checkpointing, options.use_quantization, options.optimizer, shares)
-    asked = memory.Settings(batch_size, passes, *ways)
+    asked = memory.Settings(*sizes, checkpointing, options.use_quantization, options.optimizer, shares)
     free, place = memory.free_memory(device)
     if ranks.size > 1 and device != "cpu":
         free -= memory.PROCESSES_BYTES
@@ -83,29 +88,38 @@ def plan_training(
 
 
 def build_training_model(
-    base: Path,
-    resumed: Path | None,
-    options: ModelOptions,
-    *,
-    checkpointing: memory.Checkpointing,
-    device: str,
-    cut: Callable[[VLA], None] | None = None,
+    base: Path, resumed: Path | None, config: VLAConfig, options: ModelOptions, *, checkpointing: memory.Checkpointing, ranks: Ranks
 ) -> VLA:
-    """Base with adapter, or all of a model; from the run's last checkpoint (resumed) if there is one."""
-    precision = options.precision(device)
+    """Base with adapter and head, or all of a model; from the run's last checkpoint (resumed) if there is one. A new head and a new adapter
+    are drawn from torch's random numbers.
+    """
+    precision = options.precision(ranks)
     if options.use_lora:
-        vla = _with_adapter(base, resumed, precision, nf4=options.use_quantization, device=device)
+        vla = _with_adapter(base, resumed, config, precision, nf4=options.use_quantization, device=ranks.device)
     else:
-        vla = load_vla(resumed or base, dtype=precision.base_dtype, device=device, shard=cut)
+        cut = (lambda vla: shard(vla, ranks)) if options.shard and ranks.size > 1 else None
+        vla = load_vla(
+            resumed or base, dtype=precision.base_dtype, device=ranks.device, shard=cut, **choice_of(config)
+        )
     lean_activations(vla)
     if checkpointing:
         checkpoint_activations(vla, selective=checkpointing == SELECTIVE)
     return compile_blocks(vla) if options.compile else vla
 
 
-def _with_adapter(base: Path, resumed: Path | None, precision: Precision, *, nf4: bool, device: str) -> VLA:
+def choice_of(config: VLAConfig) -> dict[str, Any]:
+    """load_vla's arguments for a model of this config, with new heads where there are none yet."""
+    names = ("action_head", "num_actions_chunk", "num_images_in_input", "proprio_dim", "action_dim")
+    return {"new_heads": True} | {name: getattr(config, name) for name in names}
+
+
+def _with_adapter(
+    base: Path, resumed: Path | None, config: VLAConfig, precision: Precision, *, nf4: bool, device: str
+) -> VLA:
     dtype = precision.lora_dtype
-    vla = load_vla(base, resumed, dtype=precision.base_dtype, device=device, adapter_dtype=dtype, nf4=nf4)
+    vla = load_vla(
+        base, resumed, dtype=precision.base_dtype, device=device, adapter_dtype=dtype, nf4=nf4, **choice_of(config)
+    )
     if resumed is None:
         add_lora(vla, rank=precision.lora_rank, dropout=precision.lora_dropout)
     for parameter in vla.parameters():

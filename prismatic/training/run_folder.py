@@ -39,7 +39,7 @@ from prismatic.filenames import (
     UNFINISHED,
     step_folder,
 )
-from prismatic.training.distributed import ALONE, Ranks
+from prismatic.training.distributed import SINGLE_PROCESS, Ranks
 
 FULL = 2**20  # a disk with fewer free bytes is full: torch names a position in the file instead
 
@@ -54,12 +54,12 @@ class Best(NamedTuple):
 class RunFolder:
     """One run's folder, made if it isn't there; the `keep` newest step folders stay, and the best.
 
-    Of several ranks only the first locks it, and only the first may call what writes.
+    Of several ranks only the main process locks it, and only that one may call what writes.
     """
 
-    def __init__(self, path: Path, *, keep: int, ranks: Ranks = ALONE) -> None:
+    def __init__(self, path: Path, *, keep: int, ranks: Ranks = SINGLE_PROCESS) -> None:
         self.path, self.keep = path, keep
-        ranks.on_first(self._take)
+        ranks.on_main_process(self._take)
 
     def _take(self) -> None:
         """Lock the folder, and clear away what a killed run was writing."""

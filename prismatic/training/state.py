@@ -22,7 +22,7 @@ from prismatic.versions import versions
 class Progress:
     """Where a run stands."""
 
-    effective_batch: int  # samples of a step, over all passes and ranks; a run keeps it
+    effective_batch: int  # samples of a step, over all micro-batches and ranks; a run keeps it
     step: int = 0  # steps done
     bad_steps: int = 0  # skipped in a row till now
     learning_rate: float = 0.0  # of the last step
@@ -32,8 +32,8 @@ class Progress:
         """The sampler's position: samples drawn from the mixture."""
         return self.step * self.effective_batch
 
-    def passes(self, ranks: Ranks, batch_size: int) -> tuple[int, int]:
-        """(samples of a pass, passes of a step) of each rank: passes as large as divide its share, at most batch_size.
+    def micro_batches(self, ranks: Ranks, batch_size: int) -> tuple[int, int]:
+        """(micro_batch_size, grad_accumulation_steps) of each rank: micro-batches as large as divide its share, at most batch_size.
 
         ConfigError where the ranks can't have equal shares.
         """

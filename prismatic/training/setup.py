@@ -1,0 +1,286 @@
+"""What is made and checked before a run's first step: data, model choice, processor, run folder, and whether all of it fits together.
+
+In: values that a person gave. Out: the parts of a TrainingRun. Each error is one sentence that names the flag.
+"""
+
+import dataclasses
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from prismatic.adapter import save_adapter
+from prismatic.checkpoint import load_tokenizer, save_checkpoint
+from prismatic.data.examples import PREFETCHED
+from prismatic.data.frames import Mixture
+from prismatic.data.mixture import open_mixture
+from prismatic.dataset_statistics import load_statistics, statistics_key
+from prismatic.errors import ConfigError
+from prismatic.filenames import CONFIG, SKIPPED
+from prismatic.hub import resolve
+from prismatic.image import AUGMENTATIONS
+from prismatic.models import quantize, weights
+from prismatic.models.vla import VLA, VLAConfig
+from prismatic.processor import Processor, ProcessorConfig
+from prismatic.training.distributed import Ranks
+from prismatic.training.loggers import check_installed
+from prismatic.training.run_folder import RunFolder
+from prismatic.training.state import Progress
+from prismatic.training.step import Metrics
+
+SHARED_MEMORY = Path("/dev/shm")  # where the loader's processes put their batches
+OFT_CHUNK = 8  # actions of a chunk in OpenVLA-OFT's LIBERO recipe
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """config.py's options of these names: what is learnt from what."""
+
+    vla_path: str
+    data_root_dir: str
+    dataset_name: str
+    cache_dir: Path
+    seed: int
+    val_share: float
+    batch_size: int
+    num_workers: int
+    image_aug: bool
+    augment_order: tuple[str, ...]
+    action_statistics: str  # "dataset" or "base"
+    action_head: str | None
+    num_actions_chunk: int | None
+    num_images_in_input: int | None
+    use_proprio: bool | None
+    use_lora: bool
+    use_quantization: bool
+    shard: bool
+    log_to: str
+    wandb_project: str | None
+    wandb_entity: str | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run learns: data for a model of this config, and the processor between them."""
+
+    base: Path
+    base_fingerprint: str
+    config: VLAConfig
+    mixture: Mixture
+    processor: Processor
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells base and data apart wherever they lie."""
+        return {"base": self.base_fingerprint, "data": {cache.name: cache.fingerprint for cache in self.mixture.caches}}
+
+    @cached_property
+    def longest_row(self) -> int:
+        """Tokens of the longest training row, without image patches."""
+        return self.processor.longest_row(self.mixture.instructions)
+
+
+@dataclass
+class TrainingRun:
+    """What the loop works on."""
+
+    ranks: Ranks
+    task: Task
+    folder: RunFolder
+    vla: VLA
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+    micro_batch_size: int  # samples of a forward pass of this process
+    grad_accumulation_steps: int  # micro-batches of a step
+    autocast: bool  # whether products are in bfloat16 where weights are float32
+
+    def describe(self) -> str:
+        """A line or two before the first step."""
+        parameters = list(self.vla.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        place = self.ranks.device + f" x {self.ranks.size}" * (self.ranks.size > 1)
+        return (
+            f"{self.folder.path}: {trained:,} of {sum(p.numel() for p in parameters):,} parameters are trained\n"
+            f"{len(self.task.mixture):,} samples an epoch, {self.progress.effective_batch} samples each, on {place}"
+        )
+
+
+def check_flags(options: TaskOptions, ranks: Ranks, *, default_root: str) -> None:
+    """Values that can't work, before anything is opened. default_root: data_root_dir where none is given, which is no hub id."""
+    if options.data_root_dir == default_root and not Path(default_root).is_dir():
+        raise ConfigError(f"data_root_dir {default_root} isn't there: put the data sets there, or give --data_root_dir")
+    unknown = set(options.augment_order) - set(AUGMENTATIONS)
+    if unknown:
+        raise ConfigError(f"--augment_order: there is no {sorted(unknown)[0]!r}, only {', '.join(AUGMENTATIONS)}")
+    if options.shard and options.use_lora:
+        raise ConfigError("--shard is for --use_lora False: an adapter's base is not trained, so leave --shard out")
+    if options.shard and ranks.size == 1:
+        print("notice: --shard has nobody to share with: start it with torchrun --nproc-per-node")
+    if options.use_quantization and not options.use_lora:
+        raise ConfigError("--use_quantization packs a base that isn't trained: leave out --use_lora False")
+    if options.log_to not in ("wandb", "trackio") and (options.wandb_project or options.wandb_entity):
+        print("notice: --wandb_project and --wandb_entity have no effect without --log_to wandb")
+    check_installed(options.log_to)
+
+
+def open_task(options: TaskOptions, ranks: Ranks) -> Task:
+    """Base, data and processor. Downloads and frame caches are made by the main process and found by the others."""
+    base = ranks.main_process_first(lambda: resolve(options.vla_path))
+    config = choose_model(base, options)
+    check_shared_memory(config, batch_size=options.batch_size, num_workers=options.num_workers)
+    mixture = ranks.main_process_first(
+        lambda: open_mixture(
+            resolve(options.data_root_dir, kind="dataset"), options.dataset_name, cache_dir=options.cache_dir, seed=options.seed,
+            val_share=options.val_share, num_actions_chunk=config.num_actions_chunk,
+        )
+    )  # fmt: skip
+    config, fingerprint = fit_to_data(config, mixture), weights.fingerprint(weights.stored_tensors(base))
+    return Task(base, fingerprint, config, mixture, build_processor(base, config, mixture, fingerprint, options))
+
+
+def choose_model(base: Path, options: TaskOptions) -> VLAConfig:
+    """The base's config with what was asked for in its place; proprio_dim is 1 until the data says how many numbers a state has."""
+    quantize.refuse(base / CONFIG, "training needs weights that are not")
+    config = VLAConfig.from_json(base / CONFIG)
+    head: Any = options.action_head or config.action_head
+    chunk = options.num_actions_chunk or (config.num_actions_chunk if config.num_actions_chunk > 1 else OFT_CHUNK)
+    if head == "tokens":
+        if options.num_actions_chunk not in (None, 1):
+            raise ConfigError(
+                f"--num_actions_chunk {options.num_actions_chunk}: a token head gives one action, leave it out"
+            )
+        chunk = 1
+    reads_state = bool(config.proprio_dim) if options.use_proprio is None else options.use_proprio
+    return dataclasses.replace(
+        config,
+        action_head=head,
+        num_actions_chunk=chunk,
+        num_images_in_input=options.num_images_in_input or config.num_images_in_input,
+        proprio_dim=(config.proprio_dim or 1) if reads_state else 0,
+    )
+
+
+def fit_to_data(config: VLAConfig, mixture: Mixture) -> VLAConfig:
+    """The config with the data's sizes of action and state; ConfigError where the data lacks what the model looks at."""
+    chunk = config.num_actions_chunk
+    for cache in mixture.caches:
+        if config.num_images_in_input == 2 and not cache.has_wrist:
+            raise ConfigError(
+                f"data set {cache.name} has no wrist images, and the model sees two: give --num_images_in_input 1"
+            )
+        if config.proprio_dim and cache.state is None:
+            raise ConfigError(f"data set {cache.name} has no robot state: give --use_proprio False or another data set")
+        if short := cache.episodes_shorter_than(chunk):
+            print(f"notice: {short} episodes of {cache.name} are shorter than {chunk} steps and give no sample")
+    widths = {cache.state.shape[1] for cache in mixture.caches if cache.state is not None}
+    if config.proprio_dim and len(widths) > 1:
+        raise ConfigError(f"the data sets' robot states have {sorted(widths)} numbers: train them one by one")
+    state = widths.pop() if config.proprio_dim else 0
+    return dataclasses.replace(config, action_dim=mixture.action_dim, proprio_dim=state)
+
+
+def build_processor(
+    base: Path, config: VLAConfig, mixture: Mixture, fingerprint: str, options: TaskOptions
+) -> Processor:
+    """What the run learns with, and its policy will act with."""
+    names = [cache.name for cache in mixture.caches]
+    statistics = mixture.statistics
+    if options.action_statistics == "base":
+        learnt = load_statistics(base)
+        statistics = dict.fromkeys(names, learnt[statistics_key(learnt, None, base)])
+    processor = ProcessorConfig.for_model(
+        config,
+        unnorm_key=names[0] if len(names) == 1 else None,
+        center_crop=options.image_aug and "random_resized_crop" in options.augment_order,
+        base_model=str(base.resolve()) if Path(options.vla_path).is_dir() else options.vla_path,
+        base_fingerprint=fingerprint if options.use_lora else "",
+    )
+    return Processor(processor, load_tokenizer(base), statistics)
+
+
+def check_shared_memory(config: VLAConfig, *, batch_size: int, num_workers: int) -> None:
+    """ConfigError where the loader's processes would find no room for their batches: they would wait for ever, or be killed."""
+    if not num_workers or not SHARED_MEMORY.is_dir():
+        return
+    sample = 6 * 4 * config.num_images_in_input * config.image_size**2  # bytes of its float32 pixels
+    processes = num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    wanted, free = processes * PREFETCHED * batch_size * sample, shutil.disk_usage(SHARED_MEMORY).free
+    if wanted > free:
+        raise ConfigError(
+            f"{SHARED_MEMORY} has {free / 2**20:.0f} MB free, and {processes} loader processes want {wanted / 2**20:.0f}: give --num_workers 0, "
+            "a smaller --batch_size, or the container more of it (docker run --shm-size 1g)"
+        )
+
+
+def open_run(
+    path: Path, options: Mapping[str, Any], ranks: Ranks, *, keep: int, resume: str, may_change: tuple[str, ...]
+) -> tuple[RunFolder, Path | None, dict[str, Any] | None]:
+    """The run's folder, the step folder to go on from and its state; None in a new run. ConfigError where options differ from the run's."""
+    folder = RunFolder(path, keep=keep, ranks=ranks)
+
+    def newest() -> Path | None:
+        if folder.checkpoints() and resume == "never":
+            raise ConfigError(f"{path} exists and --resume is never: give a --run_id_note, or delete it")
+        found = folder.newest_whole()
+        if found is not None:
+            print(f"going on from {found}")
+        folder.check_options(options, may_change=may_change)
+        folder.cut_metrics(found)
+        return found
+
+    resumed = ranks.on_main_process(newest)
+    return folder, resumed, folder.load_state(resumed) if resumed else None
+
+
+def divide(
+    state: Mapping[str, Any] | None, ranks: Ranks, *, batch_size: int, grad_accumulation_steps: int
+) -> tuple[Progress, tuple[int, int]]:
+    """Where a run begins, and (micro_batch_size, grad_accumulation_steps) of each rank. A resumed run keeps the samples of a step."""
+    asked = batch_size * grad_accumulation_steps * ranks.size
+    progress = Progress(state["effective_batch"] if state else asked)
+    sizes = progress.micro_batches(ranks, batch_size)
+    if progress.effective_batch != asked:
+        print(
+            f"this run's steps have {progress.effective_batch} samples: {sizes[1]} x {sizes[0]} on each of {ranks.size}"
+        )
+    return progress, sizes
+
+
+def report_skipped(run: TrainingRun, metrics: Metrics) -> None:
+    """Say which frames were in the last step, whose loss or gradient is not finite."""
+    progress, mixture = run.progress, run.task.mixture
+    origins = [mixture.origin(draw) for draw in range(progress.draws - progress.effective_batch, progress.draws)]
+    frames = ", ".join(f"{dataset} episode {episode} frame {frame}" for dataset, episode, frame in origins)
+    numbers = f"loss {metrics.loss}, gradient norm {metrics.grad_norm}"
+    if run.ranks.is_main:
+        tqdm.write(f"step {progress.step} skipped: {numbers}; its batch: {frames}", file=sys.stderr)
+        run.folder.log({"step": progress.step, "reason": numbers, "frames": origins}, SKIPPED)
+
+
+def too_many_bad_steps(run: TrainingRun) -> ConfigError:
+    """The sentence that ends such a run."""
+    return ConfigError(
+        f"{run.progress.bad_steps} steps in a row had a loss or gradient that is not finite: {run.folder.path / SKIPPED} names their frames; "
+        "give a lower --learning_rate or a --max_grad_norm, and a --run_id_note"
+    )
+
+
+def write_weights(
+    folder: Path, run: TrainingRun, *, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]
+) -> None:
+    """An adapter folder, or where all weights are trained a checkpoint folder. tensors: the whole model's."""
+    processor = run.task.processor
+    given: dict[str, Any] = {"processor": processor, "statistics": processor.statistics}
+    if options["use_lora"]:
+        save_adapter(folder, run.vla, options=options, **given)
+    else:
+        save_checkpoint(
+            folder, run.vla, tensors=dict(tensors), tokenizer_from=run.task.base, dtype=torch.float32, **given
+        )
