@@ -1,8 +1,6 @@
 """curves.png from metrics.jsonl: a picture, also of a log that a crash cut off."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -59,13 +57,3 @@ def test_a_line_that_a_crash_cut_off_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{" + whole)
     with pytest.raises(ConfigError, match="line 1 is not valid JSON"):
         curves.read_metrics(tmp_path)
-
-
-def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(sys, "argv", ["curves", str(tmp_path)])
-    with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(curves.__file__, run_name="__main__")
-    assert "no rows in metrics.jsonl" in capsys.readouterr().err
-    write_rows(tmp_path, 3)
-    runpy.run_path(curves.__file__, run_name="__main__")
-    assert capsys.readouterr().out == f"{tmp_path / 'curves.png'}\n"

@@ -51,7 +51,7 @@ def run_steps(run: RunFolder, logger: Kept, clock: list[float], *, first: int = 
             with shown.paused("validation"):
                 clock[0] += 3600 * (done == 3)
             progress.step = done
-            shown.step(Metrics(1.5, 0.125, 0.75), HELD_OUT if done == 3 else {})
+            shown.step(Metrics(loss=1.5, l1_loss=0.75, action_accuracy=0.125), HELD_OUT if done == 3 else {})
         return str(shown.bar)
 
 
