@@ -81,6 +81,12 @@ class FinetuneConfig:
 
     # Actions that one query answers with. None: as many as the model to start from, 8 for a new head.
     num_actions_chunk: Positive | None = None
+    # Fields of the data set that are meant, where they don't have their usual names; docs/data.md says how to write them.
+    data_keys: str = ""
+    # How the data set writes its gripper's command. auto: found from the recorded values and said; none: its last number is no gripper.
+    gripper: str = "auto"
+    # Turn the data set's images by 180°: for data recorded upside down, as LIBERO's cameras give it.
+    rotate_images: bool = False
     # Folder of frame caches: what was read from the data sets once, about as large as they are.
     cache_dir: Path = WORKSPACE / "cache"
     # Compute activations again in the backward pass: same gradients, less memory. True: each block whole, a third slower. selective: only what is

@@ -51,7 +51,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cfg(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FinetuneConfig:
     """A run of four steps of four samples; every step is logged."""
     monkeypatch.setattr(
-        setup, "open_mixture", lambda *anything, cache_dir, **how: Mixture([FrameCache(place / "cache")], **how)
+        setup,
+        "open_mixture",
+        lambda root, name, *, seed, val_share, num_actions_chunk, **how: Mixture(
+            [FrameCache(place / "cache")], seed=seed, val_share=val_share, num_actions_chunk=num_actions_chunk
+        ),
     )
     return FinetuneConfig(
         data_root_dir=str(place),

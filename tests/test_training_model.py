@@ -39,7 +39,9 @@ def test_dtypes(cfg: FinetuneConfig, place: Path) -> None:
 def test_recomputing_on_a_packed_base_changes_nothing_and_the_plan_is_printed(
     cfg: FinetuneConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cfg = dataclasses.replace(cfg, max_steps=2, autocast="bfloat16", use_quantization=True, optimizer="paged_adamw_8bit")
+    cfg = dataclasses.replace(
+        cfg, max_steps=2, autocast="bfloat16", use_quantization=True, optimizer="paged_adamw_8bit"
+    )
     run = finetune.main(cfg)
     text = capsys.readouterr().out
     assert "memory plan, MiB: weights" in text and "gradient_checkpointing False" in text

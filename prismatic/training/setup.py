@@ -20,7 +20,7 @@ from prismatic.adapter import save_adapter
 from prismatic.checkpoint import load_tokenizer, save_checkpoint
 from prismatic.data.examples import PREFETCHED
 from prismatic.data.frames import Mixture
-from prismatic.data.mixture import open_mixture
+from prismatic.data.mixture import open_mixture, sentences
 from prismatic.dataset_statistics import load_statistics, statistics_key
 from prismatic.errors import ConfigError
 from prismatic.filenames import CONFIG, SKIPPED
@@ -46,6 +46,9 @@ class TaskOptions:
     vla_path: str
     data_root_dir: str
     dataset_name: str
+    data_keys: str
+    gripper: str
+    rotate_images: bool
     cache_dir: Path
     seed: int
     val_share: float
@@ -137,10 +140,13 @@ def open_task(options: TaskOptions, ranks: Ranks) -> Task:
     check_shared_memory(config, batch_size=options.batch_size, num_workers=options.num_workers)
     mixture = ranks.main_process_first(
         lambda: open_mixture(
-            resolve(options.data_root_dir, kind="dataset"), options.dataset_name, cache_dir=options.cache_dir, seed=options.seed,
-            val_share=options.val_share, num_actions_chunk=config.num_actions_chunk,
+            options.data_root_dir, options.dataset_name, cache_dir=options.cache_dir, seed=options.seed, val_share=options.val_share,
+            num_actions_chunk=config.num_actions_chunk, data_keys=options.data_keys, gripper=options.gripper,
+            rotate_images=options.rotate_images,
         )
     )  # fmt: skip
+    for cache in mixture.caches:
+        print(*sentences(cache, rotate_images=options.rotate_images), sep="\n")
     config, fingerprint = fit_to_data(config, mixture), weights.fingerprint(weights.stored_tensors(base))
     return Task(base, fingerprint, config, mixture, build_processor(base, config, mixture, fingerprint, options))
 
