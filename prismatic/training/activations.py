@@ -112,7 +112,7 @@ def _runs(
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         cos_sin = rotary(positions, text.hidden_size // text.num_attention_heads, text.rope_theta, x.dtype)
-        return llama.model.layers[0](x, cos_sin, None)
+        return llama.model.layers[0](x, cos_sin, None, None)
 
     def head(x: torch.Tensor) -> torch.Tensor:
         chosen = llama.lm_head(llama.model.norm(x)[:, -LABELS:].flatten(0, 1)).float()

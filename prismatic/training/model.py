@@ -88,7 +88,13 @@ def plan_training(
 
 
 def build_training_model(
-    base: Path, resumed: Path | None, config: VLAConfig, options: ModelOptions, *, checkpointing: memory.Checkpointing, ranks: Ranks
+    base: Path,
+    resumed: Path | None,
+    config: VLAConfig,
+    options: ModelOptions,
+    *,
+    checkpointing: memory.Checkpointing,
+    ranks: Ranks,
 ) -> VLA:
     """Base with adapter and head, or all of a model; from the run's last checkpoint (resumed) if there is one. A new head and a new adapter
     are drawn from torch's random numbers.
@@ -98,9 +104,7 @@ def build_training_model(
         vla = _with_adapter(base, resumed, config, precision, nf4=options.use_quantization, device=ranks.device)
     else:
         cut = (lambda vla: shard(vla, ranks)) if options.shard and ranks.size > 1 else None
-        vla = load_vla(
-            resumed or base, dtype=precision.base_dtype, device=ranks.device, shard=cut, **choice_of(config)
-        )
+        vla = load_vla(resumed or base, dtype=precision.base_dtype, device=ranks.device, shard=cut, **choice_of(config))
     lean_activations(vla)
     if checkpointing:
         checkpoint_activations(vla, selective=checkpointing == SELECTIVE)

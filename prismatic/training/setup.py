@@ -17,18 +17,20 @@ import torch
 from tqdm import tqdm
 
 from prismatic.adapter import save_adapter
-from prismatic.checkpoint import load_tokenizer, save_checkpoint
+from prismatic.checkpoint import save_checkpoint
 from prismatic.data.examples import PREFETCHED
 from prismatic.data.frames import Mixture
 from prismatic.data.mixture import open_mixture, sentences
 from prismatic.dataset_statistics import load_statistics, statistics_key
 from prismatic.errors import ConfigError
 from prismatic.filenames import CONFIG, SKIPPED
+from prismatic.head_files import model_config
 from prismatic.hub import resolve
 from prismatic.image import AUGMENTATIONS
 from prismatic.models import quantize, weights
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.processor import Processor, ProcessorConfig
+from prismatic.processor_files import load_tokenizer
 from prismatic.training.distributed import Ranks
 from prismatic.training.loggers import check_installed
 from prismatic.training.run_folder import RunFolder
@@ -152,24 +154,18 @@ def open_task(options: TaskOptions, ranks: Ranks) -> Task:
 
 
 def choose_model(base: Path, options: TaskOptions) -> VLAConfig:
-    """The base's config with what was asked for in its place; proprio_dim is 1 until the data says how many numbers a state has."""
+    """The base's config with what was asked for in its place; proprio_dim is 1 until the data says how many numbers a new state has."""
     quantize.refuse(base / CONFIG, "training needs weights that are not")
-    config = VLAConfig.from_json(base / CONFIG)
-    head: Any = options.action_head or config.action_head
-    chunk = options.num_actions_chunk or (config.num_actions_chunk if config.num_actions_chunk > 1 else OFT_CHUNK)
-    if head == "tokens":
-        if options.num_actions_chunk not in (None, 1):
-            raise ConfigError(
-                f"--num_actions_chunk {options.num_actions_chunk}: a token head gives one action, leave it out"
-            )
-        chunk = 1
-    reads_state = bool(config.proprio_dim) if options.use_proprio is None else options.use_proprio
+    given = {"action_head": options.action_head, "num_images_in_input": options.num_images_in_input}
+    found, chunk = model_config(base, new_heads=True, **given), options.num_actions_chunk
+    tokens = found.action_head == "tokens"
+    if tokens and chunk not in (None, 1):
+        raise ConfigError(f"--num_actions_chunk {chunk}: --action_head tokens gives one action at a time, leave it out")
+    if chunk is None:
+        chunk = 1 if tokens else OFT_CHUNK if found.num_actions_chunk == 1 else found.num_actions_chunk
+    reads_state = bool(found.proprio_dim) if options.use_proprio is None else options.use_proprio
     return dataclasses.replace(
-        config,
-        action_head=head,
-        num_actions_chunk=chunk,
-        num_images_in_input=options.num_images_in_input or config.num_images_in_input,
-        proprio_dim=(config.proprio_dim or 1) if reads_state else 0,
+        found, num_actions_chunk=chunk, proprio_dim=(found.proprio_dim or 1) if reads_state else 0
     )
 
 
@@ -198,6 +194,11 @@ def build_processor(
     """What the run learns with, and its policy will act with."""
     names = [cache.name for cache in mixture.caches]
     statistics = mixture.statistics
+    if (
+        not config.proprio_dim
+    ):  # zeros as in OpenVLA's own files: a folder with statistics of a state is taken for one that reads it
+        zeros = {name: [0.0] * config.action_dim for name in ("mean", "std", "max", "min", "q01", "q99")}
+        statistics = {name: entry | {"proprio": zeros} for name, entry in statistics.items()}
     if options.action_statistics == "base":
         learnt = load_statistics(base)
         statistics = dict.fromkeys(names, learnt[statistics_key(learnt, None, base)])

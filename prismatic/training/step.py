@@ -92,7 +92,7 @@ def action_errors(out: VLAOutput, batch: Batch, tokenizer: ActionTokenizer) -> A
 
 def inputs_of(batch: Batch) -> dict[str, torch.Tensor | None]:
     """What VLA.forward takes of a batch, by name."""
-    return {name: getattr(batch, name) for name in ("input_ids", "attention_mask", "pixel_values", "labels")}
+    return vars(batch)
 
 
 def measure(loss: float, errors: ActionErrors) -> Metrics:
