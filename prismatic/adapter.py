@@ -13,12 +13,13 @@ from typing import Any
 import peft
 import torch
 
-from prismatic.errors import ConfigError, read_json
+from prismatic.adapter_config import read_adapter_config
+from prismatic.errors import ConfigError
 from prismatic.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIONS, PROCESSOR, STATISTICS, VERSIONS
 from prismatic.head_files import save_heads
 from prismatic.models import weights
 from prismatic.models.heads import HEADS
-from prismatic.models.lora import ADAPTER, FILE_PREFIX, inject, lora_config, lora_layers, lora_state_dict
+from prismatic.models.lora import ADAPTER, FILE_PREFIX, inject, lora_layers, lora_state_dict
 from prismatic.models.vla import VLA
 from prismatic.processor import Processor
 from prismatic.versions import versions
@@ -29,16 +30,6 @@ PLAIN_FIELDS = {  # fields of adapter_config.json that peft 0.11.1 knows and tha
     "megatron_config": None, "megatron_core": "megatron.core", "modules_to_save": None, "peft_type": "LORA", "rank_pattern": {},
     "revision": None, "task_type": None, "use_dora": False, "use_rslora": False,
 }  # fmt: skip
-MUST_BE_PLAIN = (
-    "peft_type",
-    "bias",
-    "fan_in_fan_out",
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_dora",
-    "use_rslora",
-)
 
 
 def save_adapter(
@@ -77,23 +68,13 @@ def load_adapter(vla: VLA, folder: Path, *, dtype: torch.dtype) -> VLA:
 
     ConfigError, before vla is changed, for a kind of adapter that this is not, or tensors that don't fit.
     """
-    config = _read_config(folder)
-    stored = {
-        name.removeprefix(FILE_PREFIX): tensor
-        for name, tensor in weights.read_safetensors(folder / ADAPTER_WEIGHTS)
-        if ".base_layer." not in name
-    }
+    stored = _stored_halves(vla, folder)
+    lora = read_adapter_config(folder, {name.partition(".lora_")[0] for name in stored})
     if "lora_A" in "".join(name for name, _ in vla.named_parameters()):
         raise ConfigError(
             f"{folder} can't go onto a model that has an adapter already: merge that one first with export.py"
         )
-    lora = lora_config(
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout", 0.0),
-        target_modules=config["target_modules"],
-    )
-    expected = _expected_shapes(vla, lora)
+    expected = _expected_shapes(vla, lora, folder)
     weights.check_names(expected, stored, folder)
     inject(vla, lora)
     parameters = dict(vla.named_parameters())
@@ -104,26 +85,29 @@ def load_adapter(vla: VLA, folder: Path, *, dtype: torch.dtype) -> VLA:
     return vla
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / ADAPTER_CONFIG)
-    for name in MUST_BE_PLAIN:
-        if config.get(name) and config[name] != PLAIN_FIELDS[name]:
-            raise ConfigError(
-                f"{folder / ADAPTER_CONFIG}: {name} is {config[name]!r}, but only plain LoRA ({PLAIN_FIELDS[name]!r}) is built here"
-            )
-    for name in ("r", "lora_alpha"):
-        if not isinstance(config.get(name), int):
-            raise ConfigError(f"{folder / ADAPTER_CONFIG}: {name} is {config.get(name)!r}, not a whole number")
-    if not isinstance(config.get("target_modules"), list):
-        raise ConfigError(
-            f"{folder / ADAPTER_CONFIG}: target_modules must be a list of module names, as the original writes it"
-        )
-    return config
+def _stored_halves(vla: VLA, folder: Path) -> dict[str, weights.StoredTensor]:
+    """The adapter's own tensors. peft adds some of the base's (lm_head, where that is adapted): they tell whether this is that base."""
+    stored = {name.removeprefix(FILE_PREFIX): tensor for name, tensor in weights.adapter_tensors(folder).items()}
+    base = vla.state_dict()
+    for name in [name for name in stored if ".lora_" not in name]:
+        there = base.get(name.replace(".base_layer.", "."))
+        if there is not None:
+            kept = stored.pop(name).read()
+            if not hasattr(
+                there, "placements"
+            ):  # one that is cut up among processes is looked at by the first of them alone
+                weights.check_equal(name, kept, there, folder)
+    return stored
 
 
-def _expected_shapes(vla: VLA, lora: peft.LoraConfig) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(vla: VLA, lora: peft.LoraConfig, folder: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes that an adapter of this kind has, found by adapting an empty model of the same config."""
     with torch.device("meta"):
         empty = VLA(vla.config)
-        inject(empty, lora)
+        try:
+            inject(empty, lora)
+        except ValueError as error:  # no such module
+            raise ConfigError(
+                f"{folder / ADAPTER_CONFIG}: {str(error).splitlines()[0]}: give the adapter's own base"
+            ) from None
     return {name.removeprefix(FILE_PREFIX): tuple(tensor.shape) for name, tensor in lora_state_dict(empty).items()}

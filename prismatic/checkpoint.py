@@ -9,15 +9,14 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
 
-from prismatic.errors import ConfigError, read_json
+from prismatic.errors import ConfigError
 from prismatic.filenames import (
     ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     CONFIG,
     PREPROCESSOR,
     PROCESSOR,
@@ -35,6 +34,8 @@ from prismatic.models.vla import VLA
 from prismatic.policy import VLAPolicy
 from prismatic.processor import Processor, ProcessorConfig
 from prismatic.processor_files import load_processor, preprocessor_json
+from prismatic.ranges import expanded
+from prismatic.records import read_record
 
 
 def load_vla(
@@ -223,16 +224,21 @@ def load_policy(
 
 def adapter_fingerprint(folder: Path) -> str:
     """Hash of an adapter's tensors and heads, whatever else lies in its folder."""
-    return weights.fingerprint(dict(weights.read_safetensors(folder / ADAPTER_WEIGHTS)) | stored_heads(folder))
+    return weights.fingerprint(weights.adapter_tensors(folder) | stored_heads(folder))
+
+
+class _Base(TypedDict, total=False):
+    base_model_name_or_path: str | None
 
 
 def adapter_base(folder: Path) -> str:
     """The base model's folder or id that an adapter names; a relative folder is looked for beside the adapter, then from here."""
-    name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    name = read_record(folder / ADAPTER_CONFIG, _Base).get("base_model_name_or_path")
     if not name:
         raise ConfigError(
             f"{folder / ADAPTER_CONFIG} names no base model: give the base and --lora_checkpoint {folder}"
         )
+    name = expanded(name)
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise ConfigError(
             f"{folder} was trained on {name}, which is not there any more: give the base and --lora_checkpoint {folder}"

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from prismatic.errors import ConfigError
-from prismatic.filenames import NATIVE_WEIGHTS, WEIGHTS, WEIGHTS_INDEX
+from prismatic.filenames import ADAPTER_WEIGHTS, ADAPTER_WEIGHTS_BIN, NATIVE_WEIGHTS, WEIGHTS, WEIGHTS_INDEX
 from prismatic.models import nf4
 from prismatic.records import read_record
 from prismatic.sums import check_sum
@@ -113,6 +113,31 @@ def read_safetensors(path: Path) -> Iterable[tuple[str, StoredTensor]]:
     for name in handle.keys():  # noqa: SIM118  (no dict: it can't be iterated itself)
         shape = tuple(handle.get_slice(name).get_shape())
         yield name, StoredTensor(path, shape, lambda name=name: handle.get_tensor(name))
+
+
+def adapter_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of an adapter folder under peft's name: adapter_model.safetensors, or the .bin of older versions, read without running code."""
+    if (folder / ADAPTER_WEIGHTS).exists() or not (folder / ADAPTER_WEIGHTS_BIN).is_file():
+        return dict(read_safetensors(folder / ADAPTER_WEIGHTS))
+    path = folder / ADAPTER_WEIGHTS_BIN
+    check_sum(path)
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return {name: StoredTensor(path, tuple(tensor.shape), lambda t=tensor: t) for name, tensor in tensors.items()}
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        raise ConfigError(f"{path} is damaged ({str(error).splitlines()[0]}): copy it again") from None
+
+
+def check_equal(name: str, kept: torch.Tensor, there: torch.Tensor, adapter: Path) -> None:
+    """ConfigError unless a tensor of the base that an adapter's file holds is the one that the base has, but for rounding."""
+    kept, there = kept.cpu(), there.detach().cpu()
+    half = next((t.dtype for t in (kept, there) if t.dtype != torch.float32), torch.float32)
+    tolerated = 0.001 if kept.dtype == there.dtype else 0.1  # share of values: rounded twice, a few differ
+    if kept.shape != there.shape or (kept.to(half) != there.to(half)).float().mean() > tolerated:
+        raise ConfigError(
+            f"{adapter} was trained on another base: its file holds that one's {name}, which differs from this one's: give that base, "
+            "not one with the adapter merged into it already"
+        )
 
 
 def _native_tensors(path: Path) -> dict[str, StoredTensor]:
