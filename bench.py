@@ -1,4 +1,4 @@
-"""Measure: `python bench.py load | train | memory | data | eval | precision | infer | serve`. One table, and the same as JSON with --json FILE.
+"""Measure: `python bench.py load | train | memory | data | eval | precision | infer | serve | gpu`. One table, and the same as JSON with --json FILE.
 
 python bench.py load                              a full-size folder with random weights (15 GB of disk, 16 GB of memory)
 python bench.py load --checkpoint FOLDER          a folder of yours
@@ -7,11 +7,19 @@ python bench.py memory                            what fits on which card, plann
 python bench.py data                              an RLDS set as large as LIBERO-Spatial: its cache, the loader, host memory
 python bench.py eval --workers 2 4                episodes an hour: simulators side by side against one alone
 python bench.py precision --checkpoint FOLDER --data_root_dir DATA --dataset_name NAME      what quantising changes
+python bench.py gpu --out FOLDER                 everything that a rented GPU can tell, in ten minutes (its own --help)
 python bench.py infer --plot latency.png          time and memory of an action: full size and random on a GPU, the small model on a CPU
 python bench.py serve                             serve.py under load: latency, throughput, memory, and hostile requests
 """
 
 import os
+import sys
+
+if __name__ == "__main__" and sys.argv[1:2] == ["gpu"]:  # before the imports that a rented machine may lack
+    from prismatic.bench import gpu
+
+    sys.exit(gpu.main(sys.argv[2:]))
+
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path

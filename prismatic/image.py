@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 
 JPEG_QUALITY = 95  # of 100; chroma 4:2:0: the settings of tf.image.encode_jpeg
@@ -34,6 +33,8 @@ def encode_jpeg(frame: np.ndarray) -> bytes:
 
 def decode_jpeg(data: bytes) -> np.ndarray:
     """JPEG bytes → (H, W, 3) uint8, bit-equal to tf.io.decode_image. ValueError if the bytes are no JPEG."""
+    import simplejpeg  # here: bench.py gpu runs where it is not installed
+
     return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True, fastupsample=False)
 
 

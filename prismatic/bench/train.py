@@ -21,13 +21,14 @@ from prismatic.bench.memory import WORDS
 from prismatic.bench.plain import PlainVLA
 from prismatic.bench.random_model import random_model
 from prismatic.errors import ConfigError
-from prismatic.models.checkpointing import checkpoint_activations, compile_blocks
+from prismatic.models.checkpointing import checkpoint_activations, compile_blocks, lean_activations
 from prismatic.models.llama import LlamaConfig
 from prismatic.models.lora import add_lora
 from prismatic.models.lora_dtype import compute_in_base_dtype
 from prismatic.models.vla import DINO_ID, IGNORE, SIGLIP_ID, VLA, VLAConfig
 from prismatic.training.activations import LABELS
 from prismatic.training.live_bytes import LiveBytes
+from prismatic.training.memory import Checkpointing
 from prismatic.training.optimizer import make_optimizer
 
 PLAIN, OURS = "plain", "ours"
@@ -84,7 +85,7 @@ def with_adapter(model: nn.Module, bench: Bench) -> Any:
     return model.train()
 
 
-def ours(base: VLA, bench: Bench, *, checkpointing: bool, compiled: bool = False) -> VLA:
+def ours(base: VLA, bench: Bench, *, checkpointing: Checkpointing, compiled: bool = False) -> VLA:
     """Our way on the base's weights: one copy of them, a structure of its own."""
     if any(type(module).__name__ == "Linear4bit" for module in base.modules()):
         vla = base
@@ -95,8 +96,9 @@ def ours(base: VLA, bench: Bench, *, checkpointing: bool, compiled: bool = False
     with_adapter(vla, bench)
     if bench.dtype != torch.float32:
         compute_in_base_dtype(vla)
+    lean_activations(vla)
     if checkpointing:
-        checkpoint_activations(vla)
+        checkpoint_activations(vla, selective=checkpointing == "selective")
     if compiled:
         compile_blocks(vla)
     return vla

@@ -1,0 +1,176 @@
+"""Everything that a rented GPU can tell, within minutes: `python bench.py gpu --out FOLDER [--minutes 10]`.
+
+Each row runs in a process of its own (gpu_rows.py) with a timeout of its own, the most telling first; what it measures is a JSON line in
+FOLDER/rows.jsonl, flushed as it comes, and at the end (also of Ctrl-C) FOLDER/table.md holds whatever there is. Needs torch, transformers, timm
+and peft; what else is missing is taken from a folder of wheels (--wheels). Without a GPU the rows run on the CPU with the small model, as a check.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from prismatic.errors import ConfigError, exit_codes
+
+REPOSITORY = Path(__file__).parents[2]
+ROWS = {  # name → seconds that it may take on an H100, a start of about 15 included
+    "environment": 60, "equal": 90, "products": 60,
+    "act plain": 60, "act eager": 60, "act compiled": 300, "act plain compiled": 240, "profile": 90,
+    "train plain 1": 60, "train ours 1": 60, "train plain 4": 60, "train ours 4": 60, "train compiled 4": 150, "train plain 8": 60,
+    "train ours 8": 60, "train compiled 1": 150, "train compiled 8": 150,
+    "act int8": 240, "act int4": 240, "act batch 8": 150, "act batch 16": 150, "act batch 32": 150,
+    "train NF4": 90, "finetune": 240,
+}  # fmt: skip
+NEEDED = ("timm", "peft", "transformers", "safetensors", "msgspec", "tqdm", "PIL")  # modules, beside torch and numpy
+PACKAGES = {"PIL": "pillow"}  # where a package is not called as its module
+LINES, TABLE, LOGS, INSTALLED, COMPILED = "rows.jsonl", "table.md", "logs", "packages", "inductor"
+GRACE_SECONDS = 5  # from the end of a process to the last line of its output
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the rows; 0 if all of them ran, 1 if one failed or was left out, 2 for wrong arguments."""
+    with exit_codes():
+        options = _parse(arguments)
+        for folder in (options.out, options.out / LOGS):
+            folder.mkdir(parents=True, exist_ok=True)
+        environment = _environment(options)
+        (options.out / LINES).unlink(missing_ok=True)
+        end, failed = time.monotonic() + 60 * options.minutes, 0
+        try:
+            for name in options.rows or ROWS:
+                failed += not _run(name, options, environment, end)
+        finally:
+            _write_table(options.out)
+        return int(failed > 0)
+    return 1
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench.py gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for rows.jsonl, table.md and logs")
+    parser.add_argument("--minutes", type=float, default=10.0, help="no row starts, and none goes on, after that")
+    parser.add_argument("--rows", nargs="*", help="only these rows, such as: environment 'act plain'")
+    parser.add_argument(
+        "--wheels", type=Path, help="folder of wheels from which missing packages are installed into --out"
+    )
+    parser.add_argument("--memory_cap_gib", type=float, default=22.0, help="GPU memory that training may take, GiB")
+    parser.add_argument("--data_root_dir", type=Path, help="folder of data sets for the row finetune")
+    parser.add_argument("--dataset_name", default="libero_spatial_no_noops", help="data set in it")
+    options = parser.parse_args(arguments)
+    if not 0 < options.minutes < float("inf") or not 0 < options.memory_cap_gib < float("inf"):
+        raise ConfigError("--minutes and --memory_cap_gib must be numbers above 0")
+    if options.out.exists() and not options.out.is_dir():
+        raise ConfigError(f"--out {options.out} is a file: give the name of a folder")
+    if unknown := set(options.rows or ()) - set(ROWS):
+        raise ConfigError(f"--rows: there is no {sorted(unknown)[0]!r}, only {', '.join(ROWS)}")
+    if options.wheels and not options.wheels.is_dir():
+        raise ConfigError(f"--wheels {options.wheels} is no folder: give the one that holds the wheels")
+    return options
+
+
+def _environment(options: argparse.Namespace) -> dict[str, str]:
+    """What the rows' processes run with: packages out of the wheels, compiled code kept from row to row. ConfigError for a missing package."""
+    installed = (options.out / INSTALLED).resolve()
+    paths = [str(REPOSITORY), str(installed), os.environ.get("PYTHONPATH", "")]
+    for module in NEEDED:
+        if importlib.util.find_spec(module) or (installed / module).exists():
+            continue
+        package = PACKAGES.get(module, module)
+        if options.wheels is None:
+            raise ConfigError(
+                f"{package} is not installed: install it, or give a folder that holds its wheel as --wheels"
+            )
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+        command += ["--find-links", str(options.wheels), "--target", str(installed), package]
+        if subprocess.run(command).returncode:
+            raise ConfigError(f"{package} can't be installed from --wheels {options.wheels}: put its wheel there")
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "TORCHINDUCTOR_CACHE_DIR": str((options.out / COMPILED).resolve()),
+        "MEMORY_CAP_GIB": str(options.memory_cap_gib),
+        "DATASET_NAME": options.dataset_name,
+        "DATA_ROOT_DIR": str(options.data_root_dir.resolve()) if options.data_root_dir else "",
+    }
+
+
+def _run(name: str, options: argparse.Namespace, environment: dict[str, str], end: float) -> bool:
+    """One row in its own process group; whether it ended well. Its lines are kept as they come."""
+    lines, began = options.out / LINES, time.monotonic()
+    seconds = min(ROWS[name], end - began)
+    if seconds <= 0:
+        _keep(lines, {"row": name, "status": "left out", "reason": f"--minutes {options.minutes:g} were over"})
+        return False
+    print(f"{name}: at most {seconds:.0f} s", file=sys.stderr, flush=True)
+    log = options.out / LOGS / f"{name.replace(' ', '-')}.log"
+    command = [sys.executable, "-m", "prismatic.bench.gpu_rows", name]
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        )
+        reader = threading.Thread(target=_follow, args=(process, name, lines), daemon=True)
+        reader.start()
+        try:
+            code = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it started too: compilers
+            process.wait()
+            reader.join(GRACE_SECONDS)
+    status: dict[str, Any] = {"row": name, "status": "ok", "seconds": round(time.monotonic() - began, 1)}
+    if code is None:
+        status |= {"status": "timeout", "reason": f"not done after {seconds:.0f} s"}
+    elif code:
+        last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
+        status |= {"status": "failed", "reason": last[0] if last else f"exit code {code}"}
+    _keep(lines, status)
+    return code == 0
+
+
+def _follow(process: "subprocess.Popen[str]", name: str, lines: Path) -> None:
+    for line in process.stdout or ():
+        with contextlib.suppress(ValueError):  # a library's own print
+            if isinstance(measured := json.loads(line), dict):
+                _keep(lines, {"row": name, **measured})
+
+
+def _keep(lines: Path, row: dict[str, Any]) -> None:
+    with lines.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The rows as Markdown, a line each; of a row that ended well only what it measured."""
+    yield "| row | measured |\n|---|---|"
+    for row in rows:
+        facts = {key: value for key, value in row.items() if key != "row"}
+        if facts.get("status") == "ok":
+            continue
+        yield f"| {row['row']} | " + ", ".join(f"{k} {v}" for k, v in facts.items()).replace("|", "/") + " |"
+
+
+def _write_table(out: Path) -> None:
+    path = out / LINES
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    text = "\n".join(table(rows)) + "\n"
+    (out / TABLE).write_text(text)
+    print(text, end="")

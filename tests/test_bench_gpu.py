@@ -1,0 +1,101 @@
+"""bench.py gpu: every row runs here with the small model; what fails, hangs or is over time costs its own row alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from prismatic.bench import ceilings, gpu, gpu_rows
+from tests.conftest import REPOSITORY
+
+# What a rented machine lacks.
+ABSENT = ("tyro", "tensorflow", "torchao", "bitsandbytes", "simplejpeg", "libero", "robosuite", "mujoco")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "CPU_BYTES", 10**7)
+    monkeypatch.setattr(ceilings, "CPU_SIDE", 256)
+    monkeypatch.setattr(gpu_rows, "ROUNDS", 1)
+
+
+def measured(name: str) -> list[dict]:
+    torch._dynamo.reset()
+    rows = list(gpu_rows.measure(name))
+    json.dumps(rows)
+    return rows
+
+
+def test_the_small_model_is_the_same_everywhere() -> None:
+    tokens, gradient, compiled, int8, int4 = measured("equal")
+    assert tokens["%"] == compiled["tokens equal to eager, %"] == 100 and compiled["drafts change nothing"]
+    assert gradient["value"] < 1e-5 and compiled["decoder"] == "compiled"
+    assert int8["value"] < 1e-4 and int4["value"] < 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in gpu.ROWS if name not in ("equal", "train NF4", "finetune")])
+def test_each_row_measures_something(name: str) -> None:
+    rows = measured(name)
+    numbers = {"act": "ms", "train": "samples/s", "products": "ms", "profile": "kernels", "environment": "GB/s"}
+    assert rows[-1][numbers[name.split()[0]]] > 0
+    if name in ("act compiled", "act int8"):
+        assert rows[-1]["draft"] and rows[-1]["forward passes"] == 2 <= rows[-2]["forward passes"]
+
+
+def test_without_what_it_needs_a_row_says_so() -> None:
+    assert measured("finetune") == [{"result": "left out: give a data set with --data_root_dir"}]
+
+
+def absent(folder: Path) -> dict[str, str]:
+    """An environment in which those packages are not installed."""
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({ABSENT}))\n")
+    return {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+
+
+def test_the_command_needs_no_more_than_a_rented_machine_has(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "bench.py", "gpu", "--out", str(out), "--rows", "environment", "products"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=absent(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (out / gpu.LINES).read_text().splitlines()]
+    assert [row["row"] for row in rows if row.get("status") == "ok"] == ["environment", "products"]
+    assert {row["weights"] for row in rows if "weights" in row} == {"float32", "int8", "int4", "int8, W8A8"}
+    assert done.stdout == (out / gpu.TABLE).read_text() and "| products | weights int8, rows 6, ms " in done.stdout
+
+
+def test_a_row_that_fails_hangs_or_comes_too_late_costs_itself_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    room = tmp_path / "room" / "prismatic" / "bench"
+    room.mkdir(parents=True)
+    (room.parent / "__init__.py").touch()
+    (room / "__init__.py").touch()
+    (room / "gpu_rows.py").write_text(
+        "import sys, time\nprint('{\"ms\": 1}', flush=True)\nname = sys.argv[1]\n"
+        "time.sleep(60 if name == 'products' else 0)\nassert name != 'equal', 'no such kernel'\n"
+    )
+    monkeypatch.setattr(gpu, "REPOSITORY", tmp_path / "room")
+    monkeypatch.setattr(gpu, "ROWS", {"environment": 30, "equal": 30, "products": 3, "profile": 0})
+    assert gpu.main(["--out", str(tmp_path / "out")]) == 1
+    rows = [json.loads(line) for line in (tmp_path / "out" / gpu.LINES).read_text().splitlines()]
+    assert [row["row"] for row in rows if row.get("ms")] == ["environment", "equal", "products"]
+    status = {row["row"]: (row["status"], row.get("reason", "")) for row in rows if "status" in row}
+    assert status["environment"] == ("ok", "") and status["products"] == ("timeout", "not done after 3 s")
+    assert status["equal"] == ("failed", "AssertionError: no such kernel") and status["profile"][0] == "left out"
+    assert capsys.readouterr().out.count("\n") == 2 + 3 + 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(["--minutes", "0"], "--minutes"), (["--rows", "nothing"], "nothing"), (["--wheels", "nowhere"], "--wheels")],
+)
+def test_wrong_arguments_are_one_sentence(
+    arguments: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main(["--out", str(tmp_path / "out"), *arguments])
+    assert stopped.value.code == 2 and named in capsys.readouterr().err and not (tmp_path / "out").exists()
