@@ -19,9 +19,11 @@ from transformers import PreTrainedTokenizerFast
 
 from action_tokenizer import ActionTokenizer
 from prismatic import image, normalize
-from prismatic.errors import ConfigError, read_json
+from prismatic.errors import ConfigError
 from prismatic.image import Augmentation
 from prismatic.models.vla import IGNORE, ActionHead, VLAConfig
+from prismatic.ranges import Count, Positive
+from prismatic.records import read_object, read_record
 
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 IMAGE_MARK = "<image>"  # the original takes it out of recorded instructions, not of live ones
@@ -32,6 +34,8 @@ DINO_MEAN, DINO_STD = (
 )  # rounded to bfloat16 by OpenVLA's export
 SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 FORMAT = 1  # of processor.json
+RESTORE = "restore it from a copy of the folder"
+Colours = tuple[float, float, float]  # red, green, blue
 
 
 _OPENVLA_7B = VLAConfig()  # the numbers below are the model's: they stand there, once
@@ -45,20 +49,20 @@ class ProcessorConfig:
         str | None
     )  # which entry of dataset_statistics.json; None: it learnt from several, and acting has to name one
     center_crop: bool  # True if it learnt with random crops
-    image_size: int = _OPENVLA_7B.image_size  # pixels a side
-    num_images_in_input: int = _OPENVLA_7B.num_images_in_input  # 2: agentview and wrist
+    image_size: Positive = _OPENVLA_7B.image_size  # pixels a side
+    num_images_in_input: Positive = _OPENVLA_7B.num_images_in_input  # 2: agentview and wrist
     action_head: ActionHead = _OPENVLA_7B.action_head
-    num_actions_chunk: int = _OPENVLA_7B.num_actions_chunk
-    proprio_dim: int = _OPENVLA_7B.proprio_dim  # 0: reads no state
+    num_actions_chunk: Positive = _OPENVLA_7B.num_actions_chunk
+    proprio_dim: Count = _OPENVLA_7B.proprio_dim  # 0: reads no state
     stop_token: bool = _OPENVLA_7B.stop_token
-    means: tuple[tuple[float, ...], ...] = (DINO_MEAN, SIGLIP_MEAN)
-    stds: tuple[tuple[float, ...], ...] = (DINO_STD, SIGLIP_STD)
-    vocab_size: int = _OPENVLA_7B.vocab_size
-    n_action_bins: int = _OPENVLA_7B.n_action_bins
-    bos_token_id: int = _OPENVLA_7B.bos_token_id
-    eos_token_id: int = _OPENVLA_7B.eos_token_id
-    pad_token_id: int = _OPENVLA_7B.pad_token_id
-    empty_token_id: int = _OPENVLA_7B.empty_token_id
+    means: tuple[Colours, Colours] = (DINO_MEAN, SIGLIP_MEAN)
+    stds: tuple[Colours, Colours] = (DINO_STD, SIGLIP_STD)
+    vocab_size: Positive = _OPENVLA_7B.vocab_size
+    n_action_bins: Positive = _OPENVLA_7B.n_action_bins
+    bos_token_id: Count = _OPENVLA_7B.bos_token_id
+    eos_token_id: Count = _OPENVLA_7B.eos_token_id
+    pad_token_id: Count = _OPENVLA_7B.pad_token_id
+    empty_token_id: Count = _OPENVLA_7B.empty_token_id
     base_model: str = ""  # id or folder of the weights it was made with
     base_fingerprint: str = ""
     merged_adapter: str = ""  # fingerprint of the adapter that was folded into these weights
@@ -72,18 +76,20 @@ class ProcessorConfig:
 
     @classmethod
     def load(cls, path: Path) -> "ProcessorConfig":
-        """Read processor.json; ConfigError if it is damaged or of a later format."""
-        try:
-            raw = read_json(path)
-            if raw.get("format") != FORMAT:
-                raise ConfigError(
-                    f"{path} has format {raw.get('format')}, this version reads {FORMAT}: update the repository"
-                )
-            for name in ("means", "stds"):
-                raw[name] = tuple(tuple(row) for row in raw[name])
-            return cls(**raw)
-        except (TypeError, KeyError) as error:
-            raise ConfigError(f"{path} is damaged ({error}): restore it from a copy of the adapter") from None
+        """Read processor.json; ConfigError that names the field where it makes no sense, or is of a later format."""
+        raw = read_object(path, way_out=RESTORE)
+        if raw.get("format") != FORMAT:
+            raise ConfigError(
+                f"{path} has format {raw.get('format')}, this version reads {FORMAT}: update the repository"
+            )
+        if unknown := sorted({*raw} - {f.name for f in dataclasses.fields(cls)}):
+            raise ConfigError(
+                f"{path} has a field {unknown[0]!r:.40}, which this version doesn't know: update the repository"
+            )
+        config = read_record(path, cls, way_out=RESTORE)
+        if not all(deviation > 0 for tower in config.stds for deviation in tower):
+            raise ConfigError(f"{path}: stds has a value that is not above 0: {RESTORE}")
+        return config
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)

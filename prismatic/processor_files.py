@@ -7,15 +7,18 @@ foreign one needs `unnorm_key` where it has several statistics, and `center_crop
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from transformers import PreTrainedTokenizerFast
 
 from prismatic.dataset_statistics import COPY, check_entry, load_statistics, statistics_key
-from prismatic.errors import ConfigError, read_json
+from prismatic.errors import ConfigError
 from prismatic.filenames import PREPROCESSOR, PROCESSOR, STATISTICS, TOKENIZER
 from prismatic.head_files import model_config
-from prismatic.processor import Processor, ProcessorConfig
+from prismatic.processor import PROMPT, Colours, Processor, ProcessorConfig
+from prismatic.records import read_record
+
+EMPTY_TOKEN = "▁"  # Llama-2's, which stands between the prompt and the action
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -67,7 +70,28 @@ def load_processor(
         where = f"{statistics_home / STATISTICS}, {config.unnorm_key}"
         check_entry(statistics[config.unnorm_key], where, state=config.proprio_dim > 0)
         _check_state(statistics[config.unnorm_key], config.proprio_dim, where)
-    return Processor(config, load_tokenizer(checkpoint), statistics)
+    tokenizer = load_tokenizer(checkpoint)
+    check_tokenizer(tokenizer, config, checkpoint / TOKENIZER)
+    return Processor(config, tokenizer, statistics)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: ProcessorConfig, path: Path) -> None:
+    """ConfigError unless a tokenizer is the model's own: BOS first, each id within the table, the empty token where the config has it."""
+    other = f"{path} is another model's tokenizer"
+    ids = tokenizer(PROMPT.format(instruction="pick up the bowl")).input_ids
+    if not ids or ids[0] != config.bos_token_id:
+        raise ConfigError(
+            f"{other}: a prompt begins with id {ids[:1]}, not with BOS, {config.bos_token_id}: copy this model's"
+        )
+    highest = max(tokenizer.get_vocab().values())
+    if highest > max(config.vocab_size - 1, config.pad_token_id):
+        raise ConfigError(
+            f"{other}: its highest id is {highest}, the model has {config.vocab_size} tokens: copy this model's"
+        )
+    if (token := tokenizer.convert_ids_to_tokens(config.empty_token_id)) != EMPTY_TOKEN:
+        raise ConfigError(
+            f"{other}: id {config.empty_token_id} is {token!r}, not the empty token {EMPTY_TOKEN!r}: copy this model's"
+        )
 
 
 def _check_state(entry: Mapping[str, Any], proprio_dim: int, where: str) -> None:
@@ -80,17 +104,28 @@ def _check_state(entry: Mapping[str, Any], proprio_dim: int, where: str) -> None
         raise ConfigError(f"{where}: proprio has {found}, but the model reads a state of {proprio_dim}: {COPY}")
 
 
+class _Constants(TypedDict):
+    mean: Colours
+    std: Colours
+
+
+class _Preprocessor(TypedDict):
+    """The part of preprocessor_config.json that is read: the constants of two towers."""
+
+    tvf_normalize_params: tuple[_Constants, _Constants]
+
+
 def _preprocessor(folder: Path) -> dict[str, Any]:
     """Means and deviations of preprocessor_config.json; `tvf_normalize_params` holds the numbers that were in force."""
     path = folder / PREPROCESSOR
     if not path.exists():
         return {}
-    towers = read_json(path).get("tvf_normalize_params", [])
-    if len(towers) != 2:
+    towers = read_record(path, _Preprocessor)["tvf_normalize_params"]
+    if not all(deviation > 0 for tower in towers for deviation in tower["std"]):
         raise ConfigError(
-            f"{path}: tvf_normalize_params must hold the constants of two towers: copy it again from the checkpoint"
+            f"{path}: tvf_normalize_params has a std that is not above 0: copy it again from the checkpoint"
         )
-    return {"means": tuple(tuple(t["mean"]) for t in towers), "stds": tuple(tuple(t["std"]) for t in towers)}
+    return {"means": tuple(tower["mean"] for tower in towers), "stds": tuple(tower["std"] for tower in towers)}
 
 
 def preprocessor_json(config: ProcessorConfig) -> dict[str, Any]:

@@ -1,0 +1,91 @@
+"""processor.json, preprocessor_config.json and tokenizer.json of anybody: a Processor that makes sense, or one sentence."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from prismatic.errors import ConfigError
+from prismatic.filenames import PREPROCESSOR, PROCESSOR, TOKENIZER
+from prismatic.processor import ProcessorConfig
+from prismatic.processor_files import load_processor
+from tests.conftest import REPOSITORY
+from tests.odd_values import JSON_VALUES
+
+TINY = REPOSITORY / "checkpoints" / "openvla-tiny"
+GOOD: dict[str, Any] = json.loads((TINY / PROCESSOR).read_text())
+ANOTHER_TOKENIZER = REPOSITORY / "tests" / "reference" / "checkpoint" / TOKENIZER
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shutil.copytree(TINY, tmp_path / "checkpoint", ignore=shutil.ignore_patterns("*.safetensors"))
+    return tmp_path / "checkpoint"
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_processor(folder)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"center_crop": None}, {"center_crop": 1}, {"center_crop": "true"}, {"means": [[0.5, 0.5, 0.5]]}, {"means": [[0.5] * 3, [0.5] * 2]},
+        {"means": None}, {"stds": [[0.5] * 3, [0.0] * 3]}, {"stds": [[0.5] * 3, [-0.5] * 3]}, {"stds": "abc"}, {"image_size": 0},
+        {"image_size": "224"}, {"vocab_size": -1}, {"vocab_size": 3.5}, {"unnorm_key": 3}, {"unnorm_key": "no such key"}, {"format": 2},
+        {"num_images_in_input": None}, {"action_head": "other"}, {"a_field_of_a_later_version": 1}, {"empty_token_id": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_field_of_processor_json_without_sense_is_named(folder: Path, change: dict[str, Any]) -> None:
+    edit(folder / PROCESSOR, **change)
+    assert next(iter(change)) in refused(folder) or "unnorm_key" in change
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(field=st.sampled_from([*sorted(GOOD), "other"]), value=JSON_VALUES)
+def test_any_value_at_any_field(tmp_path: Path, field: str, value: Any) -> None:
+    (tmp_path / PROCESSOR).write_text(json.dumps(GOOD | {field: value}))
+    try:
+        config = ProcessorConfig.load(tmp_path / PROCESSOR)
+    except ConfigError as error:
+        assert "\n" not in str(error)
+    else:
+        assert isinstance(config.center_crop, bool) and all(d > 0 for tower in config.stds for d in tower)
+
+
+@pytest.mark.parametrize(
+    "towers",
+    [None, [], [{}], [{"mean": [0.5] * 3, "std": [0.5] * 3}], [{"mean": [0.5] * 3, "std": [0.0] * 3}] * 2, [{"mean": "a", "std": 1}] * 2],
+    ids=str,
+)  # fmt: skip
+def test_constants_of_the_towers_make_sense(folder: Path, towers: Any) -> None:
+    (folder / PROCESSOR).unlink()
+    edit(folder / PREPROCESSOR, tvf_normalize_params=towers)
+    assert PREPROCESSOR in refused(folder)
+
+
+def test_a_tokenizer_without_bos_is_refused(folder: Path) -> None:
+    edit(folder / TOKENIZER, post_processor=None)
+    assert "BOS" in refused(folder)
+
+
+def test_another_models_tokenizer_is_refused(folder: Path) -> None:
+    for change in ({"vocab_size": 300, "pad_token_id": 300}, {"empty_token_id": 5}):
+        edit(folder / PROCESSOR, **(GOOD | change))
+        assert "another model's tokenizer" in refused(folder)
+    edit(folder / PROCESSOR, **GOOD)
+    if ANOTHER_TOKENIZER.exists():
+        shutil.copy(ANOTHER_TOKENIZER, folder / TOKENIZER)
+        assert TOKENIZER in refused(folder)
