@@ -1,10 +1,11 @@
 """The table of docs/parity.md: largest differences from the original's arrays, printed as Markdown.
 
-OPENVLA_REFERENCE=FOLDER python -m tests.closeness        (without the variable: the excerpt in tests/reference)
+OPENVLA_REFERENCE=FOLDER OPENVLA_OFT_REFERENCE=FOLDER python -m tests.closeness      (without them: the excerpts in tests/reference*)
 """
 
 import json
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from prismatic.checkpoint import load_vla
 from prismatic.dataset_statistics import load_statistics
 from prismatic.models.lora import merge_lora
 from prismatic.models.vision import patch_features
-from tests.conftest import EXCERPT, FULL
+from tests import original_oft
+from tests.conftest import EXCERPT, FULL, OFT_EXCERPT, OFT_FULL
 from tests.original import MEANS, STDS, cases, last_nine
 
 Row = tuple[str, str, str]  # what, largest difference, tolerance
@@ -134,9 +136,44 @@ def numbers(folder: Path) -> Iterator[Row]:
     yield "normalised actions of the RLDS set", largest(mine, given["train_action"]), "0"
 
 
-if __name__ == "__main__":
-    source = FULL if FULL.is_dir() else EXCERPT
+def oft(folders: tuple[Path, Path], place: Path) -> Iterator[Row]:
+    """OpenVLA-OFT in its four variants: (regression, discrete) × (one image, two images and the robot's state)."""
+    arrays = dict(np.load(folders[1] / "train.npz"))
+    for variant, (kind, images, state) in original_oft.VARIANTS.items():
+        name = f"{kind}, {images} image{'s' * (images > 1)}{' and state' * state}"
+        vla = original_oft.load(folders, place / variant, variant)
+        seen = original_oft.Seen(vla)
+        out = vla(**original_oft.batch(arrays, variant))
+        assert out.loss is not None and out.actions is not None
+        out.loss.backward()
+        if kind == "l1":
+            yield f"{name}: hidden states", largest(seen.into_head, arrays[f"actions_hidden_states_{variant}"]), "2e-4"
+            yield f"{name}: actions", largest(out.actions.detach(), arrays[f"predicted_actions_{variant}"]), "2e-4"
+        else:
+            at = torch.from_numpy(arrays[f"action_position_{variant}"])[..., None]
+            with torch.inference_mode():
+                logits = vla.language_model.lm_head(torch.take_along_dim(seen.last, at, dim=1))
+            logits = logits[..., vla.tokenizer.first_id : vla.tokenizer.vocab_size]
+            yield f"{name}: logits of the action tokens", largest(logits, arrays[f"logits_action_{variant}"]), "5e-4"
+            wrong = int((np.abs(out.actions.numpy() - arrays[f"decoded_actions_{variant}"]) > 1e-6).sum())
+            yield f"{name}: actions that differ", str(wrong), "0"
+        yield f"{name}: loss (against float64)", largest(out.loss.item(), arrays[f"loss_float64_{variant}"]), "1e-4"
+        given = zip(arrays[f"grad_names_{variant}"].tolist(), arrays[f"grad_norms_{variant}"].tolist(), strict=True)
+        norms = {name: p.grad.norm().item() for name, p in vla.named_parameters() if p.grad is not None}
+        relative = max(abs(norms[name] - norm) / norm for name, norm in given if norm > 1e-6)
+        yield f"{name}: gradient norm of each of {len(norms)} parameters, relative", f"{relative:.1e}", "1e-3"
+
+
+def show(rows: Iterable[Row]) -> None:
     print("| item | largest difference | tolerance |\n|---|---|---|")
-    for part in (model, pixels, numbers):
-        for what, difference, tolerance in part(source):
-            print(f"| {what} | {difference} | {tolerance} |", flush=True)
+    for what, difference, tolerance in rows:
+        print(f"| {what} | {difference} | {tolerance} |", flush=True)
+
+
+if __name__ == "__main__":
+    whole = FULL.is_dir()
+    source = FULL if whole else EXCERPT
+    show(row for part in (model, pixels, numbers) for row in part(source))
+    print("\nOpenVLA-OFT\n")
+    with tempfile.TemporaryDirectory() as place:
+        show(oft((source, OFT_FULL if whole and OFT_FULL.is_dir() else OFT_EXCERPT), Path(place)))
