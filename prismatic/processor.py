@@ -27,7 +27,7 @@ from prismatic.records import read_object, read_record
 
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 IMAGE_MARK = "<image>"  # the original takes it out of recorded instructions, not of live ones
-MAX_LENGTH = 2048  # token ids; longer rows are cut, as the original's collator does
+MAX_LENGTH = 2048  # token ids; of a longer row the instruction is cut (the original's collator cuts the action)
 DINO_MEAN, DINO_STD = (
     (0.484375, 0.455078125, 0.40625),
     (0.228515625, 0.2236328125, 0.224609375),
@@ -160,11 +160,17 @@ class Processor:
         ids = list(self.tokenizer(PROMPT.format(instruction=instruction.lower())).input_ids)
         return ids if ids[-1] == self.config.empty_token_id else [*ids, self.config.empty_token_id]
 
+    def shortened(self, instruction: str, action_ids: int) -> str:
+        """A recorded instruction, cut at its end where the row, with so many action ids, would be longer than the model's text may be."""
+        text, room = instruction.replace(IMAGE_MARK, ""), MAX_LENGTH - action_ids - 1
+        while (ids := len(self.prompt_ids(text))) > room and text:
+            text = text[: min(len(text) * room // ids, len(text) - 1)]
+        return text
+
     def longest_row(self, instructions: Iterable[str]) -> int:
         """Ids of the longest training row that these instructions give: prompt, actions, end."""
-        longest = max(len(self.prompt_ids(text.replace(IMAGE_MARK, ""))) for text in set(instructions))
-        widest = max(len(entry["action"]["q01"]) for entry in self.statistics.values())
-        return min(longest + self.config.num_actions_chunk * widest + 1, MAX_LENGTH)
+        widest = max(len(entry["action"]["q01"]) for entry in self.statistics.values()) * self.config.num_actions_chunk
+        return max(len(self.prompt_ids(self.shortened(text, widest))) for text in set(instructions)) + widest + 1
 
     def example(
         self,
@@ -182,16 +188,16 @@ class Processor:
         state: only what proprio_dim asks for. augmentations: one an image, or none. as_acting: the images are what `inputs` would make of the
         same frames live, for validation.
         """
-        prompt = self.prompt_ids(instruction.replace(IMAGE_MARK, ""))
         targets = normalize.normalize(np.atleast_2d(actions), self.action_statistics(dataset))  # (K, D)
+        prompt = self.prompt_ids(self.shortened(instruction, targets.size))
         ids = [*prompt, *self.action_tokenizer.encode(targets).ravel().tolist(), self.config.eos_token_id]
         labels = [IGNORE] * len(prompt) + ids[len(prompt) :]
         images = [self._as_acting(frame) if as_acting else self._resized(frame) for frame in images]
         if augmentations:
             images = [augment(frame) for augment, frame in zip(augmentations, images, strict=True)]
         return Example(
-            torch.tensor(ids[:MAX_LENGTH]),
-            torch.tensor(labels[:MAX_LENGTH]),
+            torch.tensor(ids),
+            torch.tensor(labels),
             self.pixel_values(images),
             torch.from_numpy(targets),
             self.proprio(state, dataset=dataset),

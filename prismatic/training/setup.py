@@ -29,7 +29,7 @@ from prismatic.hub import resolve
 from prismatic.image import AUGMENTATIONS
 from prismatic.models import quantize, weights
 from prismatic.models.vla import VLA, VLAConfig
-from prismatic.processor import Processor, ProcessorConfig
+from prismatic.processor import IMAGE_MARK, Processor, ProcessorConfig
 from prismatic.processor_files import load_tokenizer
 from prismatic.training.distributed import Ranks
 from prismatic.training.loggers import check_installed
@@ -150,7 +150,11 @@ def open_task(options: TaskOptions, ranks: Ranks) -> Task:
     for cache in mixture.caches:
         print(*sentences(cache, rotate_images=options.rotate_images), sep="\n")
     config, fingerprint = fit_to_data(config, mixture), weights.fingerprint(weights.stored_tensors(base))
-    return Task(base, fingerprint, config, mixture, build_processor(base, config, mixture, fingerprint, options))
+    processor = build_processor(base, config, mixture, fingerprint, options)
+    for text in mixture.instructions:
+        if processor.shortened(text, config.action_positions) != text.replace(IMAGE_MARK, ""):
+            print(f"notice: an instruction is longer than the model reads, its end is cut off: {text[:60]!r}…")
+    return Task(base, fingerprint, config, mixture, processor)
 
 
 def choose_model(base: Path, options: TaskOptions) -> VLAConfig:

@@ -1,0 +1,80 @@
+"""What ends a run: each signal is noted once, ends a wait for data, and leaves a lost terminal alone."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from prismatic.errors import Terminated
+from prismatic.training.signals import STOPPING, StopSignal, leave
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_ends_a_wait_and_a_second_one_the_run(number: signal.Signals) -> None:
+    stop = StopSignal()
+    assert stop.unless_stopped(lambda: 3) == 3 and stop.agreed() is None
+
+    def wait() -> int:
+        os.kill(os.getpid(), number)
+        time.sleep(30)
+        return 3
+
+    began = time.monotonic()
+    assert stop.unless_stopped(wait) is None and time.monotonic() - began < 10
+    assert stop.agreed() == number and stop.unless_stopped(lambda: 3) is None
+    ending = KeyboardInterrupt if number == signal.SIGINT else Terminated
+    with pytest.raises(ending):
+        os.kill(os.getpid(), number)
+        time.sleep(1)
+    with pytest.raises(ending):
+        leave(number)
+
+
+def test_a_signal_during_a_step_is_noted_and_interrupts_nothing() -> None:
+    stop = StopSignal()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep(0.01)
+    assert stop.received == signal.SIGUSR1
+
+
+def test_nohup_is_respected() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    StopSignal()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+HUNG_UP = """
+import os, signal, sys, time
+from prismatic.training.signals import StopSignal
+stop = StopSignal()
+print("ready", flush=True)
+while stop.received is None: time.sleep(0.01)
+time.sleep(0.2)
+print("written to a terminal that is gone", flush=True)
+open(sys.argv[1], "w").write("saved")
+"""
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_saving(tmp_path) -> None:
+    ours, theirs = pty.openpty()
+    how = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "cwd": REPOSITORY, "start_new_session": True}
+    process = subprocess.Popen([sys.executable, "-c", HUNG_UP, str(tmp_path / "saved")], **how)
+    os.close(theirs)
+    assert b"ready" in os.read(ours, 100)
+    os.close(ours)  # the terminal goes away
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 0 and (tmp_path / "saved").read_text() == "saved"
