@@ -66,3 +66,15 @@ def batch(numbers: Path) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(arrays[name]) for name in names} | {
         "pixel_values": torch.from_numpy(arrays["pixel_values"]).float()
     }
+
+
+SLOW = (  # files that start a simulator, a training run or child processes; the rest takes about two minutes on two cores
+    "bench_data", "bench_eval", "bench_train", "collect", "demonstration", "distributed", "doctor", "end_to_end", "expert", "finetune",
+    "golden", "infer", "replay", "resume", "rlds", "serve", "serving_hostile", "simulator", "training_model", "validation", "witness", "workers",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem.removeprefix("test_") in SLOW:
+            item.add_marker(pytest.mark.slow)
