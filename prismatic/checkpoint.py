@@ -70,7 +70,10 @@ def load_vla(
     stored = weights.stored_tensors(folder)
     with torch.device("meta"):
         vla = VLA(config)
-    heads = _heads(vla, adapter if adapter is not None and (adapter / PROCESSOR).exists() else folder, new=new_heads)
+    own = (
+        adapter is not None and (adapter / PROCESSOR).exists()
+    )  # an adapter of ours brings the heads that it was trained with
+    heads = _heads(vla, adapter if own and adapter is not None else folder, new=new_heads and not own)
     if saved := quantization.saved_as(folder / CONFIG):
         if adapter is not None:
             quantization.refuse(folder / CONFIG, "an adapter is merged before")
