@@ -5,7 +5,6 @@ weight, which is skipped when reading and not written.
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import peft
 import torch
 
 from prismatic.adapter_config import read_adapter_config
+from prismatic.atomic import whole_folder
 from prismatic.errors import ConfigError
 from prismatic.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIONS, PROCESSOR, STATISTICS, VERSIONS
 from prismatic.head_files import save_heads
@@ -36,31 +36,26 @@ def save_adapter(
     folder: Path, vla: VLA, *, processor: Processor, statistics: Mapping[str, Any], options: Mapping[str, Any]
 ) -> None:
     """Write adapter weights and config, processor, statistics, options of the run and versions. An existing folder is replaced."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _, layer = next(lora_layers(vla))
-    tensors = {name: tensor.detach().float().contiguous().cpu() for name, tensor in lora_state_dict(vla).items()}
-    weights.save_tensors(tensors, partial / ADAPTER_WEIGHTS)
-    save_heads(partial, {name: t.float() for name, t in vla.state_dict().items() if name.startswith(HEADS)})
-    config = PLAIN_FIELDS | {
-        "base_model_name_or_path": processor.config.base_model,
-        "r": layer.r[ADAPTER],
-        "lora_alpha": layer.lora_alpha[ADAPTER],
-        "lora_dropout": getattr(layer.lora_dropout[ADAPTER], "p", 0.0),
-        "target_modules": sorted({name.rpartition(".")[2] for name, _ in lora_layers(vla)}),
-    }
-    for name, content in (
-        (ADAPTER_CONFIG, dict(sorted(config.items()))),
-        (STATISTICS, statistics),
-        (OPTIONS, options),
-        (VERSIONS, versions()),
-    ):
-        (partial / name).write_text(json.dumps(content, indent=2, default=str))
-    (partial / PROCESSOR).write_text(processor.config.to_json())
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        _, layer = next(lora_layers(vla))
+        tensors = {name: tensor.detach().float().contiguous().cpu() for name, tensor in lora_state_dict(vla).items()}
+        weights.save_tensors(tensors, partial / ADAPTER_WEIGHTS)
+        save_heads(partial, {name: t.float() for name, t in vla.state_dict().items() if name.startswith(HEADS)})
+        config = PLAIN_FIELDS | {
+            "base_model_name_or_path": processor.config.base_model,
+            "r": layer.r[ADAPTER],
+            "lora_alpha": layer.lora_alpha[ADAPTER],
+            "lora_dropout": getattr(layer.lora_dropout[ADAPTER], "p", 0.0),
+            "target_modules": sorted({name.rpartition(".")[2] for name, _ in lora_layers(vla)}),
+        }
+        for name, content in (
+            (ADAPTER_CONFIG, dict(sorted(config.items()))),
+            (STATISTICS, statistics),
+            (OPTIONS, options),
+            (VERSIONS, versions()),
+        ):
+            (partial / name).write_text(json.dumps(content, indent=2, default=str))
+        (partial / PROCESSOR).write_text(processor.config.to_json())
 
 
 def load_adapter(vla: VLA, folder: Path, *, dtype: torch.dtype) -> VLA:

@@ -1,7 +1,12 @@
-"""Files that are replaced at once: whoever reads or interrupts sees the old one or the new one, never half of it."""
+"""Files and folders that are replaced at once: whoever reads or interrupts sees the old one or the new one, never half of it, nor one that
+a power cut empties: the content is on the disk before its name is.
+"""
 
+import contextlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +15,60 @@ from prismatic.errors import ConfigError
 
 def write_json(path: Path, content: Any) -> None:
     """Indented, for people. ConfigError when it cannot be written."""
-    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="surrogatepass"))
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """ConfigError when it cannot be written, for instance because the disk is full; what was there stays."""
     temporary = path.with_name(f".unfinished-{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            temporary.unlink(missing_ok=True)
         raise no_room(path, error) from error
 
 
-def no_room(path: Path, error: OSError) -> ConfigError:
-    """The sentence for a file that cannot be written."""
-    reason = error.strerror or error
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `folder` when the block ends well and vanishes when it doesn't.
+
+    ConfigError when the disk is full or refuses; an error that isn't the disk's stays what it is.
+    """
+    partial = folder.with_name(f".unfinished-{folder.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
+        partial.mkdir(parents=True)
+        yield partial
+        for path in (*partial.iterdir(), partial):
+            flush(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except OSError as error:
+        raise no_room(folder, error) from error
+    except Exception as error:  # safetensors and torch have their own errors for a full disk
+        if "No space left" in str(error) or "SafetensorError" in type(error).__name__:
+            raise no_room(folder, error) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def no_room(path: Path, error: Exception) -> ConfigError:
+    """The sentence for a file or folder that cannot be written."""
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
     return ConfigError(f"cannot write {path} ({reason}): make room; the same command then continues")

@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 import torch
 from torch import nn
 
+from prismatic.atomic import whole_folder
 from prismatic.errors import ConfigError
 from prismatic.filenames import (
     ADAPTER_CONFIG,
@@ -268,9 +269,6 @@ def save_checkpoint(
     precision int8 or int4 quantises it on the way (for load_vla only; the original code can't read it), which empties vla.
     published: heads as the files that OpenVLA-OFT's code looks for.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     config = vla.config.to_json() | {"norm_stats": statistics, "torch_dtype": str(dtype).removeprefix("torch.")}
     if precision == "none":
         tensors = vla.state_dict() if tensors is None else tensors
@@ -279,15 +277,13 @@ def save_checkpoint(
         saved = quantization.Saved(precision, quantization.with_vision(precision))
         tensors = quantization.take_state(vla, saved, dtype=dtype)
         config |= saved.to_json()
-    weights.save_weights(without_heads(tensors), partial)
-    save_heads(partial, tensors, published=published)
-    (partial / CONFIG).write_text(json.dumps(config, indent=2))
-    (partial / STATISTICS).write_text(json.dumps(statistics, indent=2))
-    (partial / PROCESSOR).write_text(processor.config.to_json())
-    (partial / PREPROCESSOR).write_text(json.dumps(preprocessor_json(processor.config), indent=2))
-    for name in TOKENIZER_FILES:
-        if (tokenizer_from / name).exists():
-            shutil.copyfile(tokenizer_from / name, partial / name)
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        weights.save_weights(without_heads(tensors), partial)
+        save_heads(partial, tensors, published=published)
+        (partial / CONFIG).write_text(json.dumps(config, indent=2))
+        (partial / STATISTICS).write_text(json.dumps(statistics, indent=2))
+        (partial / PROCESSOR).write_text(processor.config.to_json())
+        (partial / PREPROCESSOR).write_text(json.dumps(preprocessor_json(processor.config), indent=2))
+        for name in TOKENIZER_FILES:
+            if (tokenizer_from / name).exists():
+                shutil.copyfile(tokenizer_from / name, partial / name)

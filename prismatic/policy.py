@@ -16,6 +16,7 @@ from prismatic import image
 from prismatic.errors import ConfigError, PolicyError
 from prismatic.models.decode import ActionDecoder
 from prismatic.models.vla import VLA
+from prismatic.policy_inputs import as_frames, check_batch
 from prismatic.processor import Processor, ProcessorConfig
 
 REMEMBERED = 1024  # episodes whose last answer is kept
@@ -128,6 +129,9 @@ class VLAPolicy(Policy):
         *,
         episodes: Sequence[Hashable] | None = None,
     ) -> np.ndarray:
+        check_batch(instructions, frames=frames, wrists=wrists, states=states, episodes=episodes)
+        frames = as_frames(frames, "frames")
+        wrists = as_frames(wrists, "wrists") if self.num_images == 2 and wrists is not None else None
         processor = self.processor
         if processor.config.action_head == "tokens":
             actions = processor.actions(self.action_ids(frames, instructions, wrists, episodes=episodes))[:, None]

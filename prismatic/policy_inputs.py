@@ -1,0 +1,56 @@
+"""What a stranger's code hands to a policy: images of PIL and RGBA are simply taken, anything else that is no frame is one sentence."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from prismatic.errors import ConfigError
+
+WANTED = "a frame is (H, W, 3) uint8, RGB, upright"
+SMALLEST, LARGEST = 8, 8192  # pixels a side
+
+
+def as_frame(given: Any, name: str) -> np.ndarray:
+    """(H, W, 3) uint8 of a frame, a PIL image, or either with an alpha channel. ConfigError that says what was given and what is wanted."""
+    if hasattr(given, "convert") and hasattr(given, "getbands"):  # a PIL image
+        given = np.asarray(given.convert("RGB"))
+    if not isinstance(given, np.ndarray):
+        hint = ": give .permute(1, 2, 0).cpu().numpy()" if hasattr(given, "detach") else ""
+        raise ConfigError(f"{name} is of type {type(given).__name__}, but {WANTED}, as a numpy array{hint}")
+    if given.dtype != np.uint8:
+        raise ConfigError(f"{name} has dtype {given.dtype}, but {WANTED}: give values from 0 to 255 as uint8")
+    if given.ndim == 3 and given.shape[2] == 4:
+        given = np.ascontiguousarray(given[:, :, :3])
+    if given.ndim != 3 or given.shape[2] != 3 or not all(SMALLEST <= side <= LARGEST for side in given.shape[:2]):
+        channels_first = ": give np.moveaxis(frame, 0, 2)" if given.ndim == 3 and given.shape[0] in (3, 4) else ""
+        raise ConfigError(f"{name} has shape {given.shape}, but {WANTED}{channels_first}")
+    return given
+
+
+def as_frames(given: Any, name: str) -> list[np.ndarray]:
+    """As as_frame, of a sequence or an array (B, H, W, 3)."""
+    return [as_frame(frame, f"{name}[{number}]") for number, frame in enumerate(_sequence(given, name))]
+
+
+def check_batch(instructions: Any, **others: Any) -> None:
+    """ConfigError unless the batch has a row and everything in it as many as there are instructions, which are text that can be encoded."""
+    rows = len(_sequence(instructions, "instructions"))
+    if not rows:
+        raise ConfigError("the batch is empty: give at least one frame and its instruction")
+    for name, given in others.items():
+        if given is not None and len(_sequence(given, name)) != rows:
+            raise ConfigError(f"there are {len(given)} {name} but {rows} instructions: give as many of each")
+    for number, text in enumerate(instructions):
+        if not isinstance(text, str):
+            raise ConfigError(f"instructions[{number}] is of type {type(text).__name__}: give a text")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ConfigError(
+                f"instructions[{number}] {text!r:.60} holds half a character (a surrogate): give valid Unicode"
+            )
+
+
+def _sequence(given: Any, name: str) -> Sequence[Any]:
+    if isinstance(given, str | bytes) or not hasattr(given, "__len__") or not hasattr(given, "__getitem__"):
+        raise ConfigError(f"{name} is of type {type(given).__name__}: give a list, one a row of the batch")
+    return given
