@@ -8,6 +8,7 @@ SIGTERM finishes what is under way and leaves with 143.
 
 import asyncio
 import logging
+import shlex
 import socket
 import sys
 import time
@@ -39,6 +40,10 @@ class ServeConfig:
     unnorm_key: str | None = None
     # Whether it was trained with random crops. None: what the folder says, True where it says nothing.
     center_crop: bool | None = None
+    # Of a foreign folder with one of OpenVLA-OFT's heads that doesn't say so: its head, actions an answer, and images. None: as published.
+    action_head: Literal["tokens", "parallel", "l1"] | None = None
+    num_actions_chunk: Positive | None = None
+    num_images_in_input: Literal[1, 2] | None = None
     # Address to listen at. Another one than this machine's own (127.0.0.1) demands an API key.
     host: str = "127.0.0.1"
     # Port to listen at; 0 takes a free one.
@@ -76,6 +81,9 @@ def main(cfg: ServeConfig) -> None:
         unnorm_key=cfg.unnorm_key,
         center_crop=cfg.center_crop,
         quantize=cfg.quantize,
+        action_head=cfg.action_head,
+        num_actions_chunk=cfg.num_actions_chunk,
+        num_images_in_input=cfg.num_images_in_input,
     )
     print(f"loaded {cfg.pretrained_checkpoint} in {time.monotonic() - start:.1f} s", flush=True)
     service = Service(
@@ -130,7 +138,7 @@ def addresses(cfg: ServeConfig, port: int) -> list[str]:
     """Where each dialect is answered, and a command that asks."""
     host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
     url = f"http://{host}:{port}"
-    key = '-H "Authorization: Api-Key $(cat ' + f'{cfg.api_key_file})" ' if cfg.api_key_file else ""
+    key = f'-H "Authorization: Api-Key $(cat {shlex.quote(str(cfg.api_key_file))})" ' if cfg.api_key_file else ""
     return [
         f"page          {url}/",
         f"OpenVLA, OFT  POST {url}/act",
