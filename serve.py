@@ -74,6 +74,7 @@ def main(cfg: ServeConfig) -> None:
     from prismatic.serving.recording import Recorder
     from prismatic.serving.service import Service
 
+    recorder = None if cfg.record is None else Recorder(cfg.record)
     start = time.monotonic()
     policy = load_policy(
         cfg.pretrained_checkpoint,
@@ -92,7 +93,7 @@ def main(cfg: ServeConfig) -> None:
         max_batch=cfg.max_batch,
         max_wait=cfg.max_wait_ms / 1000,
         prepare=policy.processor.image_path,
-        recorder=None if cfg.record is None else Recorder(cfg.record),
+        recorder=recorder,
     )
     asyncio.run(serve(Server(service, key), listener, cfg))
 
