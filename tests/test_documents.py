@@ -19,7 +19,14 @@ PAGES = sorted([
     *(REPOSITORY / "checkpoints").rglob("README.md"),
 ])  # fmt: skip
 SHELL_FLAGS = {"--quick", "--long", "--fresh", "--oft", "--help"}  # of demo.sh
-FOREIGN_FLAGS = {"--nproc-per-node", "--nnodes", "--standalone", "-m"}  # of torchrun and pytest: not ours to promise
+FOREIGN_FLAGS = {
+    "--nproc-per-node",
+    "--nnodes",
+    "--standalone",
+    "-m",
+    "--no-docker",
+    "--render",
+}  # of torchrun, pytest and vla-eval: not ours to promise
 
 
 def fields(kind: type) -> Iterator[str]:
