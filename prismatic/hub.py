@@ -10,6 +10,7 @@ from typing import Literal
 
 from prismatic.errors import ConfigError
 from prismatic.filenames import ADAPTER_CONFIG, CONFIG, LATEST
+from prismatic.ranges import expanded
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WANTED = ["*.json", "*.safetensors", "*.model", "checkpoints/latest-checkpoint.pt"]  # never Python files
@@ -23,7 +24,7 @@ def resolve(
 
     patterns: which files to fetch, if not those of a checkpoint or of RLDS data sets.
     """
-    folder = Path(name).expanduser()
+    folder = Path(expanded(name))
     if folder.is_dir():
         return newest_step(folder) if kind == "model" else folder
     local = (

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from prismatic.errors import ConfigError, read_json
+from prismatic.errors import ConfigError
 from prismatic.models import backends, integers, weights
 from prismatic.models.heads import HEADS
 from prismatic.models.quantized import QUANTIZED, quantized_linear
+from prismatic.records import read_object
 
 if TYPE_CHECKING:
     from prismatic.models.vla import VLA
@@ -170,7 +171,7 @@ def take_state(vla: "VLA", saved: Saved, *, dtype: torch.dtype) -> dict[str, tor
 
 def saved_as(config: Path) -> Saved | None:
     """How the folder of this config.json is quantised; None: it isn't. ConfigError for another program's way, or a damaged entry."""
-    raw = read_json(config)
+    raw = read_object(config)
     if raw.get(FOREIGN_ENTRY):
         raise ConfigError(
             f"{config}: another program quantised this folder ({FOREIGN_ENTRY}): give the checkpoint that it was made from"

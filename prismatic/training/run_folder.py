@@ -19,14 +19,14 @@ import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from safetensors import SafetensorError
 
 from prismatic.atomic import write_json, write_whole
 from prismatic.data.staging import writing_to
-from prismatic.errors import ConfigError, read_json
+from prismatic.errors import ConfigError
 from prismatic.filenames import (
     BEST,
     BEST_VALUE,
@@ -39,6 +39,8 @@ from prismatic.filenames import (
     UNFINISHED,
     step_folder,
 )
+from prismatic.ranges import Count
+from prismatic.records import read_object, read_record
 from prismatic.training.distributed import SINGLE_PROCESS, Ranks
 
 FULL = 2**20  # a disk with fewer free bytes is full: torch names a position in the file instead
@@ -48,6 +50,11 @@ class Best(NamedTuple):
     """The checkpoint that validated best."""
 
     step: int
+    value: float
+
+
+class _Best(TypedDict):
+    step: Count
     value: float
 
 
@@ -87,7 +94,7 @@ class RunFolder:
         """Remember the options of the run; ConfigError that names the first one that differs from what it began with."""
         path, options = self.path / OPTIONS, json.loads(json.dumps(options, default=str))
         if path.exists():
-            before = read_json(path)
+            before = read_object(path)
             for name, value in options.items():
                 if name not in may_change and name in before and before[name] != value:
                     raise ConfigError(
@@ -154,7 +161,7 @@ class RunFolder:
         path = self.path / BEST_VALUE
         if not path.exists():
             return None
-        best = Best(**read_json(path))
+        best = Best(**read_record(path, _Best))
         return best if self.folder(best.step).is_dir() else None
 
     def folder(self, step: int) -> Path:
