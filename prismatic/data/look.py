@@ -247,7 +247,11 @@ def _absolute(cache: FrameCache, values: np.ndarray) -> bool:
         inside = cache.timestep[1:] > 0
         for dim in np.flatnonzero(live):
             commands, next_state = values[:-1, dim][inside], cache.state[1:, dim][inside]
-            if len(commands) > 3 and next_state.std() > 0 and np.corrcoef(commands, next_state)[0, 1] > SAME_AS_STATE:
+            if (
+                len(commands) > 3
+                and next_state.std() > 0 < commands.std()
+                and np.corrcoef(commands, next_state)[0, 1] > SAME_AS_STATE
+            ):
                 return True
     signs = [(values[:, dim] > 0).all() or (values[:, dim] < 0).all() for dim in np.flatnonzero(live)]
     return live.sum() == values.shape[1] and all(signs)

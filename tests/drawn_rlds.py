@@ -1,0 +1,126 @@
+"""RLDS data sets in the forms that people have, written and read in one process, as TensorFlow starts slowly: python -m tests.drawn_rlds FOLDER
+
+Out: FOLDER/<kind>/ is each one's cache, or FOLDER/<kind>.error the sentence that refused it.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LENGTHS = (3, 1, 4)
+INSTRUCTION = "pick up the red block"
+
+
+def picture(t: int, size: tuple[int, int] = (48, 64)) -> np.ndarray:
+    y, x = np.mgrid[: size[0], : size[1]]
+    return np.stack([(x + 3 * t) % 256, (y + 5 * t) % 256, (x + y) % 256], -1).astype(np.uint8)
+
+
+def action(t: int, *, gripper: tuple[float, float] = (-1.0, 1.0)) -> np.ndarray:
+    """Open (the first of gripper) for two steps, then close."""
+    return np.array([0.1 * t, 0.2, -0.1 * t, 0.05 * t, 0.0, 0.3, gripper[t > 1]], dtype=np.float32)
+
+
+def state(t: int, size: int = 8) -> np.ndarray:
+    return np.arange(size, dtype=np.float32) + t
+
+
+def parts(t: int) -> dict[str, np.ndarray]:
+    whole = action(t)
+    return {"gripper_closedness_action": whole[6:], "rotation_delta": whole[3:6], "world_vector": whole[:3]}
+
+
+def kinds(f: Any) -> dict[str, dict[str, Any]]:
+    """Kind → what differs from the usual form: features and the values at step t."""
+    image, png = f.Image(shape=(48, 64, 3)), f.Image(shape=(48, 64, 3), encoding_format="png")
+    raw, text = f.Tensor(shape=(48, 64, 3), dtype=np.uint8), f.Text()
+    vector = lambda n, dtype=np.float32: f.Tensor(shape=(n,), dtype=dtype)  # noqa: E731
+    three = f.FeaturesDict(
+        {"gripper_closedness_action": vector(1), "rotation_delta": vector(3), "world_vector": vector(3)}
+    )
+    strange = f.FeaturesDict({"a": vector(4), "b": vector(3)})
+    two = {"left": (png, picture), "right": (png, lambda t: picture(t + 9))}
+    return {
+        "png": {"image": (png, picture), "wrist_image": (png, lambda t: picture(t + 9))},
+        "noformat": {"image": (image, picture)},
+        "raw": {"image": (raw, picture)},
+        "array_record": {"image": (png, picture)},
+        "instruction_in_observation": {"language_instruction": None, "natural_language_instruction": (text, lambda t: INSTRUCTION)},
+        "many_words": {"language_instruction": (f.Tensor(shape=(3,), dtype=np.str_), lambda t: ["", INSTRUCTION, "take it"])},
+        "latin1": {"language_instruction": (f.Tensor(shape=(), dtype=np.str_), lambda t: "déplace le bol à gauche".encode("latin-1"))},
+        "float64": {"action": (vector(7, np.float64), lambda t: action(t).astype(np.float64))},
+        "dict_action": {"action": (three, parts)},
+        "strange_action": {"action": (strange, lambda t: {"a": action(t)[:4], "b": action(t)[4:]})},
+        "told_action": {"action": (strange, lambda t: {"a": action(t)[:4], "b": action(t)[4:]}), "keys": {"action": "action/a+action/b"}},
+        "other_cameras": {"image": None, **two},
+        "told_cameras": {"image": None, **two, "keys": {"image": "right", "wrist": "left"}},
+        "one_camera": {"image": None, "webcam": (png, picture)},
+        "no_state": {"state": None},
+        "long_state": {"state": (vector(10), lambda t: state(t, 10))},
+        "gripper_one_open": {"action": (vector(7), lambda t: action(t, gripper=(1.0, 0.0)))},
+        "two_arms": {"action": (vector(14), lambda t: np.r_[action(t), action(t)])},
+        "nan": {"action": (vector(7), lambda t: action(t) * np.float32("nan"))},
+        "rotated": {"image": (png, picture), "rotate": True},
+    }  # fmt: skip
+
+
+def write(tfds: Any, folder: Path, kind: str, changes: dict[str, Any]) -> Path:
+    """A data set `folder/kind/1.0.0`."""
+    f = tfds.features
+    vector = lambda n: f.Tensor(shape=(n,), dtype=np.float32)  # noqa: E731
+    usual = {"image": (f.Image(shape=(48, 64, 3), encoding_format="png"), picture), "state": (vector(8), state)}
+    usual |= {"action": (vector(7), action), "language_instruction": (f.Text(), lambda t: INSTRUCTION)}
+    fields = {name: form for name, form in (usual | changes).items() if form and name not in ("keys", "rotate")}
+    outside = ("action", "language_instruction")
+    observation = {name: form for name, form in fields.items() if name not in outside}
+    step = {name: form[0] for name, form in fields.items() if name in outside}
+    step["observation"] = f.FeaturesDict({name: form[0] for name, form in observation.items()})
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = kind
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self) -> Any:
+            return tfds.core.DatasetInfo(builder=self, features=f.FeaturesDict({"steps": f.Dataset(step)}))
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self) -> Any:
+            for number, length in enumerate(LENGTHS):
+                steps = []
+                for t in range(length):
+                    seen = {name: form[1](t) for name, form in observation.items()}
+                    steps.append({n: form[1](t) for n, form in fields.items() if n in outside} | {"observation": seen})
+                yield f"episode_{number}", {"steps": steps}
+
+    builder = Builder(data_dir=folder, **({"file_format": "array_record"} if kind == "array_record" else {}))
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    return folder / kind / "1.0.0"
+
+
+def main(folder: Path) -> None:
+    import tensorflow_datasets as tfds
+
+    from prismatic.data import rlds
+    from prismatic.data.dataset_folder import check_whole
+    from prismatic.errors import ConfigError
+
+    tfds.disable_progress_bar()
+    for kind, changes in kinds(tfds.features).items():
+        source = write(tfds, folder / "sets", kind, changes)
+        cache = folder / kind
+        cache.mkdir()
+        options = {"told": changes.get("keys", {}), "rotate": changes.get("rotate", False)}
+        try:
+            check_whole(source)
+            rlds._read(source, cache, json.dumps(options))
+        except ConfigError as error:
+            (folder / f"{kind}.error").write_text(str(error))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,101 @@
+"""Fields by their usual names or told, and the gripper's convention from values, names or a flag."""
+
+import numpy as np
+import pytest
+
+from prismatic.data.gripper import choose_gripper, detect_gripper, gripper_dims
+from prismatic.data.keys import find_keys, parse_data_keys
+from prismatic.errors import ConfigError
+from prismatic.normalize import Gripper, action_statistics, gripper_open_is_one, normalize, unnormalize
+
+CAMERAS = ["observation.images.top", "observation.images.image2"]
+
+
+def found(told: str = "", camera: list[str] = CAMERAS, vector: tuple[str, ...] = ("observation.state", "action")):
+    return find_keys({"camera": camera, "vector": list(vector)}, parse_data_keys(told), "a set")
+
+
+def test_usual_names_in_full_or_by_their_last_part() -> None:
+    keys = found()
+    assert (keys.image, keys.wrist) == tuple(CAMERAS) and (keys.state, keys.action) == (
+        ("observation.state",),
+        ("action",),
+    )
+    assert found("image=image2,wrist=none,state=none") == (CAMERAS[1], None, (), ("action",), None)
+    assert found(camera=["observation/webcam"]).image == "observation/webcam"  # the only one there is
+    assert found("action=action+observation.state").action == ("action", "observation.state")
+
+
+@pytest.mark.parametrize("text", ["image", "image=", "depth=x", "image=none", "=x", "image:x"])
+def test_what_says_nothing_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--data_keys .* says nothing: write --data_keys image="):
+        parse_data_keys(text)
+
+
+def test_what_is_missing_is_named_with_what_is_there() -> None:
+    with pytest.raises(ConfigError, match=r"image .*left_eye, right_eye.*--data_keys image="):
+        found(camera=["left_eye", "right_eye"])
+    with pytest.raises(
+        ConfigError, match=r"action=torque: a set has 0 fields of that name \(there are: observation.state, action\)"
+    ):
+        found("action=torque")
+    with pytest.raises(ConfigError, match="names 2 fields"):
+        found("image=top+image2")
+
+
+def columns(*grippers: float) -> np.ndarray:
+    values = np.zeros((len(grippers), 7), dtype=np.float32)
+    values[:, 6] = grippers
+    return values
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "dims", "convention"),
+    [
+        (columns(-1, 1, 0.5), (), (6,), "minus_one_open"),
+        (columns(0, 1), (), (6,), "one_open"),
+        (columns(0, 80), (), (), "none"),  # degrees
+        (columns(0, 1), [f"joint_{n}" for n in range(7)], (), "none"),
+        (columns(0, 1), ["gripper", *"abcdef"], (0,), "one_open"),
+        (np.tile(columns(-1, 1), (1, 2)), [*"abcdef", "left_gripper", *"ghijkl", "right_gripper"], (6, 13), "minus_one_open"),
+        (np.tile(columns(-1, 1), (1, 2)), (), (), "none"),
+        (np.zeros((2, 4)), (), (), "none"),
+    ],
+)  # fmt: skip
+def test_the_convention_is_found(values: np.ndarray, names: list[str], dims: tuple[int, ...], convention: str) -> None:
+    gripper = detect_gripper(values, names)
+    assert (gripper.dims, gripper.convention) == (dims, convention) and gripper.evidence
+
+
+@pytest.mark.parametrize(
+    ("convention", "recorded"),
+    [("minus_one_open", (-1, 1)), ("plus_one_open", (1, -1)), ("one_open", (1, 0)), ("zero_open", (0, 1))],
+)
+def test_each_convention_becomes_one_open(convention: str, recorded: tuple[float, float]) -> None:
+    raw = columns(*recorded)
+    chosen = choose_gripper(convention, detect_gripper(raw), 7)
+    assert gripper_open_is_one(raw, chosen)[:, 6].tolist() == [1, 0]
+    assert convention in ("minus_one_open", "plus_one_open") or "--gripper" in chosen.evidence
+
+
+def test_a_convention_that_is_none_is_refused_and_auto_keeps_what_was_found() -> None:
+    gripper = detect_gripper(columns(0, 1))
+    assert choose_gripper("auto", gripper, 7) == gripper and choose_gripper("none", gripper, 7).dims == ()
+    with pytest.raises(ConfigError, match=r"--gripper 'open'.*minus_one_open"):
+        choose_gripper("open", gripper, 7)
+    assert choose_gripper("one_open", Gripper((), "none"), 4).dims == (3,)
+
+
+def test_two_arms_are_normalised_and_back() -> None:
+    actions = np.random.default_rng(0).normal(size=(50, 14)).astype(np.float32)
+    actions[:, [6, 13]] = np.sign(actions[:, [6, 13]])
+    gripper = detect_gripper(actions, [*"abcdef", "grip_left", *"ghijkl", "grip_right"])
+    units = gripper_open_is_one(actions, gripper)
+    stats = action_statistics(units, None, 1, gripper.dims)["action"]
+    assert (
+        [n for n, kept in enumerate(stats["mask"]) if not kept]
+        == [6, 13]
+        == list(gripper_dims(14, ["a"] * 6 + ["grip"] + ["b"] * 6 + ["grip"]))
+    )
+    inside = (units >= stats["q01"]) & (units <= stats["q99"])
+    np.testing.assert_allclose(unnormalize(normalize(units, stats), stats)[inside], units[inside], atol=1e-5)
