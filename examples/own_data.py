@@ -1,0 +1,119 @@
+"""Your recordings → a data set that finetune.py reads. Replace `recordings` by your own; docs/data.md says what numbers must mean.
+
+    python examples/own_data.py --output datasets --dataset_name my_robot                    # drawn demonstrations, one arm
+    python examples/own_data.py --output datasets --dataset_name my_arms --action_dim 14     # two arms
+    python examples/own_data.py --output datasets --dataset_name mine --recordings FOLDER    # FOLDER/<name>.mp4 + <name>.npz
+
+An .npz holds `action` (T, D), `instruction`, and if you have it `state` (T, S); <name>.mp4 holds T frames, <name>_wrist.mp4 the wrist camera's.
+"""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import av
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, wherever this is started
+
+from prismatic.data import lerobot_writer, rlds
+from prismatic.data.staging import stage_episode
+from prismatic.errors import ConfigError, exit_codes
+from prismatic.image import encode_jpeg
+
+
+@dataclass(frozen=True)
+class OwnDataConfig:
+    # Folder of data sets; the new one is output/dataset_name.
+    output: Path
+    # Name of the new data set: small letters, digits and _.
+    dataset_name: str
+    # Folder of your recordings, <name>.mp4 and <name>.npz each. None: draw demonstrations.
+    recordings: Path | None = None
+    # Format of the new data set.
+    format: Literal["lerobot", "rlds"] = "lerobot"
+    # Frames and actions a second (both at one rate).
+    fps: float = 10.0
+    # Of drawn demonstrations: how many numbers an action has. 7: one arm; 14: two.
+    action_dim: int = 7
+    # Drawn demonstrations.
+    episodes: int = 12
+
+
+def recorded(folder: Path) -> Iterator[dict[str, Any]]:
+    """Your recordings: images as pixels, upright; gripper as it was recorded."""
+    for path in sorted(folder.glob("*.npz")):
+        with np.load(path, allow_pickle=False) as arrays:
+            numbers = {name: arrays[name] for name in ("action", "state") if name in arrays}
+            said = str(arrays["instruction"])
+        wrist = path.with_name(f"{path.stem}_wrist.mp4")
+        videos = {"images": path.with_suffix(".mp4"), **({"wrist_images": wrist} if wrist.is_file() else {})}
+        yield {name: frames(video) for name, video in videos.items()} | numbers | {"instruction": said}
+
+
+def frames(path: Path) -> list[np.ndarray]:
+    """All frames (H, W, 3) uint8 of an mp4."""
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def drawn(episodes: int, action_dim: int) -> Iterator[dict[str, Any]]:
+    """A square that moves to the right or to the left, as it is told; each arm's gripper (-1 open, +1 close) shuts half-way."""
+    for number in range(episodes):
+        generator = np.random.default_rng(number)
+        side, steps = ("left", "right")[number % 2], int(generator.integers(12, 20))
+        speed = (1 if side == "right" else -1) * generator.uniform(0.4, 1.0, size=steps)
+        place = 100 + np.cumsum(speed) * 5
+        images = np.full((2, steps, 224, 224, 3), 60, dtype=np.uint8)
+        for t, x in enumerate(place.astype(int)):
+            images[0, t, 90:130, x : x + 40] = (220, 80, 40)
+            images[1, t, 60:160, 60:160] = (40, 80 + 5 * t, 200)
+        action = 0.1 * generator.normal(size=(steps, action_dim))
+        action[:, 0] = speed
+        action[:, 6::7] = np.where(np.arange(steps) < steps // 2, -1, 1)[:, None]
+        state = np.stack([place, np.arange(steps)], axis=1)
+        yield {
+            "images": list(images[0]), "wrist_images": list(images[1]), "action": action, "state": state,
+            "instruction": f"push the block to the {side}",
+        }  # fmt: skip
+
+
+def main(cfg: OwnDataConfig) -> Path:
+    """Stage each episode, write the data set, say how to go on."""
+    rlds.check_name(cfg.dataset_name)
+    staged = cfg.output / f"{cfg.dataset_name}_staged"
+    shutil.rmtree(staged, ignore_errors=True)
+    episodes = recorded(cfg.recordings) if cfg.recordings else drawn(cfg.episodes, cfg.action_dim)
+    for number, episode in enumerate(episodes):
+        jpegs = {
+            view: [encode_jpeg(frame) for frame in episode[view]]
+            for view in ("images", "wrist_images")
+            if view in episode
+        }
+        if len(jpegs["images"]) != len(episode["action"]):
+            raise ConfigError(
+                f"recording {number} has {len(jpegs['images'])} frames and {len(episode['action'])} actions: cut it to one length"
+            )
+        stage_episode(staged / f"episode_{number:06d}.npz", **(episode | jpegs))
+    if cfg.format == "rlds":
+        made = rlds.write_dataset(staged, cfg.output, cfg.dataset_name)
+    else:
+        made = lerobot_writer.write_dataset(staged, cfg.output, cfg.dataset_name, fps=cfg.fps)
+    shutil.rmtree(staged)
+    where = f"--data_root_dir {cfg.output} --dataset_name {cfg.dataset_name}"
+    print(
+        f"data set: {made}\nlook:    python doctor.py --simulator False {where}\ntrain:   python finetune.py --vla_path openvla/openvla-7b {where}"
+    )
+    print(
+        f"check:   python eval.py --open_loop True --pretrained_checkpoint <run>/latest {where}\nact:     python serve.py --checkpoint <run>/latest"
+    )
+    return made
+
+
+if __name__ == "__main__":
+    with exit_codes():
+        main(tyro.cli(OwnDataConfig, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
