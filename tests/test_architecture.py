@@ -43,11 +43,6 @@ DEBT_CIRCLES = [
     {"prismatic.episodes.player", "prismatic.episodes.recorded"},
 ]
 DEBT_LINES = True
-DEBT_TESTS = {
-    "test_bench_train.py": {"tests.test_cuda_graph"},
-    "test_captured.py": {"tests.test_decode"},
-    "test_onednn.py": {"tests.test_decode"},
-}
 
 
 def name_of(path: Path) -> str:
@@ -220,6 +215,4 @@ def test_no_machine_and_no_workplace_is_named() -> None:
 @pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("*.py")), ids=name_of)
 def test_no_test_stands_on_another_test(path: Path) -> None:
     borrowed = {name for name in imports(path) if name.startswith("tests.test_")} - {"tests.test_architecture"}
-    assert borrowed <= DEBT_TESTS.get(path.name, set()), (
-        "what two test files need stands in conftest.py or a file of its own"
-    )
+    assert not borrowed, "what two test files need stands in conftest.py or a file of its own"

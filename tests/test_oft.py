@@ -5,7 +5,6 @@ Names, sizes and counts come from the reference set. The base model is the plain
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +21,7 @@ from prismatic.models.vla import VLA, VLAConfig, VLAOutput
 from prismatic.normalize import normalize_state
 from prismatic.processor import Processor, ProcessorConfig
 from tests.conftest import OFT_EXCERPT
-
-Arrays = dict[str, np.ndarray]
-VARIANTS = {"a": ("l1", 1, False), "b": ("l1", 2, True), "c": ("parallel", 1, False), "d": ("parallel", 2, True)}
-
-
-def oft_folder(numbers: tuple[Path, Path], place: Path, *, head: bool, state: bool) -> Path:
-    """An OpenVLA-OFT folder as the original saves it: the base's weights with the files of the heads beside them."""
-    base, oft = numbers
-    folder = place / f"oft-{head}-{state}"
-    shutil.copytree(base / "checkpoint", folder, copy_function=shutil.copyfile)
-    folder.chmod(0o755)
-    for part in ["action_head"] * head + ["proprio_projector"] * state:
-        (published,) = oft.glob(f"{part}--*_checkpoint.pt")
-        shutil.copyfile(published, folder / published.name)
-    shutil.copyfile(oft / "dataset_statistics.json", folder / "dataset_statistics.json")
-    return folder
-
-
-def load(numbers: tuple[Path, Path], place: Path, variant: str, **how: Any) -> VLA:
-    kind, images, state = VARIANTS[variant]
-    folder = oft_folder(numbers, place, head=kind == "l1", state=state)
-    return load_vla(folder, action_head=kind, num_images_in_input=images, **how)
+from tests.original_oft import VARIANTS, Arrays, Seen, batch, load, oft_folder
 
 
 @pytest.fixture(scope="module")
@@ -59,33 +37,6 @@ def variant(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def vla(both_numbers: tuple[Path, Path], variant: str, tmp_path_factory: pytest.TempPathFactory) -> VLA:
     return load(both_numbers, tmp_path_factory.mktemp("oft"), variant)
-
-
-def pixels(images: np.ndarray, lut: np.ndarray) -> torch.Tensor:
-    """(B, S, S, 3) uint8 → (B, 6, S, S) float32, as the set says: channel c is lut[c] of the image's channel c % 3."""
-    return torch.from_numpy(np.stack([lut[c][images[..., c % 3]] for c in range(len(lut))], axis=1))
-
-
-def batch(arrays: Arrays, variant: str) -> dict[str, Any]:
-    _, images, state = VARIANTS[variant]
-    cameras = ("images_primary", "images_wrist")[:images]
-    return {
-        **{name: torch.from_numpy(arrays[name]) for name in ("input_ids", "attention_mask", "labels", "actions")},
-        "pixel_values": torch.cat([pixels(arrays[name], arrays["pixel_value_lut"]) for name in cameras], dim=1),
-        "proprio": torch.from_numpy(arrays["proprio"]) if state else None,
-    }
-
-
-class Seen:
-    """What enters the first layer, leaves the final norm and enters the action head during a call."""
-
-    def __init__(self, vla: VLA) -> None:
-        self.embeddings = self.last = self.into_head = torch.empty(0)
-        model = vla.language_model.model
-        model.layers[0].register_forward_pre_hook(lambda module, args: setattr(self, "embeddings", args[0].detach()))
-        model.norm.register_forward_hook(lambda module, args, out: setattr(self, "last", out.detach()))
-        if vla.action_head is not None:
-            vla.action_head.register_forward_pre_hook(lambda module, args: setattr(self, "into_head", args[0].detach()))
 
 
 def test_full_size_has_the_originals_names_and_shapes() -> None:
