@@ -1,4 +1,4 @@
-"""Robot actions as words: each number becomes one of the last 256 ids of the language model's vocabulary.
+"""Robot actions as tokens: each number becomes one of the last 256 ids of the language model's vocabulary.
 
 In: actions in [-1, 1] (normalised by prismatic/normalize.py). Out: token ids, and back to bin centres. Surprising: 256 edges make only
 255 bins, so the two lowest ids decode to the same centre (+0.996), and the largest value has the smallest id.
@@ -11,7 +11,7 @@ class ActionTokenizer:
     """Maps actions to token ids `vocab_size - 256 … vocab_size - 1` and back (OpenVLA's uniform bins over [-1, 1])."""
 
     def __init__(self, vocab_size: int = 32000, n_bins: int = 256) -> None:
-        """vocab_size: the words of the tokenizer without padding rows. n_bins: number of bin edges, equal to the number of ids."""
+        """vocab_size: the tokenizer's tokens without padding rows. n_bins: number of bin edges, equal to the number of ids."""
         if not 2 <= n_bins < vocab_size:
             raise ValueError(f"n_bins={n_bins} must lie between 2 and vocab_size={vocab_size}")
         self.vocab_size = vocab_size

@@ -143,7 +143,7 @@ def load_quantized(
 ) -> VLA:
     """A checkpoint folder that is quantised as it loads (see quantize.quantize) and computes in dtype.
 
-    An adapter is merged into weights of the checkpoint's own number format.
+    An adapter is merged into weights of the checkpoint's own dtype.
     """
     own = weights.stored_dtype(weights.stored_tensors(folder))
     vla = load_merged(folder, adapter, dtype=own, device=device, **choice)

@@ -13,7 +13,8 @@ from prismatic.filenames import ADAPTER_CONFIG, CONFIG, LATEST
 from prismatic.ranges import expanded
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-WANTED = ["*.json", "*.safetensors", "*.model", "checkpoints/latest-checkpoint.pt"]  # never Python files
+# never Python files; heads of OpenVLA-OFT are `action_head--N_checkpoint.pt`
+WANTED = ["*.json", "*.safetensors", "*.model", "checkpoints/latest-checkpoint.pt", "*--*_checkpoint.pt"]
 WANTED_DATA = ["*.json", "*.tfrecord*", "*.array_record*"]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 JPEG_QUALITY = 95  # of 100; chroma 4:2:0: the settings of tf.image.encode_jpeg
-CROP_AREA = 0.9  # share of the picture that a random crop (training) and the centre crop (acting) keep
+CROP_AREA = 0.9  # share of the image that a random crop (training) and the centre crop (acting) keep
 BRIGHTNESS = 0.2  # added, U(-0.2, 0.2) of the full range
 CONTRAST = (0.8, 1.2)
 SATURATION = (0.8, 1.2)
@@ -200,7 +200,7 @@ class Augmentation:
         return cls(*(drawn[name] if name in operations else None for name in AUGMENTATIONS))
 
     def stages(self, image: np.ndarray) -> list[np.ndarray]:
-        """(S, S, 3) uint8 → the float32 picture in [0, 1] after each operation that is on, in order."""
+        """(S, S, 3) uint8 → the float32 image in [0, 1] after each operation that is on, in order."""
         current, done = to_unit(image), []
         if self.crop_box is not None:
             done.append(current := np.clip(crop_and_resize(current, self.crop_box), 0, 1))
@@ -225,7 +225,7 @@ class Augmentation:
 
 
 def normalize_pixels(image: np.ndarray, means: np.ndarray, stds: np.ndarray) -> np.ndarray:
-    """(S, S, 3) uint8 → (3·K, S, S) float32, one normalised copy of the picture for each of the K towers; means, stds: (K, 3)."""
+    """(S, S, 3) uint8 → (3·K, S, S) float32, one normalised copy of the image for each of the K towers; means, stds: (K, 3)."""
     unit = (image.astype(np.float32) / np.float32(255)).transpose(2, 0, 1)[None]
     normalised = (unit - means.astype(np.float32)[:, :, None, None]) / stds.astype(np.float32)[:, :, None, None]
     return normalised.reshape(-1, *image.shape[:2])

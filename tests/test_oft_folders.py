@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 
 import export
 from prismatic.adapter import save_adapter
 from prismatic.checkpoint import load_policy, load_vla, save_checkpoint
 from prismatic.errors import ConfigError, PolicyError
+from prismatic.hub import WANTED
 from prismatic.models.heads import HEADS
 from prismatic.models.lora import add_lora, lora_state_dict
 from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
@@ -246,6 +248,16 @@ def test_precision_passes_leave_the_heads_whole(made: Path, tmp_path: Path, prec
     assert 0 < distance < most
     out = export.main(export.ExportConfig(str(made / "own"), tmp_path / "out", quantize=precision))  # type: ignore[arg-type]
     np.testing.assert_allclose(chunk(load_policy(out, device="cpu")), chunk(rounded), atol=0.1)
+
+
+def test_the_hub_gives_heads_but_no_program() -> None:
+    files = [
+        *(f"{part}--150000_checkpoint.pt" for part in HEADS),
+        "model.safetensors",
+        "config.json",
+        "modeling_prismatic.py",
+    ]
+    assert list(filter_repo_objects(files, allow_patterns=WANTED)) == files[:-1]
 
 
 def test_an_answer_that_is_no_number_is_the_policys_error(made: Path) -> None:

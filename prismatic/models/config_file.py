@@ -21,6 +21,22 @@ Size = Annotated[int, Meta(ge=1, le=2**16)]
 Side = Annotated[int, Meta(ge=14, le=4096)]  # pixels
 Layers = Annotated[int, Meta(ge=1, le=256)]
 Vocabulary = Annotated[int, Meta(ge=2, le=2**20)]
+# What openvla-7b's config.json says beside its sizes; the fields of EXPECTED make another model if they differ.
+PUBLISHED: dict[str, Any] = {
+    "architectures": ["OpenVLAForActionPrediction"],
+    "model_type": "openvla",
+    "arch_specifier": "no-align+fused-gelu-mlp",
+    "vision_backbone_id": "dinosiglip-vit-so-224px",
+    "llm_backbone_id": "llama2-7b-pure",
+    "hf_llm_id": "meta-llama/Llama-2-7b-hf",
+    "image_resize_strategy": "resize-naive",
+    "timm_override_act_layers": [None, None],
+    "use_fused_vision_backbone": True,
+    "llm_max_length": 2048,
+    "output_projector_states": False,
+}
+EXPECTED = ("model_type", "arch_specifier", "image_resize_strategy", "use_fused_vision_backbone")
+NATIVE_BASE = "dinosiglip-224px+7b"
 # What another model than this one has: the only values that answer as Llama-2 does.
 PLAIN_TEXT = {
     "hidden_act": "silu",
@@ -101,6 +117,21 @@ def read_model_config(path: Path) -> dict[str, Any]:
             )
     _check_vocabulary(raw, path)
     return raw
+
+
+def check_architecture(raw: Mapping[str, Any], path: Path) -> None:
+    """ConfigError for a config.json, OpenVLA's or the native Prismatic one, of another architecture than openvla-7b's."""
+    if isinstance(raw.get("vla"), dict):
+        if NATIVE_BASE not in str(raw["vla"].get("base_vlm")):
+            raise ConfigError(
+                f"{path}: base_vlm {raw['vla'].get('base_vlm')!r} is not prism-{NATIVE_BASE}, the only one built here"
+            )
+        return
+    for name in EXPECTED:
+        if raw.get(name) != PUBLISHED[name]:
+            raise ConfigError(
+                f"{path}: {name} is {raw.get(name)!r}, but only {PUBLISHED[name]!r} (openvla-7b) is built here"
+            )
 
 
 def _check_vocabulary(raw: Mapping[str, Any], path: Path) -> None:

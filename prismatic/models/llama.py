@@ -22,7 +22,7 @@ class LlamaConfig:
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
     num_key_value_heads: int = 32
-    vocab_size: int = 32064  # rows of the embedding table: 32000 words, <PAD>, and filling up to a multiple of 64
+    vocab_size: int = 32064  # rows of the embedding table: 32000 tokens, <PAD>, and filling up to a multiple of 64
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     max_position_embeddings: int = 2048

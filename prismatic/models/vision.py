@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import nn
 
-CHANNELS = 3  # of one picture; each tower sees it normalised its own way
+CHANNELS = 3  # of one image; each tower sees it normalised its own way
 
 
 class LayerScale(nn.Module):
@@ -26,9 +26,9 @@ class LayerScale(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """Small convolutions in place of one large patch convolution: what lets a small tower learn from few pictures.
+    """Small convolutions in place of one large patch convolution: what lets a small tower learn from few images.
 
-    Each of `channels` halves the picture; `proj` does the rest of the patch. Named after timm's patch embedding, so LoRA adapts `proj` here too.
+    Each of `channels` halves the image; `proj` does the rest of the patch. Named after timm's patch embedding, so LoRA adapts `proj` here too.
     """
 
     def __init__(self, channels: Sequence[int], patch_size: int, width: int) -> None:

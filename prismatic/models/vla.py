@@ -1,7 +1,8 @@
-"""The joined model: image towers → projector → Llama. In: token ids, pixel_values, labels. Out: loss and logits, or 7 action ids.
+"""The joined model: image towers → projector → Llama → actions. In: token ids, pixel_values, state. Out: loss and logits, or actions.
 
-Sequence: [BOS][patches of every image][rest of the text]; patches attend like text (plain causal). Surprising: logits are computed only where
-labels are (8 of ~290 positions) unless asked, because a full (B, 290, 32064) table is most of the memory of a training step.
+Sequence: [BOS][patches of every image][the state's token][rest of the text]; patches attend like text: causally where tokens are decoded one by
+one, in all directions where a chunk of actions comes out of one forward pass (heads.py). Surprising: logits are computed only where labels are
+(8 of ~290 positions) unless asked, because a full (B, 290, 32064) table is most of the memory of a training step.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from action_tokenizer import ActionTokenizer
 from prismatic.errors import ConfigError
-from prismatic.models.config_file import DINO_ID, SIGLIP_ID, read_model_config
+from prismatic.models.config_file import DINO_ID, PUBLISHED, SIGLIP_ID, check_architecture, read_model_config
 from prismatic.models.decode import ActionDecoder, best_tokens, with_empty_token
 from prismatic.models.heads import L1RegressionHead, ProprioProjector, before_blanks, bin_centers, with_blanks
 from prismatic.models.llama import Llama, LlamaConfig
@@ -25,7 +26,6 @@ from prismatic.models.vision import VisionBackbone
 
 IGNORE = -100  # a label that is not trained on
 PATCH_SIZE = 14  # pixels, of both published towers
-ARCH_SPECIFIER, RESIZE_STRATEGY = "no-align+fused-gelu-mlp", "resize-naive"
 ActionHead = Literal["tokens", "parallel", "l1"]
 
 
@@ -45,7 +45,7 @@ class VLAConfig:
     tiny_timm_kwargs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # sizes of small towers, by timm id
     vision_stem: tuple[int, ...] = ()  # channels of a convolutional stem in front of small towers
     text_config: LlamaConfig = field(default_factory=LlamaConfig)
-    pad_to_multiple_of: int = 64  # rows that the table has beyond the words
+    pad_to_multiple_of: int = 64  # rows that the table has beyond the tokens
     n_action_bins: int = 256
     bos_token_id: int = 1
     eos_token_id: int = 2
@@ -61,7 +61,7 @@ class VLAConfig:
 
     @property
     def vocab_size(self) -> int:
-        """Words without filling rows: 32000. The last n_action_bins of them are actions."""
+        """Tokens without filling rows: 32000. The last n_action_bins of them are actions."""
         return self.text_config.vocab_size - self.pad_to_multiple_of
 
     @property
@@ -79,13 +79,7 @@ class VLAConfig:
     def from_json(cls, path: Path) -> "VLAConfig":
         """Read config.json of an OpenVLA folder or of the native Prismatic layout. ConfigError for an architecture that this is not."""
         raw = read_model_config(Path(path))
-        native = isinstance(raw.get("vla"), dict)
-        if native and "dinosiglip-224px+7b" not in str(raw["vla"].get("base_vlm")):
-            raise ConfigError(
-                f"{path}: base_vlm {raw['vla'].get('base_vlm')!r} is not prism-dinosiglip-224px+7b, the only one built here"
-            )
-        if not native:
-            _check_architecture(raw, path)
+        check_architecture(raw, Path(path))
         text = {**raw.get("text_config", {}), **raw.get("tiny_text_config", {})}
         known = {f.name for f in dataclasses.fields(LlamaConfig)}
         values = {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw and f.name != "text_config"}
@@ -107,18 +101,8 @@ class VLAConfig:
         }
         always = ("action_head", "timm_model_ids", "pad_to_multiple_of", "n_action_bins", "pad_token_id")
         return {
-            "architectures": ["OpenVLAForActionPrediction"],
-            "model_type": "openvla",
-            "arch_specifier": ARCH_SPECIFIER,
-            "vision_backbone_id": "dinosiglip-vit-so-224px",
-            "llm_backbone_id": "llama2-7b-pure",
-            "hf_llm_id": "meta-llama/Llama-2-7b-hf",
-            "image_resize_strategy": RESIZE_STRATEGY,
+            **PUBLISHED,
             "image_sizes": [self.image_size, self.image_size],
-            "timm_override_act_layers": [None, None],
-            "use_fused_vision_backbone": True,
-            "llm_max_length": 2048,
-            "output_projector_states": False,
             "text_config": {
                 "model_type": "llama",
                 "pad_token_id": self.pad_token_id,
@@ -126,18 +110,6 @@ class VLAConfig:
             },
             **{name: value for name, value in own.items() if name in always or value != getattr(defaults, name)},
         }
-
-
-def _check_architecture(raw: Mapping[str, Any], path: Path) -> None:
-    expected = {
-        "model_type": "openvla",
-        "arch_specifier": ARCH_SPECIFIER,
-        "image_resize_strategy": RESIZE_STRATEGY,
-        "use_fused_vision_backbone": True,
-    }
-    for name, value in expected.items():
-        if raw.get(name) != value:
-            raise ConfigError(f"{path}: {name} is {raw.get(name)!r}, but only {value!r} (openvla-7b) is built here")
 
 
 @dataclass
