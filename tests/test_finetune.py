@@ -20,7 +20,6 @@ from config import FinetuneConfig
 from prismatic.checkpoint import load_policy
 from prismatic.data import rlds
 from prismatic.errors import ConfigError
-from prismatic.training.run_folder import RunFolder
 from tests.conftest import REPOSITORY
 from tests.drawn_episodes import drawn_episode
 from tests.drawn_run import save_base
@@ -91,12 +90,6 @@ def test_the_base_s_statistics_keep_the_meaning_of_its_tokens(cfg: FinetuneConfi
     assert losses(own.parent) != losses(adapter.parent)  # other tokens
     with pytest.raises(ConfigError, match="statistics"):
         finetune.main(dataclasses.replace(cfg, action_statistics="base"))  # this base has none
-
-
-def test_the_number_of_loader_processes_changes_nothing(cfg: FinetuneConfig) -> None:
-    alone = finetune.main(dataclasses.replace(cfg, run_id_note="alone", max_steps=2))
-    helped = finetune.main(dataclasses.replace(cfg, run_id_note="helped", max_steps=2, num_workers=2))
-    assert losses(alone.parent) == losses(helped.parent)
 
 
 def test_an_adapter_acts_and_knows_its_base(cfg: FinetuneConfig, place: Path) -> None:
@@ -173,19 +166,6 @@ def test_data_that_changed_is_named(cfg: FinetuneConfig, place: Path, tmp_path: 
         (place / "staged" / "episode_9.npz").unlink()
     with pytest.raises(ConfigError, match="begun with --data"):
         finetune.main(dataclasses.replace(cfg, data_root_dir=cfg.data_root_dir.replace(str(place), str(tmp_path))))
-
-
-def test_one_process_a_run(cfg: FinetuneConfig) -> None:
-    run = RunFolder(cfg.run_root_dir / cfg.run_name, keep=2)
-    with pytest.raises(ConfigError, match="another process"):
-        finetune.main(cfg)
-    del run
-
-
-def test_only_the_newest_checkpoints_stay(cfg: FinetuneConfig) -> None:
-    latest = finetune.main(dataclasses.replace(cfg, save_steps=1, keep=2))
-    assert sorted(folder.name for folder in latest.parent.glob("step-*")) == ["step-000003", "step-000004"]
-    assert latest.resolve().name == "step-000004"
 
 
 @pytest.mark.parametrize(

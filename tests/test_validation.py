@@ -68,7 +68,9 @@ def test_the_numbers_are_those_of_one_sample_after_another(mixture: Mixture, pro
     check = Validation(mixture, processor, batch_size=4)
     assert len(check.frames) % 4, "the last batch should be smaller than the others"
     seen: list[torch.Tensor] = []
-    hook = vla.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[2]))
+    hook = vla.register_forward_pre_hook(
+        lambda module, inputs, named: seen.extend(named["pixel_values"]), with_kwargs=True
+    )
     measured = check(vla, autocast=False, stopped=never)
     hook.remove()
     losses, predicted, true = [], [], []
