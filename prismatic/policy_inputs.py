@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from prismatic.errors import ConfigError
+from prismatic.image import PreparedImage
 
 WANTED = "a frame is (H, W, 3) uint8, RGB, upright"
 SMALLEST, LARGEST = 8, 8192  # pixels a side
@@ -28,9 +29,12 @@ def as_frame(given: Any, name: str) -> np.ndarray:
     return given
 
 
-def as_frames(given: Any, name: str) -> list[np.ndarray]:
-    """As as_frame, of a sequence or an array (B, H, W, 3)."""
-    return [as_frame(frame, f"{name}[{number}]") for number, frame in enumerate(_sequence(given, name))]
+def as_frames(given: Any, name: str) -> list[Any]:
+    """As as_frame, of a sequence or an array (B, H, W, 3). What an ImagePath prepared beside the camera stays as it is."""
+    return [
+        frame if isinstance(frame, PreparedImage) else as_frame(frame, f"{name}[{number}]")
+        for number, frame in enumerate(_sequence(given, name))
+    ]
 
 
 def check_batch(instructions: Any, **others: Any) -> None:

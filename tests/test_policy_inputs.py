@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from prismatic.errors import ConfigError
+from prismatic.image import PreparedImage
 from prismatic.policy_inputs import as_frame, as_frames, check_batch
 
 FRAME = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
@@ -54,3 +55,9 @@ def test_a_batch_that_does_not_fit_is_one_sentence(instructions: Any, others: di
 def test_a_batch_is_taken() -> None:
     check_batch(["把黑碗放到盘子上", ""], frames=[FRAME, FRAME], wrists=None, states=np.zeros((2, 8)))
     assert len(as_frames(np.stack([FRAME] * 2), "frames")) == 2
+
+
+def test_a_prepared_image_stays_as_it_is() -> None:
+    """The server, and a simulator's process, hand images over that an ImagePath has prepared."""
+    prepared = PreparedImage(np.zeros((8, 8, 3), np.uint8))
+    assert as_frames([prepared], "frames")[0] is prepared
