@@ -176,3 +176,16 @@ def test_what_cannot_fit_names_settings_that_do(model: Model, card: int) -> None
 def test_where_nothing_fits_it_says_how_much_would(model: Model) -> None:
     with pytest.raises(ConfigError, match=r"even --batch_size 1 .* needs 5\.\d GiB: take a larger card"):
         choose(model, Settings(16, 1), 4 * GIB, place="card")
+
+
+def test_openvla_oft_with_two_images_and_a_state_is_counted() -> None:
+    """The head and the state's projector are trained whole, in float32; targets for a 24 GB and a 12 GB card."""
+    config = VLAConfig(action_head="l1", num_actions_chunk=8, num_images_in_input=2, proprio_dim=8)
+    model, tokens = describe(config, Precision(), words=90), describe(VLAConfig(), Precision(), words=90)
+    width = 4096
+    head = 2 * 7 * width + (7 * width + 1) * width + 2 * (2 * width + (width + 1) * width) + 2 * width + (width + 1) * 7
+    projector = (8 + 1) * width + (width + 1) * width
+    assert model.base == tokens.base and model.adapters == tokens.adapters + head + projector
+    assert choose(model, Settings(2, 4), 22 * GIB, place="card").total < 22 * GIB
+    assert plan(model, Settings(1, 8, "selective", True)).total < 12 * GIB
+    assert model.of_one["layer"].saved > 1.7 * tokens.of_one["layer"].saved

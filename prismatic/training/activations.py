@@ -107,15 +107,22 @@ def _runs(
         yield name, tower.blocks[0], (pictures, config.num_patches + tower.num_prefix_tokens, tower.embed_dim)
     patches = config.num_patches * config.num_images_in_input
     yield "projector", vla.projector, (batch, patches, vla.vision_backbone.width)
-    length = patches + words
+    length = patches + words + (config.proprio_dim > 0)
     positions = torch.arange(length).expand(batch, -1)
+    chunked = config.action_head != "tokens"
+    attn_mask = torch.ones(batch, 1, 1, length, dtype=torch.bool) if chunked else None
+    labels = 1 + config.action_positions  # the end token's too
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         cos_sin = rotary(positions, text.hidden_size // text.num_attention_heads, text.rope_theta, x.dtype)
-        return llama.model.layers[0](x, cos_sin, None, None)
+        return llama.model.layers[0](x, cos_sin, None, attn_mask)
 
     def head(x: torch.Tensor) -> torch.Tensor:
-        chosen = llama.lm_head(llama.model.norm(x)[:, -LABELS:].flatten(0, 1)).float()
+        hidden = llama.model.norm(x)
+        if vla.action_head is not None:
+            predicted = vla.action_head(hidden[:, -labels:-1].contiguous())
+            return F.l1_loss(predicted, torch.zeros_like(predicted))
+        chosen = llama.lm_head(hidden[:, -labels:].flatten(0, 1)).float()
         return F.cross_entropy(chosen, torch.zeros(chosen.shape[0], dtype=torch.long))
 
     yield "layer", layer, (batch, length, text.hidden_size)

@@ -38,7 +38,7 @@ class Model:
     base: int  # values without adapters
     linear: int  # of them those that NF4 packs
     largest: int  # values of the largest packed matrix
-    adapters: int  # values
+    adapters: int  # values, a head's included
     trained: int  # values that ever get a gradient: not those of blocks that aren't run
     depths: Mapping[str, int]  # blocks that are run, by kind
     block: int  # values of the largest of them
@@ -101,7 +101,10 @@ def describe(config: VLAConfig, precision: Precision, *, words: int, on_cpu: boo
     """Count a model of which nothing is loaded. words: ids of the longest row, without patches. on_cpu: where it will run."""
     with torch.device("meta"):
         vla = VLA(config)
-        base = sum(p.numel() for p in vla.parameters())
+        everything = sum(p.numel() for p in vla.parameters())
+        heads = [head for head in (vla.action_head, vla.proprio_projector) if head is not None]
+        # new heads are trained whole, and kept as the adapters are
+        base = everything - sum(p.numel() for head in heads for p in head.parameters()) * bool(precision.lora_rank)
         linears = [module.weight.numel() for _, module in quantised_linears(vla, on_cpu=on_cpu)]
         if precision.lora_rank:
             add_lora(vla, rank=precision.lora_rank)
