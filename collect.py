@@ -10,10 +10,9 @@ one of the stored states that evaluation uses.
 
 import contextlib
 import json
-import signal
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Literal
 
@@ -24,11 +23,13 @@ from config import WORKSPACE
 from prismatic.atomic import write_json
 from prismatic.data import lerobot_writer, rlds
 from prismatic.data.staging import writing_to
-from prismatic.episodes.demonstration import Demonstration, Job, Worker, stop
+from prismatic.episodes import pool
+from prismatic.episodes.demonstration import Demonstration, Job, Record
 from prismatic.episodes.replay import Replays, find_replays
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.ranges import Count, NonNegative, Positive, Seed, Workers, checked
-from prismatic.simulator import choose_renderer, instruction, num_tasks
+from prismatic.scene.renderer import choose_renderer
+from prismatic.scene.suites import instruction, num_tasks
 from prismatic.versions import folder_fingerprint
 
 ATTEMPTS_PER_DEMO = 3  # a task is given up when so many attempts for each wanted episode,
@@ -95,7 +96,7 @@ class Schedule:
     def _stem(self, task_id: int) -> str:
         return f"task{task_id:02d}-{self._after}"  # episodes that a policy begins lie beside the expert's
 
-    def next_job(self) -> Demonstration | None:
+    def next_job(self, scene: Hashable = None, busy: Counter[Hashable] | None = None) -> Demonstration | None:
         """The next attempt that is needed, task after task; None while those under way may be enough."""
         for task_id in self.tasks:
             while self.successes[task_id] + self._running[task_id] < self._cfg.num_demos_per_task:
@@ -152,18 +153,6 @@ class Schedule:
         ]
 
 
-@contextlib.contextmanager
-def worker_processes(number: int) -> Iterator[list[Worker]]:
-    """Worker processes that Ctrl-C doesn't reach (the parent decides) and that end with this block."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by what is spawned here
-    workers = [Worker() for _ in range(number)]
-    try:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        yield workers
-    finally:
-        stop(workers)
-
-
 def stage_folder(cfg: CollectConfig) -> Path:
     """Where finished episodes go, a file each."""
     return cfg.data_root_dir / f"{cfg.dataset_name}_staged"
@@ -192,23 +181,20 @@ def open_stage(cfg: CollectConfig) -> Path:
     return stage
 
 
-def run(schedule: Schedule | Replays, workers: list[Worker], bar: tqdm) -> None:
-    """Give out jobs and gather answers until there are none left."""
+def run(schedule: Schedule | Replays, work: Record, bar: tqdm, *, num_workers: int, hang_limit: float) -> None:
+    """Give out jobs and gather what comes of them until there are none left."""
     succeeded = tried = 0
-    while True:
-        for worker in workers:
-            if worker.job is None and (job := schedule.next_job()):
-                worker.give(job)
-        busy = {worker.connection: worker for worker in workers if worker.job}
-        if not busy:
-            return
-        for connection in wait(list(busy)):
-            worker = busy[connection]  # type: ignore[index]
-            job, steps = worker.job, worker.answer()
-            assert job is not None
-            done = schedule.finished(job, success=steps > 0)
+    with contextlib.closing(pool.run(schedule, work, num_workers=num_workers, hang_limit=hang_limit)) as ends:
+        for ended in ends:
+            job = ended.job
+            if ended.error:
+                raise ConfigError(
+                    f"task {job.task_id} broke {pool.ATTEMPTS} times ({ended.error}), perhaps for want of memory (a simulator "
+                    "process needs 2 GB): give the same command again with a smaller num_workers"
+                )
+            done = schedule.finished(job, success=ended.result > 0)
             tried += 1
-            succeeded += steps > 0
+            succeeded += ended.result > 0
             bar.set_postfix_str(f"{schedule.actor} {succeeded} of {tried}, task {job.task_id}", refresh=False)
             bar.update(done)
 
@@ -240,8 +226,10 @@ def collect(cfg: CollectConfig) -> Path:
     found = schedule.found()
     with tqdm(total=schedule.total, initial=found, unit="episode", desc=cfg.task_suite_name) as bar:
         if found < schedule.total:
-            with worker_processes(min(cfg.num_workers, schedule.total - found)) as workers:
-                run(schedule, workers, bar)
+            workers = min(cfg.num_workers, schedule.total - found)
+            run(
+                schedule, Record(str(cfg.policy_checkpoint or "")), bar, num_workers=workers, hang_limit=pool.HANG_LIMIT
+            )
     for line in schedule.report():
         print(line)
     writer = rlds if cfg.format == "rlds" else lerobot_writer

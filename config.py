@@ -23,6 +23,7 @@ from prismatic.ranges import (
     Processes,
     Seed,
     Share,
+    Workers,
 )
 
 GripperConvention = Literal["auto", "minus_one_open", "plus_one_open", "one_open", "zero_open", "none"]
@@ -157,21 +158,91 @@ MAY_CHANGE_ON_RESUME = (  # batch_size and grad_accumulation_steps as far as the
 
 
 @dataclass(frozen=True, kw_only=True)
-class ControlOptions:
-    """What stands beside a score: controls, and what is asked of the statistics."""
+class EvalOptions:
+    """What people change from one evaluation to the next."""
 
-    # What the policy is told. swap: the sentence of another task of the suite. empty: nothing. paraphrase: LIBERO-PRO's wording, or where it
-    # has none other verbs. A score that stays high shows that it doesn't read.
+    # Checkpoint folder, adapter folder (it knows its base), training run, or hub id such as openvla/openvla-7b-finetuned-libero-spatial.
+    pretrained_checkpoint: str = ""
+    # Adapter folder that goes on top of pretrained_checkpoint.
+    lora_checkpoint: Path | None = None
+    # Who acts: the checkpoint; or, to check the set-up, the scripted expert, recorded actions from their own states (replay), random, zero.
+    policy: Literal["checkpoint", "expert", "replay", "random", "zero"] = "checkpoint"
+    # libero_spatial, libero_object, libero_goal, libero_10, libero_90, or a LIBERO-PRO suite such as libero_spatial_swap.
+    task_suite_name: str = "libero_spatial"
+    # Tasks of the suite to play, such as `--task_ids 0 3`; none means all.
+    task_ids: tuple[int, ...] = ()
+    # Episodes per task, each from another stored initial state (LIBERO has 50); of a replay, recorded episodes per task.
+    num_trials_per_task: Positive = 50
+    # Actions of each chunk that are executed before the policy looks again, the first ones. None: the whole chunk.
+    num_open_loop_steps: Positive | None = None
+    # Key of the data set whose statistics the actions are in; only for a folder without processor.json that has several.
+    unnorm_key: str | None = None
+    # Whether the policy was trained with random crops. None: what the folder says, True where it says nothing.
+    center_crop: bool | None = None
+    # Weights in 8 or 4 bits (weight only). A folder that export.py quantised needs no flag.
+    quantize: Literal["none", "int8", "int4"] = "none"
+    # Simulator processes, of each rank under torchrun. auto: one a core, as far as the memory goes (2 GB each).
+    num_workers: Annotated[Workers | Literal["auto"], tyro.conf.arg(aliases=("--workers",))] = "auto"
+    # Ask the policy one row at a time, so that not even rounding depends on the number of workers; slower.
+    deterministic: bool = False
+    # standard: LIBERO's pixels. fast: three times faster on a CPU, pixels differ by about 1.5 of 255, so not for scores to be compared.
+    render_quality: Literal["standard", "fast"] = "standard"
+    # Write an mp4 of the episodes that video_every chooses. Without videos, a policy with chunks has its images rendered only when it looks.
+    save_videos: bool = True
+    # Film each so many-th initial state of a task: 1 films all, 10 one in ten.
+    video_every: Positive = 1
+    # LIBERO's seed; it moves fixtures even with a stored initial state. Published numbers use 0.
+    env_seed: Seed = 0
+    # Seed of the random policy, and of sampling where a policy samples.
+    seed: Seed = 7
+    # Play again the episodes that ended as errors in an earlier call.
+    retry_errors: bool = False
+    # Folder in which each run has its rollout folder.
+    local_log_dir: Path = Path("rollouts")
+    # Text to be added to the rollout folder's name.
+    run_id_note: FolderName | None = None
+    # Play nothing: compare two rollout folders (before after), or several pairs of them together, over the episodes that they share.
+    compare: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(EvalOptions):
+    # Advanced: details of the protocol, foreign checkpoints, controls, videos. Most evaluations leave these as they are.
+
+    # First stored initial state of each task to be played; num_trials_per_task counts from it.
+    first_init_state: Count = 0
+    # Steps of holding still before the policy acts; they count for nothing. LIBERO's protocol has 10.
+    num_steps_wait: Count = 10
+    # Of a foreign checkpoint without a head's file: parallel (all tokens of a chunk at once, as RL checkpoints of OpenVLA-OFT). None: as found.
+    action_head: Literal["tokens", "parallel", "l1"] | None = None
+    # Of a foreign checkpoint: actions of one answer (OpenVLA-OFT in LIBERO: 8). None: as found.
+    num_actions_chunk: Positive | None = None
+    # Of a foreign checkpoint: images that it reads, 2 adds the wrist camera. None: as found.
+    num_images_in_input: Positive | None = None
+    # Weights in 8 bits by bitsandbytes' LLM.int8, which rounds activations too (OpenVLA's flag; --quantize int8 rounds weights only).
+    load_in_8bit: bool = False
+    # Weights in 4 bits by bitsandbytes' NF4 (OpenVLA's flag; --quantize int4 is torchao's).
+    load_in_4bit: bool = False
+    # Draft each action's tokens from the last action and verify them: the same tokens in fewer forward passes. auto: on a CPU.
+    drafting: bool | Literal["auto"] = "auto"
+    # Play although mujoco or robosuite is another version than scores are made with; the result says so.
+    allow_unpinned_simulator: bool = False
+    # Write a GIF beside each video, with half as many frames a second.
+    save_gifs: bool = False
+    # Draw the instruction, and at the end the outcome, under the video's frames.
+    annotate_videos: bool = False
+    # Control: the sentence the policy is given. swap: another task's. empty: none. paraphrase: LIBERO-PRO's wording, or where it has none
+    # other verbs. A score that stays high shows that the policy doesn't read.
     instruction: Literal["keep", "swap", "empty", "paraphrase"] = "keep"
-    # Play nothing: ask the checkpoint about frames of the data set, and compare its answers with what was recorded.
+    # Control: play nothing, ask the checkpoint about frames of a data set and compare its answers with what was recorded.
     open_loop: bool = False
-    # Frames asked about, of the training episodes and as many of the validation episodes.
-    open_loop_frames: int = 200
-    # For replay and open_loop: folder of data sets (RLDS or LeRobot).
+    # Frames that --open_loop asks about: so many of the training episodes and of the validation episodes.
+    open_loop_frames: Positive = 200
+    # Folder of data sets (RLDS or LeRobot), for --policy replay and --open_loop.
     data_root_dir: Path = WORKSPACE / "datasets"
-    # The data set in it.
+    # Data set in data_root_dir, for --policy replay and --open_loop.
     dataset_name: str = "libero_spatial_no_noops"
-    # Folder of frame caches.
+    # Folder of frame caches, for --policy replay and --open_loop.
     cache_dir: Path = WORKSPACE / "cache"
     # Fields of that data set, where they have no usual names: image=…,wrist=…,state=…,action=…,instruction=… (see docs/data.md).
     data_keys: str = ""
@@ -179,74 +250,11 @@ class ControlOptions:
     gripper: GripperConvention = "auto"
     # Turn each image of that data set by 180°.
     rotate_images: bool = False
-    # For a replay of LIBERO's own demonstrations: folder of their *_demo.hdf5 files, which hold the initial states.
+    # Folder of LIBERO's *_demo.hdf5 files, which hold the initial states that --policy replay of LIBERO's own demonstrations needs.
     from_hdf5: Path | None = None
-    # Difference in success that one would like to tell, as a fraction: how many episodes that needs is said.
-    difference: float = 0.05
-    # Of compare: the largest loss that still counts as "not worse", as a fraction. Choose it before looking.
-    margin: float = 0.05
-    # Play nothing: the mean over the suites of these rollout folders.
+    # Difference in success rate, as a fraction, that you would like to tell: the result says how many episodes that takes.
+    difference: Share = 0.05
+    # Largest loss in success rate, as a fraction, that --compare still calls "not worse". Choose it before looking.
+    margin: Share = 0.05
+    # Play nothing: print the mean success rate over the suites of these rollout folders.
     mean_of: tuple[Path, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoOptions:
-    # An mp4 of every episode.
-    save_videos: bool = True
-    # Also a GIF of each, half as many frames a second.
-    save_gifs: bool = False
-    # Draw the instruction, and at the end the outcome, under the picture.
-    annotate_videos: bool = False
-
-
-@dataclass(frozen=True)
-class EvalConfig(VideoOptions, ControlOptions):
-    # Checkpoint folder, adapter folder (it knows its base), or hub id such as openvla/openvla-7b-finetuned-libero-spatial.
-    pretrained_checkpoint: str = ""
-    # Adapter folder that goes on top of the checkpoint.
-    lora_checkpoint: Path | None = None
-    # Who acts: the checkpoint; or, to check the set-up, the scripted expert, recorded actions from their own states (replay), random, zero.
-    policy: Literal["checkpoint", "expert", "replay", "random", "zero"] = "checkpoint"
-    # libero_spatial, libero_object, libero_goal, libero_10, libero_90, or a LIBERO-PRO suite such as libero_spatial_swap.
-    task_suite_name: str = "libero_spatial"
-    # Tasks of the suite, such as `--task_ids 0 3`; none means all.
-    task_ids: tuple[int, ...] = ()
-    # Stored initial states per task (LIBERO has 50); of a replay, recorded episodes per task.
-    num_trials_per_task: int = 50
-    # The first of them.
-    first_init_state: int = 0
-    # Steps of holding still before the policy acts; they do not count.
-    num_steps_wait: int = 10
-    # LIBERO's seed; it moves fixtures even with a stored initial state. Published numbers use 0.
-    env_seed: Seed = 0
-    # Seed of the random policy, and of sampling where a policy samples.
-    seed: Seed = 7
-    # Key of the data set's statistics. Only for a folder without processor.json that has several.
-    unnorm_key: str | None = None
-    # Whether it was trained with random crops. None: what the folder says, True where it says nothing.
-    center_crop: bool | None = None
-    # Weights in 8 or 4 bits (weight only). A folder that export.py quantised needs no flag.
-    quantize: Literal["none", "int8", "int4"] = "none"
-    # OpenVLA's name for bitsandbytes' LLM.int8, which rounds the activations too.
-    load_in_8bit: bool = False
-    # OpenVLA's name for bitsandbytes' NF4.
-    load_in_4bit: bool = False
-    # Guess each action from the last one and verify it: the same words in fewer passes. auto: on a CPU, where it measured faster.
-    drafting: bool | Literal["auto"] = "auto"
-    # Simulator processes, of each rank under torchrun. auto: one a core, as far as the memory goes (2 GB each).
-    num_workers: Annotated[int | Literal["auto"], tyro.conf.arg(aliases=("--workers",))] = "auto"
-    # Ask the policy one row at a time, so that not even rounding depends on the number of workers; slower.
-    deterministic: bool = False
-    # standard: LIBERO's pixels. fast: three times faster on a CPU, pixels differ by about 1.5 of 255, so not for scores to be compared.
-    render_quality: Literal["standard", "fast"] = "standard"
-    # Play again the episodes that ended as errors in an earlier call.
-    retry_errors: bool = False
-    # Play although mujoco or robosuite is another version than scores are made with; the result says so.
-    allow_unpinned_simulator: bool = False
-    # Folder of rollout folders.
-    local_log_dir: Path = Path("rollouts")
-    # Is added to the rollout folder's name.
-    run_id_note: FolderName | None = None
-    # Play nothing: compare two rollout folders, or several twos together (before after before after …), over the episodes that they share.
-    compare: tuple[Path, ...] = ()
-    model_family: Literal["openvla"] = "openvla"  # accepted because OpenVLA's command lines have it

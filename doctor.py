@@ -19,10 +19,11 @@ import torchvision  # noqa: F401  (before the first osmesa context: afterwards i
 import tyro
 
 from config import WORKSPACE, GripperConvention
-from prismatic import machine, simulator
+from prismatic import machine
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.ranges import checked
-from prismatic.scene import golden
+from prismatic.scene.renderer import choose_renderer, draws_in_software
+from prismatic.scene.suites import Libero
 from prismatic.versions import SIMULATOR_PINS, versions
 
 RAMEKIN_TASK, BOWL, RAMEKIN = 5, "akita_black_bowl_1", "glazed_rim_porcelain_ramekin_1"
@@ -193,18 +194,20 @@ def policy(cfg: DoctorConfig) -> Iterator[Check]:
 
 def scenes() -> Iterator[Check]:
     try:
-        renderer = simulator.choose_renderer()
+        renderer = choose_renderer()
     except ConfigError as error:
         yield Check(False, str(error))
         return
     yield Check(True, f"renderer {renderer}")
-    drawn = golden.card(simulator.golden_frame(), renderer)
+    drawn = Libero().golden_frame()
+    software = draws_in_software(renderer, drawn["gl_renderer"])
+    yield Check(None, f"frames are drawn by {drawn['gl_renderer']}" + ", without a GPU: right, but slow" * software)
     yield Check(
         drawn["as_expected"],
         f"golden frame differs by {drawn['differs_by']:.3f} of 255 (at most {drawn['at_most']})",
         "another mujoco, driver or asset: do not compare scores",
     )
-    sim = simulator.Simulator("libero_spatial", RAMEKIN_TASK)
+    sim = Libero().simulator("libero_spatial", RAMEKIN_TASK)
     sim.reset(0)
     bodies, positions = sim.environment.obj_body_id, sim.environment.sim.data.body_xpos
     bowl, ramekin = positions[bodies[BOWL]], positions[bodies[RAMEKIN]]

@@ -10,10 +10,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from prismatic import simulator
 from prismatic.checkpoint import save_checkpoint
 from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
 from prismatic.processor import Processor, ProcessorConfig
+from prismatic.scene.suites import instruction, num_tasks
 
 SUITES = (
     "libero_spatial",
@@ -26,7 +26,7 @@ SEED = 7
 
 
 def main(folder: Path) -> None:
-    sentences = [simulator.instruction(suite, task) for suite in SUITES for task in range(simulator.num_tasks(suite))]
+    sentences = [instruction(suite, task) for suite in SUITES for task in range(num_tasks(suite))]
     tokenizer = tiny_tokenizer(sentences)
     words = folder.with_name(folder.name + "-words")
     tokenizer.save_pretrained(words)

@@ -72,3 +72,15 @@ def no_room(path: Path, error: Exception) -> ConfigError:
     """The sentence for a file or folder that cannot be written."""
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
     return ConfigError(f"cannot write {path} ({reason}): make room; the same command then continues")
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Add a line (without its newline) that is safe on disk when this returns. ConfigError when it cannot be written."""
+    line += b"\n"
+    try:
+        with path.open("ab", buffering=0) as file:
+            if file.write(line) != len(line):
+                raise OSError("the disk is full")
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise no_room(path, error) from error

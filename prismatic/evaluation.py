@@ -8,33 +8,35 @@ and no rate counts them. A run that differs in what the numbers depend on (run.j
 import contextlib
 import fcntl
 import hashlib
-import importlib
-import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from prismatic.atomic import no_room, write_json
-from prismatic.episodes import traces
+import msgspec
+
+from prismatic.atomic import append_line, write_json
+from prismatic.episodes import actions, pool
 from prismatic.episodes.controls import beside
-from prismatic.episodes.meter import Meter
-from prismatic.episodes.player import Outcome, Setup, Trial
-from prismatic.episodes.trials import names
-from prismatic.episodes.trials import plan as plan
-from prismatic.episodes.workers import SILENCE_LIMIT, play
-from prismatic.errors import ConfigError
-from prismatic.filenames import RESULTS, RUN, SUMMARY
-from prismatic.scene.verdicts import Account
-from prismatic.summary import summarise as summarise
+from prismatic.episodes.player import Outcome, Play
+from prismatic.episodes.result import EpisodeResult
+from prismatic.episodes.session import Session
+from prismatic.episodes.trials import Trial, TrialQueue, video_number
+from prismatic.errors import ConfigError, read_json
+from prismatic.filenames import REPORT, RESULTS, RUN, SUMMARY, UNFINISHED, VERSIONS
+from prismatic.scene.diagnosis import Diagnosis
+from prismatic.summary import summarise
+
+if TYPE_CHECKING:  # it needs torch, which an evaluation of the expert does not
+    from prismatic.policy import Policy
 
 POSTERS = "posters"  # folder of the videos' last frames
 TASK_CHARACTERS = 50  # of the instruction in a video's name, as OpenVLA has it
+KNOWN_LATER = ("benchmark_files",)  # facts of a run that those of before did not record: they go on without
 
-Row = dict[str, Any]  # one line of results.jsonl
+Facts = dict[str, Any]  # of run.json and summary.json: JSON values
 
 
 class RolloutFolder:
@@ -45,7 +47,7 @@ class RolloutFolder:
     cannot be written, holds another run, or is in use.
     """
 
-    def __init__(self, path: Path, *, identity: Row, record: Row, rank: int = 0) -> None:
+    def __init__(self, path: Path, *, identity: Facts, record: Facts, rank: int = 0) -> None:
         self.path, self.rank = path, rank
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -53,10 +55,10 @@ class RolloutFolder:
             with self.locked():
                 self._claim(identity, record)
                 _drop_torn_line(path / RESULTS)
-            self.unfinished = path / f".unfinished-{rank}"
+            self.unfinished = path / f"{UNFINISHED}{rank}"
             shutil.rmtree(self.unfinished, ignore_errors=True)
             self.unfinished.mkdir()
-            self._videos = {row["video"] for row in self.rows()}
+            self._videos = {row.video for row in self.rows()}
         except OSError as error:
             reason = error.strerror or str(error)
             raise ConfigError(f"cannot write to {path} ({reason}): choose another --local_log_dir") from error
@@ -78,44 +80,44 @@ class RolloutFolder:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _claim(self, identity: Row, record: Row) -> None:
-        identity = json.loads(json.dumps(identity))
-        run = self.path / RUN
-        results = self.path / RESULTS
-        old_run = json.loads(run.read_text()) if run.is_file() else {"identity": {}, "record": {}}
-        if old_run["identity"] == identity:
+    def _claim(self, identity: Facts, record: Facts) -> None:
+        identity = msgspec.json.decode(msgspec.json.encode(identity))
+        run, results = self.path / RUN, self.path / RESULTS
+        old_run = read_json(run) if run.is_file() else {"identity": {}, "record": {}}
+        there = old_run["identity"]
+        goes_on = results.exists() and results.stat().st_size > 0
+        for name in [*identity, *there] if goes_on else ():
+            old, new = there.get(name), identity.get(name)
+            if old != new and (name in there or name not in KNOWN_LATER):
+                raise ConfigError(
+                    f"{self.path} holds a run with {name} {old!r}, this one has {new!r}: "
+                    "use another --run_id_note, or delete that folder"
+                )
+        if goes_on or there == identity:
             record = {**old_run["record"], **record}
-        if results.exists() and results.stat().st_size:
-            there, record = old_run["identity"], {**old_run["record"], **record}
-            for name in [*identity, *there]:
-                old, new = there.get(name), identity.get(name)
-                if old != new:
-                    raise ConfigError(
-                        f"{self.path} holds a run with {name} {old!r}, this one has {new!r}: "
-                        "use another --run_id_note, or delete that folder"
-                    )
         write_json(run, {"identity": identity, "record": record})
+        write_json(self.path / VERSIONS, record.get("versions", {}))  # as beside an adapter
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[EpisodeResult]:
         """The results so far, the last line of each episode, in the order in which they ended."""
         with self.locked():
             return read_rows(self.path)
 
     def note(self, **facts: Any) -> None:
-        """Add to the record what became known only now, such as the policy's card."""
+        """Add to the record what became known only now, such as the policy's metadata."""
         with self.locked():
-            run = json.loads((self.path / RUN).read_text())
+            run = read_json(self.path / RUN)
             run["record"].update(facts)
             write_json(self.path / RUN, run)
 
-    def add_session(self, session: Row) -> None:
-        """Add to the record what one call measured of itself (meter.py); those before it stay."""
+    def add_session(self, session: Facts) -> None:
+        """Add to the record what one call measured of itself (session.py); those before it stay."""
         with self.locked():
-            run = json.loads((self.path / RUN).read_text())
+            run = read_json(self.path / RUN)
             run["record"].setdefault("sessions", []).append(session)
             write_json(self.path / RUN, run)
 
-    def add(self, outcome: Outcome, *, instruction: str, number: int) -> Row:
+    def add(self, outcome: Outcome, *, instruction: str, number: int) -> EpisodeResult:
         """Give the video its name and append the episode's line, safe on disk when this returns.
 
         number: the video's, unique within the folder. ConfigError when the disk is full.
@@ -123,35 +125,35 @@ class RolloutFolder:
         video = None
         if outcome.video and outcome.success is not None:
             video = self._keep_video(outcome.video, video_name(number, outcome.success, instruction))
-        trial = outcome.trial
-        row = {
-            "episode_id": trial.id,
-            "suite": trial.suite,
-            "task_id": trial.task_id,
-            "init_state": trial.init_state,
-            "env_seed": trial.env_seed,
-            "instruction": instruction,
-            "success": outcome.success,
-            "error": outcome.error,
-            "steps": outcome.steps,
-            "seconds": round(outcome.seconds, 2),
-            "video": video,
-            # tells whether two runs did the same, not only whether they ended alike
-            "actions_sha256": None
-            if outcome.actions is None
-            else hashlib.sha256(outcome.actions.tobytes()).hexdigest()[:16],
-            **asdict(outcome.account or Account(reason=f"The episode crashed: {outcome.error}")),
-            **outcome.facts,
-            "actions": None if outcome.actions is None else traces.save(self.path, trial.id, outcome.actions),
-        }
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-        try:
-            with self.locked(), (self.path / RESULTS).open("ab", buffering=0) as results:
-                if results.write(line) != len(line):
-                    raise OSError("the disk is full")
-                os.fsync(results.fileno())
-        except OSError as error:
-            raise no_room(self.path / RESULTS, error) from error
+        trial, acted = outcome.trial, outcome.actions
+        error = outcome.error and outcome.error.encode(errors="replace").decode()  # a path in it may hold any byte
+        left_out = outcome.replay is not None and outcome.replay.left_out
+        why = "Left out: it does not begin as it was recorded." if left_out else f"The episode crashed: {error}"
+        diagnosis = outcome.diagnosis or Diagnosis(reason=why)
+        row = EpisodeResult(
+            episode_id=trial.id,
+            suite=trial.suite,
+            task_id=trial.task_id,
+            init_state=trial.init_state,
+            env_seed=trial.env_seed,
+            instruction=instruction,
+            success=outcome.success,
+            error=error,
+            steps=outcome.steps,
+            seconds=round(outcome.seconds, 2),
+            video=video,
+            actions_sha256=None if acted is None else hashlib.sha256(acted.tobytes()).hexdigest()[:16],
+            stages=diagnosis.stages,
+            verdict=diagnosis.verdict,
+            reason=diagnosis.reason,
+            actions=None if acted is None else actions.save(self.path, trial.id, acted),
+            near_ties=outcome.near_ties,
+            instruction_given=outcome.instruction_given,
+            moved_by_env_seed_mm=outcome.moved_by_env_seed_mm,
+            replay=outcome.replay,
+        )
+        with self.locked():
+            append_line(self.path / RESULTS, msgspec.json.encode(row))
         return row
 
     def _keep_video(self, unfinished: Path, name: str) -> str | None:
@@ -172,17 +174,17 @@ class RolloutFolder:
         unfinished.replace(self.path / name)
         return name
 
-    def summarise(self) -> Row:
+    def summarise(self) -> Facts:
         """Write summary.json from what is on disk and return it."""
         with self.locked():
-            run = json.loads((self.path / RUN).read_text())
-            rows = read_rows(self.path)
-            controls = beside(self.path, run["identity"], task_ids={row["task_id"] for row in rows})
+            run, rows = read_json(self.path / RUN), read_rows(self.path)
+            controls = beside(self.path, run["identity"], task_ids={row.task_id for row in rows})
             summary = summarise(rows, protocol={**run["identity"], **run["record"]}, controls=controls)
             write_json(self.path / SUMMARY, summary)
         return summary
 
     def close(self) -> None:
+        """Let another process have the folder."""
         shutil.rmtree(self.unfinished, ignore_errors=True)
         self._lock.close()
 
@@ -192,28 +194,28 @@ class RolloutFolder:
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self.close()
         if kind and not (self.path / RESULTS).exists():  # it failed before anything came of it: leave no trace
-            for name in (RUN, SUMMARY, ".lock", f".lock-{self.rank}"):
+            for name in (RUN, SUMMARY, REPORT, VERSIONS, ".lock", f".lock-{self.rank}"):
                 (self.path / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # something else lies there
                 self.path.rmdir()
 
 
-def read_rows(folder: Path) -> list[Row]:
+def read_rows(folder: Path) -> list[EpisodeResult]:
     """The lines of results.jsonl, the last one of each episode; [] without the file. ConfigError if it is damaged."""
     path = folder / RESULTS
     lines = (
         path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
     )  # after the last newline: nothing, or a torn line
-    rows: dict[str, Row] = {}
+    rows: dict[str, EpisodeResult] = {}
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-            rows.pop(row["episode_id"], None)
-            rows[row["episode_id"]] = row
-        except (ValueError, KeyError, TypeError):
+            row = msgspec.json.decode(line, type=EpisodeResult)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(
-                f"{path}, line {number}, is damaged: remove that line, its episode is played again"
+                f"{path}, line {number}, is damaged ({error}): remove that line, its episode is played again"
             ) from None
+        rows.pop(row.episode_id, None)
+        rows[row.episode_id] = row
     return list(rows.values())
 
 
@@ -228,59 +230,80 @@ def poster_name(video: str) -> str:
     return f"{POSTERS}/{video.removesuffix('.mp4')}.jpg"
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A policy, ready to act, and how it is best asked."""
+
+    policy: "Policy"
+    prepare: Callable[[Any], Any] | None = None  # its image path, for the simulator processes
+    counts: Mapping[str, int] | None = None  # what its decoding has done so far
+    window: float = 0.0  # s for which an answer waits for more to ask, see pool.answer_at
+
+
 def evaluate(
     trials: Sequence[Trial],
     folder: RolloutFolder,
     *,
-    setup: Setup,
-    load_policy: Callable[[], Any] | None = None,
+    play: Play,
+    load_policy: Callable[[], Loaded] | None = None,
     num_workers: int | Callable[[], int] = 1,
     one_by_one: bool = False,
     retry_errors: bool = False,
     ranks: int = 1,
-    silence_limit: float = SILENCE_LIMIT,
-    on_row: Callable[[Row], None] = lambda row: None,
-) -> Row:
-    """Play the trials that have no line yet, of those that are this rank's; returns the summary of the whole
-    folder.
+    hang_limit: float = pool.HANG_LIMIT,
+    on_row: Callable[[EpisodeResult], None] = lambda row: None,
+) -> Facts:
+    """Play the trials that have no line yet, of those that are this rank's; returns the summary of the whole folder.
 
-    setup.video_folder is set here to the folder's own place when it is not None. load_policy is called, once,
-    only if there is something to play, and num_workers (when it is a function) after it, so that it sees the
-    memory that is left. retry_errors: play those again that ended as errors. on_row: called with each new
-    line. However it ends, summary.json is brought up to date.
+    play.video_folder is set here to the folder's own place when it is not None. load_policy is called, once, only if there is something
+    to play, and num_workers (when it is a function) after it, so that it sees the memory that is left. retry_errors: play those again
+    that ended as errors. on_row: called with each new line. However it ends, summary.json is brought up to date.
     """
-    world = importlib.import_module(setup.simulator)
-    done = {row["episode_id"] for row in folder.rows() if not (retry_errors and row["error"])}
+    done = {row.episode_id for row in folder.rows() if not (retry_errors and row.error)}
     pending = [trial for trial in trials[folder.rank :: ranks] if trial.id not in done]
-    if pending:
-        policy = load_policy() if load_policy else None
-        if policy is not None and hasattr(policy, "card"):
-            folder.note(policy_card=policy.metadata())
-        setup = replace(
-            setup,
-            num_images=getattr(policy, "num_images", setup.num_images),
-            video_folder=setup.video_folder and folder.unfinished.resolve(),
+    if not pending:
+        return folder.summarise()
+    loaded = load_policy() if load_policy else None
+    if loaded:
+        folder.note(policy_card=loaded.policy.metadata())
+        play = replace(
+            play, num_images=loaded.policy.num_images, uses_state=loaded.policy.uses_state, prepare=loaded.prepare
         )
-        workers = min(max(num_workers() if callable(num_workers) else num_workers, 1), len(pending))
-        meter = Meter(policy, workers=workers, rank=folder.rank)
-        outcomes = play(
-            pending,
-            setup=setup,
-            policy=meter,
-            num_workers=workers,
-            one_by_one=one_by_one,
-            silence_limit=silence_limit,
-            on_golden=meter.see,
-        )
-        try:
-            with contextlib.closing(outcomes):
-                for outcome in outcomes:
-                    meter.hear(outcome)
-                    on_row(folder.add(outcome, **names(world, outcome.trial)))
-        finally:
-            if meter.episodes:
-                folder.add_session(meter.session())
-            folder.summarise()
+    workers = min(max(num_workers() if callable(num_workers) else num_workers, 1), len(pending))
+    session = Session(
+        loaded and loaded.policy,
+        workers=workers,
+        rank=folder.rank,
+        one_by_one=one_by_one,
+        counts=loaded and loaded.counts,
+    )
+    ends = pool.run(
+        TrialQueue(pending),
+        replace(play, golden=True, video_folder=play.video_folder and folder.unfinished.resolve()),
+        num_workers=workers,
+        answer=session.answer,
+        window=loaded.window if loaded and not one_by_one else 0.0,
+        hang_limit=hang_limit,
+        on_message=session.hear,
+    )
+    try:
+        with contextlib.closing(ends):
+            for ended in ends:
+                outcome = ended.result or Outcome(ended.job, None, 0, ended.seconds, error=ended.error)
+                session.note(outcome)
+                trial = outcome.trial
+                instruction = play.benchmark.instruction(trial.suite, trial.task_id)
+                on_row(folder.add(outcome, instruction=instruction, number=video_number(play.benchmark, trial)))
+    except BaseException:
+        with contextlib.suppress(ConfigError, OSError):  # what broke first says more
+            _finish(folder, session)
+        raise
+    return _finish(folder, session)
+
+
+def _finish(folder: RolloutFolder, session: Session) -> Facts:
+    if session.episodes:
+        folder.add_session(session.record())
     return folder.summarise()
 
 

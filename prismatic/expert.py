@@ -1,8 +1,8 @@
 """A scripted pick-and-place policy that reads the simulator's state: what a demonstration is made of.
 
-It is called like any policy, and its answer depends on the present state alone (no memory), so it can also label states
-that it would never reach itself. Made to be imitated from pictures by arg-max: the same picture always gets the same
-answer (velocities, which no picture shows, play no part), commands are multiples of `rounding`, and nothing waits: the
+Its answer depends on the present state alone (no memory), so it can also label states
+that it would never reach itself. Made to be imitated from images by arg-max: the same image always gets the same
+answer (velocities, which no image shows, play no part), commands are multiples of `rounding`, and nothing waits: the
 fingers close while the hand still sinks the last centimetres, and the lift starts at the first touch of both pads.
 """
 
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from prismatic.errors import ConfigError
+from prismatic.rollout import Simulator
 from prismatic.scene.shapes import Shapes
-from prismatic.scene.suites import init_states
-from prismatic.simulator import Simulator
+from prismatic.simulator import LiberoSimulator
 
 GAIN = 32.0  # command per metre of error: full speed (about 13 mm a step) from 3 cm on
 TURN_GAIN = 2.5  # command per radian of error
@@ -65,11 +65,12 @@ class Grasp:
 
 
 class Expert:
-    """`expert(frame, instruction) -> (7,)` for tasks whose goal is one object on or in another; ignores the pixels."""
+    """An Actor for tasks whose goal is one object on or in another; ignores the pixels."""
 
-    num_images = 0
+    num_images, uses_state = 0, False
 
     def __init__(self, sim: Simulator, *, rounding: float = 0.25) -> None:
+        assert isinstance(sim, LiberoSimulator), "it reads LIBERO's own state"
         self._sim, self._rounding = sim, rounding
         environment = sim.environment
         goals = environment.parsed_problem["goal_state"]
@@ -84,15 +85,8 @@ class Expert:
         self._inside = predicate == "in"
         self._model: Any = None
 
-    def reset(self) -> None:
-        """Nothing to forget: there for callers that reset every policy."""
-
-    def card(self) -> dict[str, Any]:
-        """What an evaluation's summary says about this policy."""
-        return {"policy": "scripted expert", "rounding": self._rounding}
-
-    def __call__(self, frame: Any, instruction: str, wrist: Any = None) -> np.ndarray:
-        """(7,) float32 in the policy's convention, from the simulator's present state."""
+    def chunk(self, frame: Any, instruction: str, wrist: Any = None, state: Any = None) -> np.ndarray:
+        """(1, 7) float32 in the policy's convention, from the simulator's present state."""
         self._read()
         if self._held():
             action = self._carry()
@@ -101,7 +95,7 @@ class Expert:
         else:
             action = self._reach(self._grasp())
         action[:6] = np.clip(np.round(action[:6] / self._rounding) * self._rounding, -1, 1)
-        return (action + 0.0).astype(np.float32)  # + 0.0: no negative zeros
+        return (action + 0.0).astype(np.float32)[None]  # + 0.0: no negative zeros
 
     # --- reading the state ------------------------------------------------------------------------------------------
 
@@ -181,7 +175,7 @@ class Expert:
         import mujoco
 
         scratch: Any = mujoco.MjData(self._model)  # pyright: ignore[reportAttributeAccessIssue]
-        states = init_states(self._sim.suite, self._sim.task_id)[:VOTERS, 1 : 1 + self._model.nq]
+        states = self._sim.task.init_states[:VOTERS, 1 : 1 + self._model.nq]
         votes = []
         for positions in states:
             scratch.qpos[:] = positions

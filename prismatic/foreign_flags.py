@@ -90,6 +90,19 @@ FINETUNE: Table = {
 }
 
 
+_FOLDER_SAYS = Ignored("the checkpoint's folder says it")
+_RESULTS = Ignored("results are files: results.jsonl, summary.json and report.html")
+EVALUATE: Table = {
+    **dict.fromkeys(("model_family", "use_l1_regression", "use_proprio", "lora_rank"), _FOLDER_SAYS),
+    **dict.fromkeys(("use_wandb", "wandb_project", "wandb_entity", "prefix"), _RESULTS),
+    **dict.fromkeys(("initial_states_path", "env_img_res"), Ignored("LIBERO's own states and 256 pixels are used")),
+    "num_diffusion_steps_train": FINETUNE["num_diffusion_steps_train"],
+    "num_diffusion_steps_inference": FINETUNE["num_diffusion_steps_train"],
+    "use_diffusion": NotBuilt("evaluate a checkpoint with another head"),
+    "use_film": NotBuilt("evaluate a checkpoint without FiLM"),
+}
+
+
 def translate(arguments: Sequence[str], table: Table) -> list[str]:
     """A script's arguments with the flags of the table replaced; ConfigError for one that is not built, or that has no value."""
     translated, given = [], list(arguments)

@@ -9,6 +9,7 @@ from pathlib import Path
 CGROUP = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
 MEMINFO = PROC / "meminfo"
+GPU_RENDERER_BYTES = 300_000_000  # of the GPU's memory, a renderer's context and buffers; not measured here
 RENDERER_BYTES = 2_000_000_000  # one LIBERO process with a renderer holds 1.6 to 1.9 GB and does not grow
 
 
@@ -46,12 +47,15 @@ def resident_with_children() -> int:
     return sum(resident("RssAnon", pid) for pid in ("self", *children))
 
 
-def simulators_that_fit(shares: int = 1) -> int:
+def simulators_that_fit(shares: int = 1, *, spare_cores: int = 0, gpu_memory: int | None = None) -> int:
     """How many simulator processes run at once: one a core, as far as the memory goes; at least 1.
 
-    shares: processes that divide this machine among them, such as torchrun's ranks on it; the answer is for one of them.
+    shares: processes that divide this machine among them, such as torchrun's ranks on it; the answer is for one of them. spare_cores: of
+    that one's cores, those to be left alone. gpu_memory: bytes that are left where the frames are drawn; None: no GPU draws.
     """
-    return max(1, min(available_cores() // shares, available_memory() // shares // RENDERER_BYTES))
+    fits = [available_cores() // shares - spare_cores, available_memory() // shares // RENDERER_BYTES]
+    fits += [] if gpu_memory is None else [gpu_memory // GPU_RENDERER_BYTES]
+    return max(1, min(fits))
 
 
 def peak_memory() -> int:

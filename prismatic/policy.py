@@ -159,7 +159,7 @@ class VLAPolicy(Policy):
         self.last_margins = answer.margins.amin(dim=1).cpu().numpy()
         self.counts.update(actions=len(ids), calls=1, passes=answer.forward_passes)
         if draft is not None:
-            self.counts["confirmed"] += int((draft == ids).cumprod(dim=1).sum())
+            self.counts["accepted"] += int((draft == ids).cumprod(dim=1).sum())
         if self.drafting:
             self._remember(names, ids)
         return ids.numpy()

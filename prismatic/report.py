@@ -4,7 +4,7 @@ offline reading.
 python -m prismatic.report FOLDER
 """
 
-import json
+import contextlib
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from prismatic.atomic import write_whole
-from prismatic.errors import ConfigError, exit_codes
-from prismatic.evaluation import read_rows
+from prismatic.episodes.result import EpisodeResult
+from prismatic.errors import ConfigError, exit_codes, read_json
+from prismatic.evaluation import RolloutFolder, read_rows
 from prismatic.filenames import REPORT, SUMMARY
 from prismatic.pages import gallery
+from prismatic.scene.renderer import draws_in_software
 from prismatic.summary import crashed, sentences
 
 SUCCESSES_A_TASK = 10  # shown; failures and errors are all shown
@@ -25,7 +27,7 @@ GROUPS = {
         *("policy", "checkpoint", "checkpoint_fingerprint", "adapter", "adapter_fingerprint", "unnorm_key", "dtype"),
         *("quantize", "backend", "decode", "deterministic", "seed"),
     ),
-    "Picture": ("picture", "center_crop", "num_images_in_input", "renderer", "render_quality", "render_options"),
+    "Image": ("picture", "center_crop", "num_images_in_input", "renderer", "render_quality", "render_options"),
     "Simulator": (
         *("task_suite_name", "num_steps_wait", "step_limit", "env_seed", "mujoco", "robosuite", "libero"),
         *("unpinned_simulator", "num_workers", "ranks"),
@@ -35,15 +37,15 @@ GROUPS = {
 APART = ("policy_card", "sessions", "versions", "command", "open_loop")  # have a place of their own
 GIGABYTE = 1e9
 
-Row = Mapping[str, Any]
+Facts = Mapping[str, Any]
 
 
 def build(folder: Path) -> Path:
     """Write the folder's report.html and return its path. ConfigError when the folder holds no evaluation."""
     if not (folder / SUMMARY).is_file():
         raise ConfigError(f"{folder} has no {SUMMARY}: give the folder that eval.py wrote, such as rollouts/EVAL-…")
-    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    rows = sorted(read_rows(folder), key=lambda row: (row["suite"], row["task_id"], row["init_state"], row["env_seed"]))
+    summary = read_json(folder / SUMMARY)
+    rows = sorted(read_rows(folder), key=lambda row: (row.suite, row.task_id, row.init_state, row.env_seed))
     limits = gallery.scales({folder: rows})
     sections = [
         {"title": title, "cards": gallery.cards(folder, shown, limits), "left_out": left_out}
@@ -68,15 +70,33 @@ def build(folder: Path) -> Path:
     return folder / REPORT
 
 
-def _sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row], int]]:
+@contextlib.contextmanager
+def at_the_end(folder: RolloutFolder) -> Iterator[None]:
+    """Build the page however the run in this block ends; what broke the run is what is raised."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(ConfigError, OSError):
+            _build_of(folder)
+        raise
+    _build_of(folder)
+
+
+def _build_of(folder: RolloutFolder) -> None:
+    if folder.rows():
+        with folder.locked():
+            build(folder.path)
+
+
+def _sections(rows: Sequence[EpisodeResult]) -> Iterator[tuple[str, list[EpisodeResult], int]]:
     """Title, rows that are shown, how many are not."""
-    yield "Failures", [row for row in rows if row["success"] is False], 0
-    yield "Errors", [row for row in rows if row["success"] is None], 0
+    yield "Failures", [row for row in rows if row.success is False], 0
+    yield "Errors", [row for row in rows if row.success is None], 0
     seen: Counter[tuple[str, int]] = Counter()
     shown, left_out = [], 0
     for row in rows:
-        if row["success"]:
-            task = (row["suite"], row["task_id"])
+        if row.success:
+            task = (row.suite, row.task_id)
             seen[task] += 1
             if seen[task] <= SUCCESSES_A_TASK:
                 shown.append(row)
@@ -85,11 +105,11 @@ def _sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row], int]]:
     yield "Successes", shown, left_out
 
 
-def _filters(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def _filters(rows: Sequence[EpisodeResult]) -> list[dict[str, Any]]:
     """What the cards can be filtered by: attribute, and its values with their texts."""
-    tasks = {row["task_id"]: f"{row['task_id']} {row['instruction']}" for row in rows}
-    outcomes = Counter(gallery.OUTCOMES[row["success"]] for row in rows)
-    verdicts = Counter(row["verdict"] for row in rows if row.get("verdict"))
+    tasks = {row.task_id: f"{row.task_id} {row.instruction}" for row in rows}
+    outcomes = Counter(gallery.OUTCOMES[row.success] for row in rows)
+    verdicts = Counter(row.verdict for row in rows if row.verdict)
     return [
         {"name": "task", "choices": sorted(tasks.items())},
         {"name": "outcome", "choices": [(name, f"{name} ({count})") for name, count in outcomes.most_common()]},
@@ -101,7 +121,7 @@ def _filters(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def _notes(protocol: Row) -> Iterator[str]:
+def _notes(protocol: Facts) -> Iterator[str]:
     """What forbids to compare the number with others."""
     if protocol.get("render_quality", "standard") != "standard":
         yield (
@@ -111,17 +131,19 @@ def _notes(protocol: Row) -> Iterator[str]:
     for found in protocol.get("unpinned_simulator") or ():
         yield f"{found}: another simulator than scores are made with, not to be compared with them."
     golden = [session["golden_frame"] or {} for session in protocol.get("sessions") or ()]
-    for card in golden:
-        if card.get("as_expected") is False:
+    for frame in golden:
+        if frame.get("as_expected") is False:
             yield (
-                f"This machine draws differently: the golden frame differs by {card['differs_by']} of 255 "
-                f"(at most {card['at_most']} is expected)."
+                f"This machine draws differently: the golden frame differs by {frame['differs_by']} of 255 "
+                f"(at most {frame['at_most']} is expected)."
             )
-    if len({card["sha256"] for card in golden if "sha256" in card}) > 1:
+        if draws_in_software(protocol.get("renderer", ""), frame.get("gl_renderer")):
+            yield f"EGL drew without a GPU ({frame['gl_renderer']}): right, but slow. Give the container its GPU's graphics."
+    if len({frame["sha256"] for frame in golden if "sha256" in frame}) > 1:
         yield "The calls of eval.py that made this result drew different golden frames."
 
 
-def _groups(protocol: Row) -> list[tuple[str, list[tuple[str, Any]]]]:
+def _groups(protocol: Facts) -> list[tuple[str, list[tuple[str, Any]]]]:
     """The protocol's facts by group, in GROUPS' order."""
     versions = dict(protocol.get("versions") or {})
     facts = {
@@ -137,14 +159,7 @@ def _groups(protocol: Row) -> list[tuple[str, list[tuple[str, Any]]]]:
     return [(group, listed) for group, listed in groups if listed]
 
 
-def filmed(folder: Path, rows: Sequence[Row]) -> Iterator[str]:
-    """Where the first success and the first failure with a video can be watched, a line each."""
-    for success, label in ((True, "a success"), (False, "a failure")):
-        for row in [row for row in rows if row["success"] is success and row["video"]][:1]:
-            yield f"{label}: {folder / row['video']}"
-
-
-def _session(session: Row) -> list[str]:
+def _session(session: Facts) -> list[str]:
     """A line of the table of calls."""
     latency, gpu = session["policy_latency_ms"], session["gpu_memory_peak_bytes"]
     host, golden = session["host_memory_peak_bytes"], session["golden_frame"] or {}
@@ -161,6 +176,7 @@ def _session(session: Row) -> list[str]:
         f"{host['sum'] / GIGABYTE:.1f} GB (policy {host['parent'] / GIGABYTE:.1f})",
         f"{gpu['device'] / GIGABYTE:.1f} GB (policy {gpu['reserved'] / GIGABYTE:.1f})" if gpu else "no GPU",
         f"{golden['sha256']}, {golden['differs_by']:.3f}" if "sha256" in golden else golden.get("error", "–"),
+        golden.get("gl_renderer", "–"),
         (session["git_commit"] or "–")[:10],
     ]
 

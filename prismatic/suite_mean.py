@@ -18,15 +18,13 @@ def mean_over_suites(folders: Sequence[Path]) -> list[str]:
     """
     rows, where = [], {}
     for folder in folders:
-        found = [row for row in read_rows(folder) if row["success"] is not None]
+        found = [row for row in read_rows(folder) if row.success is not None]
         if not found:
             raise ConfigError(f"--mean_of: {folder} has no episode in its {RESULTS}: give rollout folders")
         for row in found:
-            other = where.setdefault(row["episode_id"], folder)
+            other = where.setdefault(row.episode_id, folder)
             if other is not folder:
-                raise ConfigError(
-                    f"--mean_of: {row['episode_id']} stands in {other} and in {folder}: give one of the two"
-                )
+                raise ConfigError(f"--mean_of: {row.episode_id} stands in {other} and in {folder}: give one of the two")
         rows += found
     outcomes = by_suite_and_task(rows)
     lines = []

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prismatic import machine
+from prismatic.errors import ConfigError
 from prismatic.filenames import OPTIONS, TRAINING_STATE, VERSIONS
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "peft", "numpy", "mujoco", "robosuite")
@@ -44,6 +45,16 @@ def unpinned_simulator() -> list[str]:
     """What is installed in another version than scores are made with: "mujoco 3.17.0, pinned 3.2.3"; [] if nothing."""
     known = versions()
     return [f"{name} {known[name]}, pinned {pin}" for name, pin in SIMULATOR_PINS.items() if known[name] != pin]
+
+
+def check_simulator(*, allow_unpinned: bool) -> None:
+    """ConfigError where scores would be another simulator's and nobody has said that they may."""
+    if unpinned_simulator() and not allow_unpinned:
+        pins = " ".join(f"{name}=={pin}" for name, pin in SIMULATOR_PINS.items())
+        raise ConfigError(
+            f"scores change with the simulator's version ({'; '.join(unpinned_simulator())}): pip install {pins}, "
+            "or --allow_unpinned_simulator True, and the result will say so"
+        )
 
 
 def _version(package: str) -> str | None:

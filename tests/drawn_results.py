@@ -2,10 +2,15 @@
 
 import html.parser
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from prismatic import evaluation
+from prismatic.episodes.result import EpisodeResult
+from prismatic.summary import summarise
 
 
 class Reader(html.parser.HTMLParser):
@@ -38,31 +43,37 @@ class Reader(html.parser.HTMLParser):
         self.texts += [data.strip()] if data.strip() else []
 
 
-def row(task_id: int, state: int, success: bool | None, error: str | None = None) -> dict[str, Any]:
+def row(
+    task_id: int,
+    state: int,
+    success: bool | None,
+    error: str | None = None,
+    suite: str = "libero_spatial",
+    **facts: Any,
+) -> EpisodeResult:
+    """An episode as it would stand in results.jsonl."""
     name = evaluation.video_name(50 * task_id + state + 1, bool(success), f"pick up bowl {task_id} & <place> it")
-    return {
-        "episode_id": f"libero_spatial/task{task_id}/state{state}/seed0",
-        "suite": "libero_spatial",
-        "task_id": task_id,
-        "init_state": state,
-        "env_seed": 0,
-        "instruction": f"pick up bowl {task_id} & <place> it",
-        "success": success,
-        "error": error,
-        "steps": 87 + state,
-        "seconds": 1.0,
-        "video": None if error else name,
-        "actions_sha256": "0",
-    }
+    return EpisodeResult(
+        episode_id=f"{suite}/task{task_id}/state{state}/seed0",
+        suite=suite,
+        task_id=task_id,
+        init_state=state,
+        env_seed=0,
+        instruction=f"pick up bowl {task_id} & <place> it",
+        success=success,
+        error=error,
+        steps=87 + state,
+        seconds=1.0,
+        video=None if error else name,
+        actions_sha256="0",
+        **facts,
+    )
 
 
-def folder_with(path: Path, rows: list[dict[str, Any]], protocol: dict[str, Any] | None = None) -> Path:
+def folder_with(path: Path, rows: Sequence[EpisodeResult], protocol: dict[str, Any] | None = None) -> Path:
+    """A rollout folder that holds them."""
     path.mkdir(exist_ok=True)
-    (path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
-    protocol = protocol or {
-        "render_quality": "standard",
-        "versions": {"mujoco": "3.2.3"},
-        "center_crop": None,
-    }
-    (path / "summary.json").write_text(json.dumps(evaluation.summarise(rows, protocol=protocol)))
+    (path / "results.jsonl").write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in rows))
+    protocol = protocol or {"render_quality": "standard", "versions": {"mujoco": "3.2.3"}, "center_crop": None}
+    (path / "summary.json").write_text(json.dumps(summarise(rows, protocol=protocol)))
     return path

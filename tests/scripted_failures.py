@@ -6,15 +6,18 @@ Nothing is rendered; all take a few minutes of one core. Exit code 1 where a ver
 than expected. The hand follows the scripted expert, which is told another object or target, or is interrupted.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from prismatic.scene.stages import MOVE_STAGES, PLACE_STAGES
-from prismatic.scene.verdicts import Account, account
-from prismatic.simulator import Simulator, rollout
+from prismatic.rollout import rollout
+from prismatic.scene.diagnosis import Diagnosis, diagnose
+from prismatic.scene.suites import Libero
+from prismatic.scene.trajectory import MOVE_STAGES, PLACE_STAGES
+from prismatic.simulator import LiberoSimulator
 from tests.scripted_hand import CLOSE, OPEN, Actions, Hand, Script, held, still
 
 # --- a bowl to be put on a plate ------------------------------------------------------------------------------------
@@ -22,16 +25,16 @@ from tests.scripted_hand import CLOSE, OPEN, Actions, Hand, Script, held, still
 BOWL, OTHER_BOWL, PLATE = "akita_black_bowl_1", "akita_black_bowl_2", "plate_1"
 
 
-def solves(sim: Simulator) -> Actions:
+def solves(sim: LiberoSimulator) -> Actions:
     yield from Hand(sim, BOWL, PLATE).work()
 
 
-def idles(sim: Simulator) -> Actions:
+def idles(sim: LiberoSimulator) -> Actions:
     yield from Hand(sim, BOWL, PLATE).work(10)
     yield from still(OPEN, 60)
 
 
-def stays_away(sim: Simulator) -> Actions:
+def stays_away(sim: LiberoSimulator) -> Actions:
     hand = Hand(sim)
     start = hand.hand
     for _ in range(3):
@@ -39,7 +42,7 @@ def stays_away(sim: Simulator) -> Actions:
         yield from hand.go(start, OPEN, by=(0, -0.1, 0.1))
 
 
-def hovers(sim: Simulator) -> Actions:
+def hovers(sim: LiberoSimulator) -> Actions:
     hand = Hand(sim)
     bowl = hand.place(BOWL)
     for _ in range(3):
@@ -47,7 +50,7 @@ def hovers(sim: Simulator) -> Actions:
         yield from hand.go(bowl, OPEN, by=(0, -0.04, 0.09))
 
 
-def closes_beside(sim: Simulator) -> Actions:
+def closes_beside(sim: LiberoSimulator) -> Actions:
     hand = Hand(sim)
     yield from hand.go(hand.place(BOWL), OPEN, by=(0, 0, 0.1))
     yield from still(CLOSE, 15)
@@ -55,7 +58,7 @@ def closes_beside(sim: Simulator) -> Actions:
     yield from still(CLOSE, 15)
 
 
-def pushes(sim: Simulator) -> Actions:
+def pushes(sim: LiberoSimulator) -> Actions:
     hand = Hand(sim)
     bowl = hand.place(BOWL)
     yield from hand.go(bowl, CLOSE, by=(-0.11, 0, 0.15))
@@ -63,30 +66,30 @@ def pushes(sim: Simulator) -> Actions:
     yield from hand.go(bowl, CLOSE, by=(0.05, 0, 0.03))
 
 
-def takes_the_other(sim: Simulator) -> Actions:
+def takes_the_other(sim: LiberoSimulator) -> Actions:
     yield from Hand(sim, OTHER_BOWL, PLATE).work(90)
 
 
-def holds_without_lifting(sim: Simulator) -> Actions:
+def holds_without_lifting(sim: LiberoSimulator) -> Actions:
     yield from Hand(sim, BOWL, PLATE).work(until=held)
     yield from still(CLOSE, 30)
 
 
-def drops(sim: Simulator) -> Actions:
+def drops(sim: LiberoSimulator) -> Actions:
     hand = Hand(sim, BOWL, PLATE)
     yield from hand.work(until=held)
     yield from hand.go(hand.hand, CLOSE, by=(0, 0, 0.15))
     yield from still(OPEN, 20)
 
 
-def keeps_it(sim: Simulator) -> Actions:
+def keeps_it(sim: LiberoSimulator) -> Actions:
     hand = Hand(sim, BOWL, PLATE)
     yield from hand.work(until=held)
     yield from hand.go(hand.hand, CLOSE, by=(0, 0, 0.15))
     yield from still(CLOSE, 20)
 
 
-def hangs_over_the_plate(sim: Simulator) -> Actions:
+def hangs_over_the_plate(sim: LiberoSimulator) -> Actions:
     hand = Hand(sim, BOWL, PLATE)
     hand.shift = np.array([0, 0, 0.1])
     for action in hand.work(120):
@@ -94,13 +97,13 @@ def hangs_over_the_plate(sim: Simulator) -> Actions:
         yield action
 
 
-def puts_it_beside(sim: Simulator) -> Actions:
+def puts_it_beside(sim: LiberoSimulator) -> Actions:
     hand = Hand(sim, BOWL, PLATE)
     hand.shift = np.array([-0.05, 0, 0])
     yield from hand.work(120)
 
 
-def puts_it_elsewhere(sim: Simulator) -> Actions:
+def puts_it_elsewhere(sim: LiberoSimulator) -> Actions:
     yield from Hand(sim, BOWL, "flat_stove_1_cook_region").work(150)
 
 
@@ -144,29 +147,29 @@ def ring(angle: float) -> tuple[np.ndarray, np.ndarray]:
     return np.array([np.cos(angle), np.sin(angle), 0]), np.array([-np.sin(angle), np.cos(angle), 0])
 
 
-def turns_it_on(sim: Simulator) -> Actions:
+def turns_it_on(sim: LiberoSimulator) -> Actions:
     yield from turns(Hand(sim), 0.6)
 
 
-def turns_a_little(sim: Simulator) -> Actions:
+def turns_a_little(sim: LiberoSimulator) -> Actions:
     yield from turns(Hand(sim), 0.05, speed=0.3)
 
 
-def turns_it_off(sim: Simulator) -> Actions:
+def turns_it_off(sim: LiberoSimulator) -> Actions:
     yield from turns(Hand(sim), -0.003, side=-1.0)
 
 
-def turns_it_down(sim: Simulator) -> Actions:
+def turns_it_down(sim: LiberoSimulator) -> Actions:
     yield from turns(Hand(sim), 0.85, side=-1.0, speed=0.5)
 
 
-def turns_on_and_off(sim: Simulator) -> Actions:
+def turns_on_and_off(sim: LiberoSimulator) -> Actions:
     hand = Hand(sim)
     yield from turns(hand, 0.6)
     yield from turns(hand, 0.3, side=-1.0)
 
 
-def hovers_over_the_knob(sim: Simulator) -> Actions:
+def hovers_over_the_knob(sim: LiberoSimulator) -> Actions:
     hand = Hand(sim)
     yield from hand.go(knob(hand), OPEN, by=(0, 0, 0.12))
     for _ in range(2):
@@ -174,14 +177,14 @@ def hovers_over_the_knob(sim: Simulator) -> Actions:
         yield from hand.go(knob(hand), OPEN, by=(0, -0.03, 0.055))
 
 
-def taps_the_knob(sim: Simulator) -> Actions:
+def taps_the_knob(sim: LiberoSimulator) -> Actions:
     hand = Hand(sim)
     yield from hand.go(knob(hand), CLOSE, by=(0, 0, 0.12))
     yield from hand.go(knob(hand), CLOSE, by=(0, 0, 0.012), steps=40, speed=0.3)
     yield from hand.go(knob(hand), CLOSE, by=(0, 0, 0.12))
 
 
-def drags(sim: Simulator, drawer: str, until: float) -> Actions:
+def drags(sim: LiberoSimulator, drawer: str, until: float) -> Actions:
     """Shut fingers press on the bar of a drawer's handle, and drag it open until its value (m) is below `until`."""
     hand = Hand(sim)
     yield from hand.go(hand.handle(drawer), CLOSE, by=(0, 0, 0.1), steps=90)
@@ -195,15 +198,15 @@ def drags(sim: Simulator, drawer: str, until: float) -> Actions:
     yield from hand.go(hand.hand, CLOSE, by=(0, 0, 0.1))
 
 
-def drags_the_top_drawer_a_little(sim: Simulator) -> Actions:
+def drags_the_top_drawer_a_little(sim: LiberoSimulator) -> Actions:
     yield from drags(sim, "wooden_cabinet_1_top_level", -0.05)
 
 
-def opens_the_top_drawer(sim: Simulator) -> Actions:
+def opens_the_top_drawer(sim: LiberoSimulator) -> Actions:
     yield from drags(sim, "wooden_cabinet_1_top_level", -0.155)
 
 
-def shoves(sim: Simulator, drawer: str, until: float) -> Actions:
+def shoves(sim: LiberoSimulator, drawer: str, until: float) -> Actions:
     """Shut fingers push against a drawer's handle until its value (m) is above `until`."""
     hand = Hand(sim)
     inward = np.array([0, np.sign(hand.handle(drawer)[1]), 0])
@@ -215,27 +218,27 @@ def shoves(sim: Simulator, drawer: str, until: float) -> Actions:
     yield from hand.go(hand.hand - 0.05 * inward, CLOSE)
 
 
-def shoves_the_low_drawer(sim: Simulator) -> Actions:
+def shoves_the_low_drawer(sim: LiberoSimulator) -> Actions:
     yield from shoves(sim, "white_cabinet_1_bottom_level", -0.08)
 
 
-def shoves_the_top_drawer(sim: Simulator) -> Actions:
+def shoves_the_top_drawer(sim: LiberoSimulator) -> Actions:
     yield from shoves(sim, "white_cabinet_1_top_level", -0.05)
 
 
-def shuts_the_top_drawer(sim: Simulator) -> Actions:
+def shuts_the_top_drawer(sim: LiberoSimulator) -> Actions:
     yield from shoves(sim, "white_cabinet_1_top_level", 1.0)
 
 
-def puts_it_on_the_microwave(sim: Simulator) -> Actions:
+def puts_it_on_the_microwave(sim: LiberoSimulator) -> Actions:
     yield from Hand(sim, "white_yellow_mug_1", "microwave_1_top_side", rim=(0.0, 0.068)).work(200)
 
 
-def puts_it_on_the_shut_cabinet(sim: Simulator) -> Actions:
+def puts_it_on_the_shut_cabinet(sim: LiberoSimulator) -> Actions:
     yield from Hand(sim, BOWL, "wooden_cabinet_1_top_side").work(200)
 
 
-def takes_the_bowl(sim: Simulator) -> Actions:
+def takes_the_bowl(sim: LiberoSimulator) -> Actions:
     yield from Hand(sim, BOWL, PLATE).work(until=held)
     yield from still(CLOSE, 2)
     hand = Hand(sim)
@@ -247,20 +250,20 @@ def takes_the_bowl(sim: Simulator) -> Actions:
 SOUP, SAUCE, BASKET = "alphabet_soup_1", "tomato_sauce_1", "basket_1_contain_region"
 
 
-def puts_the_soup_in(sim: Simulator) -> Actions:
+def puts_the_soup_in(sim: LiberoSimulator) -> Actions:
     yield from Hand(sim, SOUP, BASKET, inside=True).work(150)
 
 
-def puts_the_sauce_in(sim: Simulator) -> Actions:
+def puts_the_sauce_in(sim: LiberoSimulator) -> Actions:
     yield from Hand(sim, SAUCE, BASKET, inside=True).work(150)
 
 
-def puts_both_in(sim: Simulator) -> Actions:
+def puts_both_in(sim: LiberoSimulator) -> Actions:
     yield from Hand(sim, SOUP, BASKET, inside=True).work(150, until=lambda hand: hand._placed() and not hand._held())
     yield from Hand(sim, SAUCE, BASKET, inside=True).work(200)
 
 
-def drops_the_second(sim: Simulator) -> Actions:
+def drops_the_second(sim: LiberoSimulator) -> Actions:
     yield from Hand(sim, SOUP, BASKET, inside=True).work(150, until=lambda hand: hand._placed() and not hand._held())
     hand = Hand(sim, SAUCE, BASKET, inside=True)
     yield from hand.work(until=held)
@@ -273,7 +276,7 @@ class Case:
     verdict: str
     suite: str
     task_id: int
-    play: Callable[[Simulator], Actions]
+    play: Callable[[LiberoSimulator], Actions]
     steps: int
     words: str = ""  # that the sentence must contain
     stages: tuple[str, ...] | None = None  # that it reaches; where they are named, pytest plays it, too
@@ -320,17 +323,18 @@ CASES = [
 ]
 
 
-def run(cases: list[Case]) -> Iterator[tuple[Case, Account]]:
+def run(cases: list[Case]) -> Iterator[tuple[Case, Diagnosis]]:
     """Play them; cases of the same task share a simulator."""
-    sim: Simulator | None = None
+    sim: LiberoSimulator | None = None
     for case in cases:
         if sim is None or (sim.suite, sim.task_id) != (case.suite, case.task_id):
             if sim:
                 sim.close()
-            sim = Simulator(case.suite, case.task_id)
-        episode = rollout(sim, Script(sim, case.play), init_state=0, max_steps=case.steps)
-        assert episode.signals, episode.error
-        yield case, account(episode.signals, success=episode.success)
+            sim = Libero().simulator(case.suite, case.task_id)
+        recorder = functools.partial(Libero().recorder, sim)
+        episode = rollout(sim, Script(sim, case.play), init_state=0, max_steps=case.steps, recorder=recorder)
+        assert episode.trajectory, episode.error
+        yield case, diagnose(episode.trajectory, success=episode.success)
     if sim:
         sim.close()
 

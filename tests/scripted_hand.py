@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from prismatic.expert import RIM_CLOSING, RIM_DEPTH, RIM_STOP, Expert, Grasp
-from prismatic.simulator import Simulator
+from prismatic.simulator import LiberoSimulator
 
 Actions = Iterator[np.ndarray]
 OPEN, CLOSE = 1.0, 0.0
@@ -17,7 +17,7 @@ class Hand(Expert):
 
     def __init__(
         self,
-        sim: Simulator,
+        sim: LiberoSimulator,
         thing: str = "",
         target: str = "",
         *,
@@ -43,7 +43,7 @@ class Hand(Expert):
     def work(self, steps: int = 200, until: Callable[["Hand"], bool] = lambda hand: False) -> Actions:
         """What the expert would do."""
         for _ in range(steps):
-            action = self(None, "")
+            action = self.chunk(None, "")[0]
             if until(self):
                 return
             yield action
@@ -114,15 +114,15 @@ def held(hand: Hand) -> bool:
 class Script:
     """A policy that plays the actions of a generator, then stands still."""
 
-    num_images = 0
+    num_images, uses_state = 0, False
 
-    def __init__(self, sim: Simulator, play: Callable[[Simulator], Actions]) -> None:
+    def __init__(self, sim: LiberoSimulator, play: Callable[[LiberoSimulator], Actions]) -> None:
         self._sim, self._play, self._gripper = sim, play, OPEN
         self._actions: Actions | None = None
 
-    def __call__(self, frame: Any, instruction: str, wrist: Any = None) -> np.ndarray:
+    def chunk(self, frame: Any, instruction: str, wrist: Any = None, state: Any = None) -> np.ndarray:
         if self._actions is None:
             self._actions = self._play(self._sim)
         action = next(self._actions, np.array([0, 0, 0, 0, 0, 0, self._gripper]))
         self._gripper = action[6]
-        return action
+        return action[None]

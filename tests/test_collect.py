@@ -1,5 +1,6 @@
 """collect.py and demonstration.py: which attempts are made, what is kept, and the script in the real simulator."""
 
+import contextlib
 import json
 import os
 import random
@@ -8,11 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
-from collect import ATTEMPTS_PER_DEMO, SPARE_ATTEMPTS, CollectConfig, Schedule, open_stage
+from collect import ATTEMPTS_PER_DEMO, SPARE_ATTEMPTS, CollectConfig, Schedule, open_stage, run
 from prismatic.data.staging import load_episode
 from prismatic.episodes.demonstration import Pushes, is_no_op
 from prismatic.errors import ConfigError
@@ -153,3 +156,33 @@ def test_bad_input_is_one_sentence(tmp_path: Path, options: list[str], sentence:
     assert done.returncode == 2
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
+
+
+class Hanging:
+    """Work that never ends its second job."""
+
+    def start(self, parent: Any, *, first: bool) -> None:
+        pass
+
+    def build(self, scene: Any) -> Any:
+        return contextlib.closing(self)
+
+    def close(self) -> None:
+        pass
+
+    def play(self, sim: Any, job: Any, parent: Any) -> int:
+        if job.attempt:
+            time.sleep(600)
+        job.path.touch()
+        return 1
+
+
+def test_a_hung_simulator_is_replaced_and_at_last_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config(tmp_path, task_ids=(0,), num_demos_per_task=2)
+    schedule = Schedule(cfg, open_stage(cfg))
+    with (
+        tqdm(disable=True) as bar,
+        pytest.raises(ConfigError, match=r"task 0 broke 3 times \(the simulator hung.*num_workers"),
+    ):
+        run(schedule, Hanging(), bar, num_workers=1, hang_limit=1.0)  # type: ignore[arg-type]
+    assert schedule.successes[0] == 1

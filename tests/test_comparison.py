@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from prismatic import statistics
-from prismatic.episodes import traces
+from prismatic.episodes import actions as traces
 from prismatic.errors import ConfigError
 from prismatic.pages import comparison
 from tests.drawn_results import Reader, folder_with, row
@@ -21,9 +21,9 @@ VERDICTS = {False: ("closed_beside", "It shut on nothing."), True: ("success", "
 def run(path: Path, outcomes: list[bool | None], **identity: Any) -> Path:
     path.mkdir()
     rows = [row(n // 3, n % 3, outcome, "died" if outcome is None else None) for n, outcome in enumerate(outcomes)]
-    for line in [line for line in rows if line["success"] is not None]:
-        line["verdict"], line["reason"] = VERDICTS[line["success"]]
-        line["actions"] = traces.save(path, line["episode_id"], np.zeros((5, 7)))
+    for line in [line for line in rows if line.success is not None]:
+        line.verdict, line.reason = VERDICTS[line.success]
+        line.actions = traces.save(path, line.episode_id, np.zeros((5, 7)))
     folder_with(path, rows)
     (path / "run.json").write_text(
         json.dumps({"identity": {"policy": path.name, "env_seed": 0} | identity, "record": {}})

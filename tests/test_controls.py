@@ -54,7 +54,7 @@ def test_every_task_has_a_paraphrase_that_differs() -> None:
 
 
 def test_what_the_env_seed_moves_is_named() -> None:
-    sim = fake_simulator.Simulator("fake", 0, cameras=("agentview",), env_seed=9)
+    sim = fake_simulator.FakeSimulator("fake", 0, env_seed=9)
     assert moved_by_seed(sim, settle=0) == {"point": 9.0}  # mm; the goal stands still
     assert sim.env_seed == 9
     sim.env_seed = 0

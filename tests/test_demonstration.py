@@ -37,20 +37,31 @@ class Counter:
 
     wrist = frame
 
-    def proprio(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.zeros(8, np.float32), np.zeros(7, np.float32)
+    def state(self) -> np.ndarray:
+        return np.zeros(8, np.float32)
+
+    def joint_angles(self) -> np.ndarray:
+        return np.zeros(7, np.float32)
 
 
 class Learnt:
-    num_images = 2
+    num_images, uses_state = 2, True
 
-    def __call__(self, frame: np.ndarray, instruction: str, wrist: np.ndarray, *, episode: Path) -> np.ndarray:
+    def __call__(
+        self, frame: np.ndarray, instruction: str, wrist: np.ndarray, state: np.ndarray, *, episode: Path
+    ) -> np.ndarray:
+        assert state.shape == (8,)
         return POLICY
+
+
+class Still:
+    def chunk(self, frame: None, instruction: str) -> np.ndarray:
+        return EXPERT[None]
 
 
 def record(path: Path, monkeypatch: pytest.MonkeyPatch, *, policy: str, attempt: int = 0) -> Counter:
     sim: Any = Counter()
-    monkeypatch.setattr(demonstration, "Expert", lambda sim: lambda frame, instruction: EXPERT)
+    monkeypatch.setattr(demonstration, "Expert", lambda sim: Still())
     monkeypatch.setattr(demonstration, "learnt_policy", lambda folder: Learnt())
     job = Demonstration(
         suite="libero_spatial",
@@ -62,7 +73,7 @@ def record(path: Path, monkeypatch: pytest.MonkeyPatch, *, policy: str, attempt:
         perturbation=0.0,
         policy=policy,
     )
-    assert demonstrate(sim, job) == STEPS
+    assert demonstrate(sim, job, lambda: None) == STEPS
     return sim
 
 

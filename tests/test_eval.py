@@ -7,30 +7,37 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tyro
 
 import eval as script
-from config import EvalConfig
+from config import EvalConfig, EvalOptions
 from prismatic import versions
 from prismatic.errors import ConfigError
 from prismatic.evaluation import read_rows
-from tests import fake_simulator
 from tests.drawn_cache import write_cache
 from tests.drawn_episodes import drawn_episode
+from tests.fake_simulator import LIMIT, FakeBenchmark
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script, "simulator", fake_simulator)
+FAKE = FakeBenchmark()
+
+
+@pytest.fixture(autouse=True)
+def no_renderer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "choose_renderer", lambda local_rank: "none")
+
+
+def run(cfg: EvalConfig) -> None:
+    script.main(cfg, FAKE)
 
 
 def parse(*arguments: str) -> EvalConfig:
-    return tyro.cli(EvalConfig, args=arguments, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+    return script.parse(list(arguments))
 
 
 def config(folder: Path, **changes: Any) -> EvalConfig:
@@ -51,7 +58,22 @@ def test_flags_as_people_type_them() -> None:
     assert parse("--center_crop", "False").center_crop is False
     assert parse().center_crop is None
     assert parse("--num_workers", "12").num_workers == 12
-    assert len(EvalConfig.__annotations__) <= 25  # its own; what belongs to videos stands in VideoOptions
+    assert len(EvalOptions.__annotations__) <= 22  # what people change; the rest is advanced
+
+
+def test_the_originals_own_flags_are_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of openvla's and openvla-oft's run_libero_eval.py."""
+    cfg = parse(
+        *("--model_family", "openvla", "--use_l1_regression", "True", "--use_diffusion", "False", "--use_film=False"),
+        *("--num_images_in_input", "2", "--use_proprio", "True", "--num_open_loop_steps", "8", "--lora_rank", "32"),
+        *("--use_wandb", "True", "--wandb_project", "p", "--wandb_entity", "e", "--initial_states_path", "DEFAULT"),
+        *("--env_img_res", "256", "--task_suite_name", "libero_10"),
+    )
+    assert (cfg.num_images_in_input, cfg.num_open_loop_steps, cfg.task_suite_name) == (2, 8, "libero_10")
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 9 and said[0].startswith("notice: --model_family openvla has no effect")
+    with pytest.raises(ConfigError, match="--use_film True is not built here"):
+        parse("--use_film", "True")
 
 
 def test_run_names(tmp_path: Path) -> None:
@@ -63,16 +85,21 @@ def test_run_names(tmp_path: Path) -> None:
     (run / "latest").symlink_to("step-000200")
     lora = EvalConfig(pretrained_checkpoint="base", lora_checkpoint=run / "latest")
     assert script.run_name(lora) == f"EVAL-libero_spatial-{run.name}-step-000200"
-    assert script.run_name(dataclasses.replace(lora, lora_checkpoint=run)) == f"EVAL-libero_spatial-{run.name}"
+    assert script.run_name(dataclasses.replace(lora, lora_checkpoint=run)) == script.run_name(
+        lora
+    )  # it stands for its newest
 
 
 def test_a_quantised_run_has_its_own_folder_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from prismatic import checkpoint
 
     asked: list[tuple[str, str | None]] = []
-    monkeypatch.setattr(
-        checkpoint, "load_policy", lambda *args, quantize, backend, **rest: asked.append((quantize, backend))
-    )
+
+    def load(*args: Any, quantize: str, backend: str | None, **rest: Any) -> Any:
+        asked.append((quantize, backend))
+        return SimpleNamespace(processor=SimpleNamespace(image_path=None), counts={})
+
+    monkeypatch.setattr(checkpoint, "load_policy", load)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     plain = EvalConfig(pretrained_checkpoint=str(tmp_path / "policy"))
     runs = [
@@ -82,19 +109,22 @@ def test_a_quantised_run_has_its_own_folder_and_says_so(tmp_path: Path, monkeypa
     assert [script.run_name(cfg).removeprefix("EVAL-libero_spatial-policy") for cfg in runs] == [
         *("", "-int8", "-int4", "-int8-bitsandbytes", "-int4-bitsandbytes")
     ]
-    assert len({json.dumps(script.identity(cfg, "osmesa")) for cfg in runs}) == 5
-    assert "quantize" not in script.identity(plain, "osmesa")  # runs begun before the flag was there go on
+    assert len({json.dumps(script.identity(cfg, FAKE, "osmesa")) for cfg in runs}) == 5
+    assert "quantize" not in script.identity(
+        dataclasses.replace(plain, task_suite_name="fake"), FAKE, "osmesa"
+    )  # runs begun before the flag was there go on
     for cfg in runs:
         script.load_policy(cfg)
     assert asked == [("none", None), ("int8", None), ("int4", None), ("int8", "bitsandbytes"), ("int4", "bitsandbytes")]
 
 
-def test_identity_follows_the_weights_and_not_the_workers(tmp_path: Path, fake: None) -> None:
+def test_identity_follows_the_weights_and_not_the_workers(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("1")
     cfg = config(tmp_path, policy="checkpoint", pretrained_checkpoint=str(tmp_path))
-    before = script.identity(cfg, "osmesa")
+    before = script.identity(cfg, FAKE, "osmesa")
     assert (
-        script.identity(dataclasses.replace(cfg, num_workers=9, task_ids=(1,), save_videos=False), "osmesa") == before
+        script.identity(dataclasses.replace(cfg, num_workers=9, task_ids=(1,), save_videos=False), FAKE, "osmesa")
+        == before
     )
     for change in (
         {"center_crop": True},
@@ -102,10 +132,10 @@ def test_identity_follows_the_weights_and_not_the_workers(tmp_path: Path, fake: 
         {"render_quality": "fast"},
         {"deterministic": True},
     ):
-        assert script.identity(dataclasses.replace(cfg, **change), "osmesa") != before
-    assert script.identity(cfg, "egl") != before
+        assert script.identity(dataclasses.replace(cfg, **change), FAKE, "osmesa") != before
+    assert script.identity(cfg, FAKE, "egl") != before
     (tmp_path / "config.json").write_text("2")
-    assert script.identity(cfg, "osmesa") != before
+    assert script.identity(cfg, FAKE, "osmesa") != before
 
 
 @pytest.mark.parametrize(
@@ -120,70 +150,68 @@ def test_identity_follows_the_weights_and_not_the_workers(tmp_path: Path, fake: 
         ({"load_in_8bit": True, "load_in_4bit": True}, "load_in_8bit and load_in_4bit exclude each other"),
         ({"load_in_8bit": True, "quantize": "int4"}, "load_in_8bit and quantize int4 exclude each other"),
         ({"env_seed": -1}, "--env_seed -1"),
-        ({"num_workers": 0}, "num_workers is 0"),
-        ({"num_steps_wait": -1}, "num_steps_wait is -1"),
+        ({"num_workers": 0}, "--num_workers 0: expected"),
+        ({"num_steps_wait": -1}, "--num_steps_wait -1: expected"),
         ({"instruction": "swap"}, "only a checkpoint reads, --policy zero doesn't"),
         ({"open_loop": True}, "--open_loop asks a checkpoint"),
         ({"policy": "replay", "env_seed": 1}, "replay begins where each episode was recorded"),
-        ({"policy": "replay", "data_root_dir": Path("no")}, "data_root_dir no doesn't exist"),
+        ({"policy": "replay", "data_root_dir": Path("no")}, "no is no folder"),
         ({"task_suite_name": "libero_spatal"}, "unknown suite 'libero_spatal'"),
         ({"task_ids": (7,)}, "no task 7"),
         ({"num_trials_per_task": 99}, "8 stored initial states"),
     ],
 )
-def test_bad_input_is_one_sentence_and_leaves_nothing(
-    tmp_path: Path, fake: None, changes: dict[str, Any], sentence: str
-) -> None:
+def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        script.main(config(tmp_path / "rollouts", **changes))
+        run(config(tmp_path / "rollouts", **changes))
     assert not (tmp_path / "rollouts").exists()
 
 
-def test_a_run_and_what_it_prints(tmp_path: Path, fake: None, capsys: pytest.CaptureFixture[str]) -> None:
-    script.main(config(tmp_path, task_ids=(0, 2)))
+def test_a_run_and_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(config(tmp_path, task_ids=(0, 2)))
     folder = tmp_path / "EVAL-fake-zero"
     rows = read_rows(folder)
     assert len(rows) == 2
-    assert all((folder / row["video"]).is_file() for row in rows)
+    assert all((folder / row.video).is_file() for row in rows)
     printed = capsys.readouterr().out
     assert "0.0 % success, 95 % interval 0.0 to 65.8 % (0 of 2 episodes)" in printed
     assert str(folder / "report.html") in printed
-    assert f"a failure: {folder / rows[0]['video']}" in printed
+    assert f"a failure: {folder / rows[0].video}" in printed
     protocol = json.loads((folder / "summary.json").read_text())["protocol"]
     assert (protocol["policy"], protocol["env_seed"], protocol["step_limit"]) == (
         "zero",
         0,
-        fake_simulator.LIMIT,
+        LIMIT,
     )
     assert protocol["versions"]["mujoco"]
     # More tasks join what is there; another configuration is refused.
-    script.main(config(tmp_path))
+    run(config(tmp_path))
     assert read_rows(folder)[:2] == rows
     assert len(read_rows(folder)) == 3
     assert "2 of 3 episodes are already in" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="holds a run with num_steps_wait 10, this one has 5"):
-        script.main(config(tmp_path, num_steps_wait=5))
+        run(config(tmp_path, num_steps_wait=5))
 
 
 def test_controls_stand_beside_the_score(
-    tmp_path: Path, fake: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny = str(REPOSITORY / "checkpoints" / "openvla-tiny")
-    script.main(config(tmp_path, save_videos=False))
-    script.main(config(tmp_path, policy="random", save_videos=False))
+    run(config(tmp_path, save_videos=False))
+    run(config(tmp_path, policy="random", save_videos=False))
     acting = config(tmp_path, policy="checkpoint", pretrained_checkpoint=tiny, save_videos=False)
     cache = write_cache(tmp_path / "cache", [drawn_episode(number) for number in range(3)])
     monkeypatch.setattr(script, "open_data", lambda cfg: cache)
-    script.main(dataclasses.replace(acting, open_loop=True, open_loop_frames=5))
+    run(dataclasses.replace(acting, open_loop=True, open_loop_frames=5))
     printed = capsys.readouterr().out
     assert "control open loop, 5 train frames: action accuracy" in printed
     assert str(tmp_path / "EVAL-fake-openvla-tiny" / "report.html") not in printed  # nothing was played: there is none
     assert json.loads((tmp_path / "EVAL-fake-openvla-tiny" / "summary.json").read_text())["episodes"] == 0
-    script.main(dataclasses.replace(acting, instruction="swap"))
+    run(dataclasses.replace(acting, instruction="swap"))
     told = read_rows(tmp_path / "EVAL-fake-openvla-tiny--instruction-swap")
-    assert [row["instruction_given"][-2] for row in told] == ["1", "2", "0"]
-    assert [row["instruction"][-2] for row in told] == ["0", "1", "2"]
-    script.main(acting)
+    assert [row.instruction_given[-2] for row in told] == ["1", "2", "0"]
+    assert [row.instruction[-2] for row in told] == ["0", "1", "2"]
+    run(acting)
     summary = json.loads((tmp_path / "EVAL-fake-openvla-tiny" / "summary.json").read_text())
     assert summary["episodes"] == 3
     assert set(summary["controls"]) == {"open_loop", "zero", "random", "instruction swap"}
@@ -194,7 +222,7 @@ def test_controls_stand_beside_the_score(
 
 
 def test_ranks_of_one_machine_share_it_and_its_episodes(
-    tmp_path: Path, fake: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[int] = []
     monkeypatch.setattr(script.machine, "simulators_that_fit", lambda shares: asked.append(shares) or 1)
@@ -203,23 +231,23 @@ def test_ranks_of_one_machine_share_it_and_its_episodes(
     cfg = config(tmp_path, num_workers="auto", save_videos=False)
     for rank in (1, 0):
         monkeypatch.setattr(script, "RANK", rank)
-        script.main(cfg)
+        run(cfg)
     assert asked == [2, 2]
     assert len(read_rows(tmp_path / "EVAL-fake-zero")) == 3
     assert capsys.readouterr().out.count("% success") == 1  # the last one prints the whole result
     assert json.loads((tmp_path / "EVAL-fake-zero" / "summary.json").read_text())["episodes"] == 3
 
 
-def test_compare_asks_for_margin_and_difference(tmp_path: Path, fake: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_asks_for_margin_and_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for note in ("a", "b"):
-        script.main(config(tmp_path, run_id_note=note, save_videos=False))
+        run(config(tmp_path, run_id_note=note, save_videos=False))
     capsys.readouterr()
     runs = (tmp_path / "EVAL-fake-zero--a", tmp_path / "EVAL-fake-zero--b")
-    script.main(EvalConfig(compare=runs, margin=0.9, difference=0.5))
+    run(EvalConfig(compare=runs, margin=0.9, difference=0.5))
     printed = capsys.readouterr().out
     assert "A is not worse than B by 90 points or more; no difference is shown" in printed
     assert "to show a difference of 50 points takes 14 shared episodes" in printed
-    script.main(EvalConfig(mean_of=runs[:1]))
+    run(EvalConfig(mean_of=runs[:1]))
     assert "mean over 1 suites: 0.0 %" in capsys.readouterr().out
 
 
@@ -233,9 +261,9 @@ POLICY_CARD = {
 }
 
 
-def test_the_protocol_card_is_complete(tmp_path: Path, fake: None) -> None:
+def test_the_protocol_card_is_complete(tmp_path: Path) -> None:
     base = REPOSITORY / "checkpoints" / "openvla-tiny"
-    script.main(config(tmp_path, policy="checkpoint", pretrained_checkpoint=str(base), task_ids=(0,)))
+    run(config(tmp_path, policy="checkpoint", pretrained_checkpoint=str(base), task_ids=(0,)))
     (folder,) = tmp_path.iterdir()
     protocol = json.loads((folder / "summary.json").read_text())["protocol"]
     assert protocol.keys() >= CARD
@@ -257,14 +285,14 @@ def test_the_protocol_card_is_complete(tmp_path: Path, fake: None) -> None:
 
 
 def test_another_simulator_is_refused_or_named(
-    tmp_path: Path, fake: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     known = versions.versions()
     monkeypatch.setattr(versions, "versions", lambda: known | {"mujoco": "3.17.0"})
     with pytest.raises(ConfigError, match=r"mujoco 3\.17\.0, pinned 3\.2\.3.*--allow_unpinned_simulator"):
-        script.main(config(tmp_path))
+        run(config(tmp_path))
     assert not list(tmp_path.iterdir())
-    script.main(config(tmp_path, task_ids=(0,), allow_unpinned_simulator=True))
+    run(config(tmp_path, task_ids=(0,), allow_unpinned_simulator=True))
     assert "beware: mujoco 3.17.0, pinned 3.2.3" in capsys.readouterr().out
     folder = tmp_path / "EVAL-fake-zero"
     assert json.loads((folder / "summary.json").read_text())["protocol"]["unpinned_simulator"] == [
@@ -273,25 +301,25 @@ def test_another_simulator_is_refused_or_named(
     assert "mujoco 3.17.0, pinned 3.2.3: another simulator" in (folder / "report.html").read_text()
 
 
-def test_two_runs_are_compared_on_a_page(tmp_path: Path, fake: None, capsys: pytest.CaptureFixture[str]) -> None:
-    script.main(config(tmp_path, num_trials_per_task=2))
-    script.main(config(tmp_path, num_trials_per_task=2, policy="random"))
+def test_two_runs_are_compared_on_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(config(tmp_path, num_trials_per_task=2))
+    run(config(tmp_path, num_trials_per_task=2, policy="random"))
     before, after = tmp_path / "EVAL-fake-zero", tmp_path / "EVAL-fake-random"
-    script.main(config(tmp_path, compare=(before, after)))
+    run(config(tmp_path, compare=(before, after)))
     page = after / "compared-with-EVAL-fake-zero.html"
     assert f"side by side: {page}" in capsys.readouterr().out
     assert "A minus B over the 6 episodes" in page.read_text()
     with pytest.raises(ConfigError, match=r"nowhere has no results\.jsonl"):
-        script.main(config(tmp_path, compare=(before, tmp_path / "nowhere")))
+        run(config(tmp_path, compare=(before, tmp_path / "nowhere")))
     with pytest.raises(ConfigError, match="in twos, before and after, not 3"):
-        script.main(config(tmp_path, compare=(before, after, before)))
+        run(config(tmp_path, compare=(before, after, before)))
     with pytest.raises(ConfigError, match="EVAL-fake-zero is given more than once"):
-        script.main(config(tmp_path, compare=(before, after, before, after)))
+        run(config(tmp_path, compare=(before, after, before, after)))
     more = [after.with_name(name) for name in ("EVAL-fake-zero--more", "EVAL-fake-random--more")]
     for folder, copied in zip(more, (before, after), strict=True):
         shutil.copytree(copied, folder)
     capsys.readouterr()
-    script.main(config(tmp_path, compare=(before, after, *more)))
+    run(config(tmp_path, compare=(before, after, *more)))
     printed = capsys.readouterr().out
     assert "12 shared episodes" in printed and printed.count("side by side: ") == 2
 

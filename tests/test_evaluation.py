@@ -1,4 +1,4 @@
-"""evaluation.py, player.py and workers.py with real processes and a fake simulator."""
+"""evaluation.py, player.py and pool.py with real processes and a fake simulator."""
 
 import contextlib
 import hashlib
@@ -16,17 +16,21 @@ import numpy as np
 import pytest
 
 from prismatic import evaluation
-from prismatic.episodes import traces
-from prismatic.episodes.player import Outcome, Setup, Trial
+from prismatic.episodes import actions
+from prismatic.episodes.player import Outcome, Play
+from prismatic.episodes.trials import Trial, list_trials
 from prismatic.errors import ConfigError
-from tests.fake_simulator import BrightnessPolicy
+from prismatic.summary import summarise
+from tests import drawn_results
+from tests.fake_policies import BrightnessPolicy
+from tests.fake_simulator import FakeBenchmark
 
-FAKE = "tests.fake_simulator"
+FAKE = FakeBenchmark()
 TESTS = Path(__file__).parent
 
 
 def plan(num_trials: int = 4, task_ids: tuple[int, ...] = (0, 1)) -> list[Trial]:
-    return evaluation.plan("fake", task_ids=task_ids, num_trials=num_trials, simulator=FAKE)
+    return list_trials(FAKE, "fake", task_ids=task_ids, num_trials=num_trials)
 
 
 @contextlib.contextmanager
@@ -38,16 +42,16 @@ def opened(path: Path, identity: dict[str, Any] | None = None, rank: int = 0) ->
 
 def evaluate(path: Path, trials: list[Trial], *, videos: bool = False, **options: Any) -> dict[str, Any]:
     policy = options.pop("policy", None) or BrightnessPolicy()
-    setup = options.pop("setup", Setup(simulator=FAKE, video_folder=path if videos else None))
+    play = options.pop("play", Play(benchmark=FAKE, video_folder=path if videos else None))
     rank = options.pop("rank", 0)
     with opened(path, rank=rank) as folder:
-        load = (lambda: policy) if setup.policy == "parent" else None
-        return evaluation.evaluate(trials, folder, setup=setup, load_policy=load, **options)
+        load = (lambda: evaluation.Loaded(policy)) if play.policy == "parent" else None
+        return evaluation.evaluate(trials, folder, play=play, load_policy=load, **options)
 
 
 def behaviour(path: Path) -> list[tuple[Any, ...]]:
     names = ("episode_id", "success", "steps", "actions_sha256")
-    return sorted(tuple(row[name] for name in names) for row in evaluation.read_rows(path))
+    return sorted(tuple(getattr(row, name) for name in names) for row in evaluation.read_rows(path))
 
 
 # --- stopping and going on ------------------------------------------
@@ -62,16 +66,20 @@ def test_continues_where_it_stopped_and_drops_a_torn_line(tmp_path: Path) -> Non
     played = []
     with opened(tmp_path / "parts") as folder:
         evaluation.evaluate(
-            plan(), folder, setup=Setup(simulator=FAKE), load_policy=BrightnessPolicy, on_row=played.append
+            plan(),
+            folder,
+            play=Play(benchmark=FAKE),
+            load_policy=lambda: evaluation.Loaded(BrightnessPolicy()),
+            on_row=played.append,
         )
-    assert [row["init_state"] for row in played] == [2, 3, 2, 3]  # and none of those that were there
+    assert [row.init_state for row in played] == [2, 3, 2, 3]  # and none of those that were there
     assert results.read_bytes().startswith(first)
     assert behaviour(tmp_path / "parts") == behaviour(tmp_path / "whole")
     lines = results.read_text().splitlines()
     assert len({json.loads(line)["episode_id"] for line in lines}) == len(lines) == 8
     # Nothing left to do: the policy is not even loaded.
     with opened(tmp_path / "parts") as folder:
-        summary = evaluation.evaluate(plan(), folder, setup=Setup(simulator=FAKE), load_policy=lambda: pytest.fail())
+        summary = evaluation.evaluate(plan(), folder, play=Play(benchmark=FAKE), load_policy=lambda: pytest.fail())
     assert summary["episodes"] == 8
     assert summary["protocol"]["policy_card"] == {"decode": "brightness"}
 
@@ -84,10 +92,10 @@ def test_an_error_is_recorded_and_played_again_when_asked(tmp_path: Path, monkey
     summary = evaluate(tmp_path / "run", plan())
     assert (summary["episodes"], summary["errors"]) == (8, 1)
     assert summary["success_rate"] == summary["successes"] / 7
-    (row,) = [row for row in evaluation.read_rows(tmp_path / "run") if row["error"]]
-    assert (row["episode_id"], row["success"]) == ("fake/task1/state2/seed0", None)
-    assert row["error"] == "ValueError: the physics exploded"
-    assert row["video"] is None
+    (row,) = [row for row in evaluation.read_rows(tmp_path / "run") if row.error]
+    assert (row.episode_id, row.success) == ("fake/task1/state2/seed0", None)
+    assert row.error == "ValueError: the physics exploded"
+    assert row.video is None
     (trouble / "1-2").unlink()
     assert evaluate(tmp_path / "run", plan())["errors"] == 1  # not of itself
     summary = evaluate(tmp_path / "run", plan(), retry_errors=True)  # the newer line counts
@@ -114,13 +122,15 @@ def test_a_policy_that_cannot_be_loaded_leaves_no_trace(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("")
     for path in (tmp_path, tmp_path / "run"):
         with pytest.raises(ConfigError, match="no weights"), opened(path) as folder:
-            evaluation.evaluate(plan(), folder, setup=Setup(simulator=FAKE), load_policy=fail)
+            evaluation.evaluate(plan(), folder, play=Play(benchmark=FAKE), load_policy=fail)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_another_run_is_refused_the_folder(tmp_path: Path) -> None:
     with opened(tmp_path, {"policy": "x", "env_seed": 0}) as folder:
-        evaluation.evaluate(plan(1), folder, setup=Setup(simulator=FAKE), load_policy=BrightnessPolicy)
+        evaluation.evaluate(
+            plan(1), folder, play=Play(benchmark=FAKE), load_policy=lambda: evaluation.Loaded(BrightnessPolicy())
+        )
     with pytest.raises(ConfigError, match="holds a run with env_seed 0, this one has 3: use another --run_id_note"):
         evaluation.RolloutFolder(tmp_path, identity={"policy": "x", "env_seed": 3}, record={})
     with pytest.raises(ConfigError, match="holds a run with env_seed 0, this one has None"):
@@ -166,21 +176,23 @@ sys.path[:0] = [{repository!r}]
 from pathlib import Path
 from prismatic import evaluation
 from prismatic.errors import exit_codes
-from prismatic.episodes.player import Setup
-from tests.fake_simulator import BrightnessPolicy
+from prismatic.episodes.player import Play
+from prismatic.episodes.trials import list_trials
+from tests.fake_policies import BrightnessPolicy
+from tests.fake_simulator import FakeBenchmark
 
 class Slow(BrightnessPolicy):
-    def batch(self, *arguments, **named):
+    def batch_chunks(self, *arguments, **named):
         time.sleep(0.02)
-        return super().batch(*arguments, **named)
+        return super().batch_chunks(*arguments, **named)
 
 if __name__ == "__main__":
     with exit_codes():
-        trials = evaluation.plan("fake", num_trials=8, simulator="tests.fake_simulator")
+        trials = list_trials(FakeBenchmark(), "fake", num_trials=8)
         path = Path({folder!r})
         with evaluation.RolloutFolder(path, identity={{"policy": "x"}}, record={{}}) as folder:
-            evaluation.evaluate(trials, folder, setup=Setup(simulator="tests.fake_simulator", video_folder=path),
-                load_policy=Slow, num_workers=2)
+            evaluation.evaluate(trials, folder, play=Play(benchmark=FakeBenchmark(), video_folder=path),
+                load_policy=lambda: evaluation.Loaded(Slow()), num_workers=2)
 """
 
 
@@ -225,20 +237,20 @@ def test_actions_are_kept_step_by_step_also_over_a_stop(tmp_path: Path) -> None:
     rows = evaluation.read_rows(tmp_path)
     assert len(rows) == 8 and len(kept) == 4
     for row in rows:
-        actions = traces.load(tmp_path, row["actions"])
-        assert actions is not None and actions.shape == (row["steps"], 7)
-        assert hashlib.sha256(actions.tobytes()).hexdigest()[:16] == row["actions_sha256"]
+        acted = actions.load(tmp_path, row.actions)
+        assert acted is not None and acted.shape == (row.steps, 7)
+        assert hashlib.sha256(acted.tobytes()).hexdigest()[:16] == row.actions_sha256
     assert all(path.read_bytes() == content for path, content in kept.items())
     assert [session["episodes"] for session in summary["protocol"]["sessions"]] == [4, 4]  # a call each
 
 
 def test_posters_and_gifs_go_with_their_video(tmp_path: Path) -> None:
-    setup = Setup(simulator=FAKE, video_folder=tmp_path, gifs=True, annotate=True)
-    evaluate(tmp_path, plan(1), setup=setup)
+    play = Play(benchmark=FAKE, video_folder=tmp_path, gifs=True, annotate=True)
+    evaluate(tmp_path, plan(1), play=play)
     for row in evaluation.read_rows(tmp_path):
-        stem = row["video"].removesuffix(".mp4")
-        assert (tmp_path / row["video"]).is_file() and (tmp_path / f"{stem}.gif").is_file()
-        assert (tmp_path / evaluation.poster_name(row["video"])) == tmp_path / "posters" / f"{stem}.jpg"
+        stem = row.video.removesuffix(".mp4")
+        assert (tmp_path / row.video).is_file() and (tmp_path / f"{stem}.gif").is_file()
+        assert (tmp_path / evaluation.poster_name(row.video)) == tmp_path / "posters" / f"{stem}.jpg"
         assert (tmp_path / "posters" / f"{stem}.jpg").is_file()
     assert len(list(tmp_path.rglob("*.gif"))) == len(list(tmp_path.rglob("*.jpg"))) == 2
 
@@ -250,18 +262,18 @@ def test_a_line_a_video_and_a_summary(tmp_path: Path) -> None:
     import imageio.v3 as imageio
 
     summary = evaluate(tmp_path, plan(2), videos=True, num_workers=2)
-    row = next(row for row in evaluation.read_rows(tmp_path) if row["episode_id"] == "fake/task1/state1/seed0")
-    assert row["suite"] == "fake"
-    assert (row["task_id"], row["init_state"], row["env_seed"]) == (1, 1, 0)
-    assert row["instruction"] == "push the point to the goal, 1."
-    assert row["error"] is None
-    assert row["seconds"] > 0
-    assert row["video"] == f"episode=10--success={row['success']}--task=push_the_point_to_the_goal__1_.mp4"
-    frames = imageio.imread(tmp_path / row["video"])
-    assert len(frames) == row["steps"] + 1  # what the policy saw, and how it ended
+    row = next(row for row in evaluation.read_rows(tmp_path) if row.episode_id == "fake/task1/state1/seed0")
+    assert row.suite == "fake"
+    assert (row.task_id, row.init_state, row.env_seed) == (1, 1, 0)
+    assert row.instruction == "push the point to the goal, 1."
+    assert row.error is None
+    assert row.seconds > 0
+    assert row.video == f"episode=10--success={row.success}--task=push_the_point_to_the_goal__1_.mp4"
+    frames = imageio.imread(tmp_path / row.video)
+    assert len(frames) == row.steps + 1  # what the policy saw, and how it ended
     assert abs(int(frames[0].mean()) - 17) <= 3
     assert frames[-1].mean() > frames[0].mean()
-    stream = imageio.immeta(tmp_path / row["video"])
+    stream = imageio.immeta(tmp_path / row.video)
     assert (stream["codec"], stream["pix_fmt"].split("(")[0]) == ("h264", "yuv420p")
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert [task["task_id"] for task in summary["per_task"]] == [0, 1]
@@ -272,7 +284,7 @@ def test_a_line_a_video_and_a_summary(tmp_path: Path) -> None:
     assert protocol == {"policy": "x", "command": "test", "policy_card": {"decode": "brightness"}}
     assert (session["episodes"], session["workers"], session["rank"]) == (4, 2, 0)
     asked = session["policy_latency_ms"]["calls"] * session["policy_latency_ms"]["rows_per_call"]
-    assert asked == pytest.approx(sum(row["steps"] for row in evaluation.read_rows(tmp_path)), rel=0.01)
+    assert asked == pytest.approx(sum(row.steps for row in evaluation.read_rows(tmp_path)), rel=0.01)
     assert len(session["host_memory_peak_bytes"]["workers"]) == 2
     assert session["golden_frame"]["as_expected"] is False  # the fake simulator's is black
 
@@ -281,19 +293,19 @@ def test_each_line_says_how_far_it_got_and_why(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("FAKE_TROUBLE", str(tmp_path))
     (tmp_path / "1-7").write_text("raise 99")
     trials = plan(8)
-    summary = evaluate(tmp_path / "run", trials, setup=Setup(simulator=FAKE, policy="random"))
+    summary = evaluate(tmp_path / "run", trials, play=Play(benchmark=FAKE, policy="random"))
     rows = evaluation.read_rows(tmp_path / "run")
-    assert {row["verdict"] for row in rows if row["success"] is False} <= {"beside_target", "never_grasped", "idle"}
+    assert {row.verdict for row in rows if row.success is False} <= {"beside_target", "never_grasped", "idle"}
     for row in rows:
-        if row["error"]:
-            assert row["reason"] == "The episode crashed: ValueError: the physics exploded"
-            assert (row["verdict"], row["stages"]) == ("error", {})
+        if row.error:
+            assert row.reason == "The episode crashed: ValueError: the physics exploded"
+            assert (row.verdict, row.stages) == ("error", {})
         else:
-            assert list(row["stages"])[:2] == ["approached", "touched"]
-            assert (row["verdict"] == "success") == row["success"]
-            assert row["stages"]["predicate_held"] == (row["steps"] if row["success"] else None)
-            assert row["stages"]["touched"] == 1
-            assert row["reason"].endswith(".")
+            assert list(row.stages)[:2] == ["approached", "touched"]
+            assert (row.verdict == "success") == row.success
+            assert row.stages["predicate_held"] == (row.steps if row.success else None)
+            assert row.stages["touched"] == 1
+            assert row.reason.endswith(".")
     assert sum(summary["verdicts"].values()) == 16
     assert summary["verdicts"]["error"] == 1
     assert (
@@ -301,7 +313,7 @@ def test_each_line_says_how_far_it_got_and_why(tmp_path: Path, monkeypatch: pyte
     )
     assert summary["funnel"]["touched"] == {"episodes": 15, "reached": 15, "share": 1.0}
     assert [task["funnel"]["touched"]["episodes"] for task in summary["per_task"]] == [8, 7]
-    parallel = evaluate(tmp_path / "two", trials, setup=Setup(simulator=FAKE, policy="random"), num_workers=2)
+    parallel = evaluate(tmp_path / "two", trials, play=Play(benchmark=FAKE, policy="random"), num_workers=2)
     assert (parallel["verdicts"], parallel["funnel"]) == (summary["verdicts"], summary["funnel"])
 
 
@@ -313,17 +325,15 @@ def test_a_recorded_video_is_never_overwritten(tmp_path: Path) -> None:
             video = folder.unfinished / "1.mp4"
             video.write_bytes(content)
             outcome = Outcome(trial=trial, success=True, steps=1, seconds=1.0, actions=np.zeros((1, 7)), video=video)
-            names.append(folder.add(outcome, instruction="go", number=1)["video"])
+            names.append(folder.add(outcome, instruction="go", number=1).video)
     assert names == ["episode=1--success=True--task=go.mp4", "episode=1--success=True--task=go--2.mp4"]
     assert [(tmp_path / name).read_bytes() for name in names] == [b"first", b"second"]
 
 
 def test_rates_leave_errors_out() -> None:
-    rows = [
-        {"suite": "s", "task_id": 0, "instruction": "i", "success": success} for success in (True, True, False, None)
-    ]
-    summary = evaluation.summarise(rows, protocol={})
+    rows = [drawn_results.row(0, state, success) for state, success in enumerate((True, True, False, None))]
+    summary = summarise(rows, protocol={})
     assert (summary["episodes"], summary["successes"], summary["failures"], summary["errors"]) == (4, 2, 1, 1)
     assert summary["success_rate"] == pytest.approx(2 / 3)
     assert summary["interval_95"] == pytest.approx([0.2077, 0.9385], abs=1e-4)
-    assert evaluation.summarise(rows[3:], protocol={})["success_rate"] is None
+    assert summarise(rows[3:], protocol={})["success_rate"] is None

@@ -10,21 +10,23 @@ import pytest
 
 from prismatic.errors import ConfigError
 from prismatic.expert import Expert
-from prismatic.simulator import Simulator, step_limit
+from prismatic.scene.suites import Libero, step_limit
 
 LONGEST_REST = 3  # steps with the same answer "don't move": more would teach a policy to stop for ever
 
 
 def play(suite: str, task_id: int, states: list[int], push: float = 0.0) -> list[dict[str, Any]]:
     """Episodes with their actions; `push` throws the hand off course in the middle of the way."""
-    sim, episodes = Simulator(suite, task_id), []
+    sim, episodes = Libero().simulator(suite, task_id), []
     for state in states:
         sim.reset(state)
         expert, actions, agreed, done = Expert(sim), [], True, False
         while not done and len(actions) < step_limit(suite):
-            action = expert(None, sim.instruction)
+            action = expert.chunk(None, sim.instruction)[0]
             if len(actions) % 10 == 0:
-                agreed &= np.array_equal(action, Expert(sim)(None, "another expert, which knows nothing of the past"))
+                agreed &= np.array_equal(
+                    action, Expert(sim).chunk(None, "another expert, which knows nothing of the past")[0]
+                )
             actions.append(action)
             pushed = action.copy()
             if 8 <= len(actions) < 14:
@@ -37,7 +39,7 @@ def play(suite: str, task_id: int, states: list[int], push: float = 0.0) -> list
 
 def measure() -> dict[str, Any]:
     """Everything that the tests below look at."""
-    goal = Simulator("libero_goal", 0)  # open the drawer
+    goal = Libero().simulator("libero_goal", 0)  # open the drawer
     with pytest.raises(ConfigError, match="no scripted expert for task 0 of libero_goal"):
         Expert(goal)
     return {

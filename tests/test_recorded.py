@@ -10,14 +10,14 @@ from prismatic import evaluation
 from prismatic.data.frames import FrameCache
 from prismatic.episodes import recorded
 from prismatic.episodes.demonstration import Pushes, beginning
-from prismatic.episodes.player import Setup
+from prismatic.episodes.player import Play
 from prismatic.errors import ConfigError
 from prismatic.image import encode_jpeg
 from prismatic.scene.suites import init_states, instruction, task_name
 from prismatic.summary import crashed, sentences
 from tests.drawn_cache import write_cache
 from tests.drawn_demonstrations import write_libero_file
-from tests.fake_simulator import GOAL, SIDE
+from tests.fake_simulator import GOAL, SIDE, FakeBenchmark
 
 PUSH = 0.8  # of a recorded action, which moves the fake's point by 20 of it
 
@@ -52,24 +52,22 @@ def test_a_replay_follows_leaves_or_is_left_out(
     cache: FrameCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recorded, "beginning", lambda generator, perturbation: (8, None))
-    demos, sentence = recorded.demos(cache, "fake", task_ids=(), limit=9, from_hdf5=None)
+    demos, sentence = recorded.recorded_episodes(cache, "fake", task_ids=(), limit=9, from_hdf5=None)
     assert sentence == "drawn: the beginning of 3 of 4 episodes is known, 3 are replayed"
     with evaluation.RolloutFolder(tmp_path / "run", identity={"policy": "replay"}, record={}) as folder:
-        setup = Setup(policy="replay", simulator="tests.fake_simulator")
-        summary = evaluation.evaluate(demos, folder, setup=setup)
-    rows = {row["init_state"]: row for row in evaluation.read_rows(tmp_path / "run")}
-    assert rows[0]["episode_id"] == "fake/task1/demo0/seed0"
-    assert rows[0]["success"] is True
-    steps = rows[0]["replay"]["recorded_steps"]
-    assert (rows[0]["steps"], rows[0]["replay"]["followed_steps"]) == (steps, steps)
-    assert rows[0]["replay"]["file_path"] == "fake/task1/seed0/attempt0"
-    assert rows[1]["success"] is None and rows[1]["steps"] == 0
-    assert rows[1]["reason"] == "Left out: it does not begin as it was recorded."
-    assert rows[1]["error"].startswith(
-        "ValueError: the start is not the recorded one: the hand is 0 mm off, the picture 40"
-    )
+        play = Play(policy="replay", benchmark=FakeBenchmark())
+        summary = evaluation.evaluate(demos, folder, play=play)
+    rows = {row.init_state: row for row in evaluation.read_rows(tmp_path / "run")}
+    assert rows[0].episode_id == "fake/task1/demo0/seed0"
+    assert rows[0].success is True
+    steps = rows[0].replay.recorded_steps
+    assert (rows[0].steps, rows[0].replay.followed_steps) == (steps, steps)
+    assert rows[0].replay.file_path == "fake/task1/seed0/attempt0"
+    assert rows[1].success is None and rows[1].steps == 0
+    assert rows[1].reason == "Left out: it does not begin as it was recorded."
+    assert rows[1].error.startswith("OtherStart: the hand is 0 mm off, the image 40")
     # without the push the point is ahead of its recording from there on
-    assert (rows[2]["success"], rows[2]["replay"]["followed_steps"]) == (True, 3)
+    assert (rows[2].success, rows[2].replay.followed_steps) == (True, 3)
     assert summary["replay"] == {"started_as_recorded": 2, "followed_to_the_end": 1, "left_out": 1}
     assert (summary["successes"], summary["errors"]) == (2, 1)
     assert crashed(summary) == 0  # so nobody is told that playing it again may help
@@ -81,12 +79,12 @@ def started(*numbers: int, perturbation: float = 0.0) -> tuple[int, Pushes]:
 
 
 def test_which_episodes(cache: FrameCache) -> None:
-    demos, _ = recorded.demos(cache, "fake", task_ids=(1,), limit=2, from_hdf5=None)
+    demos, _ = recorded.recorded_episodes(cache, "fake", task_ids=(1,), limit=2, from_hdf5=None)
     assert [demo.init_state for demo in demos] == [0, 1]
     assert [demo.reset_seed for demo in demos] == [started(0, 1, attempt)[0] for attempt in (0, 1)]
     assert demos[0].actions[:, 6].tolist() == [1.0] * demos[0].max_steps  # the policy's convention
     with pytest.raises(ConfigError, match=r"no episode of other in data set drawn .*--from_hdf5 FOLDER"):
-        recorded.demos(cache, "other", task_ids=(), limit=9, from_hdf5=None)
+        recorded.recorded_episodes(cache, "other", task_ids=(), limit=9, from_hdf5=None)
 
 
 def test_the_beginning_does_not_depend_on_the_pushes() -> None:
@@ -115,8 +113,8 @@ def test_liberos_own_demonstrations_are_found_by_their_actions(tmp_path: Path) -
         {"images": frame, "action": np.delete(demonstrations[number][1], 4, axis=0), "state": np.zeros((11, 8))} | words
         for number in (2, 0)
     ]
-    stranger = episodes[0] | {"action": rng.normal(size=(11, 7))}
-    found, sentence = recorded.demos(
+    stranger = episodes[0] | {"action": np.append(rng.normal(size=(11, 6)), np.ones((11, 1)), axis=1)}
+    found, sentence = recorded.recorded_episodes(
         write_cache(tmp_path / "cache", [*episodes, stranger]), suite, task_ids=(), limit=9, from_hdf5=files
     )
     assert sentence == "drawn: the beginning of 2 of 3 episodes is known, 2 are replayed"
@@ -132,5 +130,5 @@ def test_block_difference_sees_a_moved_thing_and_no_grain() -> None:
     assert recorded.block_difference(picture, grain) < 6
     moved = picture.copy()
     moved[20:30, 20:30] = 20
-    assert recorded.block_difference(picture, moved) > recorded.START_PICTURE
+    assert recorded.block_difference(picture, moved) > recorded.START_IMAGE
     assert recorded.block_difference(picture, picture[:32]) == 255.0

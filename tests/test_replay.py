@@ -22,8 +22,9 @@ from prismatic.episodes.replay import Replay, Replays, find_replays
 from prismatic.errors import ConfigError
 from prismatic.expert import Expert
 from prismatic.image import decode_jpeg, encode_jpeg
-from prismatic.scene.suites import bddl_file, init_states, task_name
-from prismatic.simulator import Simulator, choose_renderer
+from prismatic.scene.renderer import choose_renderer
+from prismatic.scene.suites import Libero, bddl_file, init_states, task_name
+from prismatic.simulator import LiberoSimulator
 from tests.drawn_demonstrations import write_libero_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +53,7 @@ def libero_frames(first_state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def expert_demonstration() -> dict[str, Any]:
     """An episode of the expert: at each step state, action in LIBERO's convention and proprioception; some pictures."""
     choose_renderer()
-    sim = Simulator(SUITE, TASK)
+    sim = Libero().simulator(SUITE, TASK)
     sim.reset(2)
     first_state = sim.environment.sim.get_state().flatten()
     sim.reset(first_state)
@@ -60,10 +61,10 @@ def expert_demonstration() -> dict[str, Any]:
     states, actions, proprio, seen = [first_state], [], [], {}
     solved = False
     while not solved and len(actions) < 120:
-        proprio.append(sim.proprio())
+        proprio.append((sim.state(), sim.joint_angles()))
         if len(actions) in LOOKS:
             seen[len(actions)] = sim.frame(), sim.wrist()
-        action = expert(None, sim.instruction) if len(actions) != WAVE else np.zeros(7)
+        action = expert.chunk(None, sim.instruction)[0] if len(actions) != WAVE else np.zeros(7)
         solved = sim.step(action)
         actions.append([*action[:6], 1 - 2 * action[6]])
         states.append(sim.environment.sim.get_state().flatten())
@@ -153,8 +154,11 @@ class Scripted:
 
     wrist = frame
 
-    def proprio(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.zeros(8, np.float32), np.zeros(7, np.float32)
+    def state(self) -> np.ndarray:
+        return np.zeros(8, np.float32)
+
+    def joint_angles(self) -> np.ndarray:
+        return np.zeros(7, np.float32)
 
 
 def small_demo(folder: Path, actions: np.ndarray, name: str = FILE) -> Replay:
@@ -170,7 +174,7 @@ def test_the_last_step_decides_and_a_no_op_is_not_executed(tmp_path: Path) -> No
     job = small_demo(tmp_path, actions)
     assert job.steps == 5
     sim = Scripted(True, True, True)
-    assert job.record(cast(Simulator, sim)) == 3
+    assert job.record(cast(LiberoSimulator, sim), lambda: None) == 3
     assert (sim.started_from == 0.5).all()
     # steps 1 and 3 hold still with the fingers as before; LIBERO's -1 is the policy's 1, and 0 (hold) stays in between
     np.testing.assert_allclose([command[2] for command in sim.commands], [0.3, 0, 0.3])
@@ -179,7 +183,9 @@ def test_the_last_step_decides_and_a_no_op_is_not_executed(tmp_path: Path) -> No
     np.testing.assert_array_equal(episode.action[:, 6], [-1, 1, 0])
     assert [decode_jpeg(image).max() for image in episode.images] == [0, 20, 40]  # each before its action
     job.path.unlink()
-    assert job.record(cast(Simulator, Scripted(True, True, False))) == 0  # solved on the way, not in the end
+    assert (
+        job.record(cast(LiberoSimulator, Scripted(True, True, False)), lambda: None) == 0
+    )  # solved on the way, not in the end
     assert not job.path.exists()
 
 
@@ -252,5 +258,5 @@ def test_bad_files_are_one_sentence(tmp_path: Path, damage: str, sentence: str) 
         small_demo(folder, actions)
     with pytest.raises(ConfigError, match=sentence):
         for job in find_replays(folder, SUITE, [TASK], stage=tmp_path / "staged", limit=50):
-            job.record(cast(Simulator, Scripted()))
+            job.record(cast(LiberoSimulator, Scripted()), lambda: None)
     assert not (tmp_path / "staged").exists()

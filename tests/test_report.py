@@ -5,12 +5,14 @@ import re
 from pathlib import Path
 from urllib.parse import unquote
 
+import msgspec
 import numpy as np
 import pytest
 
 from prismatic import evaluation, report
-from prismatic.episodes import traces
+from prismatic.episodes import actions as traces
 from prismatic.errors import ConfigError
+from prismatic.summary import summarise
 from tests.drawn_results import Reader, folder_with, row
 
 ROWS = [
@@ -41,7 +43,7 @@ def test_per_task_table(tmp_path: Path) -> None:
 def test_every_video_failures_first_and_nothing_from_outside(tmp_path: Path) -> None:
     page = Reader(report.build(folder_with(tmp_path, ROWS)).read_text())
     sources = [unquote(video["src"] or "") for video in page.videos]
-    assert sorted(sources) == sorted(line["video"] for line in ROWS if line["video"])
+    assert sorted(sources) == sorted(line.video for line in ROWS if line.video)
     failed = ["--success=False--" in source for source in sources]
     assert failed == sorted(failed, reverse=True)
     assert failed.count(True) == 6
@@ -66,7 +68,7 @@ def test_fast_rendering_is_named(tmp_path: Path) -> None:
 def test_an_episode_played_again_is_shown_once(tmp_path: Path) -> None:
     rows = [row(2, 0, None, "the simulator hung"), row(2, 0, True)]
     folder = folder_with(tmp_path, rows)
-    (folder / "summary.json").write_text(json.dumps(evaluation.summarise(rows[1:], protocol={})))
+    (folder / "summary.json").write_text(json.dumps(summarise(rows[1:], protocol={})))
     page = report.build(folder).read_text()
     assert "the simulator hung" not in page
     assert page.count("<video") == 1
@@ -89,10 +91,10 @@ def explained(path: Path) -> Path:
     path.mkdir()
     rows = [row(0, 0, True), row(0, 1, False), row(1, 0, False), row(1, 1, None, "died")]
     for line, steps in zip(rows[:3], ((3, 5, 9, 20), (4, None, None, None), (2, 6, None, None)), strict=True):
-        line["stages"] = dict(zip(STAGES, steps, strict=True))
-        line["actions"] = traces.save(path, line["episode_id"], np.linspace(-1, 1, 140).reshape(20, 7))
+        line.stages = dict(zip(STAGES, steps, strict=True))
+        line.actions = traces.save(path, line.episode_id, np.linspace(-1, 1, 140).reshape(20, 7))
     for line, verdict in zip(rows, ("success", "never_touched", "closed_beside", "error"), strict=True):
-        line["verdict"], line["reason"] = verdict, f"Because of {verdict} & <b>more</b>."
+        line.verdict, line.reason = verdict, f"Because of {verdict} & <b>more</b>."
     return folder_with(path, rows)
 
 
@@ -119,7 +121,7 @@ def test_actions_are_drawn_beside_the_video(tmp_path: Path) -> None:
 
 def test_a_poster_is_shown_where_there_is_one(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, ROWS[:2])
-    poster = folder / evaluation.poster_name(ROWS[1]["video"])
+    poster = folder / evaluation.poster_name(ROWS[1].video)
     poster.parent.mkdir()
     poster.write_bytes(b"jpeg")
     posters = [video.get("poster") for video in Reader(report.build(folder).read_text()).videos]
@@ -162,27 +164,32 @@ def test_what_forbids_a_comparison_is_said(tmp_path: Path) -> None:
 
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \" ' {{ 7 * 7 }} \u2028 \ud800"
+WRITTEN = HOSTILE.replace("\ud800", "?")  # a line of results.jsonl is UTF-8
 
 
 def test_hostile_strings_stay_text(tmp_path: Path) -> None:
     folder = explained(tmp_path / "run")
     rows = evaluation.read_rows(folder)
     for line in rows:
-        line |= {"instruction": HOSTILE, "reason": HOSTILE, "verdict": HOSTILE, "stages": {f"{HOSTILE}: touched": 3}}
-        line["error"] = line["error"] and HOSTILE
+        line.instruction = line.reason = line.verdict = WRITTEN
+        line.stages = {f"{WRITTEN}: touched": 3}
+        line.error = line.error and WRITTEN
     folder_with(folder, rows, {"command": HOSTILE, "policy_card": {HOSTILE: HOSTILE}, "render_quality": HOSTILE})
     page = report.build(folder).read_text(encoding="utf-8")
     assert page.count("<script>") == page.count("</script>") == 1 and "<img" not in page
     assert "{{ 7 * 7 }}" in page and " 49 " not in page
     read = Reader(page)
-    assert not read.unclosed and HOSTILE.replace("\ud800", "?") in read.texts
+    assert not read.unclosed and WRITTEN in read.texts
 
 
 def test_what_stands_beside_the_score_and_what_a_policy_was_told(tmp_path: Path) -> None:
-    rows = [ROWS[0] | {"instruction_given": words, "moved_by_env_seed_mm": {"stove": 4.0}} for words in ("", "grab it")]
-    rows[1] |= {"episode_id": "libero_spatial/task0/state99/seed0"}
+    rows = [
+        msgspec.structs.replace(ROWS[0], instruction_given=given, moved_by_env_seed_mm={"stove": 4.0})
+        for given in ("", "grab it")
+    ]
+    rows[1].episode_id = "libero_spatial/task0/state99/seed0"
     folder = folder_with(tmp_path, rows)
     text = " ".join(Reader(report.build(folder).read_text()).texts)
     assert "env_seed" in text and "moved, against seed 0: task 0 stove 4 mm" in text
-    assert "told: nothing" in text and "told: grab it" in text
-    assert "told:" not in " ".join(Reader(report.build(folder_with(tmp_path / "plain", ROWS)).read_text()).texts)
+    assert "given: nothing" in text and "given: grab it" in text
+    assert "given:" not in " ".join(Reader(report.build(folder_with(tmp_path / "plain", ROWS)).read_text()).texts)

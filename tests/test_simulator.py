@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prismatic import simulator
-from prismatic.errors import ConfigError
-from prismatic.scene import suites
-from prismatic.simulator import SETTLE_ACTION, Simulator, choose_renderer, rollout
+from prismatic.errors import ConfigError, PolicyError
+from prismatic.rollout import rollout
+from prismatic.scene import renderer, suites
+from prismatic.scene.renderer import choose_renderer
+from prismatic.simulator import SETTLE_ACTION, LiberoSimulator
 
 SUITE, TASK, STATE = "libero_spatial", 0, 3
 ACTIONS = np.random.default_rng(0).uniform(-1, 1, (4, 7))
@@ -48,33 +49,33 @@ def libero_reference() -> dict[str, Any]:
     }
 
 
-def physics(sim: Simulator) -> np.ndarray:
+def physics(sim: LiberoSimulator) -> np.ndarray:
     return sim.environment.sim.get_state().flatten()
 
 
-def physics_of(sim: Simulator, name: str) -> np.ndarray:
+def physics_of(sim: LiberoSimulator, name: str) -> np.ndarray:
     return sim.environment.sim.data.body_xpos[sim.environment.obj_body_id[name]]
 
 
 class Broken:
-    num_images = 0
+    num_images, uses_state = 0, False
 
-    def __call__(self, frame: Any, text: str, wrist: Any = None) -> np.ndarray:
+    def chunk(self, frame: Any, instruction: str, wrist: Any = None, state: Any = None) -> np.ndarray:
         raise ZeroDivisionError("a bug")
 
 
 class Still:
-    num_images = 2
+    num_images, uses_state = 2, True
 
-    def __call__(self, frame: Any, text: str, wrist: Any = None) -> np.ndarray:
-        assert frame.shape == wrist.shape == (256, 256, 3)
-        return np.array([0, 0, 0, 0, 0, 0, 1.0])
+    def chunk(self, frame: Any, instruction: str, wrist: Any = None, state: Any = None) -> np.ndarray:
+        assert frame.shape == wrist.shape == (256, 256, 3) and state.shape == (8,)
+        return np.array([[0, 0, 0, 0, 0, 0, 1.0]] * 2)
 
 
 def measure() -> dict[str, Any]:
     """Everything that the tests below look at."""
     found: dict[str, Any] = {"reference": libero_reference()}
-    sim = Simulator(SUITE, TASK)
+    sim = suites.Libero().simulator(SUITE, TASK)
     sim.reset(STATE)
     found["rendered_unasked"] = sim.environment.sim._render_context_offscreen is not None
     found["frames"], found["wrists"] = [sim.frame()], [sim.wrist()]
@@ -82,36 +83,36 @@ def measure() -> dict[str, Any]:
         sim.step(action)
         found["frames"].append(sim.frame())
         found["wrists"].append(sim.wrist())
-    found["state"], found["joints"] = sim.proprio()
+    found["state"], found["joints"] = sim.state(), sim.joint_angles()
     found["physics"] = physics(sim)
     sim.reset(STATE)
     found["again"] = sim.frame()
     found["broken"] = rollout(sim, Broken(), init_state=STATE, max_steps=5)
-    watched: list[tuple[int, tuple[int, ...]]] = []
+    watched: list[tuple[int, bool]] = []
     found["still"] = rollout(
         sim,
         Still(),
         init_state=STATE,
         max_steps=3,
-        on_step=lambda step, frame, action: watched.append((step, frame.shape)),
+        on_step=lambda step, frame: watched.append((step, frame is not None)),
     )
     found["watched"] = watched
     sim.close()
 
-    fast = Simulator(SUITE, TASK, quality="fast")
+    fast = suites.Libero().simulator(SUITE, TASK, quality="fast")
     fast.reset(STATE)
     found["fast"] = fast.frame()
     for gripper in (0.0, 1.0):
         for _ in range(12):
             fast.step(np.array([0, 0, 0, 0, 0, 0, gripper]))
-        found[f"fingers_{gripper:g}"] = float(np.abs(fast.proprio()[0][6:]).sum())
+        found[f"fingers_{gripper:g}"] = float(np.abs(fast.state()[6:]).sum())
     found["random"] = []
     for seed in (5, 6, 5):
         fast.reset(None, seed=seed)
         found["random"].append(physics(fast))
         for action in ACTIONS:
             fast.step(action)
-    on_cabinet = Simulator(SUITE, 9)  # where the bowl's place depends on the cabinet's
+    on_cabinet = suites.Libero().simulator(SUITE, 9)  # where the bowl's place depends on the cabinet's
     found["heights"] = []
     for seed in (7, 8):
         on_cabinet.reset(None, seed=seed)
@@ -119,7 +120,7 @@ def measure() -> dict[str, Any]:
     with pytest.raises(ConfigError, match="num_trials_per_task"):
         fast.reset(50)
     for bad in (np.zeros(6), np.full(7, np.nan)):
-        with pytest.raises(ValueError, match="7 finite numbers"):
+        with pytest.raises(PolicyError, match="7 finite numbers"):
             fast.step(bad)
     return found
 
@@ -188,27 +189,27 @@ def test_a_crash_is_an_error_and_not_a_failure(found: dict[str, Any]) -> None:
 def test_rollout_counts_what_the_policy_does(found: dict[str, Any]) -> None:
     still = found["still"]
     assert (still.success, still.steps, len(still.actions)) == (False, 3, 3)
-    assert found["watched"] == [(step, (256, 256, 3)) for step in range(3)]
+    assert found["watched"] == [(0, True), (1, False), (2, True)]  # the second action of a chunk needs no image
 
 
 def test_suites_limits_and_instructions() -> None:
-    assert simulator.suites()[:5] == sorted(suites.STEP_LIMITS)
-    assert (simulator.num_tasks("libero_90"), simulator.num_init_states(SUITE, 0)) == (90, 50)
+    assert suites.suites()[:5] == sorted(suites.STEP_LIMITS)
+    assert (suites.num_tasks("libero_90"), suites.num_init_states(SUITE, 0)) == (90, 50)
     limits = {"libero_spatial": 220, "libero_object_swap": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
-    assert {suite: simulator.step_limit(suite) for suite in limits} == limits
+    assert {suite: suites.step_limit(suite) for suite in limits} == limits
     black_bowl = "pick up the black bowl between the plate and the ramekin and place it on the plate"
-    assert simulator.instruction(SUITE, 0) == simulator.instruction("libero_spatial_swap", 0) == black_bowl
+    assert suites.instruction(SUITE, 0) == suites.instruction("libero_spatial_swap", 0) == black_bowl
     reworded = "lift the black bowl between the plate and ramekin and set it on the plate"
-    assert simulator.instruction("libero_spatial_lan", 0) == reworded
+    assert suites.instruction("libero_spatial_lan", 0) == reworded
 
 
 def test_what_is_not_there_is_named() -> None:
     with pytest.raises(ConfigError, match=r"libero_spatal.*task_suite_name.*libero_spatial"):
-        simulator.step_limit("libero_spatal")
+        suites.step_limit("libero_spatal")
     with pytest.raises(ConfigError, match=r"no task 10.*0 to 9"):
-        simulator.instruction(SUITE, 10)
+        suites.instruction(SUITE, 10)
     with pytest.raises(ConfigError, match="render_quality"):
-        Simulator(SUITE, 0, quality="best")
+        suites.Libero().simulator(SUITE, 0, quality="best")
 
 
 def test_torch_init_states_are_read_without_running_a_pickle(tmp_path: Path) -> None:
@@ -258,10 +259,10 @@ def test_the_first_card_that_draws_is_taken(
         monkeypatch.delenv(name)
     if asked:
         monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", asked)
-    monkeypatch.setattr(simulator.ctypes.util, "find_library", lambda name: name)
-    monkeypatch.setattr(simulator.Path, "exists", lambda path: True)
-    monkeypatch.delitem(simulator.sys.modules, "mujoco", raising=False)
-    monkeypatch.setattr(simulator, "_egl_works", lambda more: more.get("MUJOCO_EGL_DEVICE_ID") in works)
+    monkeypatch.setattr(renderer.ctypes.util, "find_library", lambda name: name)
+    monkeypatch.setattr(renderer.Path, "exists", lambda path: True)
+    monkeypatch.delitem(renderer.sys.modules, "mujoco", raising=False)
+    monkeypatch.setattr(renderer, "_egl_works", lambda more: more.get("MUJOCO_EGL_DEVICE_ID") in works)
     assert choose_renderer() == chosen
     assert os.environ.get("MUJOCO_EGL_DEVICE_ID") == device
     if chosen == "egl" and not asked:  # also where somebody has asked for EGL already

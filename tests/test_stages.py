@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 
 from prismatic.scene import suites
-from prismatic.scene.stages import MOVE_STAGES, MOVING, PLACE_STAGES, PLACING, Goal
-from prismatic.scene.verdicts import NOT_ENOUGH, SENTENCES
+from prismatic.scene.diagnosis import NOT_ENOUGH, SENTENCES
+from prismatic.scene.trajectory import MOVE_STAGES, MOVING, PLACE_STAGES, PLACING, Goal
 
 
 @pytest.fixture(scope="module")

@@ -1,23 +1,21 @@
 """suite_mean.py: the number that papers give, over several rollout folders."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from prismatic.errors import ConfigError
 from prismatic.suite_mean import mean_over_suites
+from tests.drawn_results import folder_with, row
 
 
 def write(folder: Path, suite: str, tasks: dict[int, list[bool | None]]) -> Path:
-    folder.mkdir()
     rows = [
-        {"episode_id": f"{suite}/{task}/{number}", "suite": suite, "task_id": task, "success": success}
+        row(task, number, success, suite=suite)
         for task, outcomes in tasks.items()
         for number, success in enumerate(outcomes)
     ]
-    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return folder_with(folder, rows)
 
 
 def test_each_suite_and_their_mean(tmp_path: Path) -> None:
@@ -34,7 +32,7 @@ def test_each_suite_and_their_mean(tmp_path: Path) -> None:
 def test_what_cannot_be_averaged(tmp_path: Path) -> None:
     one = write(tmp_path / "a", "one", {0: [True]})
     twice = write(tmp_path / "b", "one", {0: [True]})
-    with pytest.raises(ConfigError, match=r"one/0/0 stands in .*a and in .*b"):
+    with pytest.raises(ConfigError, match=r"one/task0/state0/seed0 stands in .*a and in .*b"):
         mean_over_suites([one, twice])
     with pytest.raises(ConfigError, match=r"nothing has no episode in its results\.jsonl"):
         mean_over_suites([one, tmp_path / "nothing"])

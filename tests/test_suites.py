@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from prismatic import evaluation
+from prismatic.episodes.trials import list_trials
 from prismatic.scene import suites
 
 PARENTS = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
@@ -16,7 +16,7 @@ def test_all_of_them_are_there() -> None:
 
 @pytest.mark.parametrize("suite", [*PARENTS, "libero_90", *PRO])
 def test_every_task_can_be_planned(suite: str) -> None:
-    trials = evaluation.plan(suite, num_trials=50)
+    trials = list_trials(suites.Libero(), suite, num_trials=50)
     assert len(trials) == 50 * suites.num_tasks(suite) == 50 * (90 if suite == "libero_90" else 10)
     assert (
         suites.step_limit(suite)

@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 
+from prismatic.episodes.result import EpisodeResult, ReplayResult
 from prismatic.summary import sentences, summarise
+from tests import drawn_results
 
 
-def row(task: int, success: bool | None, **facts: Any) -> dict[str, Any]:
-    return {"suite": "s", "task_id": task, "instruction": f"do {task}", "success": success, **facts}
+def row(task: int, success: bool | None, **facts: Any) -> EpisodeResult:
+    return drawn_results.row(task, 0, success, **facts)
 
 
 def test_rates_of_tasks_and_the_interval_over_tasks() -> None:
@@ -54,7 +56,7 @@ def test_it_says_what_the_env_seed_varied() -> None:
 
 
 def test_replays_and_controls_are_told() -> None:
-    whole, left = {"recorded_steps": 40, "followed_steps": 40}, {"recorded_steps": 40, "followed_steps": 7}
+    whole, left = (ReplayResult(file_path="f", recorded_steps=40, followed_steps=steps) for steps in (40, 7))
     rows = [row(0, True, replay=whole), row(0, False, replay=left), row(0, None, replay=left)]
     controls = {"zero": {"successes": 1, "judged": 4, "interval_95": [0.0456, 0.6994]}}
     metrics = {"action_accuracy": 0.5, "l1_loss": 0.25}

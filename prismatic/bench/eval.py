@@ -14,30 +14,16 @@ from typing import Any
 import numpy as np
 
 from prismatic import machine
-from prismatic.episodes.player import Outcome, Setup, Trial
-from prismatic.episodes.workers import play
+from prismatic.episodes import pool
+from prismatic.episodes.player import Outcome, Play
+from prismatic.episodes.session import Session
+from prismatic.episodes.trials import Trial, TrialQueue
+from prismatic.scene.renderer import choose_renderer
 from prismatic.scene.suites import instruction
-from prismatic.simulator import RESOLUTION, choose_renderer
+from prismatic.simulator import RESOLUTION
 
 RENDERER_THREADS = "LP_NUM_THREADS"
 ONE_CORE, THREADED = "one core a process", "renderer's threads"
-
-
-class Timed:
-    """A policy that notes how long it computes, and how many rows it is asked for at once."""
-
-    def __init__(self, policy: Any) -> None:
-        self.policy, self.num_images = policy, getattr(policy, "num_images", 1)
-        self.seconds = 0.0
-        self.batch_sizes: list[int] = []
-
-    def batch(self, frames: Sequence[np.ndarray], instructions: Sequence[str], wrists: Any = None) -> np.ndarray:
-        """As Policy.batch."""
-        start = time.perf_counter()
-        actions = self.policy.batch(frames, instructions, wrists=wrists)
-        self.seconds += time.perf_counter() - start
-        self.batch_sizes.append(len(frames))
-        return actions
 
 
 def run(
@@ -53,11 +39,17 @@ def run(
     choose_renderer()  # once, for all simulators
     policy = load_policy(checkpoint)
     _warm(policy, instruction(suite, task_id), max(workers, default=1))
-    setup = Setup(num_images=policy.num_images, quality=quality, max_steps=steps)
+    play = Play(
+        num_images=policy.num_images,
+        uses_state=policy.uses_state,
+        prepare=policy.processor.image_path,
+        quality=quality,
+        max_steps=steps,
+    )
     count = max(episodes, *workers)
     trials = [Trial(suite=suite, task_id=task_id, init_state=state, env_seed=0) for state in range(count)]
     cases = [(ONE_CORE, 1), (THREADED, 1), *((ONE_CORE, number) for number in workers if number > 1)]
-    return compare([measure(trials, setup, policy, rendering=rendering, workers=number) for rendering, number in cases])
+    return compare([measure(trials, play, policy, rendering=rendering, workers=number) for rendering, number in cases])
 
 
 def _warm(policy: Any, words: str, rows: int) -> None:
@@ -69,15 +61,15 @@ def _warm(policy: Any, words: str, rows: int) -> None:
         size *= 2
 
 
-def measure(trials: Sequence[Trial], setup: Setup, policy: Any, *, rendering: str, workers: int) -> dict[str, Any]:
+def measure(trials: Sequence[Trial], play: Play, policy: Any, *, rendering: str, workers: int) -> dict[str, Any]:
     """Play the trials once. busy: share of the time in which the policy, or a simulator on average, was at work."""
-    timed = Timed(policy)
+    session = Session(policy, workers=workers)
     ended: list[tuple[float, Outcome]] = []
     with _renderer_threads(0 if rendering == ONE_CORE else machine.available_cores()):
-        for outcome in play(trials, setup=setup, policy=timed, num_workers=workers):
-            if outcome.error:
-                raise RuntimeError(f"{outcome.trial.id}: {outcome.error}")
-            ended.append((time.monotonic(), outcome))
+        for end in pool.run(TrialQueue(trials), play, num_workers=workers, answer=session.answer):
+            if end.error:
+                raise RuntimeError(f"{end.job.id}: {end.error}")
+            ended.append((time.monotonic(), end.result))
     span = max(end for end, _ in ended) - min(end - outcome.seconds for end, outcome in ended)
     simulating = sum(outcome.seconds - outcome.waited for _, outcome in ended)
     return {
@@ -87,9 +79,9 @@ def measure(trials: Sequence[Trial], setup: Setup, policy: Any, *, rendering: st
         "steps": sum(outcome.steps for _, outcome in ended),
         "seconds": round(span, 3),
         "episodes an hour": round(3600 * len(ended) / span, 1),
-        "policy busy": round(timed.seconds / span, 3),
+        "policy busy": round(sum(session.seconds) / span, 3),
         "simulator busy": round(simulating / (workers * span), 3),
-        "mean batch": round(float(np.mean(timed.batch_sizes)), 2),
+        "mean batch": round(session.rows / len(session.seconds), 2),
     }
 
 

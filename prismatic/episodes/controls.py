@@ -4,14 +4,16 @@ Does the policy read (`instruction_given`)? What did the env seed vary (`moved_b
 tasks, who don't look, or know everything (`beside`)?
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prismatic.errors import ConfigError
+from prismatic.errors import ConfigError, read_json
+from prismatic.filenames import RUN, SUMMARY
+from prismatic.rollout import Simulator
+from prismatic.scene.suites import Benchmark
 from prismatic.statistics import wilson_interval
 
 PROTOCOL_SEED = 0  # LIBERO's env seed in every published number
@@ -31,36 +33,36 @@ VERBS = {
 FLOORS_AND_CEILINGS = ("zero", "random", "replay", "expert")
 SAME_EPISODES = ("task_suite_name", "env_seed", "num_steps_wait", "step_limit")
 
-Row = dict[str, Any]
+Facts = dict[str, Any]  # a part of summary.json or run.json
 
 
-def instruction_given(world: Any, suite: str, task_id: int, kind: str) -> str:
-    """What a policy is told instead of a task's own sentence. world: a module such as prismatic.simulator.
+def instruction_given(benchmark: Benchmark, suite: str, task_id: int, kind: str) -> str:
+    """What a policy is given instead of a task's own sentence.
 
     keep: the sentence. swap: that of the next task of the suite whose sentence is another. empty: "". paraphrase:
     LIBERO-PRO's (suite `<suite>_lan`), and where it has none, the sentence with other verbs. ConfigError where a suite has
     one sentence only.
     """
-    own = world.instruction(suite, task_id)
+    own = benchmark.instruction(suite, task_id)
     if kind == "empty":
         return ""
     if kind == "swap":
-        count = world.num_tasks(suite)
-        others = [world.instruction(suite, (task_id + step) % count) for step in range(1, count)]
+        count = benchmark.num_tasks(suite)
+        others = [benchmark.instruction(suite, (task_id + step) % count) for step in range(1, count)]
         other = next((sentence for sentence in others if sentence != own), None)
         if other is None:
             raise ConfigError(f"all tasks of {suite} have one sentence: --instruction swap has no other to give")
         return other
     if kind == "paraphrase":
         try:
-            return world.instruction(f"{suite}_lan", task_id)
+            return benchmark.instruction(f"{suite}_lan", task_id)
         except ConfigError:  # no such suite
             verbs = re.compile(rf"\b({'|'.join(VERBS)})\b", re.IGNORECASE)
             return verbs.sub(lambda found: VERBS[found[0].lower()], own)
     return own
 
 
-def moved_by_seed(sim: Any, *, settle: int) -> dict[str, float]:
+def moved_by_seed(sim: Simulator, *, settle: int) -> dict[str, float]:
     """What stands elsewhere after a reset with the simulator's env seed than with the protocol's: name → mm.
 
     Compared at the first stored state, after settling. Objects are where the stored state puts them, so it is fixtures
@@ -80,30 +82,29 @@ def _distance(before: np.ndarray, after: np.ndarray) -> float:
     return float(max(1000 * np.linalg.norm(before[:3] - after[:3]), TURN_RADIUS * turn))
 
 
-def beside(folder: Path, identity: Row, *, task_ids: set[int]) -> Row:
+def beside(folder: Path, identity: Facts, *, task_ids: set[int]) -> Facts:
     """Controls that lie in the neighbouring rollout folders: name → their result on these tasks.
 
     zero, random, replay and expert count when they played the same suite, env seed and limits; a changed instruction when
     the weights are this run's too. Of several, the one with most episodes.
     """
-    found: dict[str, Row] = {}
-    for path in sorted(folder.resolve().parent.glob("*/summary.json")):
+    found: dict[str, Facts] = {}
+    for path in sorted(folder.resolve().parent.glob(f"*/{SUMMARY}")):
         if path.parent.name == folder.resolve().name:
             continue
         try:
-            summary = json.loads(path.read_text(encoding="utf-8"))
-            other = json.loads((path.parent / "run.json").read_text(encoding="utf-8"))["identity"]
+            summary, other = read_json(path), read_json(path.parent / RUN)["identity"]
             name = _control(other, identity)
             tasks = [task for task in summary["per_task"] if task["task_id"] in task_ids]
             result = _result(tasks) | {"folder": path.parent.name}
-        except (OSError, ValueError, KeyError, TypeError):  # someone else's file
+        except (ConfigError, KeyError, TypeError):  # someone else's file
             continue
         if name and result["judged"] > found.get(name, {"judged": 0})["judged"]:
             found[name] = result
     return found
 
 
-def _control(other: Row, own: Row) -> str | None:
+def _control(other: Facts, own: Facts) -> str | None:
     """Which control of a run `own` the run `other` is, by their identities."""
     if any(other.get(name) != own.get(name) for name in SAME_EPISODES):
         return None
@@ -115,7 +116,7 @@ def _control(other: Row, own: Row) -> str | None:
     return None
 
 
-def _result(per_task: list[Row]) -> Row:
+def _result(per_task: list[Facts]) -> Facts:
     successes, failures = (sum(task[name] for task in per_task) for name in ("successes", "failures"))
     judged = successes + failures
     return {

@@ -8,21 +8,22 @@ failures and no-ops.
 """
 
 import functools
-import multiprocessing
-import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from prismatic.data.staging import stage_episode
-from prismatic.errors import ConfigError
+from prismatic.episodes.pool import Parent
 from prismatic.expert import Expert
 from prismatic.image import encode_jpeg
-from prismatic.simulator import FRONT, WRIST, Simulator, step_limit
+from prismatic.scene.suites import Libero, step_limit
+from prismatic.simulator import LiberoSimulator
+
+if TYPE_CHECKING:
+    from prismatic.policy import Policy
 
 NO_OP_NORM = 1e-4  # of the six motion numbers, below which nothing moves
 FIRST_ENV_SEED = 1_000_000  # collection draws its states from here on; evaluation's env seeds are small numbers
@@ -43,11 +44,13 @@ class Job:
     quality: str
     path: Path
 
-    def prepare(self) -> None:
-        """What has to come before the first picture is rendered: torchvision crashes when it is imported after that."""
+    @property
+    def scene(self) -> tuple[str, int, str]:
+        """What a simulator is built for."""
+        return self.suite, self.task_id, self.quality
 
-    def record(self, sim: Simulator) -> int:
-        """Record it into `path`; the number of recorded steps, or 0 (and no file) where it was no success."""
+    def record(self, sim: LiberoSimulator, alive: Callable[[], None]) -> int:
+        """Record it into `path`; the number of recorded steps, or 0 (and no file) where it was no success. alive: called at each step."""
         raise NotImplementedError
 
 
@@ -60,14 +63,29 @@ class Demonstration(Job):
     perturbation: float  # largest push, in units of the full command
     policy: str = ""  # checkpoint or adapter folder that acts first; none if empty
 
-    def prepare(self) -> None:
-        """Load the policy that acts first, if there is one."""
+    def record(self, sim: LiberoSimulator, alive: Callable[[], None]) -> int:
+        """As Job says; 0 where the expert failed."""
+        return demonstrate(sim, self, alive)
+
+
+@dataclass(frozen=True)
+class Record:
+    """The pool's Work of a collection: jobs in, their number of recorded steps out. policy: folder of the one that acts first."""
+
+    policy: str = ""
+    benchmark: Libero = field(default_factory=Libero)
+
+    def start(self, parent: Parent, *, first: bool) -> None:
+        """Load the policy before the first image is rendered: torchvision crashes when it is imported after that."""
         if self.policy:
             learnt_policy(self.policy)
 
-    def record(self, sim: Simulator) -> int:
-        """As Job says; 0 where the expert failed."""
-        return demonstrate(sim, self)
+    def build(self, scene: tuple[str, int, str]) -> LiberoSimulator:
+        suite, task_id, quality = scene
+        return self.benchmark.simulator(suite, task_id, quality=quality)
+
+    def play(self, sim: LiberoSimulator, job: Job, parent: Parent) -> int:
+        return job.record(sim, parent.alive)
 
 
 class Pushes:
@@ -100,10 +118,10 @@ def is_no_op(action: np.ndarray, last_kept: np.ndarray | None) -> bool:
     return still and (last_kept is None or action[6] == last_kept[6])
 
 
-class Recording:
+class EpisodeWriter:
     """The steps of an episode but for its no-ops: what the simulator shows, and the action that follows."""
 
-    def __init__(self, sim: Simulator) -> None:
+    def __init__(self, sim: LiberoSimulator) -> None:
         self._sim = sim
         self._images: list[bytes] = []
         self._wrist_images: list[bytes] = []
@@ -114,19 +132,18 @@ class Recording:
     def __len__(self) -> int:
         return len(self._actions)
 
-    def note(self, action: np.ndarray, pictures: tuple[np.ndarray, np.ndarray] | None = None) -> bool:
+    def note(self, action: np.ndarray, frames: tuple[np.ndarray, np.ndarray] | None = None) -> bool:
         """Keep the present moment with an action (7,) in LIBERO's convention; False, and nothing kept, for a no-op.
 
-        pictures: its frame and wrist frame, where they have been rendered already.
+        frames: the camera's in front and the wrist's, where they have been rendered already.
         """
         if is_no_op(action, self._actions[-1] if self._actions else None):
             return False
-        state, joint_state = self._sim.proprio()
-        frame, wrist = pictures or (self._sim.frame(), self._sim.wrist())
+        frame, wrist = frames or (self._sim.frame(), self._sim.wrist())
         self._images.append(encode_jpeg(frame))
         self._wrist_images.append(encode_jpeg(wrist))
-        self._states.append(state)
-        self._joints.append(joint_state)
+        self._states.append(self._sim.state())
+        self._joints.append(self._sim.joint_angles())
         self._actions.append(action)
         return True
 
@@ -145,7 +162,7 @@ class Recording:
 
 
 @functools.cache
-def learnt_policy(folder: str) -> Any:
+def learnt_policy(folder: str) -> "Policy":
     """Once a process, on one thread and without a GPU: several simulator processes each have their own."""
     import torch
 
@@ -166,7 +183,7 @@ def lifts(action: np.ndarray) -> bool:
     return bool(action[6] < 0.5 and action[2] > 0)
 
 
-def demonstrate(sim: Simulator, job: Demonstration) -> int:
+def demonstrate(sim: LiberoSimulator, job: Demonstration, alive: Callable[[], None]) -> int:
     """Record one episode into `job.path`; the number of recorded steps, or 0 (and no file) where the expert failed."""
     generator = np.random.default_rng([job.seed, job.task_id, job.attempt, *([1] if job.policy else [])])
     reset_seed, pushes = beginning(generator, job.perturbation)
@@ -175,18 +192,20 @@ def demonstrate(sim: Simulator, job: Demonstration) -> int:
     policy = learnt_policy(job.policy) if job.policy else None
     policy_steps = int(generator.integers(*POLICY_STEPS)) if policy else 0
     hesitation = int(generator.integers(*HESITATION_STEPS)) if job.perturbation else 0
-    recording = Recording(sim)
+    writer = EpisodeWriter(sim)
     for step in range(step_limit(job.suite)):
-        action = expert(None, sim.instruction)
+        alive()
+        action = expert.chunk(None, sim.instruction)[0]
         recorded = action.copy()
         recorded[6] = 1.0 - 2.0 * action[6]  # LIBERO's convention: -1 open, +1 close
         if policy and step < policy_steps:
             frame, wrist = sim.frame(), sim.wrist()
-            recording.note(recorded, (frame, wrist))
+            writer.note(recorded, (frame, wrist))
             second = wrist if policy.num_images == 2 else None
-            executed = policy(frame, sim.instruction, second, episode=job.path)
+            state = sim.state() if policy.uses_state else None
+            executed = policy(frame, sim.instruction, second, state, episode=job.path)
         else:
-            recording.note(recorded)
+            writer.note(recorded)
             executed = action.copy()
             executed[:3] = np.clip(action[:3] + pushes(), -1, 1)
             if hesitation and lifts(action):
@@ -194,69 +213,8 @@ def demonstrate(sim: Simulator, job: Demonstration) -> int:
                 hesitation -= 1
         if sim.step(executed):
             begun_by = "/policy" if job.policy else ""
-            recording.stage(
+            writer.stage(
                 job.path, file_path=f"{job.suite}/task{job.task_id}/seed{job.seed}/attempt{job.attempt}{begun_by}"
             )
-            return len(recording)
+            return len(writer)
     return 0
-
-
-def serve(connection: Connection) -> None:
-    """A worker process: jobs in, their number of steps or an exception out, until the parent's end."""
-    sim: Simulator | None = None
-    try:
-        while True:
-            job: Job = connection.recv()
-            try:
-                job.prepare()
-                if sim is None or (sim.suite, sim.task_id) != (job.suite, job.task_id):
-                    if sim:
-                        sim.close()
-                    sim = Simulator(job.suite, job.task_id, cameras=(FRONT, WRIST), quality=job.quality)
-                connection.send(job.record(sim))
-            except ConfigError as error:
-                connection.send(error)
-            except Exception:
-                connection.send(RuntimeError(traceback.format_exc()))
-    except (EOFError, OSError):  # the parent is gone
-        pass
-
-
-class Worker:
-    """The parent's side of a worker process; it has at most one job."""
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs,), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.job: Job | None = None
-
-    def give(self, job: Job) -> None:
-        """Start a job."""
-        self.job = job
-        self.connection.send(job)
-
-    def answer(self) -> int:
-        """Recorded steps of the finished job (0: it was no success). Raises what the process raised."""
-        try:
-            answer = self.connection.recv()
-        except (EOFError, ConnectionResetError):
-            self.process.join()
-            raise ConfigError(
-                f"a simulator process ended with code {self.process.exitcode}, perhaps for want of memory "
-                "(it needs 2 GB): give the same command again with a smaller num_workers"
-            ) from None
-        self.job = None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-
-def stop(workers: Sequence[Worker]) -> None:
-    """End the processes at once: what they have finished is on disk, what they haven't is not."""
-    for worker in workers:
-        worker.process.kill()
-    for worker in workers:
-        worker.process.join()

@@ -14,20 +14,25 @@ import torch
 
 from prismatic.data.examples import example
 from prismatic.data.frames import FrameCache, Step
+from prismatic.errors import ConfigError
 from prismatic.image import decode_jpeg
 from prismatic.models.vla import IGNORE
-from prismatic.policy import VLAPolicy
+from prismatic.policy import Policy, VLAPolicy
 
 BATCH = 8  # frames of one pass
 
 
-def open_loop(policy: VLAPolicy, cache: FrameCache, *, frames: int) -> dict[str, Any]:
+def open_loop(policy: Policy, cache: FrameCache, *, frames: int) -> dict[str, Any]:
     """Metrics over at most `frames` frames of the training episodes, and as many of the others, evenly spread.
 
     splits: train, validation → frames; policy and teacher_forced: action_accuracy (share of the tokens), l1_loss (mean
     difference of bin centres, normalised units), both also per_dimension; same_first_id: share of frames in which both paths
     answer alike with the first number. Recorded actions are normalised by the statistics that the policy acts with.
     """
+    if not isinstance(policy, VLAPolicy):
+        raise ConfigError("--open_loop asks a model that learnt from such data, and this policy is none")
+    if policy.num_images > 1 and not cache.has_wrist:
+        raise ConfigError(f"{cache.name} has no wrist_image, which this policy looks at: give another --dataset_name")
     splits = {"train": cache.train_indices(), "validation": cache.validation_indices()}
     found = {}
     for name, indices in splits.items():

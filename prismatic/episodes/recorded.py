@@ -4,7 +4,7 @@ Where an episode began is not in the RLDS files. Of the expert's (collect.py) it
 LIBERO's own demonstrations it stands in their HDF5 file, where the one with the same actions is looked up. A beginning that
 doesn't look as recorded is no failure: the episode is left out, as an error that says so. Surprising: no-ops were dropped,
 and pushes that the expert corrected were not recorded, so a pushed episode leaves its path and may well fail; an unpushed
-one must follow it to the end and succeed. Pictures must be rendered as in the recording (render_quality): the other quality
+one must follow it to the end and succeed. Images must be rendered as in the recording (render_quality): the other quality
 has another reflection in the stove.
 """
 
@@ -19,30 +19,36 @@ import numpy as np
 
 from prismatic.data.frames import FrameCache
 from prismatic.episodes.demonstration import beginning, is_no_op
-from prismatic.episodes.player import Trial
 from prismatic.episodes.replay import find_replays, read_demo
-from prismatic.errors import ConfigError
+from prismatic.episodes.result import ReplayResult
+from prismatic.episodes.trials import Trial
+from prismatic.errors import ConfigError, PolicyError
 from prismatic.image import decode_jpeg
 from prismatic.normalize import gripper_open_is_one
+from prismatic.rollout import Simulator
 from prismatic.scene import suites
 
 # file_path of the scripted expert's episodes; where a policy acted first, its actions were not recorded
 OWN = re.compile(r"(\w+)/task(\d+)/seed(\d+)/attempt(\d+)")
 START_HAND = 5.0  # mm between the hand at the start and where it was recorded, above which it is another start
-START_PICTURE = 30.0  # levels of 255 by which a block of the first picture may differ: a moved object gives more
+START_IMAGE = 30.0  # levels of 255 by which a block of the first image may differ: a moved object gives more
 BLOCK = 8  # pixels a side
 PATH = 10.0  # mm from the recorded hand, above which a replay has left the recorded path
 
 
+class OtherStart(PolicyError):
+    """It does not begin as it was recorded, and would not the next time."""
+
+
 @dataclass(frozen=True)
-class Demo(Trial):
+class RecordedEpisode(Trial):
     """A recorded episode. init_state is its number in the data set."""
 
     file_path: str
     first_state: np.ndarray | None = field(compare=False)  # as init_states has them; or
     first_seed: int | None  # that of a randomised start
     actions: np.ndarray = field(compare=False)  # (T, 7) float32, gripper 1 open … 0 close
-    states: np.ndarray | None = field(compare=False)  # (T, 8) float32 as Simulator.proprio, where they were recorded
+    states: np.ndarray | None = field(compare=False)  # (T, 8) float32 as Simulator.state, where they were recorded
     first_frame: bytes = field(compare=False)  # JPEG
 
     @property
@@ -62,64 +68,53 @@ class Demo(Trial):
         return len(self.actions)
 
 
-class Recorded:
-    """A policy that knows its lines: step t's answer is the t-th recorded action. It notes how far that follows the recording."""
+class RecordedActions:
+    """An Actor whose t-th answer is the t-th recorded action. `result` says how far that follows the recording."""
 
-    num_images = 0
+    num_images, uses_state = 0, False
 
-    def __init__(self, sim: Any, demo: Demo) -> None:
-        self.sim, self.demo = sim, demo
-        self.step, self.retry = 0, True
-        self.facts: dict[str, Any] = {
-            "replay": {
-                "file_path": demo.file_path,
-                "recorded_steps": len(demo.actions),
-                "followed_steps": None,
-                "left_out": False,
-            }
-        }
+    def __init__(self, sim: Simulator, episode: RecordedEpisode) -> None:
+        self.sim, self.episode, self.step = sim, episode, 0
+        self.result = ReplayResult(file_path=episode.file_path, recorded_steps=len(episode.actions))
 
-    def __call__(self, frame: Any, instruction: str, wrist: Any = None) -> np.ndarray:
+    def chunk(self, frame: Any, instruction: str, wrist: Any = None, state: Any = None) -> np.ndarray:
         off = self._off_path()
         if self.step == 0:
             self._check_start(off)
-        replay = self.facts["replay"]
-        if off is not None and (replay["followed_steps"] or 0) == self.step:  # never left so far
-            replay["followed_steps"] = self.step + (off < PATH)
+        if off is not None and (self.result.followed_steps or 0) == self.step:  # never left so far
+            self.result.followed_steps = self.step + (off < PATH)
         self.step += 1
-        return self.demo.actions[self.step - 1]
+        return self.episode.actions[self.step - 1 : self.step]
 
     def _off_path(self) -> float | None:
         """mm between the hand and where it was when this step was recorded."""
-        if self.demo.states is None:
+        if self.episode.states is None:
             return None
-        return float(1000 * np.linalg.norm(self.sim.proprio()[0][:3] - self.demo.states[self.step, :3]))
+        return float(1000 * np.linalg.norm(self.sim.state()[:3] - self.episode.states[self.step, :3]))
 
     def _check_start(self, hand: float | None) -> None:
-        picture = block_difference(self.sim.frame(), decode_jpeg(self.demo.first_frame))
-        if (hand or 0.0) > START_HAND or picture > START_PICTURE:
-            self.retry = False
-            self.facts["replay"]["left_out"] = True
-            self.facts["reason"] = "Left out: it does not begin as it was recorded."
-            raise ValueError(
-                f"the start is not the recorded one: the hand is {hand or 0.0:.0f} mm off, the picture {picture:.0f} of 255 "
+        image = block_difference(self.sim.frame(), decode_jpeg(self.episode.first_frame))
+        if (hand or 0.0) > START_HAND or image > START_IMAGE:
+            self.result.left_out = True
+            raise OtherStart(
+                f"the hand is {hand or 0.0:.0f} mm off, the image {image:.0f} of 255 "
                 f"(drawn with render_quality {self.sim.quality}; it must be the recording's)"
             )
 
 
-def block_difference(picture: np.ndarray, other: np.ndarray) -> float:
-    """Largest difference of two pictures (H, W, 3) uint8 in the mean of a block of pixels: rendering's fine grain averages out."""
-    if picture.shape != other.shape:
+def block_difference(image: np.ndarray, other: np.ndarray) -> float:
+    """Largest difference of two images (H, W, 3) uint8 in the mean of a block of pixels: rendering's fine grain averages out."""
+    if image.shape != other.shape:
         return 255.0
-    height, width, _ = picture.shape
-    difference = picture.astype(np.float32) - other
+    height, width, _ = image.shape
+    difference = image.astype(np.float32) - other
     blocks = difference.reshape(height // BLOCK, BLOCK, width // BLOCK, BLOCK, 3).mean(axis=(1, 3))
     return float(np.abs(blocks).max())
 
 
-def demos(
+def recorded_episodes(
     cache: FrameCache, suite: str, *, task_ids: Sequence[int], limit: int, from_hdf5: Path | None
-) -> tuple[list[Demo], str]:
+) -> tuple[list[RecordedEpisode], str]:
     """The first `limit` episodes of each task (none named: all) whose beginning is known, and a sentence on what was left out.
 
     from_hdf5: folder of LIBERO's *_demo.hdf5 files. ConfigError where no episode's beginning is known.
@@ -146,11 +141,11 @@ def demos(
     )
 
 
-def _demo(
+def _episode(
     cache: FrameCache, episode: int, *, suite: str, task_id: int, state: np.ndarray | None, seed: int | None
-) -> Demo:
+) -> RecordedEpisode:
     frames = np.flatnonzero(cache.episode == episode)
-    return Demo(
+    return RecordedEpisode(
         suite=suite,
         task_id=task_id,
         init_state=episode,
@@ -164,16 +159,16 @@ def _demo(
     )
 
 
-def _of_expert(cache: FrameCache) -> Iterator[Demo]:
+def _of_expert(cache: FrameCache) -> Iterator[RecordedEpisode]:
     for episode, path in enumerate(cache.file_paths):
         numbers = OWN.fullmatch(path)
         if numbers:
             task_id, seed, attempt = map(int, numbers.groups()[1:])
             reset_seed, _ = beginning(np.random.default_rng([seed, task_id, attempt]), perturbation=0.0)
-            yield _demo(cache, episode, suite=numbers[1], task_id=task_id, state=None, seed=reset_seed)
+            yield _episode(cache, episode, suite=numbers[1], task_id=task_id, state=None, seed=reset_seed)
 
 
-def _of_libero(cache: FrameCache, suite: str, folder: Path, task_ids: Iterable[int]) -> Iterator[Demo]:
+def _of_libero(cache: FrameCache, suite: str, folder: Path, task_ids: Iterable[int]) -> Iterator[RecordedEpisode]:
     """Episodes whose actions are those of a demonstration in the files, no-ops left out."""
     named: dict[str, list[int]] = defaultdict(list)  # two tasks may have one sentence
     for task_id in task_ids or range(suites.num_tasks(suite)):
@@ -186,7 +181,7 @@ def _of_libero(cache: FrameCache, suite: str, folder: Path, task_ids: Iterable[i
     for episode in range(len(cache.file_paths)):
         match = by_actions.get(cache.actions[cache.episode == episode].tobytes())
         if match:
-            yield _demo(cache, episode, suite=suite, task_id=match[0], state=match[1], seed=None)
+            yield _episode(cache, episode, suite=suite, task_id=match[0], state=match[1], seed=None)
 
 
 def _without_no_ops(actions: np.ndarray) -> np.ndarray:

@@ -8,7 +8,8 @@ step is a success. Unlike there, fixtures stand where `env_seed` 0 puts them at 
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +17,11 @@ import h5py
 import numpy as np
 
 from prismatic.data.staging import writing_to
-from prismatic.episodes.demonstration import Job, Recording
+from prismatic.episodes.demonstration import EpisodeWriter, Job
 from prismatic.errors import ConfigError
 from prismatic.normalize import ACTION_DIMENSIONS
 from prismatic.scene.suites import init_states, task_name
-from prismatic.simulator import Simulator
+from prismatic.simulator import LiberoSimulator
 
 MOST_NAMED = 3  # missing files that an error names
 
@@ -33,20 +34,21 @@ class Replay(Job):
     demo: str  # its group in the file
     steps: int  # actions in it, no-ops included
 
-    def record(self, sim: Simulator) -> int:
+    def record(self, sim: LiberoSimulator, alive: Callable[[], None]) -> int:
         """Play it into `path`; the number of kept steps, or 0 (and no file) where it doesn't end in success."""
         first_state, actions = read_demo(self.source, self.demo)
         sim.reset(first_state)
-        recording = Recording(sim)
+        writer = EpisodeWriter(sim)
         solved = False
         for action in actions:
-            if recording.note(action):
+            alive()
+            if writer.note(action):
                 gripper = (1 - action[6]) / 2  # the policy's convention; the simulator's sign of it is the file's own
                 solved = sim.step(np.append(action[:6], gripper))
         if not solved:
             return 0
-        recording.stage(self.path, file_path=f"{self.source.name}/{self.demo}")
-        return len(recording)
+        writer.stage(self.path, file_path=f"{self.source.name}/{self.demo}")
+        return len(writer)
 
 
 class Replays:
@@ -67,7 +69,7 @@ class Replays:
         """How many of them earlier calls have played."""
         return sum(map(_is_done, self.jobs))
 
-    def next_job(self) -> Replay | None:
+    def next_job(self, scene: Hashable = None, busy: Counter[Hashable] | None = None) -> Replay | None:
         """The next one to be played; None when all have been given out."""
         return next(self._next, None)
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prismatic import report, statistics
+from prismatic import statistics
 from prismatic.atomic import write_whole
+from prismatic.episodes.result import EpisodeResult
 from prismatic.errors import ConfigError, read_json
 from prismatic.evaluation import read_rows
 from prismatic.filenames import REPORT, RESULTS, RUN
@@ -21,9 +22,10 @@ from prismatic.statistics import Comparison, wilson_interval
 from prismatic.versions import SIMULATOR_PACKAGES
 
 # What two runs must have in common for a comparison to mean the policies.
-SAME_PROTOCOL = ("step_limit", "num_steps_wait", "env_seed", "renderer", "render_quality", *SIMULATOR_PACKAGES)
-
-Row = Mapping[str, Any]
+SAME_PROTOCOL = (
+    *("step_limit", "num_steps_wait", "env_seed", "renderer", "render_quality", "benchmark_files"),
+    *SIMULATOR_PACKAGES,
+)
 
 
 @dataclass(frozen=True)
@@ -31,24 +33,24 @@ class Run:
     """A rollout folder's episodes that ended with an outcome, by their id, and its protocol."""
 
     path: Path
-    rows: Mapping[str, Row]
-    identity: Row
+    rows: Mapping[str, EpisodeResult]
+    identity: Mapping[str, Any]
 
     @classmethod
     def load(cls, path: Path) -> "Run":
         """ConfigError when the folder holds no evaluation."""
         if not (path / RESULTS).exists():
             raise ConfigError(f"--compare: {path} has no {RESULTS}: give two rollout folders")
-        rows = {row["episode_id"]: row for row in read_rows(path) if row["success"] is not None}
+        rows = {row.episode_id: row for row in read_rows(path) if row.success is not None}
         return cls(path, rows, read_json(path / RUN).get("identity", {}))
 
     @property
     def outcomes(self) -> dict[str, bool]:
         """Episode id → success."""
-        return {name: bool(row["success"]) for name, row in self.rows.items()}
+        return {name: bool(row.success) for name, row in self.rows.items()}
 
 
-def told(folders: Sequence[Path], *, margin: float = 0.05, difference: float = 0.05) -> Iterator[str]:
+def compare_folders(folders: Sequence[Path], *, margin: float = 0.05, difference: float = 0.05) -> Iterator[str]:
     """Lines about rollout folders B A, or B A B A …: rates, what may be concluded of all pairs of episodes together, and a page for each two.
 
     margin and difference: as in statistics.compare. ConfigError for an odd number of folders, one given twice, or two that share no episode.
@@ -92,7 +94,7 @@ def _rate(run: Run) -> Iterator[str]:
     low, high = (100 * limit for limit in wilson_interval(wins, len(run.rows)))
     yield f"{run.path.name}: {wins} of {len(run.rows)} episodes, 95 % interval {low:.0f} to {high:.0f} %"
     yield f"    {run.path / REPORT}"
-    yield from (f"    {line}" for line in report.filmed(run.path, list(run.rows.values())))
+    yield from (f"    {line}" for line in gallery.filmed(run.path, list(run.rows.values())))
 
 
 def warnings(before: Run, after: Run) -> list[str]:
@@ -111,7 +113,7 @@ def build(before: Run, after: Run, result: Comparison) -> Path:
     runs = {"A": after, "B": before}
     shared = sorted(
         before.rows.keys() & after.rows.keys(),
-        key=lambda name: [after.rows[name][k] for k in ("task_id", "init_state")],
+        key=lambda name: (after.rows[name].task_id, after.rows[name].init_state),
     )
     limits = gallery.scales({run.path: [run.rows[name] for name in shared] for run in runs.values()})
     sections = [
@@ -134,7 +136,7 @@ def build(before: Run, after: Run, result: Comparison) -> Path:
         tasks=_tasks(runs, shared),
         verdicts=_verdicts(runs, shared),
         filters=[
-            {"name": "task", "choices": sorted({(after.rows[n]["task_id"], _task_name(after.rows[n])) for n in shared})}
+            {"name": "task", "choices": sorted({(after.rows[n].task_id, _task_name(after.rows[n])) for n in shared})}
         ],
         sections=sections,
         differences=_differences(before, after),
@@ -160,9 +162,9 @@ def _tasks(runs: Mapping[str, Run], shared: list[str]) -> list[dict[str, Any]]:
     tasks: dict[tuple[str, int], list[str]] = {}
     for name in shared:
         row = runs["A"].rows[name]
-        tasks.setdefault((row["suite"], row["task_id"]), []).append(name)
+        tasks.setdefault((row.suite, row.task_id), []).append(name)
     return [
-        {"task_id": task_id, "instruction": runs["A"].rows[names[0]]["instruction"], "episodes": len(names)}
+        {"task_id": task_id, "instruction": runs["A"].rows[names[0]].instruction, "episodes": len(names)}
         | {letter: _total(run, names) for letter, run in runs.items()}
         for (_, task_id), names in sorted(tasks.items())
     ]
@@ -171,9 +173,7 @@ def _tasks(runs: Mapping[str, Run], shared: list[str]) -> list[dict[str, Any]]:
 def _verdicts(runs: Mapping[str, Run], shared: list[str]) -> list[dict[str, Any]]:
     """How often each run failed in each way; [] where neither run says."""
     counts = {
-        letter: Counter(
-            run.rows[name]["verdict"] for name in shared if not run.outcomes[name] and run.rows[name].get("verdict")
-        )
+        letter: Counter(run.rows[name].verdict for name in shared if not run.outcomes[name] and run.rows[name].verdict)
         for letter, run in runs.items()
     }
     every = sum(counts.values(), Counter()).most_common()
@@ -187,8 +187,8 @@ def _differences(before: Run, after: Run) -> list[tuple[str, Any, Any]]:
     return [(name, ours, theirs) for name, ours, theirs in values if ours != theirs]
 
 
-def _task_name(row: Row) -> str:
-    return f"{row['task_id']} {row['instruction']}"
+def _task_name(row: EpisodeResult) -> str:
+    return f"{row.task_id} {row.instruction}"
 
 
 def _margin_sentence(result: Comparison) -> str:

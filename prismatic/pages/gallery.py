@@ -3,23 +3,22 @@
 A card is what pieces.jinja draws. Fields that an older run's results.jsonl lacks (actions, stages, verdict, reason) are left out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
-from prismatic.episodes import traces
-from prismatic.episodes.video import FRAMES_PER_SECOND
+from prismatic.episodes import actions as traces
+from prismatic.episodes.film import FRAMES_PER_SECOND
+from prismatic.episodes.result import EpisodeResult
 from prismatic.evaluation import poster_name
 
 PAGES = Path(__file__).parent
 # Of a trace, in its own units: room for names, length, height of a line's strip, room for the axis; 1 / units of a path.
 BOX = {"left": 46, "width": 200, "strip": 24, "foot": 16, "scale": 0.1}
 OUTCOMES: dict[bool | None, str] = {True: "success", False: "failure", None: "error"}
-
-Row = Mapping[str, Any]
 
 
 def render(template: str, **values: Any) -> bytes:
@@ -38,36 +37,45 @@ def render(template: str, **values: Any) -> bytes:
     return page.encode("utf-8", "replace")
 
 
-def cards(folder: Path, rows: Sequence[Row], limits: Sequence[float]) -> list[dict[str, Any]]:
+def cards(folder: Path, rows: Sequence[EpisodeResult], limits: Sequence[float]) -> list[dict[str, Any]]:
     """One card a row. limits: what `scales` gave, so that all cards of a page are drawn to one scale."""
     return [_card(folder, row, limits) for row in rows]
 
 
-def scales(folders: Mapping[Path, Sequence[Row]]) -> list[float]:
+def filmed(folder: Path, rows: Sequence[EpisodeResult]) -> Iterator[str]:
+    """Where the first success and the first failure with a video can be watched, a line each."""
+    for success, label in ((True, "a success"), (False, "a failure")):
+        for video in [row.video for row in rows if row.success is success and row.video][:1]:
+            yield f"{label}: {folder / video}"
+
+
+def scales(folders: Mapping[Path, Sequence[EpisodeResult]]) -> list[float]:
     """The largest |action| of each dimension in these episodes (folder → rows); 1 where there is no other."""
-    found = [traces.load(folder, row.get("actions")) for folder, rows in folders.items() for row in rows]
+    found = [traces.load(folder, row.actions) for folder, rows in folders.items() for row in rows]
     largest = [np.abs(np.nan_to_num(actions)).max(axis=0) for actions in found if actions is not None and len(actions)]
     limits = np.max(largest, axis=0) if largest else np.zeros(len(traces.DIMENSIONS))
     limits[traces.GRIPPER] = 1
     return [float(limit) or 1.0 for limit in limits]
 
 
-def _card(folder: Path, row: Row, limits: Sequence[float]) -> dict[str, Any]:
-    outcome = OUTCOMES[row["success"]]
-    poster = poster_name(row["video"]) if row["video"] else None
+def _card(folder: Path, row: EpisodeResult, limits: Sequence[float]) -> dict[str, Any]:
+    outcome = OUTCOMES[row.success]
+    poster = poster_name(row.video) if row.video else None
     wanted = ("suite", "task_id", "init_state", "env_seed", "instruction", "steps", "error", "video")
-    return {name: row[name] for name in wanted} | {
+    return {name: getattr(row, name) for name in wanted} | {
         "outcome": outcome,
-        "verdict": row.get("verdict") or "",
-        "instruction_given": row.get("instruction_given"),  # where it is another than the task's; "" is told, too
+        "verdict": row.verdict or "",
+        "instruction_given": row.instruction_given,  # where it is another than the task's; may be ""
         # a success and an error say all with their outcome
-        "reason": row.get("reason") if outcome == "failure" else None,
+        "reason": row.reason if outcome == "failure" else None,
         "poster": poster if poster and (folder / poster).is_file() else None,
-        "trace": _trace(traces.load(folder, row.get("actions")), row.get("stages") or {}, limits),
+        "trace": _trace(traces.load(folder, row.actions), row.stages, limits),
     }
 
 
-def _trace(actions: np.ndarray | None, stages: Mapping[str, int | None], limits: Sequence[float]) -> Row | None:
+def _trace(
+    actions: np.ndarray | None, stages: Mapping[str, int | None], limits: Sequence[float]
+) -> dict[str, Any] | None:
     if actions is None or not len(actions):
         return None
     steps = len(actions)

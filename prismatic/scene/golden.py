@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-GOLDEN_FRAME = Path(__file__).with_name("golden_frame.png")  # simulator.golden_frame() with osmesa
+GOLDEN_FRAME = Path(__file__).with_name("golden_frame.png")  # libero_spatial, task 0, state 0, with osmesa
 TOLERANCE = {"osmesa": 0.5, "egl": 3.0}  # mean |difference| of 255; drivers shade a little differently
 
 
-def card(frame: np.ndarray, renderer: str) -> dict[str, Any]:
-    """frame: simulator.golden_frame() of this machine, (256, 256, 3) uint8 → its hash and its distance, in levels of 255."""
+def compare(frame: np.ndarray, renderer: str) -> dict[str, Any]:
+    """frame: this machine's, (256, 256, 3) uint8 → its hash and its distance, in levels of 255."""
     from PIL import Image
 
     expected = np.asarray(Image.open(GOLDEN_FRAME))

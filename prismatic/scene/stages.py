@@ -1,4 +1,4 @@
-"""What an episode's signals say was reached, goal by goal: {stage: first step}. Arrays in, no simulator.
+"""What an episode's trajectory say was reached, goal by goal: {stage: first step}. Arrays in, no simulator.
 
 A goal is a predicate of the task's BDDL file. Its stages, in order, and what must hold:
 
@@ -24,186 +24,38 @@ A step is the number of actions before that moment: 0 is the state that the poli
 predicates hold, often before the fingers open: a success may have no `released`, and a push no `grasped`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
 import numpy as np
 
-PLACING = ("on", "in")
-MOVING = ("open", "close", "turnon", "turnoff")
-OPENED = "opened"
-PLACE_STAGES = ("approached", "touched", "grasped", "lifted", "carried", "released", "predicate_held")
-MOVE_STAGES = ("approached", "touched", "moved", "predicate_held")
+from prismatic.scene.trajectory import OPENED, JointGoal, Trajectory, first
 
 NEAR = 0.05  # m between the grip site and a box
-LIFTED = 0.02  # m
-OVER = 0.01  # m beyond the target's outline that still count as over it
 MOVED = 0.1  # share of the way
-SHUT = 0.004  # m between the fingers, below which they have shut: on nothing, or on a bowl's rim (3.6 to 4.6 mm)
-EMPTY = 0.003  # m between the fingers, at which nothing can be between them
-STOPPED = 0.002  # m a step: fingers that close on nothing move faster
-GRASP_STEPS = 2  # running, that make a grasp
-FLICKER = 2  # steps without contact that don't end one
-CLOSING_STEPS = 10  # before a grasp, in which the hand may lift what its fingers are still closing on
-
-Row = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Goal:
-    """A predicate as the BDDL file has it, in lower case."""
-
-    predicate: str
-    subject: str
-    target: str | None = None
-
-    @property
-    def state(self) -> tuple[str, ...]:
-        """As LIBERO's environment has it."""
-        return (self.predicate, self.subject) + ((self.target,) if self.target else ())
-
-    def stage_names(self) -> tuple[str, ...]:
-        """Its stages in order, but for `opened`, which depends on the scene."""
-        if self.predicate in PLACING:
-            return PLACE_STAGES
-        return MOVE_STAGES if self.predicate in MOVING else ("predicate_held",)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A drawer, door or knob: the joint's name, its fixture, and the end of its way (m or rad)."""
-
-    name: str
-    fixture: str
-    hinge: bool
-    span: float  # length of the whole way
-
-
-@dataclass(frozen=True)
-class Way:
-    """Where a part's value must get: past `end`, in the direction `sign`."""
-
-    part: int  # index into Signals.parts
-    end: float
-    sign: float
-
-    def left(self, values: np.ndarray) -> np.ndarray:
-        """How far it still is; negative when it is there."""
-        return (self.end - values) * self.sign
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where an object goes. `outline` and `room` are half sizes (3,), m: of the whole target, and of where the
-    object's origin must be horizontally for LIBERO's predicate (its height has other rules).
-    """
-
-    owner: str | None  # the thing that it is or belongs to; None: a zone of the table
-    outline: np.ndarray
-    room: np.ndarray
-    way: Way | None = None  # of the drawer or door that must be open
-
-
-@dataclass
-class Signals:
-    """An episode as the simulator's state told it; T + 1 moments, the first before any action. m, rad, world axes."""
-
-    goals: Sequence[Goal]
-    objects: Sequence[str]  # N movable ones
-    parts: Sequence[Part]  # J
-    targets: Sequence[Target | None]  # a goal, where it places something
-    ways: Sequence[Way | None]  # a goal, where it moves a part
-    centre: np.ndarray  # (N, 3) of an object's box, from the object's origin, at the start
-    half: np.ndarray  # (N, 3) half sizes of that box
-    hand: np.ndarray  # (T + 1, 3) grip site
-    opening: np.ndarray  # (T + 1,) between the fingers
-    closing: np.ndarray  # (T + 1,) bool: the gripper has been told to close
-    places: np.ndarray  # (T + 1, N, 3) origins
-    upright: np.ndarray  # (T + 1, N, 3) the world's up in the object's own axes
-    touch: np.ndarray  # (T + 1, N + J, 3) bool: by the left finger, the right finger, the rest of the robot
-    offset: np.ndarray  # (T + 1, G, 3) object - target; zeros where the goal places nothing
-    values: np.ndarray  # (T + 1, J) of the joints
-    part_gap: np.ndarray  # (T + 1, J) between the grip site and the part; inf where no goal asks
-    held: np.ndarray  # (T + 1, G) bool: LIBERO's predicates
-    supports: Sequence[Sequence[str]] = field(default_factory=list)  # a goal: what its object rests on at the end
-
-    @property
-    def steps(self) -> int:
-        """T, the number of actions."""
-        return len(self.hand) - 1
-
-    def gap(self, thing: int) -> np.ndarray:
-        """(T + 1,) distance of the grip site from an object's box, which is taken as square, since it may turn."""
-        half = np.array([self.half[thing, :2].max(), self.half[thing, :2].max(), self.half[thing, 2]])
-        beyond = np.abs(self.hand - self.places[:, thing] - self.centre[thing]) - half
-        return np.linalg.norm(np.maximum(beyond, 0), axis=1)
-
-    def grasps(self, thing: int) -> list[tuple[int, int]]:
-        """[start, stop) of the moments at which an object was held."""
-        stopped = np.abs(np.diff(self.opening, prepend=self.opening[0])) < STOPPED
-        both = self.touch[:, thing, 0] & self.touch[:, thing, 1] & self.closing & stopped & (self.opening > EMPTY)
-        spans: list[tuple[int, int]] = []
-        for start, stop in runs(both):
-            if spans and start - spans[-1][1] <= FLICKER:
-                spans[-1] = (spans[-1][0], stop)
-            else:
-                spans.append((start, stop))
-        return [(start, stop) for start, stop in spans if stop - start >= GRASP_STEPS]
-
-    def lifts(self, thing: int) -> list[tuple[int, int]]:
-        """[start, stop) from the moment at which a held object is lifted to that at which it is let go."""
-        lifts = []
-        for start, stop in self.grasps(thing):
-            rest = self.places[max(start - CLOSING_STEPS, 0) : start + 1, thing, 2].min()
-            height = self.places[start:stop, thing, 2] - rest
-            if height.max() >= LIFTED:
-                lifts.append((start + int(np.argmax(height >= LIFTED)), stop))
-        return lifts
-
-    def over(self, goal: int) -> np.ndarray:
-        """(T + 1,) bool: the object is over its target's outline."""
-        target = self.targets[goal]
-        assert target is not None
-        return miss(self.offset[:, goal], target.outline) <= OVER
-
-
-def miss(offset: np.ndarray, half: np.ndarray) -> np.ndarray:
-    """(...,) horizontal distance beyond a rectangle of half sizes (3,), of points (..., 3) from its middle."""
-    return np.linalg.norm(np.maximum(np.abs(offset[..., :2]) - half[:2], 0), axis=-1)
-
-
-def runs(mask: np.ndarray) -> Iterator[tuple[int, int]]:
-    """[start, stop) of each stretch of True in (T,) bool."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
-    yield from ((int(start), int(stop)) for start, stop in edges.reshape(-1, 2))
-
-
-def first(mask: np.ndarray) -> int | None:
-    """Index of the first True."""
-    return int(np.argmax(mask)) if mask.any() else None
-
-
-def reached(signals: Signals, goal: int) -> dict[str, int | None]:
+def reached(trajectory: Trajectory, goal: int) -> dict[str, int | None]:
     """A goal's stages in order, each with the step at which it was first reached, or None."""
-    stages = dict.fromkeys(signals.goals[goal].stage_names())
-    stages["predicate_held"] = first(signals.held[:, goal])
-    if signals.targets[goal] is not None:
-        return _placing(signals, goal, stages)
-    if signals.ways[goal] is not None:
-        return _moving(signals, goal, stages)
+    stages = dict.fromkeys(trajectory.goals[goal].stage_names())
+    stages["predicate_held"] = first(trajectory.held[:, goal])
+    if trajectory.targets[goal] is not None:
+        return _placing(trajectory, goal, stages)
+    if trajectory.joint_goals[goal] is not None:
+        return _moving(trajectory, goal, stages)
     return stages
 
 
-def _placing(signals: Signals, goal: int, stages: dict[str, int | None]) -> dict[str, int | None]:
-    thing, target, over = signals.objects.index(signals.goals[goal].subject), signals.targets[goal], signals.over(goal)
+def _placing(trajectory: Trajectory, goal: int, stages: dict[str, int | None]) -> dict[str, int | None]:
+    thing, target, over = (
+        trajectory.objects.index(trajectory.goals[goal].subject),
+        trajectory.targets[goal],
+        trajectory.over(goal),
+    )
     assert target is not None
-    if target.way is not None:
-        stages = {OPENED: first(target.way.left(signals.values[:, target.way.part]) < 0), **stages}
-    touched = np.any(signals.touch[:, thing], axis=1)
-    stages["approached"] = first(np.logical_or(signals.gap(thing) < NEAR, touched))
+    if target.joint_goal is not None:
+        stages = {OPENED: first(target.joint_goal.left(trajectory.values[:, target.joint_goal.part]) < 0), **stages}
+    touched = np.any(trajectory.touch[:, thing], axis=1)
+    stages["approached"] = first(np.logical_or(trajectory.gap(thing) < NEAR, touched))
     stages["touched"] = first(touched)
-    grasps, lifts = signals.grasps(thing), signals.lifts(thing)
+    grasps, lifts = trajectory.grasps(thing), trajectory.lifts(thing)
     stages["grasped"] = grasps[0][0] if grasps else None
     stages["lifted"] = lifts[0][0] if lifts else None
     carried = np.zeros_like(over)
@@ -212,57 +64,32 @@ def _placing(signals: Signals, goal: int, stages: dict[str, int | None]) -> dict
     if target.owner is None:
         carried |= over & np.maximum.accumulate(touched)
     stages["carried"] = first(carried)
-    let_go = [stop for _, stop in lifts if stop <= signals.steps and over[stop - 1]]
+    let_go = [stop for _, stop in lifts if stop <= trajectory.steps and over[stop - 1]]
     stages["released"] = let_go[0] if let_go else None
     return stages
 
 
-def _moving(signals: Signals, goal: int, stages: dict[str, int | None]) -> dict[str, int | None]:
-    way = signals.ways[goal]
-    assert way is not None
-    touched = np.any(signals.touch[:, len(signals.objects) + way.part], axis=1)
-    stages["approached"] = first(np.logical_or(signals.part_gap[:, way.part] < NEAR, touched))
+def _moving(trajectory: Trajectory, goal: int, stages: dict[str, int | None]) -> dict[str, int | None]:
+    joint_goal = trajectory.joint_goals[goal]
+    assert joint_goal is not None
+    touched = np.any(trajectory.touch[:, len(trajectory.objects) + joint_goal.part], axis=1)
+    stages["approached"] = first(np.logical_or(trajectory.part_gap[:, joint_goal.part] < NEAR, touched))
     stages["touched"] = first(touched)
-    stages["moved"] = first(progress(way, signals.values[:, way.part]) >= MOVED)
+    stages["moved"] = first(progress(joint_goal, trajectory.values[:, joint_goal.part]) >= MOVED)
     return stages
 
 
-def progress(way: Way, values: np.ndarray) -> np.ndarray:
+def progress(joint_goal: JointGoal, values: np.ndarray) -> np.ndarray:
     """(T + 1,) share of the way from the first value to the end; zeros where it was there from the start."""
-    left = way.left(values)
+    left = joint_goal.left(values)
     return 1 - left / left[0] if left[0] > 0 else np.zeros_like(left)
 
 
-def named(signals: Signals) -> dict[str, int | None]:
+def named(trajectory: Trajectory) -> dict[str, int | None]:
     """All goals' stages in one dict; where there are several goals, a name begins with the goal's subject."""
-    several = len(signals.goals) > 1
+    several = len(trajectory.goals) > 1
     return {
         f"{goal.subject}: {stage}" if several else stage: step
-        for number, goal in enumerate(signals.goals)
-        for stage, step in reached(signals, number).items()
-    }
-
-
-def funnel(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Of rows with `stages`, for each stage that some have: {"episodes": that have it, "reached": of them, "share"}.
-
-    An episode with several goals counts as reaching a stage when each goal that has it reached it. Rows without stages
-    (crashed, or of an older version) don't count.
-    """
-    counts: dict[str, list[bool]] = {}
-    for row in rows:
-        bare: dict[str, bool] = {}
-        for name, step in (row.get("stages") or {}).items():
-            stage = name.rpartition(": ")[2]
-            bare[stage] = bare.get(stage, True) and step is not None
-        for stage, there in bare.items():
-            counts.setdefault(stage, []).append(there)
-    order = (OPENED, *PLACE_STAGES[:-1], "moved", "predicate_held")
-    return {
-        stage: {
-            "episodes": len(counts[stage]),
-            "reached": sum(counts[stage]),
-            "share": sum(counts[stage]) / len(counts[stage]),
-        }
-        for stage in sorted(counts, key=order.index)
+        for number, goal in enumerate(trajectory.goals)
+        for stage, step in reached(trajectory, number).items()
     }

@@ -1,19 +1,26 @@
 """LIBERO's task suites: names, tasks, instructions, stored states, step limits. ConfigError for what isn't there.
 
+`Benchmark` is what evaluation needs of a benchmark, `Libero` that of these suites.
+
 Any distribution that provides `libero.libero` works: the one that asks a question on its first import is answered, and
 stored states are read without running a pickle.
 """
 
 import contextlib
+import hashlib
 import io
 import unittest.mock
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from prismatic.errors import ConfigError
+from prismatic.rollout import Recorder, Simulator
+from prismatic.scene import golden, renderer
+from prismatic.scene.recorder import SceneRecorder
+from prismatic.simulator import LiberoSimulator, Task
 
 STEP_LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 REWORDED = ("_lan", "_task")  # LIBERO-PRO suites whose instruction stands in the BDDL file only
@@ -125,3 +132,63 @@ def _torch_array(path: Path) -> np.ndarray:
 def num_init_states(suite: str, task_id: int) -> int:
     """How many stored initial states the task has (50 in LIBERO's suites)."""
     return len(init_states(suite, task_id))
+
+
+def load_task(suite: str, task_id: int) -> Task:
+    """The task's files, as LiberoSimulator wants them."""
+    return Task(suite, task_id, instruction(suite, task_id), bddl_file(suite, task_id), init_states(suite, task_id))
+
+
+def files_fingerprint(suite: str) -> str:
+    """16 hex digits of the suite's BDDL files and stored states: LIBERO_CONFIG_PATH may lead to another LIBERO's."""
+    from libero.libero import get_libero_path
+
+    digest = hashlib.sha256()
+    for task_id, task in enumerate(_tasks(suite)):
+        states = Path(get_libero_path("init_states")) / task.problem_folder / task.init_states_file
+        packed = states.with_name(states.name + ".npz")
+        for path in (bddl_file(suite, task_id), packed if packed.is_file() else states):
+            digest.update(path.read_bytes() if path.is_file() else b"missing")
+    return digest.hexdigest()[:16]
+
+
+class Benchmark(Protocol):
+    """Task suites and their simulator. It is pickled, so that each simulator process has it too."""
+
+    def num_tasks(self, suite: str) -> int: ...
+    def num_init_states(self, suite: str, task_id: int) -> int: ...
+    def instruction(self, suite: str, task_id: int) -> str: ...
+    def step_limit(self, suite: str) -> int: ...
+    def files_fingerprint(self, suite: str) -> str: ...
+    def simulator(self, suite: str, task_id: int, *, env_seed: int = 0, quality: str = "standard") -> Simulator: ...
+    def recorder(self, sim: Simulator) -> Recorder: ...
+    def golden_frame(self) -> dict[str, Any]: ...
+
+
+class Libero:
+    """The Benchmark of LIBERO's and LIBERO-PRO's suites."""
+
+    num_tasks = staticmethod(num_tasks)
+    num_init_states = staticmethod(num_init_states)
+    instruction = staticmethod(instruction)
+    step_limit = staticmethod(step_limit)
+    files_fingerprint = staticmethod(files_fingerprint)
+
+    def simulator(self, suite: str, task_id: int, *, env_seed: int = 0, quality: str = "standard") -> LiberoSimulator:
+        """A simulator of the task; chooses the renderer where nobody has."""
+        renderer.choose_renderer()
+        return LiberoSimulator(load_task(suite, task_id), env_seed=env_seed, quality=quality)
+
+    def recorder(self, sim: Simulator) -> SceneRecorder:
+        """Who watches the episode that has just been reset."""
+        assert isinstance(sim, LiberoSimulator)
+        return SceneRecorder(sim.environment)
+
+    def golden_frame(self) -> dict[str, Any]:
+        """How this machine draws golden_frame.png's scene: about 3 s of one core."""
+        sim = self.simulator("libero_spatial", 0)
+        sim.reset(0)
+        found = golden.compare(sim.frame(), renderer.choose_renderer())
+        found["gl_renderer"] = renderer.drawn_by()
+        sim.close()
+        return found

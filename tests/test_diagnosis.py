@@ -1,4 +1,4 @@
-"""stages.py and verdicts.py on signals of made-up episodes (drawn_signals.py)."""
+"""stages.py and verdicts.py on trajectory of made-up episodes (drawn_trajectory.py)."""
 
 import re
 from dataclasses import replace
@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prismatic.scene import verdicts
-from prismatic.scene.stages import Goal, Signals, Target, Way, funnel, named
-from prismatic.scene.verdicts import account
-from tests.drawn_signals import CUP, JUG, ON_PLATE, PLATE, T, grasp, hand_at, scene
+from prismatic.scene import diagnosis
+from prismatic.scene.diagnosis import diagnose
+from prismatic.scene.stages import named
+from prismatic.scene.trajectory import Goal, JointGoal, Target, Trajectory
+from prismatic.summary import funnel
+from tests.drawn_results import row
+from tests.drawn_trajectory import CUP, JUG, ON_PLATE, PLATE, T, grasp, hand_at, scene
 from tests.scripted_failures import CASES
 
 UP, OVER_PLATE = {40: (0.0, 0.0, 0.2)}, {40: (0.0, 0.0, 0.2), 60: (0.4, 0.02, 0.2)}
@@ -20,7 +23,7 @@ SHUT = np.where(np.isin(np.arange(T + 1), [*range(30, 40), *range(60, 70)]), 0.0
 SWING = {"hand": hand_at((0.0, 0.0, 0.07))}
 
 
-def pushed(tipped: bool = False) -> Signals:
+def pushed(tipped: bool = False) -> Trajectory:
     base = scene(touch=TOUCHED, hand=hand_at((0.0, 0.0, 0.05)))
     base.places[40:, CUP] = (0.0, 0.02 if tipped else 0.08, 0.0)
     if tipped:
@@ -28,7 +31,7 @@ def pushed(tipped: bool = False) -> Signals:
     return base
 
 
-PLACING: dict[str, tuple[Signals, str, str]] = {
+PLACING: dict[str, tuple[Trajectory, str, str]] = {
     "zero policy": (scene(), "idle", "Stood still for the last 120 of 120 steps, 46.0 cm from the cup, the gripper open."),
     "far away": (scene(hand=hand_at((0, 0, 0.5))), "never_near", "Never came near: at best 46.0 cm"),
     "hovering": (scene(**SWING), "never_grasped", "Came near (at best 3.0 cm"),
@@ -65,17 +68,17 @@ PLACING: dict[str, tuple[Signals, str, str]] = {
 
 @pytest.mark.parametrize("name", PLACING)
 def test_placing(name: str) -> None:
-    signals, verdict, words = PLACING[name]
-    found = account(signals, success=False)
+    trajectory, verdict, words = PLACING[name]
+    found = diagnose(trajectory, success=False)
     assert found.verdict == verdict
     assert words in found.reason
     assert found.stages["predicate_held"] is None
 
 
 def test_stages_of_a_success() -> None:
-    signals = grasp(CUP, OVER_PLATE, stop=80, rest=(0.4, 0.0, 0.0))
-    signals.held[90:] = True
-    found = account(signals, success=True)
+    trajectory = grasp(CUP, OVER_PLATE, stop=80, rest=(0.4, 0.0, 0.0))
+    trajectory.held[90:] = True
+    found = diagnose(trajectory, success=True)
     assert (found.verdict, found.reason) == ("success", "Solved in 120 steps.")
     assert list(found.stages) == [
         "approached", "touched", "grasped", "lifted", "carried", "released", "predicate_held",
@@ -86,83 +89,85 @@ def test_stages_of_a_success() -> None:
 
 
 def test_a_slip_is_told_from_an_opened_gripper() -> None:
-    signals = grasp(CUP, UP, stop=50)
-    signals.closing[50:] = True
-    assert "it slipped out of the closed gripper; it fell 20.0 cm" in account(signals, success=False).reason
+    trajectory = grasp(CUP, UP, stop=50)
+    trajectory.closing[50:] = True
+    assert "it slipped out of the closed gripper; it fell 20.0 cm" in diagnose(trajectory, success=False).reason
 
 
 def test_a_flicker_of_the_contact_is_no_end_of_a_grasp() -> None:
-    signals = grasp(CUP, OVER_PLATE)
-    signals.touch[45:47, CUP, 0] = False
-    found = account(signals, success=False)
+    trajectory = grasp(CUP, OVER_PLATE)
+    trajectory.touch[45:47, CUP, 0] = False
+    found = diagnose(trajectory, success=False)
     assert found.verdict == "never_released"
     assert found.stages["carried"] is not None
     assert found.stages["released"] is None
-    signals.touch[45:49, CUP, 0] = False
-    assert signals.lifts(CUP)[0][1] == 45
+    trajectory.touch[45:49, CUP, 0] = False
+    assert trajectory.lifts(CUP)[0][1] == 45
 
 
 def test_fingers_that_press_on_a_thing_while_they_close_hold_nothing() -> None:
-    signals = grasp(CUP, {40: (0.0, 0.0, 0.2)})
-    assert not replace(signals, opening=np.full(T + 1, 0.002)).grasps(CUP)
-    assert not replace(signals, opening=np.linspace(0.5, 0.0, T + 1)).grasps(CUP)
+    trajectory = grasp(CUP, {40: (0.0, 0.0, 0.2)})
+    assert not replace(trajectory, opening=np.full(T + 1, 0.002)).grasps(CUP)
+    assert not replace(trajectory, opening=np.linspace(0.5, 0.0, T + 1)).grasps(CUP)
 
 
 def test_a_thin_rim_between_the_fingers_is_a_grasp_and_no_empty_one() -> None:
-    signals = grasp(CUP, {40: (0.0, 0.0, 0.01)})
-    signals.opening[20:] = 0.0036
-    found = account(signals, success=False)
+    trajectory = grasp(CUP, {40: (0.0, 0.0, 0.01)})
+    trajectory.opening[20:] = 0.0036
+    found = diagnose(trajectory, success=False)
     assert (found.verdict, found.stages["grasped"]) == ("not_lifted", 21)
-    signals.touch[:, CUP, 1] = False  # beside the rim, not around it
-    assert account(signals, success=False).verdict == "closed_beside"
+    trajectory.touch[:, CUP, 1] = False  # beside the rim, not around it
+    assert diagnose(trajectory, success=False).verdict == "closed_beside"
 
 
 def test_a_hand_that_rises_while_it_closes_lifts_from_where_the_thing_stood() -> None:
-    signals = grasp(CUP, {25: (0.0, 0.0, 0.0)})
-    signals.places[15:20, CUP, 2] = np.linspace(0, 0.015, 5)  # on one finger, before the other is there
-    signals.places[20:, CUP, 2] = 0.024
-    assert account(signals, success=False).stages["lifted"] == 20
-    signals.places[5:20, CUP, 2] = 0.015  # long before
-    assert account(signals, success=False).stages["lifted"] is None
+    trajectory = grasp(CUP, {25: (0.0, 0.0, 0.0)})
+    trajectory.places[15:20, CUP, 2] = np.linspace(0, 0.015, 5)  # on one finger, before the other is there
+    trajectory.places[20:, CUP, 2] = 0.024
+    assert diagnose(trajectory, success=False).stages["lifted"] == 20
+    trajectory.places[5:20, CUP, 2] = 0.015  # long before
+    assert diagnose(trajectory, success=False).stages["lifted"] is None
 
 
 def test_what_was_dragged_says_how_far() -> None:
-    signals = grasp(CUP, {40: (0.1, 0.0, 0.01)}, rest=(0.1, 0.0, 0.0))
-    assert "never lifted it by 2 cm; it ended 10.0 cm from where it stood" in account(signals, success=False).reason
+    trajectory = grasp(CUP, {40: (0.1, 0.0, 0.01)}, rest=(0.1, 0.0, 0.0))
+    assert "never lifted it by 2 cm; it ended 10.0 cm from where it stood" in diagnose(trajectory, success=False).reason
 
 
 def test_a_push_to_a_zone_of_the_table_needs_no_grasp() -> None:
     zone = Target(owner=None, outline=np.array([0.04, 0.04, 0.01]), room=np.array([0.04, 0.04, 0.01]))
-    signals = replace(pushed(), targets=[zone], goals=[Goal("on", "cup_1", "table_front_region")])
-    signals.offset[:] = (0.06, 0, 0)
-    found = account(signals, success=False)
+    trajectory = replace(pushed(), targets=[zone], goals=[Goal("on", "cup_1", "table_front_region")])
+    trajectory.offset[:] = (0.06, 0, 0)
+    found = diagnose(trajectory, success=False)
     assert found.verdict == "beside_target"
     assert (
         "6.0 cm from the middle of the table front, 2.0 cm more than LIBERO allows, and was never grasped"
         in found.reason
     )
-    signals.offset[60:] = 0.01
-    assert named(signals)["carried"] == 60
+    trajectory.offset[60:] = 0.01
+    assert named(trajectory)["carried"] == 60
 
 
 # --- parts --------------------------------------------------------------------------------------------------------
 
 
-def part(predicate: str, values: np.ndarray, *, touched: bool = True, near: bool = True, which: int = 0) -> Signals:
+def part(predicate: str, values: np.ndarray, *, touched: bool = True, near: bool = True, which: int = 0) -> Trajectory:
     """A drawer or door that should be opened to -0.14, or shut from there; `values` (T + 1,) are part `which`'s."""
-    signals = scene(
+    trajectory = scene(
         goals=[Goal(predicate, "chest_1_top_region")],
         targets=[None],
-        ways=[Way(part=0, end=-0.14, sign=-1.0) if predicate == "open" else Way(part=0, end=0.0, sign=1.0)],
+        joint_goals=[
+            JointGoal(part=0, end=-0.14, sign=-1.0) if predicate == "open" else JointGoal(part=0, end=0.0, sign=1.0)
+        ],
         hand=hand_at((0.0, 0.0, 0.5)),
     )
-    signals.values[:, which] = values
-    signals.touch[20:, 3, 2] = touched
-    signals.part_gap[10:, 0] = 0.02 if near else 0.3
-    return signals
+    trajectory.values[:, which] = values
+    trajectory.touch[20:, 3, 2] = touched
+    trajectory.part_gap[10:, 0] = 0.02 if near else 0.3
+    return trajectory
 
 
-MOVING: dict[str, tuple[Signals, str, str]] = {
+MOVING: dict[str, tuple[Trajectory, str, str]] = {
     "half open": (part("open", np.linspace(0, -0.08, T + 1)), "not_open_enough", "by 14.0 cm; it got 8.0 cm far"),
     "and back": (
         part("open", -0.08 * np.sin(np.linspace(0, np.pi, T + 1))),
@@ -187,19 +192,19 @@ MOVING: dict[str, tuple[Signals, str, str]] = {
 
 @pytest.mark.parametrize("name", MOVING)
 def test_moving(name: str) -> None:
-    signals, verdict, words = MOVING[name]
-    found = account(signals, success=False)
+    trajectory, verdict, words = MOVING[name]
+    found = diagnose(trajectory, success=False)
     assert found.verdict == verdict
     assert words in found.reason
 
 
 def test_a_knob_is_told_in_degrees() -> None:
-    signals = replace(
+    trajectory = replace(
         part("open", np.linspace(0, 0.25, T + 1), which=1),
         goals=[Goal("turnon", "oven_1")],
-        ways=[Way(part=1, end=0.5, sign=1.0)],
+        joint_goals=[JointGoal(part=1, end=0.5, sign=1.0)],
     )
-    found = account(signals, success=False)
+    found = diagnose(trajectory, success=False)
     assert found.verdict == "not_turned_enough"
     assert found.reason.startswith("The oven was to be turned on, by 29 degrees; it got 14 degrees far")
     assert list(found.stages) == ["approached", "touched", "moved", "predicate_held"]
@@ -207,16 +212,16 @@ def test_a_knob_is_told_in_degrees() -> None:
 
 @pytest.mark.parametrize(("opened", "verdict"), [(-0.08, "not_open_enough"), (-0.15, "never_held")])
 def test_what_goes_into_a_drawer_needs_it_open(opened: float, verdict: str) -> None:
-    signals = grasp(CUP, OVER_PLATE, stop=80, rest=(0.4, 0.0, 0.1))
+    trajectory = grasp(CUP, OVER_PLATE, stop=80, rest=(0.4, 0.0, 0.1))
     drawer = Target(
         owner="chest_1",
         outline=np.array([0.1, 0.1, 0.1]),
         room=np.array([0.1, 0.1, 0.1]),
-        way=Way(part=0, end=-0.14, sign=-1.0),
+        joint_goal=JointGoal(part=0, end=-0.14, sign=-1.0),
     )
-    signals.values[30:, 0] = opened
-    found = account(
-        replace(signals, goals=[Goal("in", "cup_1", "chest_1_top_region")], targets=[drawer]), success=False
+    trajectory.values[30:, 0] = opened
+    found = diagnose(
+        replace(trajectory, goals=[Goal("in", "cup_1", "chest_1_top_region")], targets=[drawer]), success=False
     )
     assert found.verdict == verdict
     assert next(iter(found.stages)) == "opened"
@@ -226,52 +231,52 @@ def test_what_goes_into_a_drawer_needs_it_open(opened: float, verdict: str) -> N
 # --- several goals ------------------------------------------------------------------------------------------------
 
 
-def two_goals(*, first_held: Any, second_held: Any) -> Signals:
-    signals = replace(
+def two_goals(*, first_held: Any, second_held: Any) -> Trajectory:
+    trajectory = replace(
         grasp(CUP, UP, stop=50),
         goals=[Goal("open", "chest_1_top_region"), ON_PLATE],
         targets=[None, scene().targets[0]],
-        ways=[Way(part=0, end=-0.14, sign=-1.0), None],
+        joint_goals=[JointGoal(part=0, end=-0.14, sign=-1.0), None],
         supports=[[], []],
     )
     held = np.zeros((T + 1, 2), bool)
     held[first_held, 0] = held[second_held, 1] = True
     offset = np.zeros((T + 1, 2, 3))
-    offset[:, 1] = signals.places[:, CUP] - signals.places[:, PLATE]
-    return replace(signals, held=held, offset=offset)
+    offset[:, 1] = trajectory.places[:, CUP] - trajectory.places[:, PLATE]
+    return replace(trajectory, held=held, offset=offset)
 
 
 def test_of_several_goals_the_one_that_got_furthest_is_judged() -> None:
     nowhere = slice(0, 0)
-    found = account(two_goals(first_held=nowhere, second_held=nowhere), success=False)
+    found = diagnose(two_goals(first_held=nowhere, second_held=nowhere), success=False)
     assert found.verdict == "dropped"  # four of seven stages, not none of four
     assert found.reason.startswith("0 of 2 goals held at the end. Dropped the cup")
     assert found.stages["cup_1: lifted"] == 22
     assert found.stages["chest_1_top_region: touched"] is None
-    found = account(two_goals(first_held=slice(60, None), second_held=nowhere), success=False)
+    found = diagnose(two_goals(first_held=slice(60, None), second_held=nowhere), success=False)
     assert found.verdict == "dropped"
     assert found.reason.startswith("1 of 2 goals held at the end.")
 
 
 def test_what_was_lifted_for_another_goal_is_no_wrong_object() -> None:
-    signals = two_goals(first_held=slice(0, 0), second_held=slice(60, None))
-    assert account(signals, success=False).verdict == "idle"  # the drawer's goal is left, the cup had its own
+    trajectory = two_goals(first_held=slice(0, 0), second_held=slice(60, None))
+    assert diagnose(trajectory, success=False).verdict == "idle"  # the drawer's goal is left, the cup had its own
     base = scene()
-    signals = replace(
-        signals, goals=[signals.goals[0], Goal("on", "jug_1", "plate_1")], held=np.zeros((T + 1, 2), bool)
+    trajectory = replace(
+        trajectory, goals=[trajectory.goals[0], Goal("on", "jug_1", "plate_1")], held=np.zeros((T + 1, 2), bool)
     )
-    signals.held[60:, 1] = True
-    found = account(replace(signals, hand=base.hand), success=False)
+    trajectory.held[60:, 1] = True
+    found = diagnose(replace(trajectory, hand=base.hand), success=False)
     assert (found.verdict, "Lifted the cup" in found.reason) == ("wrong_object", True)
 
 
 def test_a_region_is_called_by_what_it_belongs_to() -> None:
-    signals = replace(grasp(CUP, UP), goals=[Goal("in", "cup_1", "basket_1_contain_region")])
-    assert "40.0 cm from the basket;" in account(signals, success=False).reason
+    trajectory = replace(grasp(CUP, UP), goals=[Goal("in", "cup_1", "basket_1_contain_region")])
+    assert "40.0 cm from the basket;" in diagnose(trajectory, success=False).reason
 
 
 def test_what_held_and_no_longer_does() -> None:
-    found = account(two_goals(first_held=slice(60, 90), second_held=slice(100, None)), success=False)
+    found = diagnose(two_goals(first_held=slice(60, 90), second_held=slice(100, None)), success=False)
     assert found.verdict == "undone"
     assert found.reason.startswith(
         "1 of 2 goals held at the end. The chest top was opened at step 60, but no longer from step 90 on"
@@ -279,12 +284,12 @@ def test_what_held_and_no_longer_does() -> None:
 
 
 def test_twins_keep_their_numbers() -> None:
-    signals = replace(grasp(JUG, {40: (0.3, 0.3, 0.2)}), objects=["cup_1", "cup_2", "plate_1"])
-    assert "Lifted the cup 2 instead of the cup 1" in account(signals, success=False).reason
+    trajectory = replace(grasp(JUG, {40: (0.3, 0.3, 0.2)}), objects=["cup_1", "cup_2", "plate_1"])
+    assert "Lifted the cup 2 instead of the cup 1" in diagnose(trajectory, success=False).reason
 
 
 def test_funnel_counts_what_has_the_stage() -> None:
-    rows = [
+    given: list[dict[str, Any]] = [
         {"stages": {"touched": 3, "grasped": None, "predicate_held": None}},
         {"stages": {"touched": 3, "grasped": 7, "predicate_held": 9}},
         {
@@ -297,8 +302,9 @@ def test_funnel_counts_what_has_the_stage() -> None:
             }
         },
         {"stages": {}},  # crashed
-        {"success": True},  # written before there were stages
+        {},  # written before there were stages
     ]
+    rows = [row(0, 0, False, **facts) for facts in given]
     assert funnel(rows) == {
         "touched": {"episodes": 3, "reached": 2, "share": 2 / 3},
         "grasped": {"episodes": 2, "reached": 1, "share": 0.5},
@@ -310,6 +316,6 @@ def test_funnel_counts_what_has_the_stage() -> None:
 
 
 def test_every_verdict_has_a_script_that_earns_it() -> None:
-    rows = [line.split("|")[1] for line in (verdicts.__doc__ or "").splitlines() if line.startswith("|")]
+    rows = [line.split("|")[1] for line in (diagnosis.__doc__ or "").splitlines() if line.startswith("|")]
     codes = {code.strip() for row in rows for code in row.split(",") if re.fullmatch(r"[a-z_]+", code.strip())}
     assert codes - {"verdict", "error"} == {case.verdict for case in CASES}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from prismatic.scene.shapes import ROBOT_PARTS, Shapes
-from prismatic.scene.stages import MOVING, PLACING, Goal, Part, Signals, Target, Way
+from prismatic.scene.trajectory import MOVING, PLACING, Goal, JointGoal, Part, Target, Trajectory
 
 HINGE, SLIDE = 3, 2  # MuJoCo's joint types
 ON_RADIUS = 0.03  # m, LIBERO's own: between the origins of an object and of what it shall be on
@@ -19,7 +19,7 @@ LEFT, RIGHT, REST = 1, 2, 3  # sides of the robot's geoms
 SUPPORTING = 0.7  # least vertical part of a contact's normal
 
 
-class Witness:
+class SceneRecorder:
     """Watches an episode. Make one after each reset, with robosuite's environment; call `note` after each step."""
 
     def __init__(self, environment: Any) -> None:
@@ -30,7 +30,7 @@ class Witness:
         self._bodies = np.array([environment.obj_body_id[name] for name in self._objects], dtype=int)
         self._goals = [Goal(*state) for state in environment.parsed_problem["goal_state"]]
         self._find_parts()
-        self._ways = [self._way(goal.predicate, goal.subject) for goal in self._goals]
+        self._joint_goals = [self._joint_goal(goal.predicate, goal.subject) for goal in self._goals]
         self._find_robot()
         self._targets = [self._target(goal) for goal in self._goals]
         self._boxes = np.array([self._box(body) for body in self._bodies]).reshape(-1, 2, 3)
@@ -76,7 +76,7 @@ class Witness:
             self._side[[model.geom(name).id for name in robot.gripper.important_geoms[part]]] = side
         self._grip = robot.eef_site_id
         self._fingers = np.array(robot._ref_gripper_joint_pos_indexes)
-        self._asked_parts = sorted({way.part for way in self._ways if way})
+        self._asked_parts = sorted({joint_goal.part for joint_goal in self._joint_goals if joint_goal})
 
     def _part_of(self, name: str) -> int | None:
         """The part that a fixture's or region's name stands for. All goals of LIBERO name one drawer, door or knob."""
@@ -87,7 +87,7 @@ class Witness:
     def _of_fixture(self, name: str | None) -> list[Part]:
         return [part for part in self._parts if part.fixture == name]
 
-    def _way(self, predicate: str, name: str) -> Way | None:
+    def _joint_goal(self, predicate: str, name: str) -> JointGoal | None:
         part = self._part_of(name) if predicate in MOVING else None
         if part is None:
             return None
@@ -97,7 +97,7 @@ class Witness:
             return None
         # LIBERO's objects all take the end of the wanted range that is nearest to the opposite one as the threshold.
         sign = float(np.sign(np.mean(wanted) - np.mean(other)))
-        return Way(part=part, end=float(min(wanted) if sign > 0 else max(wanted)), sign=sign)
+        return JointGoal(part=part, end=float(min(wanted) if sign > 0 else max(wanted)), sign=sign)
 
     def _target(self, goal: Goal) -> Target | None:
         if goal.predicate not in PLACING or goal.target is None or goal.subject not in self._objects:
@@ -109,11 +109,13 @@ class Witness:
             return Target(owner=goal.target, outline=half, room=np.full(3, ON_RADIUS))
         turn = self._data.site_xmat[self._model.site(goal.target).id].reshape(3, 3)
         half = np.abs(turn @ np.asarray(region.size, dtype=np.float64))  # as LIBERO's own in_box
-        way = None
+        joint_goal = None
         if goal.predicate == "in":  # into a drawer, or into what has one door
             whole = self._of_fixture(region.parent_name)
-            way = self._way("open", goal.target if region.joints or len(whole) != 1 else region.parent_name)
-        return Target(owner=region.parent_name, outline=half, room=half, way=way)
+            joint_goal = self._joint_goal(
+                "open", goal.target if region.joints or len(whole) != 1 else region.parent_name
+            )
+        return Target(owner=region.parent_name, outline=half, room=half, joint_goal=joint_goal)
 
     def _box(self, body: int) -> tuple[np.ndarray, np.ndarray]:
         """Middle, from the body's origin, and half sizes (3,) of the body's box as it stands now."""
@@ -187,19 +189,19 @@ class Witness:
             gaps[part] = np.linalg.norm(np.maximum(np.abs(centre - hand) - half, 0), axis=1).min(initial=np.inf)
         return gaps
 
-    # --- the account ------------------------------------------------------------------------------------------------
+    # --- the trajectory ------------------------------------------------------------------------------------------------
 
-    def signals(self) -> Signals:
+    def trajectory(self) -> Trajectory:
         """Everything noted since the reset."""
         hand, opening, closing, places, upright, touch, offset, values, gap, held = (
             np.array(column) for column in zip(*self._rows, strict=True)
         )
-        return Signals(
+        return Trajectory(
             goals=self._goals,
             objects=self._objects,
             parts=self._parts,
             targets=self._targets,
-            ways=self._ways,
+            joint_goals=self._joint_goals,
             centre=self._boxes[:, 0],
             half=self._boxes[:, 1],
             hand=hand,

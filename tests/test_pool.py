@@ -1,20 +1,28 @@
-"""workers.py and player.py: real processes, a fake simulator."""
+"""pool.py and player.py: real processes, a fake simulator."""
 
+import ctypes
 import os
+import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from prismatic.episodes import workers
-from prismatic.episodes.player import Outcome, Setup, Trial
-from prismatic.errors import ConfigError
+from prismatic.episodes import pool
+from prismatic.episodes.player import Outcome, Play
+from prismatic.episodes.session import Session
+from prismatic.episodes.setup import GATHERING
+from prismatic.episodes.trials import Trial, TrialQueue
+from prismatic.errors import ConfigError, PolicyError
+from prismatic.image import ImagePath
 from tests.conftest import REPOSITORY
-from tests.fake_simulator import CLOSE_CALLS, STATES, BrightnessPolicy, CloseCallPolicy
+from tests.fake_policies import CLOSE_CALLS, BrightnessPolicy, CloseCallPolicy
+from tests.fake_simulator import STATES, FakeBenchmark
 
-FAKE = Setup(simulator="tests.fake_simulator")
+FAKE = Play(benchmark=FakeBenchmark())
 CRASH_TIME = 60.0  # s of silence before a simulator counts as hung: far longer than any test takes
 
 
@@ -27,8 +35,12 @@ def trials(tasks: int = 2, states: int = 4) -> list[Trial]:
 
 
 def play(played: list[Trial], **options: Any) -> list[Outcome]:
-    options = {"setup": FAKE, "policy": BrightnessPolicy(), "silence_limit": CRASH_TIME} | options
-    return list(workers.play(played, **options))
+    play = options.pop("setup", FAKE)
+    workers, one_by_one = options.pop("num_workers", 1), options.pop("one_by_one", False)
+    session = Session(options.pop("policy", BrightnessPolicy()), workers=workers, one_by_one=one_by_one)
+    options = {"hang_limit": CRASH_TIME} | options
+    ends = pool.run(TrialQueue(played), play, num_workers=workers, answer=session.answer, **options)
+    return [end.result or Outcome(end.job, None, 0, end.seconds, error=end.error) for end in ends]
 
 
 def behaviour(outcomes: list[Outcome]) -> dict[str, tuple[Any, ...]]:
@@ -56,10 +68,10 @@ class Patient(BrightnessPolicy):
         super().__init__()
         self.log, self.simulators = log, simulators
 
-    def batch(self, *observations: Any, **named: Any) -> np.ndarray:
+    def batch_chunks(self, *observations: Any, **named: Any) -> np.ndarray:
         while not self.batch_sizes and len(self.log.read_text().splitlines()) < self.simulators:
             time.sleep(0.02)
-        return super().batch(*observations, **named)
+        return super().batch_chunks(*observations, **named)
 
 
 def test_parallel_equals_sequential_and_batches(trouble: Path) -> None:
@@ -78,16 +90,15 @@ def test_parallel_equals_sequential_and_batches(trouble: Path) -> None:
 
 
 def facts(outcomes: list[Outcome], name: str) -> dict[str, Any]:
-    return {outcome.trial.id: outcome.facts[name] for outcome in outcomes}
+    return {outcome.trial.id: getattr(outcome, name) for outcome in outcomes}
 
 
-class PatientCloseCalls(Patient):
+class PatientCloseCalls(Patient, CloseCallPolicy):
     """CloseCallPolicy, but patient and slow, so that others wait together: what goes by the batch's size needs batches."""
 
-    def batch(self, *observations: Any, **named: Any) -> np.ndarray:
+    def batch_chunks(self, *observations: Any, **named: Any) -> np.ndarray:
         time.sleep(0.01)
-        super().batch(*observations, **named)
-        return CloseCallPolicy.batch(self, *observations, **named)  # type: ignore[arg-type]
+        return super().batch_chunks(*observations, **named)
 
 
 def test_steps_that_rounding_could_turn_are_listed_and_one_by_one_makes_them_equal(trouble: Path) -> None:
@@ -122,7 +133,7 @@ def test_a_real_policy_gives_the_same_actions_side_by_side_as_alone(trouble: Pat
     from prismatic.checkpoint import load_policy
 
     policy = load_policy(str(REPOSITORY / "checkpoints" / "openvla-tiny"), device="cpu")
-    setup = Setup(simulator="tests.fake_simulator", num_images=2)
+    setup = Play(benchmark=FakeBenchmark(), num_images=2)
     played = trials(states=2)
     alone, together = (play(played, setup=setup, policy=policy, num_workers=number) for number in (1, 3))
     assert facts(together, "near_ties") == facts(alone, "near_ties") == {trial.id: [] for trial in played}
@@ -133,22 +144,22 @@ def test_what_the_policy_is_told_and_what_the_seed_moved_stand_in_the_outcome() 
     told: set[str] = set()
 
     class Reader(BrightnessPolicy):
-        def batch(self, frames: Any, instructions: list[str], wrists: Any = None) -> np.ndarray:
+        def batch_chunks(self, frames: Any, instructions: Any, *rest: Any, **named: Any) -> np.ndarray:
             told.update(instructions)
-            return super().batch(frames, instructions, wrists)
+            return super().batch_chunks(frames, instructions, *rest, **named)
 
-    setup = Setup(simulator="tests.fake_simulator", instruction="swap")
+    setup = Play(benchmark=FakeBenchmark(), instruction="swap")
     seeded = [Trial(suite="fake", task_id=2, init_state=1, env_seed=4)]
     (outcome,) = play(seeded, setup=setup, policy=Reader())
     assert told == {"push the point to the goal, 0."}
-    assert outcome.facts["instruction_given"] == "push the point to the goal, 0."
-    assert outcome.facts["moved_by_env_seed_mm"] == {"point": 4.0}
+    assert outcome.instruction_given == "push the point to the goal, 0."
+    assert outcome.moved_by_env_seed_mm == {"point": 4.0}
     (plain,) = play(trials(1, 1))
-    assert set(plain.facts) == {"near_ties"}
+    assert plain.instruction_given is None and plain.moved_by_env_seed_mm is None
 
 
 def test_a_limit_below_the_suites() -> None:
-    setup = Setup(policy="zero", simulator="tests.fake_simulator", max_steps=5)
+    setup = Play(policy="zero", benchmark=FakeBenchmark(), max_steps=5)
     assert [outcome.steps for outcome in play(trials(1, 2), setup=setup, policy=None)] == [5, 5]
 
 
@@ -159,13 +170,13 @@ def test_one_by_one_never_batches() -> None:
 
 
 def test_a_policy_with_two_images_gets_the_wrist() -> None:
-    setup = Setup(simulator="tests.fake_simulator", num_images=2)
+    setup = Play(benchmark=FakeBenchmark(), num_images=2)
     assert len(play(trials(states=1), setup=setup, policy=BrightnessPolicy(num_images=2))) == 2
 
 
 def test_controls_act_in_the_process_and_repeat_themselves() -> None:
     def control(name: str, seed: int, num_workers: int = 1) -> dict[str, tuple[Any, ...]]:
-        setup = Setup(policy=name, seed=seed, simulator="tests.fake_simulator")
+        setup = Play(policy=name, seed=seed, benchmark=FakeBenchmark())
         return behaviour(play(trials(states=2), setup=setup, policy=None, num_workers=num_workers))
 
     once = control("random", seed=3)
@@ -180,7 +191,7 @@ def test_a_broken_simulator_is_replaced_and_its_trial_repeated(trouble: Path, ki
     undisturbed = play(trials())
     times = 1 if kind == "hang" else 2
     (trouble / "0-1").write_text(f"{kind} {times}")
-    disturbed = play(trials(), num_workers=2, silence_limit=4.0 if kind == "hang" else CRASH_TIME)
+    disturbed = play(trials(), num_workers=2, hang_limit=4.0 if kind == "hang" else CRASH_TIME)
     assert (trouble / "0-1").read_text() == f"{kind} 0"
     assert behaviour(disturbed) == behaviour(undisturbed)
     assert not [outcome for outcome in disturbed if outcome.error]
@@ -205,7 +216,7 @@ def test_the_third_crash_is_an_error_and_no_failure(trouble: Path) -> None:
 
 def test_a_simulator_that_never_starts_ends_in_a_sentence(trouble: Path) -> None:
     (trouble / "0-build").write_text("die 99")
-    with pytest.raises(ConfigError, match=r"cannot be started, nothing was evaluated: .*SIGKILL"):
+    with pytest.raises(ConfigError, match=r"cannot be started, nothing was played: .*SIGKILL"):
         play(trials())
     assert (trouble / "0-build").read_text() == "die 96"
 
@@ -220,7 +231,7 @@ def test_one_task_that_cannot_be_built_leaves_the_others(trouble: Path) -> None:
 
 
 def test_a_video_that_cannot_be_written_is_no_simulator_error(tmp_path: Path) -> None:
-    setup = Setup(policy="zero", simulator="tests.fake_simulator", video_folder=tmp_path / "missing")
+    setup = Play(policy="zero", benchmark=FakeBenchmark(), video_folder=tmp_path / "missing")
     with pytest.raises(ConfigError, match=r"cannot write the video .*missing.*gone"):
         play(trials(), setup=setup)
 
@@ -236,12 +247,18 @@ def test_the_renderer_and_blas_get_one_thread_each(trouble: Path, monkeypatch: p
 def test_the_first_process_alone_draws_the_golden_frame(trouble: Path) -> None:
     cards: list[dict[str, Any]] = []
     (trouble / "0-0").write_text("die 1")  # its successor does not draw it again
-    play(trials(2, 2), num_workers=2, on_golden=cards.append)
+    play(
+        trials(2, 2),
+        num_workers=2,
+        setup=replace(FAKE, golden=True),
+        on_message=lambda kind, content: cards.append(content),
+    )
     assert len(cards) == 1 and len(cards[0]["sha256"]) == 16
 
 
 def test_closing_leaves_no_process_behind() -> None:
-    outcomes = workers.play(trials(), setup=FAKE, policy=BrightnessPolicy(), num_workers=2)
+    answer = Session(BrightnessPolicy(), workers=2).answer
+    outcomes = pool.run(TrialQueue(trials()), FAKE, num_workers=2, answer=answer)
     next(outcomes)
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
     players = [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
@@ -252,17 +269,99 @@ def test_closing_leaves_no_process_behind() -> None:
 
 def test_a_policy_that_drafts_is_told_which_episode_a_frame_belongs_to() -> None:
     class Drafting(BrightnessPolicy):
-        drafting = True
-
         def __init__(self) -> None:
             super().__init__()
             self.frames: dict[object, int] = {}
 
-        def batch(self, frames: list[np.ndarray], *rest: Any, episodes: list[object], **more: Any) -> np.ndarray:
+        def batch_chunks(self, frames: Any, *rest: Any, episodes: Any = (), **more: Any) -> np.ndarray:
             self.frames.update({episode: self.frames.get(episode, 0) + 1 for episode in episodes})
-            return super().batch(frames, *rest, **more)
+            return super().batch_chunks(frames, *rest, **more)
 
     played, policy = trials(), Drafting()
     outcomes = play(played, policy=policy, num_workers=2)
     assert behaviour(outcomes) == behaviour(play(played))
     assert policy.frames == {(outcome.trial, 0): outcome.steps for outcome in outcomes}
+
+
+STEP, RENDER, ANSWER, ROW = (
+    0.007,
+    0.020,
+    0.072,
+    0.004,
+)  # s: a step, a frame on a GPU, an A10's answer to one row, each row more
+
+
+def simulated(workers: int, window: float, *, queries: int = 400, seed: int = 0) -> tuple[float, float]:
+    """Events instead of processes: (mean batch, queries a second) of simulators that ask after a step or two and wait for the answer."""
+    draw = np.random.default_rng(seed).uniform
+    asks = [float(draw(0, 0.1)) for _ in range(workers)]  # when each asks next
+    now = answered = batches = 0.0
+    while answered < queries:
+        waiting = sorted(at for at in asks if at <= now)
+        due = pool.answer_at(waiting, playing=workers, window=window) if waiting else np.inf
+        if due > now:
+            now = min([due, *(at for at in asks if at > now)])
+            continue
+        now += ANSWER + ROW * (len(waiting) - 1)
+        asks = [now + STEP + RENDER * float(draw(0.8, 1.6)) if at in waiting else at for at in asks]
+        answered, batches = answered + len(waiting), batches + 1
+    return answered / batches, answered / now
+
+
+def test_a_gathering_window_makes_whole_batches_of_what_else_alternates() -> None:
+    (small, slow), (large, fast) = simulated(16, window=0.0), simulated(16, window=GATHERING)
+    assert large > 14 and fast > 1.2 * slow and large > 1.2 * small
+    assert simulated(1, window=GATHERING)[1] == pytest.approx(simulated(1, window=0.0)[1])  # nobody else to wait for
+
+
+def test_the_answer_comes_at_once_when_all_have_asked() -> None:
+    assert pool.answer_at([1.0, 1.01], playing=2, window=0.5) == 1.0
+    assert pool.answer_at([1.0, 1.01], playing=3, window=0.5) == 1.5
+
+
+def test_a_process_born_as_its_parent_dies_ends_at_once() -> None:
+    class Refuses:
+        def start(self, parent: Any, *, first: bool) -> None:
+            pytest.fail("it should not have started")
+
+    connection: Any = object()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        pool.serve(connection, Refuses(), True, parent_id=1 << 30)  # type: ignore[arg-type]
+    finally:
+        signal.signal(signal.SIGINT, before)
+        ctypes.CDLL(None).prctl(pool.PR_SET_PDEATHSIG, 0)
+
+
+def test_images_are_prepared_in_the_simulators_process() -> None:
+    class Prepared(BrightnessPolicy):
+        def batch_chunks(self, frames: Any, *rest: Any, **named: Any) -> np.ndarray:
+            assert all(frame.pixels.shape == (16, 16, 3) for frame in frames)
+            return super().batch_chunks([frame.pixels for frame in frames], *rest, **named)
+
+    outcomes = play(trials(1, 1), setup=replace(FAKE, prepare=ImagePath(16, center_crop=False)), policy=Prepared())
+    assert behaviour(outcomes).keys() == {trials(1, 1)[0].id}
+
+
+def test_a_chunk_is_asked_for_once_and_its_near_tie_stands_at_its_step() -> None:
+    class Narrow(BrightnessPolicy):
+        def batch_chunks(self, frames: Any, *rest: Any, **named: Any) -> np.ndarray:
+            chunks = super().batch_chunks(frames, *rest, **named)
+            self.last_margins = np.full(len(frames), 1e-6 if len(self.batch_sizes) == 2 else 1.0)
+            return chunks
+
+    policy = Narrow(num_actions_chunk=8)
+    (outcome,) = play(trials(1, 1), setup=replace(FAKE, max_steps=10, num_open_loop_steps=4), policy=policy)
+    assert outcome.steps == 10 and policy.batch_sizes == [1, 1, 1]  # asked at steps 0, 4 and 8
+    assert outcome.near_ties == [4]
+
+
+def test_an_error_of_the_policy_is_not_played_again() -> None:
+    class Broken(BrightnessPolicy):
+        def batch_chunks(self, *observations: Any, **named: Any) -> np.ndarray:
+            self.batch_sizes.append(1)
+            raise PolicyError("NaN")
+
+    policy = Broken()
+    (outcome,) = play(trials(1, 1), policy=policy)
+    assert (outcome.success, outcome.error, policy.batch_sizes) == (None, "PolicyError: NaN", [1])

@@ -8,24 +8,24 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from prismatic.scene.verdicts import Account
+from prismatic.scene.diagnosis import Diagnosis
 from tests.scripted_failures import CASES, run
 
 PLAYED = [case for case in CASES if case.stages is not None]
 
 
-def play() -> list[Account]:
+def play() -> list[Diagnosis]:
     return [found for _, found in run(PLAYED)]
 
 
 @pytest.fixture(scope="module")
-def accounts() -> list[Account]:
+def accounts() -> list[Diagnosis]:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(play).result()
 
 
 @pytest.mark.parametrize("number", range(len(PLAYED)), ids=[case.play.__name__ for case in PLAYED])
-def test_a_failure_made_on_purpose_gets_its_verdict(accounts: list[Account], number: int) -> None:
+def test_a_failure_made_on_purpose_gets_its_verdict(accounts: list[Diagnosis], number: int) -> None:
     case, found = PLAYED[number], accounts[number]
     assert found.verdict == case.verdict
     assert case.words in found.reason

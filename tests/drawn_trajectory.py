@@ -1,11 +1,11 @@
-"""Signals of an episode for tests: a made-up scene of straight motions, changed at one point in each case."""
+"""Trajectory of an episode for tests: a made-up scene of straight motions, changed at one point in each case."""
 
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from prismatic.scene.stages import Goal, Part, Signals, Target
+from prismatic.scene.trajectory import Goal, Part, Target, Trajectory
 
 T = 120
 CUP, JUG, PLATE = 0, 1, 2
@@ -14,7 +14,7 @@ DRAWER = Part(name="chest_1_top_level", fixture="chest_1", hinge=False, span=0.1
 DOOR = Part(name="oven_1_door", fixture="oven_1", hinge=True, span=2.0)
 
 
-def scene(**changes: Any) -> Signals:
+def scene(**changes: Any) -> Trajectory:
     """A cup, a jug, a plate, a drawer and a door; the hand 50 cm away. It stands still, and nothing happens."""
     places = np.tile([[0.0, 0.0, 0.0], [0.3, 0.3, 0.0], [0.4, 0.0, 0.0]], (T + 1, 1, 1))
     defaults: dict[str, Any] = {
@@ -22,7 +22,7 @@ def scene(**changes: Any) -> Signals:
         "objects": ["cup_1", "jug_1", "plate_1"],
         "parts": [DRAWER, DOOR],
         "targets": [Target(owner="plate_1", outline=np.array([0.07, 0.07, 0.01]), room=np.full(3, 0.03))],
-        "ways": [None],
+        "joint_goals": [None],
         "centre": np.zeros((3, 3)),
         "half": np.full((3, 3), 0.04),
         "hand": np.tile([0.0, 0.0, 0.5], (T + 1, 1)),
@@ -37,10 +37,10 @@ def scene(**changes: Any) -> Signals:
         "held": np.zeros((T + 1, 1), bool),
         "supports": [[]],
     }
-    signals = Signals(**(defaults | changes))
-    if "offset" not in changes and signals.targets[0] is not None:
-        signals = replace(signals, offset=(signals.places[:, CUP] - signals.places[:, PLATE])[:, None])
-    return signals
+    trajectory = Trajectory(**(defaults | changes))
+    if "offset" not in changes and trajectory.targets[0] is not None:
+        trajectory = replace(trajectory, offset=(trajectory.places[:, CUP] - trajectory.places[:, PLATE])[:, None])
+    return trajectory
 
 
 def hand_at(place: Any, start: int = 10) -> np.ndarray:
@@ -51,7 +51,7 @@ def hand_at(place: Any, start: int = 10) -> np.ndarray:
     return hand
 
 
-def grasp(thing: int, path: dict[int, Any], *, start: int = 20, stop: int = T + 1, rest: Any = None) -> Signals:
+def grasp(thing: int, path: dict[int, Any], *, start: int = 20, stop: int = T + 1, rest: Any = None) -> Trajectory:
     """The hand takes a thing from `start` to `stop` through the places of `path` {step: (3,)}, then it lies at `rest`."""
     base = scene()
     places, touch, closing, opening = base.places, base.touch, base.closing, base.opening

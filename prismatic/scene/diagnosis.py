@@ -1,4 +1,4 @@
-"""Why an episode ended as it did: its signals in, a stable code and a sentence out.
+"""Why an episode ended as it did: its trajectory in, a stable code and a sentence out.
 
 It judges the goal that does not hold at the end; of several, the one that got furthest through its stages. The first line
 that holds is the verdict.
@@ -40,8 +40,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from prismatic.scene.stages import MOVED, OPENED, SHUT, Signals, Target, Way, miss, named, progress, reached, runs
+from prismatic.scene.stages import MOVED, named, progress, reached
+from prismatic.scene.trajectory import OPENED, JointGoal, Target, Trajectory, miss, runs
 
+SHUT = 0.004  # m between the fingers, below which they have shut: on nothing, or on a bowl's rim (3.6 to 4.6 mm)
 FALL = 0.05  # m
 PUSHED = 0.05  # m
 TIPPED = np.cos(np.radians(45))
@@ -59,7 +61,7 @@ NOT_ENOUGH = {
 
 
 @dataclass(frozen=True)
-class Account:
+class Diagnosis:
     """What results.jsonl says of an episode: each stage's first step (None: never), a code, a sentence."""
 
     stages: dict[str, int | None] = field(default_factory=dict)
@@ -67,54 +69,54 @@ class Account:
     reason: str = ""
 
 
-def account(signals: Signals, *, success: bool) -> Account:
-    """The account of an episode that ended without a crash."""
-    stages = named(signals)
+def diagnose(trajectory: Trajectory, *, success: bool) -> Diagnosis:
+    """The diagnosis of an episode that ended without a crash."""
+    stages = named(trajectory)
     if success:
-        return Account(stages, "success", f"Solved in {signals.steps} steps.")
-    verdict, sentence = judge(signals)
-    return Account(stages, verdict, sentence)
+        return Diagnosis(stages, "success", f"Solved in {trajectory.steps} steps.")
+    verdict, sentence = judge(trajectory)
+    return Diagnosis(stages, verdict, sentence)
 
 
-def judge(signals: Signals) -> tuple[str, str]:
+def judge(trajectory: Trajectory) -> tuple[str, str]:
     """(code, sentence) of an episode without success."""
-    unmet = [goal for goal in range(len(signals.goals)) if not signals.held[-1, goal]]
+    unmet = [goal for goal in range(len(trajectory.goals)) if not trajectory.held[-1, goal]]
     if not unmet:
         return "never_held", "Each predicate held at the end, but LIBERO did not end the episode."
-    case = max((_Case(signals, goal) for goal in unmet), key=lambda case: case.share)
+    case = max((_Case(trajectory, goal) for goal in unmet), key=lambda case: case.share)
     verdict, sentence = case.verdict()
-    if len(signals.goals) > 1:
-        met = len(signals.goals) - len(unmet)
-        sentence = f"{met} of {len(signals.goals)} goals held at the end. {sentence}"
+    if len(trajectory.goals) > 1:
+        met = len(trajectory.goals) - len(unmet)
+        sentence = f"{met} of {len(trajectory.goals)} goals held at the end. {sentence}"
     return verdict, sentence
 
 
 class _Case:
     """One goal that does not hold at the end."""
 
-    def __init__(self, signals: Signals, goal: int) -> None:
-        self.signals, self.number, self.goal = signals, goal, signals.goals[goal]
-        self.stages = reached(signals, goal)
+    def __init__(self, trajectory: Trajectory, goal: int) -> None:
+        self.trajectory, self.number, self.goal = trajectory, goal, trajectory.goals[goal]
+        self.stages = reached(trajectory, goal)
         self.share = sum(step is not None for step in self.stages.values()) / len(self.stages)
-        self.name = _plain(self.goal.subject, signals)
-        self.still = _still(signals)
+        self.name = _plain(self.goal.subject, trajectory)
+        self.still = _still(trajectory)
 
     def verdict(self) -> tuple[str, str]:
-        target, way = self.signals.targets[self.number], self.signals.ways[self.number]
-        held = np.flatnonzero(self.signals.held[:, self.number])
+        target, joint_goal = self.trajectory.targets[self.number], self.trajectory.joint_goals[self.number]
+        held = np.flatnonzero(self.trajectory.held[:, self.number])
         if held.size:
             return "undone", self._sentence(
                 f"{self._wish()} at step {held[0]}, but no longer from step {held[-1] + 1} on"
             )
         if target is not None:
             return self._placing(target)
-        if way is not None:
-            return self._moving(way)
+        if joint_goal is not None:
+            return self._moving(joint_goal)
         return "never_held", f"The predicate ({' '.join(self.goal.state)}) never held."
 
     def _wish(self) -> str:
         if self.goal.target:
-            return f"The {self.name} was {self.goal.predicate} the {_plain(self.goal.target, self.signals)}"
+            return f"The {self.name} was {self.goal.predicate} the {_plain(self.goal.target, self.trajectory)}"
         return f"The {self.name} was {SENTENCES[self.goal.predicate]}"
 
     def _sentence(self, text: str, *, tail: bool = True) -> str:
@@ -126,8 +128,8 @@ class _Case:
     # --- an object --------------------------------------------------------------------------------------------------
 
     def _placing(self, target: Target) -> tuple[str, str]:
-        signals, thing = self.signals, self.signals.objects.index(self.goal.subject)
-        lifts = signals.lifts(thing)
+        trajectory, thing = self.trajectory, self.trajectory.objects.index(self.goal.subject)
+        lifts = trajectory.lifts(thing)
         if shut := self._not_open(target, lifted=bool(lifts)):
             return "not_open_enough", self._sentence(shut)
         if lifts:
@@ -146,21 +148,25 @@ class _Case:
             return "pushed_away", self._sentence(pushed + ("" if empty is None else "; " + empty))
         if empty is not None:
             return "closed_beside", self._sentence(empty[0].upper() + empty[1:])
-        return self._nothing(signals.gap(thing), "never_grasped")
+        return self._nothing(trajectory.gap(thing), "never_grasped")
 
     def _not_open(self, target: Target, *, lifted: bool) -> str | None:
         """What is wrong with the target's drawer or door, where that is why the object cannot be in it."""
-        way = target.way
-        if way is None or self.stages[OPENED] is not None:
+        joint_goal = target.joint_goal
+        if joint_goal is None or self.stages[OPENED] is not None:
             return None
         at_it = self.stages["released"] is not None
-        tried = not lifted and bool((np.abs(progress(way, self.signals.values[:, way.part])) >= MOVED).any())
-        return self._how_far(way, "open", self.signals.parts[way.part].name) if at_it or tried else None
+        tried = not lifted and bool(
+            (np.abs(progress(joint_goal, self.trajectory.values[:, joint_goal.part])) >= MOVED).any()
+        )
+        return (
+            self._how_far(joint_goal, "open", self.trajectory.parts[joint_goal.part].name) if at_it or tried else None
+        )
 
     def _after_lift(self, target: Target, thing: int, start: int, stop: int) -> tuple[str, str]:
-        signals, over = self.signals, self.signals.over(self.number)
-        aim = _plain(self.goal.target or "", signals)
-        if stop > signals.steps:
+        trajectory, over = self.trajectory, self.trajectory.over(self.number)
+        aim = _plain(self.goal.target or "", trajectory)
+        if stop > trajectory.steps:
             if over[-1]:
                 since = [begin for begin, _ in runs(over)][-1]
                 text = f"Held the {self.name} over the {aim} from step {max(since, start)} on and never let go of it"
@@ -168,16 +174,16 @@ class _Case:
             return "not_carried", self._sentence(
                 f"Still held the {self.name} at the end, {self._distance()} from the {aim}"
             )
-        fall = signals.places[stop - 1, thing, 2] - signals.places[-1, thing, 2]
-        slipped = bool(signals.closing[stop])
+        fall = trajectory.places[stop - 1, thing, 2] - trajectory.places[-1, thing, 2]
+        slipped = bool(trajectory.closing[stop])
         if not over[stop - 1] and fall > FALL:
             how = "it slipped out of the closed gripper" if slipped else "the gripper opened"
-            away = float(np.linalg.norm(signals.offset[stop - 1, self.number, :2]))
+            away = float(np.linalg.norm(trajectory.offset[stop - 1, self.number, :2]))
             text = f"Dropped the {self.name} at step {stop}, {_cm(away)} from the {aim}: {how}"
             return "dropped", self._sentence(f"{text}; it fell {_cm(fall)}")
-        wrong = [name for name in signals.supports[self.number] if name != target.owner]
+        wrong = [name for name in trajectory.supports[self.number] if name != target.owner]
         if wrong:
-            other = _plain(wrong[0], signals)
+            other = _plain(wrong[0], trajectory)
             text = f"Let go of the {self.name} at step {stop}; it rests on the {other}, not on the {aim}"
             return "wrong_target", self._sentence(text)
         text = f"Let go of the {self.name} at step {stop}; {self._where(target)}"
@@ -185,13 +191,13 @@ class _Case:
 
     def _miss(self, target: Target) -> float:
         """m beyond what the predicate allows horizontally, at the end."""
-        offset = self.signals.offset[-1, self.number]
-        if self.goal.target in self.signals.objects:  # a disc around the other object's origin
+        offset = self.trajectory.offset[-1, self.number]
+        if self.goal.target in self.trajectory.objects:  # a disc around the other object's origin
             return max(float(np.linalg.norm(offset[:2]) - target.room[0]), 0.0)
         return float(miss(offset, target.room))
 
     def _where(self, target: Target) -> str:
-        offset, aim = self.signals.offset[-1, self.number], _plain(self.goal.target or "", self.signals)
+        offset, aim = self.trajectory.offset[-1, self.number], _plain(self.goal.target or "", self.trajectory)
         beyond = self._miss(target)
         if beyond > 0:
             text = f"it ended {self._distance()} from the middle of the {aim}, {_cm(beyond)} more than LIBERO allows"
@@ -200,21 +206,21 @@ class _Case:
         return f"it ended at the {aim}, {_cm(abs(offset[2]))} {side} its middle, but the predicate never held"
 
     def _distance(self) -> str:
-        return _cm(float(np.linalg.norm(self.signals.offset[-1, self.number, :2])))
+        return _cm(float(np.linalg.norm(self.trajectory.offset[-1, self.number, :2])))
 
     def _other_lift(self) -> str | None:
         """An object that was lifted though it is no goal's."""
-        subjects = {goal.subject for goal in self.signals.goals}
-        for other, name in enumerate(self.signals.objects):
-            if name not in subjects and self.signals.lifts(other):
-                return _plain(name, self.signals)
+        subjects = {goal.subject for goal in self.trajectory.goals}
+        for other, name in enumerate(self.trajectory.objects):
+            if name not in subjects and self.trajectory.lifts(other):
+                return _plain(name, self.trajectory)
         return None
 
     def _moved(self, thing: int) -> float:
-        return float(np.linalg.norm(self.signals.places[-1, thing] - self.signals.places[0, thing]))
+        return float(np.linalg.norm(self.trajectory.places[-1, thing] - self.trajectory.places[0, thing]))
 
     def _pushed(self, thing: int) -> str | None:
-        upright = self.signals.upright[:, thing]
+        upright = self.trajectory.upright[:, thing]
         tipped = float(upright[-1] @ upright[0]) < TIPPED
         if self._moved(thing) < PUSHED and not tipped:
             return None
@@ -223,9 +229,9 @@ class _Case:
 
     def _empty_grasps(self, thing: int) -> str | None:
         """How often, and how near, the fingers shut on nothing beside the object."""
-        gap = self.signals.gap(thing)
-        between = np.any(np.all(self.signals.touch[:, : len(self.signals.objects), :2], axis=2), axis=1)
-        shut = (self.signals.opening < SHUT) & self.signals.closing & ~between
+        gap = self.trajectory.gap(thing)
+        between = np.any(np.all(self.trajectory.touch[:, : len(self.trajectory.objects), :2], axis=2), axis=1)
+        shut = (self.trajectory.opening < SHUT) & self.trajectory.closing & ~between
         near = [start for start, _ in runs(shut) if gap[start] < BESIDE]
         if not near:
             return None
@@ -235,31 +241,35 @@ class _Case:
 
     # --- a part -----------------------------------------------------------------------------------------------------
 
-    def _moving(self, way: Way) -> tuple[str, str]:
-        signals = self.signals
+    def _moving(self, joint_goal: JointGoal) -> tuple[str, str]:
+        trajectory = self.trajectory
         if self.stages["moved"] is not None:
             return NOT_ENOUGH[self.goal.predicate], self._sentence(
-                self._how_far(way, self.goal.predicate, self.goal.subject)
+                self._how_far(joint_goal, self.goal.predicate, self.goal.subject)
             )
-        asked = {other.part for other in signals.ways if other}
-        for number, part in enumerate(signals.parts):
-            travel = np.abs(signals.values[:, number] - signals.values[0, number]).max()
+        asked = {other.part for other in trajectory.joint_goals if other}
+        for number, part in enumerate(trajectory.parts):
+            travel = np.abs(trajectory.values[:, number] - trajectory.values[0, number]).max()
             if number not in asked and travel >= MOVED * part.span:
-                text = f"Moved the {_plain(part.name, signals)} by {_amount(travel, part.hinge)}, not the {self.name}"
+                text = (
+                    f"Moved the {_plain(part.name, trajectory)} by {_amount(travel, part.hinge)}, not the {self.name}"
+                )
                 return "wrong_part", self._sentence(text)
         if self.stages["touched"] is not None:
-            best = progress(way, signals.values[:, way.part]).max()
+            best = progress(joint_goal, trajectory.values[:, joint_goal.part]).max()
             text = f"Touched the {self.name} at step {self.stages['touched']}, but moved it only {100 * best:.0f} % of the way"
             return "not_moved", self._sentence(text)
         if other := self._other_lift():
             return "wrong_object", self._sentence(f"Lifted the {other} and never touched the {self.name}")
-        return self._nothing(signals.part_gap[:, way.part], "never_touched")
+        return self._nothing(trajectory.part_gap[:, joint_goal.part], "never_touched")
 
-    def _how_far(self, way: Way, predicate: str, name: str) -> str:
-        part, values = self.signals.parts[way.part], self.signals.values[:, way.part]
-        left = way.left(values)
+    def _how_far(self, joint_goal: JointGoal, predicate: str, name: str) -> str:
+        part, values = self.trajectory.parts[joint_goal.part], self.trajectory.values[:, joint_goal.part]
+        left = joint_goal.left(values)
         best, needed = left[0] - left.min(), left[0]
-        text = f"The {_plain(name, self.signals)} was to be {SENTENCES[predicate]}, by {_amount(needed, part.hinge)}; "
+        text = (
+            f"The {_plain(name, self.trajectory)} was to be {SENTENCES[predicate]}, by {_amount(needed, part.hinge)}; "
+        )
         text += f"it got {_amount(best, part.hinge)} far"
         if left[-1] > left.min() + MOVED * needed:
             text += f" and ended at {_amount(max(left[0] - left[-1], 0), part.hinge)}"
@@ -270,8 +280,8 @@ class _Case:
     def _nothing(self, gap: np.ndarray, near: str) -> tuple[str, str]:
         """Nothing was done to the goal's thing. gap (T + 1,): how far the hand was from it."""
         if self.still >= IDLE_STEPS:
-            state = "shut" if self.signals.opening[-1] < SHUT else "open"
-            text = f"Stood still for the last {self.still} of {self.signals.steps} steps, {_cm(gap[-1])} from the {self.name}"
+            state = "shut" if self.trajectory.opening[-1] < SHUT else "open"
+            text = f"Stood still for the last {self.still} of {self.trajectory.steps} steps, {_cm(gap[-1])} from the {self.name}"
             return "idle", self._sentence(f"{text}, the gripper {state}", tail=False)
         closest = f"{_cm(gap.min())} from the {self.name} at step {int(gap.argmin())}"
         if self.stages.get("approached") is None:
@@ -283,16 +293,20 @@ class _Case:
         return near, self._sentence(text)
 
 
-def _still(signals: Signals) -> int:
+def _still(trajectory: Trajectory) -> int:
     """For how many steps at the end the hand stood still."""
-    away = np.linalg.norm(signals.hand - signals.hand[-1], axis=1) > STILL
-    away |= np.abs(signals.opening - signals.opening[-1]) > STILL_FINGERS
-    return signals.steps - (int(np.flatnonzero(away)[-1]) + 1 if away.any() else 0)
+    away = np.linalg.norm(trajectory.hand - trajectory.hand[-1], axis=1) > STILL
+    away |= np.abs(trajectory.opening - trajectory.opening[-1]) > STILL_FINGERS
+    return trajectory.steps - (int(np.flatnonzero(away)[-1]) + 1 if away.any() else 0)
 
 
-def _plain(name: str, signals: Signals) -> str:
+def _plain(name: str, trajectory: Trajectory) -> str:
     """A name of the BDDL file for people: without the number where there is only one of its kind."""
-    names = {*signals.objects, *(part.fixture for part in signals.parts), *(goal.target for goal in signals.goals)}
+    names = {
+        *trajectory.objects,
+        *(part.fixture for part in trajectory.parts),
+        *(goal.target for goal in trajectory.goals),
+    }
 
     def bare(match: re.Match[str]) -> str:
         twins = [f"{match[1]}_{number}" for number in range(1, 10)]

@@ -1,4 +1,4 @@
-"""traces.py: actions come back to the bit; lines say what the numbers did."""
+"""actions.py: actions come back to the bit; lines say what the numbers did."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prismatic.episodes import traces
+from prismatic.episodes import actions as traces
 from prismatic.errors import ConfigError
 
 

@@ -1,0 +1,43 @@
+"""A line of results.jsonl: what came of one episode, as every later stage reads it."""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+Count = Annotated[int, Meta(ge=0)]
+FileName = Annotated[str, Meta(pattern=r"^[^/\x00]+$")]  # within the rollout folder
+
+
+class ReplayResult(Struct, kw_only=True):
+    """How far a recorded episode's actions led along the recorded path."""
+
+    file_path: str
+    recorded_steps: Count
+    followed_steps: Count | None = None  # None: it was not recorded where the hand was
+    left_out: bool = False  # it did not begin as it was recorded
+
+
+class EpisodeResult(Struct, kw_only=True):
+    """One episode. `success` is None for an error: a crash says nothing about the policy. Fields with a default are missing in older runs."""
+
+    episode_id: str
+    suite: str
+    task_id: Count
+    init_state: Count
+    env_seed: Count
+    instruction: str
+    success: bool | None
+    error: str | None
+    steps: Count
+    seconds: float
+    video: FileName | None = None
+    actions_sha256: str | None = None  # tells whether two runs did the same, not only whether they ended alike
+    stages: dict[str, int | None] = msgspec.field(default_factory=dict)  # stage → its first step (scene/stages.py)
+    verdict: str | None = None  # a code of scene/diagnosis.py
+    reason: str | None = None
+    actions: Annotated[str, Meta(pattern=r"^actions/[^/\x00]+$")] | None = None  # file of them
+    near_ties: list[int] = msgspec.field(default_factory=list)  # steps at which rounding may have chosen
+    instruction_given: str | None = None  # where it is another than the task's; may be ""
+    moved_by_env_seed_mm: dict[str, float] | None = None  # against env seed 0
+    replay: ReplayResult | None = None

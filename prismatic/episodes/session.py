@@ -1,0 +1,142 @@
+"""What one call of eval.py does with its policy, and measures of itself: answers in batches, latency, memory, the golden frame.
+
+A run may be continued or shared by ranks: each call has its own entry in the protocol's `sessions`, none is averaged away.
+"""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from prismatic import machine
+from prismatic.episodes.player import Observation, Outcome
+from prismatic.episodes.pool import Question
+from prismatic.errors import PolicyError
+from prismatic.versions import git_commit
+
+if TYPE_CHECKING:  # it needs torch, which an evaluation of the expert does not
+    from prismatic.policy import Policy
+
+
+class Session:
+    """One call's policy and measurements. counts: of what decoding has done, where the policy keeps such (see models/decode.py).
+
+    one_by_one: ask the policy row by row, so that not even rounding depends on who else waits.
+    """
+
+    def __init__(
+        self,
+        policy: "Policy | None" = None,
+        *,
+        workers: int,
+        rank: int = 0,
+        one_by_one: bool = False,
+        counts: Mapping[str, int] | None = None,
+    ) -> None:
+        self._policy, self._workers, self._rank, self._one_by_one = policy, workers, rank, one_by_one
+        self._counts = counts or {}
+        self._started, self._clock = datetime.now(UTC), time.monotonic()
+        self.seconds: list[float] = []  # of each call of the policy
+        self.rows = self.episodes = 0
+        self._processes: dict[int, int] = {}  # process id → its peak, bytes
+        self._device_bytes = 0
+        self._golden: dict[str, Any] | None = None
+
+    def answer(self, questions: Sequence[Question]) -> list[Any]:
+        """For each simulator process that waits: (chunk (K, 7) float32, top-1 margin), or the PolicyError to be raised there."""
+        if self._one_by_one and len(questions) > 1:
+            return [answer for question in questions for answer in self.answer([question])]
+        assert self._policy is not None
+        rows: list[Observation] = [question.content for question in questions]
+        start = time.perf_counter()
+        try:
+            chunks = self._policy.batch_chunks(
+                [row.image for row in rows],
+                [row.instruction for row in rows],
+                wrists=[row.wrist for row in rows] if self._policy.num_images > 1 else None,
+                states=[np.asarray(row.state) for row in rows] if self._policy.uses_state else None,
+                episodes=[(question.job, question.attempt) for question in questions],
+            )
+        except PolicyError as error:
+            return (
+                [error] if len(rows) == 1 else [answer for question in questions for answer in self.answer([question])]
+            )
+        self.seconds.append(time.perf_counter() - start)
+        self.rows += len(rows)
+        return list(zip(np.asarray(chunks, dtype=np.float32), self._policy.last_margins, strict=True))
+
+    def hear(self, kind: str, content: Any) -> None:
+        """What a simulator process says unasked."""
+        if kind == "golden":
+            self._golden = content
+
+    def note(self, outcome: Outcome) -> None:
+        """An episode has ended."""
+        self.episodes += 1
+        if outcome.process:
+            self._processes[outcome.process] = max(outcome.peak_memory, self._processes.get(outcome.process, 0))
+        if cuda := _cuda():
+            free, total = cuda.mem_get_info()
+            self._device_bytes = max(self._device_bytes, total - free)
+
+    def record(self) -> dict[str, Any]:
+        """The entry: times in ms and s, memory in bytes; null where there was nothing to measure."""
+        return {
+            "started": self._started.isoformat(timespec="seconds"),
+            "rank": self._rank,
+            "git_commit": git_commit(),
+            "workers": self._workers,
+            "episodes": self.episodes,
+            "seconds": round(time.monotonic() - self._clock, 1),
+            "policy_latency_ms": self._latency(),
+            "decoding": self._decoding(),
+            "host_memory_peak_bytes": self._host_memory(),
+            "gpu_memory_peak_bytes": self._gpu_memory(),
+            "golden_frame": self._golden,
+        }
+
+    def _latency(self) -> dict[str, float] | None:
+        if not self.seconds:
+            return None
+        p50, p95 = np.percentile(1000 * np.array(self.seconds), [50, 95])
+        calls = len(self.seconds)
+        return {
+            "p50": round(float(p50), 2),
+            "p95": round(float(p95), 2),
+            "calls": calls,
+            "rows_per_call": round(self.rows / calls, 2),
+        }
+
+    def _decoding(self) -> dict[str, float] | None:
+        """Forward passes of the language model a call; of drafting: accepted tokens a row."""
+        if not self._counts.get("calls"):
+            return None
+        return {
+            "passes_per_call": round(self._counts["passes"] / self._counts["calls"], 2),
+            "accepted_tokens": round(self._counts.get("accepted", 0) / self._counts["actions"], 2),
+        }
+
+    def _host_memory(self) -> dict[str, Any]:
+        """Each process's own peak; of replaced processes the largest count, as no more than `workers` live at once."""
+        parent, workers = machine.peak_memory(), sorted(self._processes.values(), reverse=True)[: self._workers]
+        return {"parent": parent, "workers": workers, "sum": parent + sum(workers)}
+
+    def _gpu_memory(self) -> dict[str, int] | None:
+        """torch's own peaks, loading included, and the most that the whole device held when an episode ended (renderers too)."""
+        cuda = _cuda()
+        if cuda is None:
+            return None
+        return {
+            "allocated": cuda.max_memory_allocated(),
+            "reserved": cuda.max_memory_reserved(),
+            "device": self._device_bytes,
+        }
+
+
+def _cuda() -> Any:
+    """torch.cuda, if something computes on a GPU here. torch is never imported for it: the expert needs none."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None

@@ -1,0 +1,69 @@
+"""What eval.py says while it plays and when it has played."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from tqdm import tqdm
+
+from prismatic.episodes.result import EpisodeResult
+from prismatic.episodes.trials import Trial
+from prismatic.evaluation import Facts, read_rows
+from prismatic.filenames import REPORT, RESULTS
+from prismatic.pages.gallery import filmed
+from prismatic.summary import crashed, sentences
+from prismatic.versions import unpinned_simulator
+
+
+class Progress:
+    """A bar over a rank's trials, with the successes and errors so far. Use with `with`; `add` each episode's row."""
+
+    def __init__(
+        self, trials: Sequence[Trial], done: Iterable[EpisodeResult], folder: Path, *, show: bool = True
+    ) -> None:
+        mine = {trial.id for trial in trials}
+        done = [row for row in done if row.episode_id in mine]
+        if done and show:
+            print(f"{len(done)} of {len(mine)} episodes are already in {folder}")
+        self._successes = sum(row.success is True for row in done)
+        self._errors = sum(row.error is not None for row in done)
+        self._bar = tqdm(total=len(mine), initial=len(done), unit="episode", disable=not show, dynamic_ncols=True)
+
+    def add(self, row: EpisodeResult) -> None:
+        """An episode has ended."""
+        self._successes += row.success is True
+        self._errors += row.error is not None
+        if row.error:
+            self._bar.write(f"error in {row.episode_id}: {row.error}")
+        self._bar.set_postfix(successes=self._successes, errors=self._errors, refresh=False)
+        self._bar.update()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+
+def print_result(folder: Path, summary: Facts) -> None:
+    """The rate, what stands beside it, and where the files are."""
+    judged = summary["successes"] + summary["failures"]
+    rate = "no episode has ended with an outcome"
+    if judged:
+        low, high = (100 * limit for limit in summary["interval_95"])
+        rate = f"{100 * summary['success_rate']:.1f} % success, 95 % interval {low:.1f} to {high:.1f} % "
+        rate += f"({summary['successes']} of {judged} episodes)"
+    print(f"{summary['protocol']['task_suite_name']}, {folder.name}: {rate}")
+    if crashes := crashed(summary):
+        print(f"{crashes} more ended in an error and do not count: --retry_errors True plays them again")
+    for line in sentences(summary):
+        print(f"    {line}")
+    for found in unpinned_simulator():
+        print(f"beware: {found}: not to be compared with scores of the pinned version")
+    for label, file in (("report ", REPORT), ("results", RESULTS)):
+        if (folder / file).exists():  # neither is there after an open loop alone
+            print(f"{label}  {folder / file}")
+    for line in filmed(folder, read_rows(folder)):
+        print(line)

@@ -1,0 +1,156 @@
+"""What an episode's states say of its objects: positions, contacts, the gripper, and LIBERO's predicates, as arrays over time. No simulator here.
+
+scene/recorder.py fills a Trajectory; stages.py and diagnosis.py read it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+PLACING = ("on", "in")
+MOVING = ("open", "close", "turnon", "turnoff")
+OPENED = "opened"
+PLACE_STAGES = ("approached", "touched", "grasped", "lifted", "carried", "released", "predicate_held")
+MOVE_STAGES = ("approached", "touched", "moved", "predicate_held")
+LIFTED = 0.02  # m
+OVER = 0.01  # m beyond the target's outline that still count as over it
+EMPTY = 0.003  # m between the fingers, at which nothing can be between them
+STOPPED = 0.002  # m a step: fingers that close on nothing move faster
+GRASP_STEPS = 2  # running, that make a grasp
+FLICKER = 2  # steps without contact that don't end one
+CLOSING_STEPS = 10  # before a grasp, in which the hand may lift what its fingers are still closing on
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A predicate as the BDDL file has it, in lower case."""
+
+    predicate: str
+    subject: str
+    target: str | None = None
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        """As LIBERO's environment has it."""
+        return (self.predicate, self.subject) + ((self.target,) if self.target else ())
+
+    def stage_names(self) -> tuple[str, ...]:
+        """Its stages in order, but for `opened`, which depends on the scene."""
+        if self.predicate in PLACING:
+            return PLACE_STAGES
+        return MOVE_STAGES if self.predicate in MOVING else ("predicate_held",)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A drawer, door or knob: the joint's name, its fixture, and the end of its way (m or rad)."""
+
+    name: str
+    fixture: str
+    hinge: bool
+    span: float  # length of the whole way
+
+
+@dataclass(frozen=True)
+class JointGoal:
+    """Where a part's value must get: past `end`, in the direction `sign`."""
+
+    part: int  # index into Trajectory.parts
+    end: float
+    sign: float
+
+    def left(self, values: np.ndarray) -> np.ndarray:
+        """How far it still is; negative when it is there."""
+        return (self.end - values) * self.sign
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an object goes. `outline` and `room` are half sizes (3,), m: of the whole target, and of where the
+    object's origin must be horizontally for LIBERO's predicate (its height has other rules).
+    """
+
+    owner: str | None  # the thing that it is or belongs to; None: a zone of the table
+    outline: np.ndarray
+    room: np.ndarray
+    joint_goal: JointGoal | None = None  # of the drawer or door that must be open
+
+
+@dataclass
+class Trajectory:
+    """An episode as the simulator's state told it; T + 1 moments, the first before any action. m, rad, world axes."""
+
+    goals: Sequence[Goal]
+    objects: Sequence[str]  # N movable ones
+    parts: Sequence[Part]  # J
+    targets: Sequence[Target | None]  # a goal, where it places something
+    joint_goals: Sequence[JointGoal | None]  # a goal, where it moves a part
+    centre: np.ndarray  # (N, 3) of an object's box, from the object's origin, at the start
+    half: np.ndarray  # (N, 3) half sizes of that box
+    hand: np.ndarray  # (T + 1, 3) grip site
+    opening: np.ndarray  # (T + 1,) between the fingers
+    closing: np.ndarray  # (T + 1,) bool: the gripper has been told to close
+    places: np.ndarray  # (T + 1, N, 3) origins
+    upright: np.ndarray  # (T + 1, N, 3) the world's up in the object's own axes
+    touch: np.ndarray  # (T + 1, N + J, 3) bool: by the left finger, the right finger, the rest of the robot
+    offset: np.ndarray  # (T + 1, G, 3) object - target; zeros where the goal places nothing
+    values: np.ndarray  # (T + 1, J) of the joints
+    part_gap: np.ndarray  # (T + 1, J) between the grip site and the part; inf where no goal asks
+    held: np.ndarray  # (T + 1, G) bool: LIBERO's predicates
+    supports: Sequence[Sequence[str]] = field(default_factory=list)  # a goal: what its object rests on at the end
+
+    @property
+    def steps(self) -> int:
+        """T, the number of actions."""
+        return len(self.hand) - 1
+
+    def gap(self, thing: int) -> np.ndarray:
+        """(T + 1,) distance of the grip site from an object's box, which is taken as square, since it may turn."""
+        half = np.array([self.half[thing, :2].max(), self.half[thing, :2].max(), self.half[thing, 2]])
+        beyond = np.abs(self.hand - self.places[:, thing] - self.centre[thing]) - half
+        return np.linalg.norm(np.maximum(beyond, 0), axis=1)
+
+    def grasps(self, thing: int) -> list[tuple[int, int]]:
+        """[start, stop) of the moments at which an object was held."""
+        stopped = np.abs(np.diff(self.opening, prepend=self.opening[0])) < STOPPED
+        both = self.touch[:, thing, 0] & self.touch[:, thing, 1] & self.closing & stopped & (self.opening > EMPTY)
+        spans: list[tuple[int, int]] = []
+        for start, stop in runs(both):
+            if spans and start - spans[-1][1] <= FLICKER:
+                spans[-1] = (spans[-1][0], stop)
+            else:
+                spans.append((start, stop))
+        return [(start, stop) for start, stop in spans if stop - start >= GRASP_STEPS]
+
+    def lifts(self, thing: int) -> list[tuple[int, int]]:
+        """[start, stop) from the moment at which a held object is lifted to that at which it is let go."""
+        lifts = []
+        for start, stop in self.grasps(thing):
+            rest = self.places[max(start - CLOSING_STEPS, 0) : start + 1, thing, 2].min()
+            height = self.places[start:stop, thing, 2] - rest
+            if height.max() >= LIFTED:
+                lifts.append((start + int(np.argmax(height >= LIFTED)), stop))
+        return lifts
+
+    def over(self, goal: int) -> np.ndarray:
+        """(T + 1,) bool: the object is over its target's outline."""
+        target = self.targets[goal]
+        assert target is not None
+        return miss(self.offset[:, goal], target.outline) <= OVER
+
+
+def miss(offset: np.ndarray, half: np.ndarray) -> np.ndarray:
+    """(...,) horizontal distance beyond a rectangle of half sizes (3,), of points (..., 3) from its middle."""
+    return np.linalg.norm(np.maximum(np.abs(offset[..., :2]) - half[:2], 0), axis=-1)
+
+
+def runs(mask: np.ndarray) -> Iterator[tuple[int, int]]:
+    """[start, stop) of each stretch of True in (T,) bool."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
+    yield from ((int(start), int(stop)) for start, stop in edges.reshape(-1, 2))
+
+
+def first(mask: np.ndarray) -> int | None:
+    """Index of the first True."""
+    return int(np.argmax(mask)) if mask.any() else None
