@@ -9,9 +9,11 @@ one of the stored states that evaluation uses.
 """
 
 import contextlib
+import fcntl
 import json
+import shutil
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,6 +29,7 @@ from prismatic.episodes import pool
 from prismatic.episodes.demonstration import Demonstration, Job, Record
 from prismatic.episodes.replay import Replays, find_replays
 from prismatic.errors import ConfigError, exit_codes
+from prismatic.filenames import UNFINISHED
 from prismatic.ranges import Count, NonNegative, Positive, Seed, Workers, checked
 from prismatic.scene.renderer import choose_renderer
 from prismatic.scene.suites import instruction, num_tasks
@@ -181,6 +184,21 @@ def open_stage(cfg: CollectConfig) -> Path:
     return stage
 
 
+@contextlib.contextmanager
+def alone(stage: Path) -> Iterator[None]:
+    """Keep others out of the folder, and sweep what a killed call left unfinished there. ConfigError while another call writes to it."""
+    with (stage / "settings.json").open() as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another collect.py writes to {stage}: wait for it, or give another dataset_name"
+            ) from None
+        for left in stage.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
 def run(schedule: Schedule | Replays, work: Record, bar: tqdm, *, num_workers: int, hang_limit: float) -> None:
     """Give out jobs and gather what comes of them until there are none left."""
     succeeded = tried = 0
@@ -213,9 +231,6 @@ def collect(cfg: CollectConfig) -> Path:
     """Episodes as files, then the data set made of them; its version folder."""
     choose_renderer()
     rlds.check_name(cfg.dataset_name)
-    for name in ("num_demos_per_task", "num_workers"):
-        if getattr(cfg, name) < 1:
-            raise ConfigError(f"{name} is {getattr(cfg, name)}: give at least 1")
     if cfg.policy_checkpoint and cfg.from_hdf5:
         raise ConfigError("policy_checkpoint acts before the expert, and from_hdf5 has none: leave one of them out")
     if cfg.policy_checkpoint and not cfg.policy_checkpoint.is_dir():
@@ -223,17 +238,16 @@ def collect(cfg: CollectConfig) -> Path:
     for task_id in cfg.task_ids:
         instruction(cfg.task_suite_name, task_id)  # a ConfigError for a task that isn't there
     schedule = make_schedule(cfg)
-    found = schedule.found()
-    with tqdm(total=schedule.total, initial=found, unit="episode", desc=cfg.task_suite_name) as bar:
-        if found < schedule.total:
-            workers = min(cfg.num_workers, schedule.total - found)
-            run(
-                schedule, Record(str(cfg.policy_checkpoint or "")), bar, num_workers=workers, hang_limit=pool.HANG_LIMIT
-            )
-    for line in schedule.report():
-        print(line)
-    writer = rlds if cfg.format == "rlds" else lerobot_writer
-    return writer.write_dataset(stage_folder(cfg), cfg.data_root_dir, cfg.dataset_name)
+    with alone(stage_folder(cfg)):
+        found, work = schedule.found(), Record(str(cfg.policy_checkpoint or ""))
+        with tqdm(total=schedule.total, initial=found, unit="episode", desc=cfg.task_suite_name) as bar:
+            if found < schedule.total:
+                workers = min(cfg.num_workers, schedule.total - found)
+                run(schedule, work, bar, num_workers=workers, hang_limit=pool.HANG_LIMIT)
+        for line in schedule.report():
+            print(line)
+        writer = rlds if cfg.format == "rlds" else lerobot_writer
+        return writer.write_dataset(stage_folder(cfg), cfg.data_root_dir, cfg.dataset_name)
 
 
 def main(cfg: CollectConfig) -> None:

@@ -14,7 +14,8 @@ import pytest
 
 import eval as script
 from config import EvalConfig, EvalOptions
-from prismatic import versions
+from prismatic import machine, versions
+from prismatic.episodes import setup
 from prismatic.errors import ConfigError
 from prismatic.evaluation import read_rows
 from tests.drawn_cache import write_cache
@@ -172,11 +173,11 @@ def test_a_run_and_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[
     folder = tmp_path / "EVAL-fake-zero"
     rows = read_rows(folder)
     assert len(rows) == 2
-    assert all((folder / row.video).is_file() for row in rows)
+    assert all((folder / str(row.video)).is_file() for row in rows)
     printed = capsys.readouterr().out
     assert "0.0 % success, 95 % interval 0.0 to 65.8 % (0 of 2 episodes)" in printed
     assert str(folder / "report.html") in printed
-    assert f"a failure: {folder / rows[0].video}" in printed
+    assert f"a failure: {folder / str(rows[0].video)}" in printed
     protocol = json.loads((folder / "summary.json").read_text())["protocol"]
     assert (protocol["policy"], protocol["env_seed"], protocol["step_limit"]) == (
         "zero",
@@ -209,7 +210,7 @@ def test_controls_stand_beside_the_score(
     assert json.loads((tmp_path / "EVAL-fake-openvla-tiny" / "summary.json").read_text())["episodes"] == 0
     run(dataclasses.replace(acting, instruction="swap"))
     told = read_rows(tmp_path / "EVAL-fake-openvla-tiny--instruction-swap")
-    assert [row.instruction_given[-2] for row in told] == ["1", "2", "0"]
+    assert [str(row.instruction_given)[-2] for row in told] == ["1", "2", "0"]
     assert [row.instruction[-2] for row in told] == ["0", "1", "2"]
     run(acting)
     summary = json.loads((tmp_path / "EVAL-fake-openvla-tiny" / "summary.json").read_text())
@@ -225,9 +226,9 @@ def test_ranks_of_one_machine_share_it_and_its_episodes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(script.machine, "simulators_that_fit", lambda shares: asked.append(shares) or 1)
+    monkeypatch.setattr(machine, "simulators_that_fit", lambda shares: asked.append(shares) or 1)
     monkeypatch.setattr(script, "RANKS", 2)
-    monkeypatch.setattr(script, "LOCAL_RANKS", 2)
+    monkeypatch.setattr(setup, "LOCAL_RANKS", 2)
     cfg = config(tmp_path, num_workers="auto", save_videos=False)
     for rank in (1, 0):
         monkeypatch.setattr(script, "RANK", rank)

@@ -31,6 +31,11 @@ def open_loop(policy: Policy, cache: FrameCache, *, frames: int) -> dict[str, An
     """
     if not isinstance(policy, VLAPolicy):
         raise ConfigError("--open_loop asks a model that learnt from such data, and this policy is none")
+    head = policy.processor.config.action_head
+    if head != "tokens":
+        raise ConfigError(
+            f"--open_loop reads tokens one by one, and this policy's head is {head}: finetune.py validates it"
+        )
     if policy.num_images > 1 and not cache.has_wrist:
         raise ConfigError(f"{cache.name} has no wrist_image, which this policy looks at: give another --dataset_name")
     splits = {"train": cache.train_indices(), "validation": cache.validation_indices()}
