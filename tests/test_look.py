@@ -52,7 +52,11 @@ def absolute(episodes: list[dict[str, Any]]) -> None:
 
 
 def every(field: str, value: Any) -> Callable[[list[dict[str, Any]]], None]:
-    return lambda episodes: [one.update({field: value}) for one in episodes] and None
+    def put(episodes: list[dict[str, Any]]) -> None:
+        for one in episodes:
+            one[field] = value
+
+    return put
 
 
 def shorten(episodes: list[dict[str, Any]]) -> None:
