@@ -1,5 +1,6 @@
 """The waist: ids and labels of the original's sentences, prompts, batches, and that learning and acting see the same pixels."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -110,3 +111,33 @@ def test_words_it_never_saw_are_spelled_not_lost(tiny: Processor) -> None:
         tiny.tokenizer.decode(ids[1:-1]) == "In: What action should the robot take to schraube die mutter fest €?\nOut:"
     )
     assert torch.tensor(ids).max() < TINY.vocab_size - 256
+
+
+def test_a_chunk_and_a_state_are_learnt_as_they_are_acted_on() -> None:
+    config = dataclasses.replace(TINY, action_head="l1", num_actions_chunk=3, proprio_dim=2)
+    proprio = {"q01": [0.0, 1.0], "q99": [2.0, 1.0], "min": [0.0, 1.0], "max": [2.0, 1.0]}
+    statistics = {"demo": ENTRY | {"proprio": proprio}}
+    settings = ProcessorConfig.for_model(config, unnorm_key="demo", center_crop=True)
+    processor = Processor(settings, tiny_tokenizer(["go"]), statistics)
+    frames = [np.zeros((128, 128, 3), np.uint8)] * 2
+    actions = np.linspace(-1, 1, 21, dtype=np.float32).reshape(3, 7)
+    state = np.array([1.5, 7.0], np.float32)
+    batch = processor.collate([processor.example(frames, text, actions, state=state) for text in ("go", "go there")])
+    assert batch.actions is not None and batch.proprio is not None
+    assert batch.actions.shape == (2, 3, 7) and (batch.labels != IGNORE).sum(1).tolist() == [22, 22]
+    np.testing.assert_allclose(batch.proprio, [[0.5, 0.0]] * 2, atol=1e-6)  # what never changes is 0
+    acted = processor.proprio([state, state])
+    assert acted is not None and torch.equal(acted, batch.proprio)
+    np.testing.assert_allclose(processor.unnormalize(batch.actions[0].numpy()), actions, atol=1e-6)
+    with pytest.raises(ConfigError, match="reads a robot state of 2 numbers, but none is given"):
+        processor.example(frames, "go", actions)
+
+
+def test_each_camera_has_augmentation_parameters_of_its_own(tiny: Processor) -> None:
+    frame = np.random.default_rng(0).integers(0, 255, (128, 128, 3)).astype(np.uint8)
+    rng = np.random.default_rng(1)
+    both = [Augmentation.draw(rng), Augmentation.draw(rng)]
+    pixels = tiny.example([frame, frame], "go", np.zeros(7, np.float32), augmentations=both).pixel_values
+    first, second = tiny.images(pixels)
+    np.testing.assert_array_equal(first, both[0](frame))
+    np.testing.assert_array_equal(second, both[1](frame))
