@@ -24,6 +24,7 @@ FOREIGN_FLAGS = {
     "--nnodes",
     "--standalone",
     "-m",
+    "--signal",
     "--no-docker",
     "--render",
 }  # of torchrun, pytest and vla-eval: not ours to promise
