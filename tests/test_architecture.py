@@ -30,6 +30,7 @@ LEAVES = (
     "prismatic.ranges",
     "prismatic.records",
     "prismatic.models.config_file",
+    "prismatic.image",
     "prismatic.policy_inputs",
 )
 CALLERS = ("finetune.py", "eval.py")
