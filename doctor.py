@@ -174,7 +174,12 @@ def policy(cfg: DoctorConfig) -> Iterator[Check]:
     except ConfigError as error:
         yield Check(False, str(error))
         return
-    yield Check(True, f"{cfg.checkpoint} loads, statistics {loaded.processor.config.unnorm_key}")
+    acts = loaded.processor.config
+    yield Check(True, f"{cfg.checkpoint} loads, statistics {acts.unnorm_key}")
+    reads = f"{acts.num_images_in_input} images" + (
+        f" and a state of {acts.proprio_dim} numbers" if acts.proprio_dim else ", no state"
+    )
+    yield Check(None, f"its head is {acts.action_head}: chunks of {acts.num_actions_chunk} actions from {reads}")
     ids = torch.tensor([loaded.processor.prompt_ids("pick up the black bowl")], device=loaded.device)
     size, channels = loaded.processor.config.image_size, 6 * loaded.num_images
     with torch.inference_mode():

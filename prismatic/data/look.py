@@ -240,7 +240,7 @@ def _findings_of_actions(cache: FrameCache, facts: Look) -> Iterator[Finding]:
 
 def _absolute(cache: FrameCache, values: np.ndarray) -> bool:
     """Whether position commands are the state that follows, or never change their sign."""
-    live = values.std(axis=0) > 0
+    live = np.ptp(values, axis=0) > 0
     if not live.any() or len(values) < 4:
         return False
     if cache.state is not None and cache.state.shape[1] >= values.shape[1]:
@@ -249,7 +249,7 @@ def _absolute(cache: FrameCache, values: np.ndarray) -> bool:
             commands, next_state = values[:-1, dim][inside], cache.state[1:, dim][inside]
             if (
                 len(commands) > 3
-                and next_state.std() > 0 < commands.std()
+                and np.ptp(next_state) > 0 < np.ptp(commands)
                 and np.corrcoef(commands, next_state)[0, 1] > SAME_AS_STATE
             ):
                 return True
