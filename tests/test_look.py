@@ -19,8 +19,8 @@ from prismatic.image import encode_jpeg
 from prismatic.pages.dataset import write_page
 from tests.conftest import REPOSITORY
 from tests.drawn_cache import write_cache
-from tests.test_lerobot import EXCERPT
 
+EXCERPT = REPOSITORY / "tests" / "reference_lerobot"
 EPISODES, STEPS = 12, 9
 
 
