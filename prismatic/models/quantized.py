@@ -32,6 +32,9 @@ class Int8Linear(nn.Module):
     int8_activations: with more than FEW_ROWS rows x is rounded too, row by row (W8A8), and integers are multiplied.
     """
 
+    weight_int8: torch.Tensor
+    weight_scale: torch.Tensor
+
     def __init__(self, parts: Parts, bias: torch.Tensor | None, *, int8_activations: bool = False) -> None:
         super().__init__()
         self.register_buffer("weight_int8", parts["weight_int8"])
@@ -77,6 +80,10 @@ class Int4Linear(nn.Module):
 
 class TinyGemmLinear(nn.Module):
     """Int4Linear on a GPU, in bfloat16. The width is padded with zeros to what the kernel takes."""
+
+    weight_tiles: torch.Tensor
+    scale_and_zero: torch.Tensor
+    order: torch.Tensor
 
     def __init__(self, parts: Parts, bias: torch.Tensor | None) -> None:
         super().__init__()
