@@ -57,7 +57,7 @@ def test_a_replay_follows_leaves_or_is_left_out(
     with evaluation.RolloutFolder(tmp_path / "run", identity={"policy": "replay"}, record={}) as folder:
         play = Play(policy="replay", benchmark=FakeBenchmark())
         summary = evaluation.evaluate(demos, folder, play=play)
-    rows = {row.init_state: row for row in evaluation.read_rows(tmp_path / "run")}
+    rows: dict[int, Any] = {row.init_state: row for row in evaluation.read_rows(tmp_path / "run")}
     assert rows[0].episode_id == "fake/task1/demo0/seed0"
     assert rows[0].success is True
     steps = rows[0].replay.recorded_steps
