@@ -57,13 +57,16 @@ def counted_peak(config: VLAConfig, precision: Precision, batch: int, *, checkpo
     return live.peak
 
 
-@pytest.mark.parametrize(("batch", "checkpointing"), [(1, False), (4, "selective"), (4, True)])
+@pytest.mark.parametrize(
+    ("batch", "checkpointing", "tolerance"),
+    [(1, False, 0.005), (4, "selective", 0.01), (4, True, 0.005)],  # selective: the plan is 0.7 % above what is kept
+)
 def test_the_plan_is_what_the_full_sizes_own_code_keeps_alive(
-    model: Model, batch: int, checkpointing: Checkpointing
+    model: Model, batch: int, checkpointing: Checkpointing, tolerance: float
 ) -> None:
     planned = plan(model, Settings(batch, 1, checkpointing))
     counted = counted_peak(VLAConfig(), Precision(), batch, checkpointing=checkpointing)
-    assert planned.activations + planned.logits == pytest.approx(counted, rel=0.01)
+    assert planned.activations + planned.logits == pytest.approx(counted, rel=tolerance)
 
 
 @pytest.mark.parametrize(
