@@ -36,10 +36,8 @@ LEAVES = (
 CALLERS = ("finetune.py", "eval.py")
 MAX_CORE, MAX_ALL, MAX_FILE, MEDIAN_FILE, MAX_FUNCTION = 2_800, 12_500, 350, 150, 80  # lines
 
-# Debts that are being paid: each is to vanish.
-DEBT_IMPORTS: dict[str, set[str]] = {}
-DEBT_CIRCLES: list[set[str]] = []
-DEBT_LINES = True
+# The debt that is left: the two sums above are missed, and may not grow on the way there.
+CORE_TODAY, ALL_TODAY = 3_600, 20_600
 
 
 def name_of(path: Path) -> str:
@@ -129,9 +127,7 @@ def test_the_core_imports_no_extra(name: str) -> None:
     path = REPOSITORY / name
     if name not in CALLERS:
         core = {module_of(REPOSITORY / other) for other in CORE}
-        assert ours(path) - core - {*LEAVES} <= DEBT_IMPORTS.get(name, set()), (
-            "what it needs of an extra is to be handed in"
-        )
+        assert not ours(path) - core - {*LEAVES}, "what it needs of an extra is to be handed in"
 
 
 def test_the_leaves_import_nothing_but_leaves() -> None:
@@ -141,7 +137,7 @@ def test_the_leaves_import_nothing_but_leaves() -> None:
 
 def test_no_import_goes_in_a_circle() -> None:
     found = circles({module: ours(path) - {module} for module, path in MODULES.items()})
-    assert not [circle for circle in found if not any(circle <= debt for debt in DEBT_CIRCLES)]
+    assert not found
 
 
 def test_a_circle_is_seen() -> None:
@@ -193,7 +189,8 @@ def test_the_whole_fits_an_evening_and_a_week() -> None:
     lengths = sorted(lines(path) for path in FILES if path.stat().st_size)
     assert lengths[len(lengths) // 2] <= MEDIAN_FILE
     core = sum(lines(REPOSITORY / name) for name in CORE if (REPOSITORY / name).exists())
-    if DEBT_LINES and (core > MAX_CORE or sum(lengths) > MAX_ALL):
+    assert core <= CORE_TODAY and sum(lengths) <= ALL_TODAY
+    if core > MAX_CORE or sum(lengths) > MAX_ALL:
         pytest.xfail(f"core {core} of {MAX_CORE} lines, all {sum(lengths)} of {MAX_ALL}")
     assert core <= MAX_CORE and sum(lengths) <= MAX_ALL
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prismatic.models import checkpointing
 from prismatic.models.checkpointing import checkpoint_activations, compile_blocks, lean_activations
@@ -64,7 +65,7 @@ def test_selective_recomputing_keeps_products_and_not_a_bit_changes(monkeypatch:
     monkeypatch.setattr(checkpointing, "LARGE", 32)  # the small model's widths, beyond an adapter's rank
     multiplied: list[int] = []
 
-    class Products(torch.utils._python_dispatch.TorchDispatchMode):
+    class Products(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             multiplied[-1] += func.overloadpacket in checkpointing.PRODUCTS and args[-1].shape[0] >= 32
             return func(*args, **(kwargs or {}))

@@ -36,7 +36,7 @@ def test_another_simulator_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_data_set_is_bad(tmp_path: Path) -> None:
-    (text,) = bad(DoctorConfig(simulator=False, data_root_dir=tmp_path, dataset_name="none"))
+    (text,) = bad(DoctorConfig(simulator=False, data_root_dir=str(tmp_path), dataset_name="none"))
     assert "none" in text
 
 

@@ -47,7 +47,11 @@ def flags(script: str) -> frozenset[str]:
         for name, value in vars(module).items()
         if name.endswith("Config") and isinstance(value, type) and dataclasses.is_dataclass(value)
     ]
-    return frozenset(f"--{name}" for kind in kinds for name in fields(kind)) | {"--help"}
+    own = (
+        (REPOSITORY / "prismatic/bench/gpu.py").read_text() if script == "bench" else ""
+    )  # parsed before tyro is imported
+    parsed = set(re.findall(r'add_argument\(\s*"(--\w+)"', own))
+    return frozenset(f"--{name}" for kind in kinds for name in fields(kind)) | {"--help"} | parsed
 
 
 def commands(page: Path) -> Iterator[tuple[str, list[str]]]:

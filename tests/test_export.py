@@ -192,7 +192,6 @@ def test_a_quantised_folder_answers_as_quantising_at_load(
 
 
 def test_what_a_quantised_folder_refuses(place: Path, half: Path, tmp_path: Path) -> None:
-    import finetune
     from config import FinetuneConfig
 
     folder = export.main(ExportConfig(str(half), tmp_path / "int8", quantize="int8"))
@@ -200,7 +199,7 @@ def test_what_a_quantised_folder_refuses(place: Path, half: Path, tmp_path: Path
         lambda: load_vla(folder, place / "adapter_of_half"),
         lambda: export.main(ExportConfig(str(folder), tmp_path / "again")),
         lambda: export.main(ExportConfig(str(folder), tmp_path / "again", quantize="int4")),
-        lambda: finetune.quantize.refuse(Path(FinetuneConfig(vla_path=str(folder)).vla_path) / "config.json", "x"),
+        lambda: quantize.refuse(Path(FinetuneConfig(vla_path=str(folder)).vla_path) / "config.json", "x"),
     ):
         with pytest.raises(
             ConfigError, match=r"is quantised to int8, but .*: give the checkpoint that it was made from"

@@ -101,7 +101,7 @@ def checkpoint_activations(vla: VLA, *, selective: bool = False) -> VLA:
     """
     for module in vla.modules():
         if hasattr(module, "sum_in_place"):  # a kept product must stay as it was kept
-            module.sum_in_place = not selective
+            module.sum_in_place = not selective  # type: ignore[assignment]
     for block in vla.blocks():
         draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in block.modules())
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws}
