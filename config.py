@@ -85,7 +85,7 @@ class FinetuneConfig:
     # Fields of the data set that are meant, where they don't have their usual names; docs/data.md says how to write them.
     data_keys: str = ""
     # How the data set writes its gripper's command. auto: found from the recorded values and said; none: its last number is no gripper.
-    gripper: str = "auto"
+    gripper: GripperConvention = "auto"
     # Turn the data set's images by 180°: for data recorded upside down, as LIBERO's cameras give it.
     rotate_images: bool = False
     # Folder of frame caches: what was read from the data sets once, about as large as they are.

@@ -87,6 +87,7 @@ FINETUNE: Table = {
     "resume_step": Ignored("a run goes on from its newest checkpoint"),
     "run_id_override": Ignored("give --run_id_note"),
     "model_family": Ignored("there is only OpenVLA"),
+    "cuda_graph": Ignored("torch.compile took its place: --compile True"),
 }
 
 

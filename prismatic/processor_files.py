@@ -69,7 +69,7 @@ def load_processor(
     if config.unnorm_key is not None:
         where = f"{statistics_home / STATISTICS}, {config.unnorm_key}"
         check_entry(statistics[config.unnorm_key], where, state=config.proprio_dim > 0)
-        _check_state(statistics[config.unnorm_key], config.proprio_dim, where)
+        check_state(statistics[config.unnorm_key], config.proprio_dim, where)
     tokenizer = load_tokenizer(checkpoint)
     check_tokenizer(tokenizer, config, checkpoint / TOKENIZER)
     return Processor(config, tokenizer, statistics)
@@ -94,7 +94,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: ProcessorConfig,
         )
 
 
-def _check_state(entry: Mapping[str, Any], proprio_dim: int, where: str) -> None:
+def check_state(entry: Mapping[str, Any], proprio_dim: int, where: str) -> None:
     """ConfigError unless an entry's statistics of the robot's state are those that the model learnt with. OpenVLA's own are zeros."""
     if not proprio_dim:
         return

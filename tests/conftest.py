@@ -70,7 +70,7 @@ def batch(numbers: Path) -> dict[str, torch.Tensor]:
 
 SLOW = (  # files that start a simulator, a training run or child processes; the rest takes about two minutes on two cores
     "bench_data", "bench_eval", "bench_train", "collect", "demonstration", "distributed", "doctor", "end_to_end", "expert", "finetune",
-    "golden", "infer", "replay", "resume", "rlds", "serve", "serving_hostile", "simulator", "training_model", "validation", "witness", "workers",
+    "golden", "infer", "pool", "recorder", "replay", "resume", "rlds", "serve", "serving_hostile", "simulator", "training_model", "validation",
 )  # fmt: skip
 
 

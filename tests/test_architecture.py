@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, SLOW
 
 SCRIPTS = sorted(REPOSITORY.glob("*.py"))
 PACKAGE = sorted((REPOSITORY / "prismatic").rglob("*.py"))
@@ -210,3 +210,8 @@ def test_no_machine_and_no_workplace_is_named() -> None:
 def test_no_test_stands_on_another_test(path: Path) -> None:
     borrowed = {name for name in imports(path) if name.startswith("tests.test_")} - {"tests.test_architecture"}
     assert not borrowed, "what two test files need stands in conftest.py or a file of its own"
+
+
+def test_the_slow_files_are_there() -> None:
+    there = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
+    assert not {*SLOW} - there, "it was renamed: so must be its name in conftest.py"

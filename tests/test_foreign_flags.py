@@ -50,4 +50,5 @@ def test_what_is_not_built_is_one_sentence(line: str, sentence: str) -> None:
 
 
 def test_our_own_flags_pass() -> None:
+    assert translate(["--cuda_graph", "True"], FINETUNE) == []  # it was ours once
     assert translate(["--batch_size=4", "--keep", "3"], FINETUNE) == ["--batch_size=4", "--keep", "3"]

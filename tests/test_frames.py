@@ -151,6 +151,20 @@ def test_damaged_caches_are_refused(cache, damage):
         FrameCache(cache.folder)
 
 
+def test_a_cache_of_the_first_format_stays_readable(cache):
+    path = cache.folder / "meta.json"
+    meta = json.loads(path.read_text())
+    for name in ("gripper", "action_names", "fps", "notes"):
+        del meta[name]
+    path.write_text(json.dumps(meta | {"format": 1}))
+    with np.load(cache.folder / "steps.npz") as arrays:
+        kept = {name: arrays[name] for name in arrays.files if name not in ("crc", "meta_digest")}
+    np.savez(cache.folder / "steps.npz", **kept)
+    old = FrameCache(cache.folder)
+    assert (old.actions == cache.actions).all() and old.statistics == cache.statistics
+    assert [old.image_bytes(frame) for frame in range(len(old))] == [cache.image_bytes(f) for f in range(len(cache))]
+
+
 # Chunks of actions
 
 

@@ -53,6 +53,10 @@ def no_child(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rlds, "_in_child", refuse)
 
 
+def reference_name(reference: Path) -> str:
+    return json.loads((reference / "rlds_pipeline.json").read_text())["dataset_name"]
+
+
 def drop_features(version: Path, *fields: str) -> None:
     path = version / "features.json"
     content = json.loads(path.read_text())
@@ -83,7 +87,7 @@ def test_written_folder_has_the_plain_layout(dataset):
 
 
 def test_written_json_equals_the_references(dataset, reference):
-    theirs = reference / "rlds/libero_spatial_no_noops/1.0.0"
+    theirs = rlds.find_dataset(reference / "rlds", reference_name(reference))
 
     def both(file: str) -> list[dict]:
         return [json.loads((folder / file).read_text()) for folder in (dataset, theirs)]
@@ -244,7 +248,7 @@ with exit_codes():
 
 @pytest.fixture(scope="session")
 def reference_cache(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> FrameCache:
-    dataset = rlds.find_dataset(reference / "rlds", "libero_spatial_no_noops")
+    dataset = rlds.find_dataset(reference / "rlds", reference_name(reference))
     return FrameCache(rlds.build_cache(dataset, tmp_path_factory.mktemp("reference_cache")))
 
 

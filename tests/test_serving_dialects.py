@@ -17,6 +17,8 @@ from vla_eval.connection import Connection
 from vla_eval.protocol.numpy_codec import get_image_format, set_image_format
 from vla_eval.specs import GRIPPER_CLOSE_POS, DimSpec, check_specs
 
+from prismatic.serving.observation import RequestError
+from prismatic.serving.openpi import close_positive
 from tests.fake_policy import FakePolicy, picture
 from tests.live_server import Live, live
 
@@ -102,6 +104,11 @@ def test_openpi_gets_chunks_with_the_simulators_gripper(served: Live) -> None:
         client.infer(observation | {"prompt": ""})
     with pytest.raises(Exception, match="1011"):
         client.infer(observation)
+
+
+def test_no_gripper_is_guessed_in_another_width() -> None:
+    with pytest.raises(RequestError, match="14 numbers"):
+        close_positive(np.zeros((2, 14), np.float32))
 
 
 def vla_eval(server: Live, path: str, episodes: list[int], **observation: Any) -> tuple[list[np.ndarray], dict]:
@@ -191,6 +198,7 @@ def test_a_session_names_the_stream(small: Live) -> None:
         ({"state": [1.0] * 7}, "8 numbers"),
         ({"state": [float("nan")] * 8}, "NaN"),
         ({"state": ["1"] * 8}, "list"),
+        ({"state": np.array(1.0)}, "list"),
         ({"state": [1e300] * 8}, "float32"),
         ({"image": FRAME.astype(np.float32)}, "uint8"),
         ({"image": FRAME[..., :1]}, "uint8"),

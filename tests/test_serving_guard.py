@@ -80,6 +80,8 @@ def test_a_browsers_foreign_page_gets_nothing() -> None:
             connect(f"ws://127.0.0.1:{server.port}", origin="http://evil.example"),  # type: ignore[arg-type]
         ):
             pass
+        for headers in ({"Host": "["}, {"Origin": "http://[x"}):  # no addresses
+            assert requests.post(server.url + "/act", data=BODY, headers=headers, timeout=10).status_code == 403
         page = requests.get(server.url, timeout=10)
         assert "default-src 'none'" in page.headers["Content-Security-Policy"]
         assert "http://" not in page.text.replace("http://www.w3.org", "") and "https://" not in page.text

@@ -20,9 +20,10 @@ import numpy as np
 
 from prismatic.errors import ConfigError
 from prismatic.filenames import CACHE_FRAMES, CACHE_META, CACHE_STEPS
-from prismatic.normalize import Gripper, action_statistics, gripper_open_is_one
+from prismatic.normalize import LIBERO_GRIPPER, Gripper, action_statistics, gripper_open_is_one
 
-CACHE_FORMAT = 2  # a cache of another format is not read; open_cache makes a new one
+CACHE_FORMAT = 2  # open_cache makes a new one where there is another
+OLD_FORMAT = 1  # is read too: RLDS in LIBERO's convention, without checksums
 SHUFFLING_STREAM = 0  # keeps these random numbers apart from others that are drawn from a run's seed
 VAL_SHARE = (
     0.05  # of the episodes, the last ones on disk, where tfds puts them in an order of its own by a hash of their names
@@ -69,8 +70,15 @@ class FrameCache:
             stored_bytes = (self.folder / CACHE_FRAMES).stat().st_size
         except Exception as error:  # zipfile, zlib, json and numpy each have their own for a damaged file
             raise ConfigError(f"{self.folder} is no frame cache ({error}): delete it and run again") from None
-        whole = stored_bytes == steps["offsets"][-1] and (steps.get("meta_digest", 0) == meta_digest(text)).all()
-        if meta.get("format") != CACHE_FORMAT or not whole:
+        old = meta.get("format") == OLD_FORMAT
+        if old:
+            meta = {"notes": [], "fps": None, "gripper": LIBERO_GRIPPER._asdict(), "action_names": []} | meta
+        unchanged = old or (steps.get("meta_digest", 0) == meta_digest(text)).all()
+        if (
+            meta.get("format") not in (OLD_FORMAT, CACHE_FORMAT)
+            or stored_bytes != steps["offsets"][-1]
+            or not unchanged
+        ):
             raise ConfigError(f"the frame cache {self.folder} is old or damaged: delete it and run again")
         self.name: str = meta["name"]
         self.fingerprint: str = meta["fingerprint"]  # of the content, the same on every machine
@@ -89,7 +97,7 @@ class FrameCache:
         self._distinct_instructions: list[str] = meta["instructions"]
         self._instruction = steps["instruction"]  # (N,) int32 into the list above
         self._offsets = steps["offsets"]  # (N * images + 1,) int64
-        self._crc = steps["crc"]  # (N * images,) uint32
+        self._crc = steps.get("crc")  # (N * images,) uint32, None in an old one
         self._num_train: int | None = meta["train_episodes"]
         self._file: io.FileIO | None = None
 
@@ -131,7 +139,7 @@ class FrameCache:
         slot = frame * (2 if self.has_wrist else 1) + view
         start, end = self._offsets[slot : slot + 2].tolist()
         image = os.pread(self._file.fileno(), end - start, start)  # no file position: safe after a fork
-        if zlib.crc32(image) != self._crc[slot]:
+        if self._crc is not None and zlib.crc32(image) != self._crc[slot]:
             raise ConfigError(
                 f"{self.folder / CACHE_FRAMES} has changed since it was written: delete its folder and run again"
             )

@@ -45,6 +45,8 @@ async def act(request: HttpRequest) -> Response:
             return Response(asked.answer(chunk, plain=request.headers.get("accept") == JSON), media_type=JSON)
     except RequestError as error:
         return refusal(error)
+    except ConnectionResetError:  # in the middle of its body: nobody reads this
+        return Response(status_code=400)
 
 
 async def read_body(request: HttpRequest, limits: Limits) -> bytes:

@@ -70,11 +70,14 @@ class Guard:
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname or "" if host.isprintable() else ""
+        try:
+            name = urlsplit(f"//{host}").hostname or "" if host.isprintable() else ""
+            origin = urlsplit(headers["origin"]).netloc if "origin" in headers else host
+        except ValueError:  # brackets that hold no address
+            return 403, "the Host or the Origin of this request is no address"
         if self._key is None and host and not is_loopback(name):  # a foreign name that was made to point here
             return 403, "without an API key this server answers to localhost only"
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:  # another site's page in a browser
+        if origin != host:  # another site's page in a browser
             return 403, "a page of another site may not ask this server"
         if self._key is None or (scope["type"] == "http" and scope["path"] in OPEN):
             return None

@@ -98,8 +98,12 @@ def _text(value: Any, name: str, limits: Limits) -> str:
 
 
 def _state(value: Any, name: str, limits: Limits) -> np.ndarray:
-    numbers = value if isinstance(value, list) else value.tolist() if isinstance(value, np.ndarray) else None
-    if numbers is None or not 0 < len(numbers) <= limits.state or not all(type(n) in (int, float) for n in numbers):
+    numbers = value.tolist() if isinstance(value, np.ndarray) and value.ndim == 1 else value
+    if (
+        not isinstance(numbers, list)
+        or not 0 < len(numbers) <= limits.state
+        or not all(type(n) in (int, float) for n in numbers)
+    ):
         raise RequestError(f"{name} must be a flat list of at most {limits.state} numbers")
     if not all(abs(n) <= LARGEST for n in numbers):
         raise RequestError(f"{name} holds NaN, infinity or a number beyond float32")

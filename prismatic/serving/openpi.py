@@ -20,15 +20,20 @@ NAMES = {
     "instruction": "prompt",
 }
 INTERNAL_ERROR = 1011  # close code
+ACTION_DIM = 7  # numbers of an action, the gripper last
 
 
 def metadata(service: Service) -> dict[str, Any]:
     """What the greeting says. A client that executes n actions of each answer needs num_actions_chunk ≥ n."""
-    return {**service.metadata, "num_actions_chunk": service.policy.num_actions_chunk, "action_dim": 7}
+    return {**service.metadata, "num_actions_chunk": service.policy.num_actions_chunk, "action_dim": ACTION_DIM}
 
 
 def close_positive(chunk: np.ndarray) -> np.ndarray:
-    """(..., 7), gripper 1 open … 0 close → -1 open … +1 close, as the simulator's own actions are."""
+    """(..., 7), gripper 1 open … 0 close → -1 open … +1 close, as the simulator's own actions are. RequestError for another width."""
+    if chunk.shape[-1] != ACTION_DIM:  # of two arms: which numbers are grippers is not known here
+        raise RequestError(
+            f"this policy's actions have {chunk.shape[-1]} numbers, here they are {ACTION_DIM}: ask POST /act", 501
+        )
     return np.concatenate([chunk[..., :6], 1 - 2 * chunk[..., 6:]], axis=-1)
 
 

@@ -21,7 +21,7 @@ from prismatic.checkpoint import save_checkpoint
 from prismatic.data.examples import PREFETCHED
 from prismatic.data.frames import Mixture
 from prismatic.data.mixture import open_mixture, sentences
-from prismatic.dataset_statistics import load_statistics, statistics_key
+from prismatic.dataset_statistics import check_entry, load_statistics, statistics_key
 from prismatic.errors import ConfigError
 from prismatic.filenames import CONFIG, SKIPPED
 from prismatic.head_files import model_config
@@ -30,7 +30,7 @@ from prismatic.image import AUGMENTATIONS
 from prismatic.models import quantize, weights
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.processor import IMAGE_MARK, Processor, ProcessorConfig
-from prismatic.processor_files import load_tokenizer
+from prismatic.processor_files import check_state, load_tokenizer
 from prismatic.training.distributed import Ranks
 from prismatic.training.loggers import check_installed
 from prismatic.training.run_folder import RunFolder
@@ -204,8 +204,7 @@ def build_processor(
         zeros = {name: [0.0] * config.action_dim for name in ("mean", "std", "max", "min", "q01", "q99")}
         statistics = {name: entry | {"proprio": zeros} for name, entry in statistics.items()}
     if options.action_statistics == "base":
-        learnt = load_statistics(base)
-        statistics = dict.fromkeys(names, learnt[statistics_key(learnt, None, base)])
+        statistics = dict.fromkeys(names, base_entry(base, config))
     processor = ProcessorConfig.for_model(
         config,
         unnorm_key=names[0] if len(names) == 1 else None,
@@ -214,6 +213,21 @@ def build_processor(
         base_fingerprint=fingerprint if options.use_lora else "",
     )
     return Processor(processor, load_tokenizer(base), statistics)
+
+
+def base_entry(base: Path, config: VLAConfig) -> Mapping[str, Any]:
+    """The base's statistics, for --action_statistics base. ConfigError where they aren't of such actions or states."""
+    learnt = load_statistics(base)
+    key = statistics_key(learnt, None, base)
+    entry, where = learnt[key], f"{base}, statistics of {key}"
+    try:
+        check_entry(entry, where, state=config.proprio_dim > 0)
+        check_state(entry, config.proprio_dim, where)
+        if (size := len(entry["action"]["q01"])) != config.action_dim:
+            raise ConfigError(f"{where}: of actions of {size} numbers, the data's have {config.action_dim}")
+    except ConfigError as error:
+        raise ConfigError(f"--action_statistics base: {error}; or give --action_statistics dataset") from None
+    return entry
 
 
 def check_shared_memory(config: VLAConfig, *, batch_size: int, num_workers: int) -> None:
