@@ -98,7 +98,8 @@ def main(cfg: OwnDataConfig) -> Path:
             raise ConfigError(
                 f"recording {number} has {len(jpegs['images'])} frames and {len(episode['action'])} actions: cut it to one length"
             )
-        stage_episode(staged / f"episode_{number:06d}.npz", **(episode | jpegs))
+        numbers = {name: values for name, values in episode.items() if name not in jpegs}
+        stage_episode(staged / f"episode_{number:06d}.npz", **jpegs, **numbers)
     if cfg.format == "rlds":
         made = rlds.write_dataset(staged, cfg.output, cfg.dataset_name)
     else:
@@ -109,7 +110,7 @@ def main(cfg: OwnDataConfig) -> Path:
         f"data set: {made}\nlook:    python doctor.py --simulator False {where}\ntrain:   python finetune.py --vla_path openvla/openvla-7b {where}"
     )
     print(
-        f"check:   python eval.py --open_loop True --pretrained_checkpoint <run>/latest {where}\nact:     python serve.py --checkpoint <run>/latest"
+        f"check:   python eval.py --open_loop True --pretrained_checkpoint <run>/latest {where}\nact:     python serve.py --pretrained_checkpoint <run>/latest"
     )
     return made
 
