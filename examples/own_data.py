@@ -106,12 +106,11 @@ def main(cfg: OwnDataConfig) -> Path:
         made = lerobot_writer.write_dataset(staged, cfg.output, cfg.dataset_name, fps=cfg.fps)
     shutil.rmtree(staged)
     where = f"--data_root_dir {cfg.output} --dataset_name {cfg.dataset_name}"
-    print(
-        f"data set: {made}\nlook:    python doctor.py --simulator False {where}\ntrain:   python finetune.py --vla_path openvla/openvla-7b {where}"
-    )
-    print(
-        f"check:   python eval.py --open_loop True --pretrained_checkpoint <run>/latest {where}\nact:     python serve.py --pretrained_checkpoint <run>/latest"
-    )
+    print(f"data set: {made}")
+    print(f"look:    python doctor.py --simulator False {where}")
+    print(f"train:   python finetune.py --vla_path openvla/openvla-7b {where}")
+    print(f"check:   python eval.py --open_loop True --pretrained_checkpoint <run>/latest {where}")
+    print("act:     python serve.py --pretrained_checkpoint <run>/latest")
     return made
 
 

@@ -1,19 +1,32 @@
 """A LeRobot data set of staged episodes: the form that the real library reads, and the same training as its RLDS twin."""
 
+import dataclasses
+import io
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from PIL import Image
 
 from prismatic.data import lerobot_writer, rlds
+from prismatic.data.examples import example
 from prismatic.data.frames import FrameCache
 from prismatic.data.mixture import open_cache
 from prismatic.data.staging import stage_episode
 from prismatic.errors import ConfigError
+from prismatic.image import decode_jpeg, jpeg_round_trip
+from prismatic.processor import Example, Processor
+from prismatic.processor_files import load_processor
+from tests.conftest import REPOSITORY
 from tests.drawn_episodes import drawn_episode
 
+BASE = REPOSITORY / "checkpoints" / "openvla-tiny"
 EPISODES = 3
 
 
@@ -45,16 +58,81 @@ def by_episode(cache: FrameCache) -> dict[str, list[tuple]]:
     return steps
 
 
-def test_the_same_episodes_in_both_formats_train_alike(staged: Path, dataset: Path, tmp_path: Path) -> None:
-    from_rlds = cached(rlds.write_dataset(staged, tmp_path / "rlds", "twin"), tmp_path / "a")
+@pytest.fixture(scope="module")
+def from_rlds(staged: Path, tmp_path_factory: pytest.TempPathFactory) -> FrameCache:
+    place = tmp_path_factory.mktemp("rlds")
+    return cached(rlds.write_dataset(staged, place / "root", "twin"), place / "cache")
+
+
+def check_statistics(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """All that scales an action or a state is bit-equal, as it does not depend on the order of the rows. The formats hold the episodes in
+    different orders (tfds shuffles them), and float32 sums round by their order: so much may means and deviations differ, which nothing reads.
+    """
+    assert one.keys() == other.keys() and one["action"].keys() == other["action"].keys()
+    for key in ("num_transitions", "num_trajectories"):
+        assert one[key] == other[key]
+    assert one["action"]["mask"] == other["action"]["mask"]
+    for part in ("action", "proprio"):
+        for name in ("min", "max", "q01", "q99"):
+            assert one[part][name] == other[part][name]
+        for name in ("mean", "std"):
+            np.testing.assert_allclose(one[part][name], other[part][name], rtol=2e-6, atol=2e-7)
+
+
+def samples(cache: FrameCache) -> dict[str, list[Example]]:
+    """Instruction → what a model that reads a wrist view and a state would be given of each of its steps."""
+    plain = load_processor(BASE)
+    config = dataclasses.replace(plain.config, unnorm_key=cache.name, num_images_in_input=2, proprio_dim=8)
+    processor = Processor(config, plain.tokenizer, {cache.name: cache.statistics})
+    made: dict[str, list[Example]] = {}
+    for frame in range(len(cache)):
+        made.setdefault(cache.instruction(frame), []).append(example(cache[frame], processor))
+    return made
+
+
+def check_samples(one: FrameCache, other: FrameCache, *, pixels: bool) -> None:
+    """Token ids, labels, normalised actions and states are equal bit for bit, and, if asked for, so are the pixels."""
+    ours, theirs = samples(one), samples(other)
+    assert {text: len(steps) for text, steps in ours.items()} == {text: len(steps) for text, steps in theirs.items()}
+    for text, steps in ours.items():
+        for ours_, theirs_ in zip(steps, theirs[text], strict=True):
+            for name in ("input_ids", "labels", "actions", "proprio", *(["pixel_values"] if pixels else [])):
+                assert torch.equal(getattr(ours_, name), getattr(theirs_, name)), (text, name)
+
+
+def test_the_same_episodes_in_both_formats_train_alike(from_rlds: FrameCache, dataset: Path, tmp_path: Path) -> None:
     from_lerobot = cached(dataset, tmp_path / "b")
     assert by_episode(from_lerobot) == by_episode(from_rlds)  # images byte for byte
-    one, other = from_rlds.statistics, from_lerobot.statistics
-    assert one["num_transitions"] == other["num_transitions"] and one["action"]["mask"] == other["action"]["mask"]
-    for part in ("action", "proprio"):
-        for name in ("min", "max", "q01", "q99", "mean", "std"):  # of the same rows in another order
-            np.testing.assert_allclose(one[part][name], other[part][name], rtol=2e-6, atol=2e-7)
+    check_statistics(from_rlds.statistics, from_lerobot.statistics)
+    check_samples(from_rlds, from_lerobot, pixels=True)
     assert (from_lerobot.fps, from_rlds.fps) == (10, None)
+
+
+def test_a_twin_of_png_differs_by_one_jpeg_alone(from_rlds: FrameCache, dataset: Path, tmp_path: Path) -> None:
+    """As the real library writes images: what RLDS decodes to is stored without loss, and becomes a JPEG of quality 95 when it is read."""
+    twin = Path(shutil.copytree(dataset, tmp_path / "root" / "twin"))
+    for path in twin.glob("data/*/*"):
+        table = pq.read_table(path)
+        for name in (lerobot_writer.IMAGE, lerobot_writer.WRIST):
+            images = [row | {"bytes": png(row["bytes"])} for row in table.column(name).to_pylist()]
+            place = table.column_names.index(name)
+            table = table.set_column(place, name, pa.array(images, type=table.schema.field(name).type))
+        pq.write_table(table, path)
+    from_png = open_cache(twin.parent, "twin", cache_dir=tmp_path / "cache")
+    check_statistics(from_rlds.statistics, from_png.statistics)
+    check_samples(from_rlds, from_png, pixels=False)
+    ours, theirs = by_episode(from_png), by_episode(from_rlds)
+    for text, steps in ours.items():
+        for one, other in zip(steps, theirs[text], strict=True):
+            for jpeg, original in zip(one[:2], other[:2], strict=True):
+                assert jpeg != original
+                assert (decode_jpeg(jpeg) == jpeg_round_trip(decode_jpeg(original))).all()
+
+
+def png(jpeg: bytes) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(decode_jpeg(jpeg)).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def test_the_library_s_layout(dataset: Path) -> None:
