@@ -221,9 +221,9 @@ class EvalConfig(EvalOptions):
     num_images_in_input: Positive | None = None
     # Weights in 8 bits by bitsandbytes' LLM.int8, which rounds activations too (OpenVLA's flag; --quantize int8 rounds weights only).
     load_in_8bit: bool = False
-    # Weights in 4 bits by bitsandbytes' NF4 (OpenVLA's flag; --quantize int4 is torchao's).
+    # Weights in 4 bits by bitsandbytes' NF4 (OpenVLA's flag; --quantize int4 rounds the decoder alone, in torch).
     load_in_4bit: bool = False
-    # Draft each action's tokens from the last action and verify them: the same tokens in fewer forward passes. auto: on a CPU.
+    # Draft each action's tokens from the last action and verify them: the same tokens in fewer forward passes. auto: yes, but not with bitsandbytes.
     drafting: bool | Literal["auto"] = "auto"
     # Play although mujoco or robosuite is another version than scores are made with; the result says so.
     allow_unpinned_simulator: bool = False

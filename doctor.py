@@ -181,11 +181,15 @@ def policy(cfg: DoctorConfig) -> Iterator[Check]:
     )
     yield Check(None, f"its head is {acts.action_head}: chunks of {acts.num_actions_chunk} actions from {reads}")
     ids = torch.tensor([loaded.processor.prompt_ids("pick up the black bowl")], device=loaded.device)
-    size, channels = loaded.processor.config.image_size, 6 * loaded.num_images
+    size, channels = acts.image_size, 6 * loaded.num_images
+    proprio = torch.zeros(1, acts.proprio_dim, device=loaded.device) if acts.proprio_dim else None
     with torch.inference_mode():
         black, white = (
             loaded.vla(
-                ids, None, torch.full((1, channels, size, size), level, device=loaded.device, dtype=loaded.dtype)
+                ids,
+                None,
+                torch.full((1, channels, size, size), level, device=loaded.device, dtype=loaded.dtype),
+                proprio=proprio,
             ).logits[0, -1]
             for level in (-2.0, 2.0)
         )

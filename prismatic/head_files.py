@@ -131,7 +131,7 @@ def _read_off(folder: Path, config: VLAConfig, given: Mapping[str, Any], *, new_
         "num_actions_chunk": PUBLISHED_CHUNK if chunked else 1,
         "num_images_in_input": PUBLISHED_IMAGES if state else config.num_images_in_input,
         "proprio_dim": state.shape[1] if state else 0,
-        "stop_token": True,
+        "stop_token": config.stop_token,
     }
     if kind == config.action_head and chunked:  # one of ours that lost its processor.json
         found = {name: getattr(config, name) for name in found}

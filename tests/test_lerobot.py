@@ -317,6 +317,24 @@ def test_a_format_or_a_field_that_is_not_there_is_named(copied: Path) -> None:
         read(copied)
 
 
+@pytest.mark.parametrize("copied", ["v2 video", "v3 video"], indirect=True)
+@pytest.mark.parametrize("path", ["/dev/zero", "../outside.mp4", "videos/{no_such_name}.mp4"])
+def test_a_video_path_stays_within_the_folder(copied: Path, path: str) -> None:
+    change_info(copied, video_path=path)
+    with pytest.raises(ConfigError, match="video_path"):
+        read(copied)
+
+
+@pytest.mark.parametrize("copied", ["v2 video", "v3 video"], indirect=True)
+def test_rows_without_any_time_are_refused(copied: Path) -> None:
+    """Otherwise each would be given its video's first frame."""
+    change_info(copied, fps=...)
+    for path in copied.glob(lerobot.DATA_FILES):
+        rewrite(path, lambda table: table.drop_columns(["timestamp"]))
+    with pytest.raises(ConfigError, match="add the fps"):
+        read(copied)
+
+
 def test_names_of_dimensions_come_in_three_forms(tmp_path: Path) -> None:
     forms: dict[str, Any] = {
         "list": ["x", "y", "gripper"], "dictionary": {"motors": ["x", "y"], "hand": ["gripper"]}, "one": ["action"], "null": None,

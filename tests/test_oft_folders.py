@@ -11,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
+import doctor
 import export
 from prismatic.adapter import save_adapter
 from prismatic.checkpoint import load_policy, load_vla, save_checkpoint
@@ -174,6 +175,9 @@ def test_an_rl_folder_without_a_head_says_what_it_is_when_asked(published: Path)
     assert load_policy(published, device="cpu", action_head="tokens").num_actions_chunk == 1
     without = load_vla(published, action_head="parallel", num_actions_chunk=8, stop_token=False)
     assert not without.config.stop_token
+    said = json.loads((published / "config.json").read_text()) | {"stop_token": False}
+    (published / "config.json").write_text(json.dumps(said))
+    assert not load_vla(published, action_head="parallel", num_actions_chunk=8).config.stop_token
 
 
 def test_a_folder_with_a_processor_allows_no_override(made: Path) -> None:
@@ -267,3 +271,9 @@ def test_an_answer_that_is_no_number_is_the_policys_error(made: Path) -> None:
         policy.vla.action_head.model.fc2.bias[0] = float("nan")
     with pytest.raises(PolicyError):
         chunk(policy)
+
+
+def test_doctor_looks_at_a_model_that_reads_a_state(made: Path) -> None:
+    said = [check.text for check in doctor.checks(doctor.DoctorConfig(simulator=False, checkpoint=str(made / "own")))]
+    assert "its head is l1: chunks of 4 actions from 2 images and a state of 5 numbers" in said
+    assert "a black and a white picture change the logits" in said[-1]

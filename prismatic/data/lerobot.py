@@ -27,6 +27,7 @@ from prismatic.data.lerobot_meta import (
     read_table,
     read_tasks,
     train_episodes,
+    video_file,
     video_places,
 )  # fmt: skip
 from prismatic.data.pictures import to_jpeg
@@ -223,14 +224,16 @@ def _video_frames(
     info: Info, rows: Rows, camera: str, places: Mapping[int, tuple[Path, float]]
 ) -> Iterator[np.ndarray]:
     """The decoded frames of a camera, in the order of the rows."""
-    fps = info.fps or 1 / float(np.median(np.diff(rows.time)[np.diff(rows.time) > 0]))
+    if not np.isfinite(rows.time).all():  # no time is before or after NaN: the first frame would be that of every row
+        raise ConfigError(f"{info.source} has rows without a timestamp and no fps in {LEROBOT_INFO}: add the fps there")
+    steps = np.diff(rows.time)
+    fps = info.fps or 1 / float(np.median(steps[steps > 0]))
     with VideoFrames(fps) as video:
         for episode, times in itertools.groupby(range(len(rows.episode)), key=rows.episode.__getitem__):
             number = int(episode)
             if info.version == 2:
                 chunk = number // info.chunks_size
-                path = info.video_path.format(episode_chunk=chunk, video_key=camera, episode_index=number)
-                place = (info.source / path, 0.0)
+                place = (video_file(info, episode_chunk=chunk, video_key=camera, episode_index=number), 0.0)
             elif number in places:
                 place = places[number]
             else:

@@ -166,9 +166,22 @@ def video_places(info: Info, keys: DataKeys) -> dict[str, dict[int, tuple[Path, 
             )
             if chunk is None or file is None:
                 raise ConfigError(f"meta/episodes of {info.source} doesn't say where videos/{camera} are: {AGAIN}")
-            path = info.video_path.format(video_key=camera, chunk_index=chunk, file_index=file)
-            places[camera][row["episode_index"]] = (info.source / path, float(start or 0.0))
+            path = video_file(info, video_key=camera, chunk_index=chunk, file_index=file)
+            places[camera][row["episode_index"]] = (path, float(start or 0.0))
     return places
+
+
+def video_file(info: Info, **numbers: Any) -> Path:
+    """Where info.json's video_path leads: within the folder, which is data from anywhere."""
+    try:
+        path = Path(info.video_path.format(**numbers))
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
+        reason = f"can't be filled in ({type(error).__name__}: {error})"
+    else:
+        if not path.is_absolute() and ".." not in path.parts:
+            return info.source / path
+        reason = "leads out of the data set's folder"
+    raise ConfigError(f"{info.source / LEROBOT_INFO}: video_path {info.video_path!r:.80} {reason}: {AGAIN}")
 
 
 def read_table(path: Path, columns: Sequence[str] | None) -> pa.Table:
