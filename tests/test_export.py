@@ -16,6 +16,7 @@ import export
 from export import ExportConfig
 from prismatic.checkpoint import load_policy, load_vla, save_checkpoint
 from prismatic.errors import ConfigError
+from prismatic.models import quantize as quantization
 from prismatic.models.lora import merge_lora
 from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
 from prismatic.processor import Processor, ProcessorConfig
@@ -166,11 +167,11 @@ def half(place: Path) -> Path:
     return half
 
 
-@pytest.mark.parametrize(("precision", "most"), [("int8", 0.73), ("int4", 0.5)])
+@pytest.mark.parametrize(("precision", "most"), [("int8", 0.73), ("int4", 0.65)])
 def test_a_quantised_folder_answers_as_quantising_at_load(
     place: Path, half: Path, tmp_path: Path, precision: Literal["int8", "int4"], most: float
 ) -> None:
-    """most: of the bytes of the bfloat16 folder; the small model's embeddings and convolutions weigh more than the large one's."""
+    """most: of the bytes of the bfloat16 folder. Towers stay as they are; the small model's, and its embeddings, weigh more than the large one's."""
     adapter = place / "adapter_of_half"
     folder = export.main(ExportConfig(str(half), tmp_path / precision, adapter=adapter, quantize=precision))
     stored = load_policy(folder, device="cpu")
@@ -192,23 +193,21 @@ def test_a_quantised_folder_answers_as_quantising_at_load(
 
 
 def test_what_a_quantised_folder_refuses(place: Path, half: Path, tmp_path: Path) -> None:
-    from config import FinetuneConfig
-
     folder = export.main(ExportConfig(str(half), tmp_path / "int8", quantize="int8"))
     for call in (
         lambda: load_vla(folder, place / "adapter_of_half"),
         lambda: export.main(ExportConfig(str(folder), tmp_path / "again")),
         lambda: export.main(ExportConfig(str(folder), tmp_path / "again", quantize="int4")),
-        lambda: quantize.refuse(Path(FinetuneConfig(vla_path=str(folder)).vla_path) / "config.json", "x"),
+        lambda: quantization.refuse(folder / "config.json", "training needs weights that are not"),
     ):
         with pytest.raises(
             ConfigError, match=r"is quantised to int8, but .*: give the checkpoint that it was made from"
         ):
             call()
     assert not (tmp_path / "again").exists()
-    for quantize, backend in (("int4", None), ("int8", "bitsandbytes")):
+    for other, backend in (("int4", None), ("int8", "bitsandbytes")):
         with pytest.raises(ConfigError, match=r"is quantised to int8 for torch, not .*: leave that out"):
-            load_policy(folder, quantize=quantize, backend=backend, device="cpu")
+            load_policy(folder, quantize=other, backend=backend, device="cpu")
     with pytest.raises(ConfigError, match="quantize 'int2' is unknown"):
         load_policy(half, quantize="int2", device="cpu")
     with pytest.raises(ConfigError, match="is not empty"):
