@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import av
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from prismatic.data import lerobot, lerobot_meta
 from prismatic.data.frames import FrameCache
@@ -344,6 +346,114 @@ def test_names_of_dimensions_come_in_three_forms(tmp_path: Path) -> None:
     (tmp_path / "meta/info.json").write_text(json.dumps({"codebase_version": "v3.0", "features": features}))
     info = lerobot.read_info(tmp_path)
     assert [lerobot.dimension_names(info, [name])[-1:] for name in forms] == [["gripper"], ["gripper"], [], []]
+
+
+@pytest.mark.parametrize("copied", ["v2 video", "v2 image"], indirect=True)
+def test_v2_0_is_v2_1_with_statistics_of_the_whole_which_are_not_believed(copied: Path) -> None:
+    before = read(copied)
+    (copied / "meta/episodes_stats.jsonl").unlink()
+    wrong = {
+        "min": [-9.0] * 7,
+        "max": [9.0] * 7,
+        "mean": [5.0] * 7,
+        "std": [3.0] * 7,
+        "q01": [-7.0] * 7,
+        "q99": [7.0] * 7,
+    }
+    (copied / "meta/stats.json").write_text(json.dumps({name: wrong for name in lerobot.read_info(copied).features}))
+    change_info(copied, codebase_version="v2.0")
+    after = read(copied)
+    assert after.folder != before.folder and after.fingerprint == before.fingerprint
+    assert after.statistics == before.statistics
+
+
+@pytest.mark.parametrize("copied", ["v3 video"], indirect=True)
+def test_quantiles_of_the_set_are_its_rows(copied: Path) -> None:
+    cache = read(copied)
+    (copied / "meta/stats.json").unlink(missing_ok=True)
+    assert read(copied).statistics == cache.statistics
+    expected_q99 = np.quantile(cache.actions, np.array(0.99), axis=0)
+    assert cache.statistics["action"]["q99"] == expected_q99.tolist()
+
+
+@pytest.mark.parametrize("copied", ["v3 video", "v3 image"], indirect=True)
+def test_a_file_that_only_its_writer_may_read_is_named(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writers leave joined mp4 files with mode 0600. The test may run as root, who reads everything: so open refuses here."""
+    locked = sorted([*copied.rglob("*.mp4")] or copied.glob(lerobot.DATA_FILES))[-1]
+    plain = Path.open
+
+    def refuse(path: Path, *args: Any, **options: Any) -> Any:
+        if path == locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ConfigError, match=rf"{locked.name} may not be read.*chmod a\+r"):
+        read(copied)
+
+
+# Data sets of the hub
+
+
+class Hub:
+    """A hub of one folder, in the place of huggingface_hub.snapshot_download; remembers what was fetched."""
+
+    def __init__(self, folder: Path, place: Path) -> None:
+        self.folder, self.snapshot, self.fetched = folder, place / "snapshots" / "0123abc", set[str]()
+
+    def __call__(self, repo_id: str, *, repo_type: str, allow_patterns: list[str]) -> str:
+        assert (repo_id, repo_type) == (f"someone/{self.folder.name}", "dataset")
+        there = [str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(there, allow_patterns=allow_patterns):
+            self.fetched.add(name)
+            (self.snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.folder / name, self.snapshot / name)
+        return str(self.snapshot)
+
+
+@pytest.mark.parametrize("copied", ["v2 video", "v3 video", "v3 image"], indirect=True)
+def test_a_hub_id_fetches_what_is_read_and_no_more(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("README.md", "videos.zip", "extra/model.safetensors"):
+        (copied / name).parent.mkdir(exist_ok=True)
+        (copied / name).write_text("nothing that is read")
+    info = lerobot.read_info(copied)
+    keys = find_keys(lerobot.fields(info, {}), {}, "")
+    assert keys.wrist
+    for options, unread in (({}, ()), ({"data_keys": "wrist=none"}, (keys.wrist,))):
+        hub = Hub(copied, tmp_path / str(len(unread)))
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+        cache = open_cache(f"someone/{copied.name}", copied.name, cache_dir=tmp_path / "cache", **options)
+        wanted = {
+            str(path.relative_to(copied))
+            for room in ("meta", "data", "videos")
+            for path in (copied / room).rglob("*")
+            if path.is_file() and not any(camera in path.parts for camera in unread)
+        }
+        assert hub.fetched == wanted
+        assert cache.name == copied.name and cache.fingerprint == read(copied, **options).fingerprint
+    with pytest.raises(ConfigError, match=f"give --dataset_name {copied.name}"):
+        open_cache(f"someone/{copied.name}", "another", cache_dir=tmp_path / "cache")
+
+
+def test_a_camera_whose_name_ends_with_another_s_is_left_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "set"
+    features = {name: {"dtype": "video", "shape": [8, 8, 3]} for name in ("image", "wrist_image")}
+    features["action"] = {"dtype": "float32", "shape": [7]}
+    for version, places in ((2, "videos/chunk-000/{}/episode_000000.mp4"), (3, "videos/{}/chunk-000/file-000.mp4")):
+        info = {"codebase_version": f"v{version}.0", "features": features}
+        files = {name: "" for name in (places.format("image"), places.format("wrist_image"))}
+        for name, text in ({"meta/info.json": json.dumps(info)} | files).items():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_text(text)
+        hub = Hub(source, tmp_path / str(version))
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+        assert lerobot.fetch("someone/set", "wrist=none") == hub.snapshot
+        assert hub.fetched == {"meta/info.json", places.format("image")}
+        shutil.rmtree(source)
 
 
 # Videos

@@ -74,6 +74,8 @@ def check_no_pointer(path: Path) -> None:
     try:
         with path.open("rb") as file:
             start = file.read(len(LFS_POINTER))
+    except PermissionError:  # some writers leave files that only they may read
+        raise ConfigError(f"{path} may not be read by this user: its owner has to run chmod a+r on it") from None
     except OSError as error:
         raise ConfigError(f"{path} can't be read ({error.strerror}): {AGAIN}") from None
     if start == LFS_POINTER:

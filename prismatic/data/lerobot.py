@@ -86,9 +86,8 @@ def fetch(repo_id: str, data_keys: str) -> Path | None:
     info, told = read_info(source), parse_data_keys(data_keys)
     keys = find_keys(fields(info, told), told, repo_id)
     cameras = [view for view in (keys.image, keys.wrist) if view and info.cameras()[view] == "video"]
-    return resolve(
-        repo_id, kind="dataset", patterns=["meta/*", "data/*", *(f"videos/*{name}/*.mp4" for name in cameras)]
-    )
+    videos = [f"videos/{place}{name}/*" for name in cameras for place in ("", "*/")]  # v3.0, v2.x
+    return resolve(repo_id, kind="dataset", patterns=["meta/*", "data/*", *videos])
 
 
 def _read(info: Info, keys: DataKeys, folder: Path, *, name: str, rotate: bool) -> None:
