@@ -459,14 +459,18 @@ def test_a_camera_whose_name_ends_with_another_s_is_left_on_the_hub(
 # Videos
 
 
-def make_video(path: Path, codec: str, *, frames: int, fps: int, first_pts: int = 0, b_frames: int = 0) -> None:
-    """Each frame's brightness is its number."""
+def make_video(
+    path: Path, codec: str, *, frames: int, fps: int, first_pts: int = 0, b_frames: int = 0, side: int = 64
+) -> None:
+    """Each frame's brightness is its number, modulo 64."""
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream(codec, rate=fps, options={"g": "12", "bf": str(b_frames), "crf": "10"})
-        stream.width = stream.height = 64
+        stream.width = stream.height = side
         stream.pix_fmt = "yuv420p"
         for number in range(frames):
-            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 4 * number, dtype=np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.full((side, side, 3), 4 * (number % 64), dtype=np.uint8), format="rgb24"
+            )
             frame.pts = number + first_pts
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -491,3 +495,43 @@ def test_a_video_is_decoded_once(folder: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(VideoFrames, "_back_to", lambda *_: pytest.fail("a video was read twice"))
     open_cache(folder.parent, folder.name, cache_dir=tmp_path)
     assert len(opened) == len(set(opened)) == len(list(folder.rglob("*.mp4")))
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+from prismatic.data.lerobot import build_cache
+root = Path(sys.argv[1])
+peaks = []
+for name in ("short", "long"):
+    build_cache(root / name, root / "cache")
+    peaks.append(int(re.search("VmHWM:\\\\s+(\\\\d+)", Path("/proc/self/status").read_text())[1]) / 1024)  # getrusage has the parent's
+print(peaks[1] - peaks[0])
+"""
+
+
+def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path: Path) -> None:
+    """MiB of a process that reads a short set, then a long one. Held frames of the long one would be 80 MiB, and its JPEGs 4 MiB."""
+    side, features = (
+        224,
+        {"image": {"dtype": "video", "shape": [224, 224, 3]}, "action": {"dtype": "float32", "shape": [7]}},
+    )
+    for name, frames in (("short", 20), ("long", 580)):
+        video = tmp_path / name / "videos/chunk-000/image/episode_000000.mp4"
+        video.parent.mkdir(parents=True)
+        make_video(video, "libx264", frames=frames, fps=10, side=side)
+        number = np.arange(frames)
+        action = pa.array(np.zeros((frames, 7), np.float32).tolist(), type=pa.list_(pa.float32(), 7))
+        columns = {"action": action, "frame_index": number, "episode_index": 0 * number, "task_index": 0 * number}
+        (tmp_path / name / "data/chunk-000").mkdir(parents=True)
+        pq.write_table(
+            pa.table(columns | {"timestamp": (number / 10).astype(np.float32)}),
+            tmp_path / name / "data/chunk-000/episode_000000.parquet",
+        )
+        (tmp_path / name / "meta").mkdir()
+        info = {"codebase_version": "v2.1", "fps": 10, "features": features}
+        (tmp_path / name / "meta/info.json").write_text(json.dumps(info))
+        (tmp_path / name / "meta/tasks.jsonl").write_text('{"task_index": 0, "task": "look"}')
+    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 25, done.stdout
