@@ -201,6 +201,11 @@ def load_policy(
         vla = load_merged(folder, adapter_folder, dtype=dtype, device=device, **choice)
     else:
         vla = load_quantized(folder, adapter_folder, precision, backend=backend, dtype=dtype, device=device, **choice)
+    if vla.config.action_head != "tokens" and vla.config.action_dim != processor.action_dim:
+        raise ConfigError(
+            f"{checkpoint} answers with {vla.config.action_dim} numbers, but the statistics of {processor.config.unnorm_key} are of actions of "
+            f"{processor.action_dim}: give those of the data that it learnt from"
+        )
     known = any((place / PROCESSOR).exists() for place in (folder, adapter_folder) if place is not None)
     unsaid = () if known or vla.config.action_head == "tokens" else ("num_actions_chunk", "num_images_in_input")
     metadata = {

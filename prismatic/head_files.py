@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from prismatic.dataset_statistics import read_statistics
 from prismatic.errors import ConfigError
 from prismatic.filenames import ACTION_HEAD, CONFIG, MERGED_ADAPTER, PROCESSOR, PROPRIO_PROJECTOR, STATISTICS
 from prismatic.models.heads import HEADS
@@ -103,6 +104,8 @@ def model_config(folder: Path, adapter: Path | None = None, *, new_heads: bool =
         processor = ProcessorConfig.load(home / PROCESSOR)
         said = {name: getattr(processor, name) for name in CHOICE}
         said["action_dim"] = _action_dim(stored_heads(home), config)
+        if processor.action_head == "parallel":  # has no file that shows it, and an adapter's base may have another
+            said["action_dim"] = _width_of_data(home, processor) or config.action_dim
         if home == folder and said["num_images_in_input"] != config.num_images_in_input:
             raise ConfigError(f"{folder / CONFIG} and its {PROCESSOR} disagree about num_images_in_input")
     if new_heads:
@@ -165,3 +168,12 @@ def _learnt_with_state(folder: Path) -> bool:
 def _action_dim(heads: Mapping[str, StoredTensor], config: VLAConfig) -> int:
     last = heads.get("action_head.model.fc2.bias")
     return config.action_dim if last is None else last.shape[0]
+
+
+def _width_of_data(home: Path, processor: ProcessorConfig) -> int | None:
+    """Numbers of an action in a folder's statistics; None where they don't say."""
+    entries = read_statistics(home / STATISTICS) if (home / STATISTICS).exists() else {}
+    chosen = [entries[processor.unnorm_key]] if processor.unnorm_key in entries else [*entries.values()]
+    columns = [entry.get("action") for entry in chosen]
+    widths = {len(found.get("q01") or ()) for found in columns if isinstance(found, dict)}
+    return widths.pop() if len(widths) == 1 else None

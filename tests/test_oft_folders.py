@@ -231,6 +231,22 @@ def test_an_adapter_brings_its_heads(made: Path, tmp_path: Path) -> None:
             load_vla(tmp_path / "base", tmp_path / "adapter", new_heads=new_heads)
 
 
+def test_tokens_at_once_have_the_width_of_their_data(tmp_path: Path) -> None:
+    """No head's file shows it, and the base's config.json says 7."""
+    saved(tmp_path / "base", random_vla(TINY, seed=1))
+    choice = {"action_head": "parallel", "num_actions_chunk": 2, "action_dim": 14}
+    vla = add_lora(load_vla(tmp_path / "base", new_heads=True, **choice), rank=2)  # type: ignore[arg-type]
+    statistics = {"arms": {"action": {name: column * 2 for name, column in COLUMNS.items()}}}
+    config = ProcessorConfig.for_model(
+        vla.config, unnorm_key="arms", center_crop=True, base_model=str(tmp_path / "base")
+    )
+    processor = Processor(config, tiny_tokenizer(["go"]), statistics)
+    save_adapter(tmp_path / "adapter", vla, processor=processor, statistics=statistics, options={})
+    assert chunk(load_policy(tmp_path / "adapter", device="cpu")).shape == (2, 14)
+    out = export.main(export.ExportConfig(str(tmp_path / "adapter"), tmp_path / "exported", unnorm_key="arms"))
+    assert chunk(load_policy(out, device="cpu")).shape == (2, 14)
+
+
 def test_exported_heads_are_where_the_original_looks_for_them(made: Path, tmp_path: Path) -> None:
     out = export.main(export.ExportConfig(str(made / "published"), tmp_path / "out", num_actions_chunk=4))
     for part in HEADS:

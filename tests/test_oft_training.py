@@ -1,6 +1,7 @@
 """OpenVLA-OFT through the training script: chunks by regression and by tokens, two images, state, any action width; stopped and resumed."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from safetensors.torch import load_file
 
 import finetune
 from config import FinetuneConfig
-from prismatic.data.examples import Examples
+from prismatic.data.examples import DrawBatches, Examples, batches
 from prismatic.data.frames import FrameCache, Mixture
 from prismatic.errors import ConfigError
+from prismatic.image import AUGMENTATIONS
 from prismatic.models.tiny import TINY, tiny_tokenizer
 from prismatic.processor import Processor, ProcessorConfig
 from prismatic.training import setup
@@ -93,6 +95,25 @@ def test_each_camera_has_augmentations_of_its_own(two_arms: FrameCache) -> None:
         processor = Processor(config, tiny_tokenizer(["put"]), mixture.statistics)
         first, second = Examples(mixture, processor, augmentations=["random_hue"], seed=0)._augmentations(5)
         assert (first == second) == same
+
+
+def test_the_number_of_loader_processes_changes_nothing(two_arms: FrameCache) -> None:
+    mixture = Mixture([two_arms], seed=0, num_actions_chunk=CHUNK)
+    config = ProcessorConfig.for_model(TINY, unnorm_key="drawn", center_crop=True)
+    config = dataclasses.replace(config, action_head="l1", num_actions_chunk=CHUNK, num_images_in_input=2)
+    examples = Examples(
+        mixture, Processor(config, tiny_tokenizer(["put"]), mixture.statistics), augmentations=AUGMENTATIONS, seed=0
+    )
+    alone, helped = (
+        list(
+            itertools.islice(
+                batches(examples, DrawBatches(batch_size=2, first=1), num_workers=count, pin_memory=False), 3
+            )
+        )
+        for count in (0, 2)
+    )
+    for mine, theirs in zip(alone, helped, strict=True):
+        assert torch.equal(mine.pixel_values, theirs.pixel_values) and torch.equal(mine.input_ids, theirs.input_ids)
 
 
 @pytest.mark.parametrize(
