@@ -92,8 +92,11 @@ def open_data(cfg: EvalConfig) -> Any:
     """The frame cache of the data set that is replayed or asked about."""
     from prismatic.data.mixture import open_cache
 
+    root = cfg.data_root_dir
+    if root == EvalConfig.data_root_dir and not root.is_dir():  # by its form it could be a hub id
+        raise ConfigError(f"data_root_dir {root} isn't there: put the data sets there, or give --data_root_dir")
     how = {"data_keys": cfg.data_keys, "gripper": cfg.gripper, "rotate_images": cfg.rotate_images}
-    return open_cache(cfg.data_root_dir, cfg.dataset_name, cache_dir=cfg.cache_dir, **how)
+    return open_cache(root, cfg.dataset_name, cache_dir=cfg.cache_dir, **how)
 
 
 def ask_open_loop(cfg: EvalConfig) -> Facts:

@@ -168,6 +168,12 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path: Path, changes: d
     assert not (tmp_path / "rollouts").exists()
 
 
+def test_the_default_folder_of_data_sets_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="isn't there"):
+        run(config(tmp_path / "rollouts", policy="replay"))
+
+
 def test_a_run_and_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(config(tmp_path, task_ids=(0, 2)))
     folder = tmp_path / "EVAL-fake-zero"
