@@ -283,28 +283,28 @@ def test_a_policy_that_drafts_is_told_which_episode_a_frame_belongs_to() -> None
     assert policy.frames == {(outcome.trial, 0): outcome.steps for outcome in outcomes}
 
 
-STEP, RENDER, ANSWER, ROW = (
+STEP, RENDER, PREPARE = (
     0.007,
-    0.020,
-    0.072,
-    0.004,
-)  # s: a step, a frame on a GPU, an A10's answer to one row, each row more
+    0.003,
+    0.0095,
+)  # s: a step and an image's path as measured on a CPU core, a frame on a GPU as assumed
+ANSWER, ROW = 0.072, 0.004  # s: of an A10, by arithmetic: an answer to one row, and what each row more takes
 
 
 def simulated(workers: int, window: float, *, queries: int = 400, seed: int = 0) -> tuple[float, float]:
     """Events instead of processes: (mean batch, queries a second) of simulators that ask after a step or two and wait for the answer."""
     draw = np.random.default_rng(seed).uniform
     asks = [float(draw(0, 0.1)) for _ in range(workers)]  # when each asks next
-    now = answered = batches = 0.0
+    now = free = answered = batches = 0.0
     while answered < queries:
         waiting = sorted(at for at in asks if at <= now)
-        due = pool.answer_at(waiting, playing=workers, window=window) if waiting else np.inf
+        due = pool.answer_at(waiting, playing=workers, window=window, free=free) if waiting else np.inf
         if due > now:
             now = min([due, *(at for at in asks if at > now)])
             continue
         now += ANSWER + ROW * (len(waiting) - 1)
-        asks = [now + STEP + RENDER * float(draw(0.8, 1.6)) if at in waiting else at for at in asks]
-        answered, batches = answered + len(waiting), batches + 1
+        asks = [now + (STEP + RENDER + PREPARE) * float(draw(0.8, 1.4)) if at in waiting else at for at in asks]
+        free, answered, batches = now, answered + len(waiting), batches + 1
     return answered / batches, answered / now
 
 
@@ -317,6 +317,7 @@ def test_a_gathering_window_makes_whole_batches_of_what_else_alternates() -> Non
 def test_the_answer_comes_at_once_when_all_have_asked() -> None:
     assert pool.answer_at([1.0, 1.01], playing=2, window=0.5) == 1.0
     assert pool.answer_at([1.0, 1.01], playing=3, window=0.5) == 1.5
+    assert pool.answer_at([1.0, 1.01], playing=3, window=0.5, free=2.0) == 2.5  # those just answered are given time
 
 
 def test_a_process_born_as_its_parent_dies_ends_at_once() -> None:

@@ -177,12 +177,13 @@ class _Worker:
         self.connection.close()
 
 
-def answer_at(asked: Sequence[float], *, playing: int, window: float) -> float:
-    """When those who asked at these times are answered: at once if no other of the `playing` can join them, else `window` s after the first.
+def answer_at(asked: Sequence[float], *, playing: int, window: float, free: float = 0.0) -> float:
+    """When those who asked at these times are answered: at once if no other of the `playing` can join them, else after the window.
 
-    Answering whoever waits alternates batches of one and of all the others; a batch costs a GPU little more than a single row.
+    The window (s) begins with the first who asked, or when the last answer had been given (free): those who got it ask again soon.
+    Answering whoever waits alternates two groups of simulators; a batch costs a GPU little more than a single row.
     """
-    return min(asked) + (window if len(asked) < playing else 0.0)
+    return max(min(asked), free) + (window if len(asked) < playing else 0.0)
 
 
 class _Pool:
@@ -202,6 +203,7 @@ class _Pool:
         self.workers: list[_Worker] = []
         self.attempts: Counter[Any] = Counter()
         self.any_started = self.any_built = False
+        self.free = 0.0  # when the last answer had been given
 
     def run(self) -> Generator[Ended, None, None]:
         try:
@@ -233,9 +235,8 @@ class _Pool:
         busy: dict[Any, _Worker] = {w.connection: w for w in self.workers if w.job and w.asked is None}
         deadlines = [worker.heard + worker.limit(self.hang_limit) for worker in busy.values()]
         if asked := self._asked():
-            deadlines.append(
-                answer_at(asked, playing=len(asked) + sum(w.built for w in busy.values()), window=self.window)
-            )
+            playing = len(asked) + sum(worker.built for worker in busy.values())
+            deadlines.append(answer_at(asked, playing=playing, window=self.window, free=self.free))
         for connection in wait(list(busy), timeout=max(min(deadlines) - time.monotonic(), 0)):
             yield from self._hear(busy.pop(connection))
         for worker in busy.values():
@@ -286,12 +287,13 @@ class _Pool:
         playing = sum(worker.built and worker.job is not None for worker in self.workers)
         if not waiting or self.answer is None:
             return
-        if time.monotonic() < answer_at(self._asked(), playing=playing, window=self.window):
+        if time.monotonic() < answer_at(self._asked(), playing=playing, window=self.window, free=self.free):
             return
         questions = [Question(worker.job, self.attempts[worker.job], worker.question) for worker in waiting]
         for worker, answer in zip(waiting, self.answer(questions), strict=True):
             worker.asked, worker.heard = None, time.monotonic()
             worker.send(answer)
+        self.free = time.monotonic()
 
 
 def _exit_reason(code: int | None) -> str:
