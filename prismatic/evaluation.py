@@ -19,7 +19,7 @@ import msgspec
 
 from prismatic.atomic import append_line, write_json
 from prismatic.episodes import actions, pool
-from prismatic.episodes.controls import beside
+from prismatic.episodes.controls import KNOWN_LATER, beside
 from prismatic.episodes.player import Outcome, Play
 from prismatic.episodes.result import EpisodeResult
 from prismatic.episodes.session import Session
@@ -34,7 +34,6 @@ if TYPE_CHECKING:  # it needs torch, which an evaluation of the expert does not
 
 POSTERS = "posters"  # folder of the videos' last frames
 TASK_CHARACTERS = 50  # of the instruction in a video's name, as OpenVLA has it
-KNOWN_LATER = ("benchmark_files",)  # facts of a run that those of before did not record: they go on without
 
 Facts = dict[str, Any]  # of run.json and summary.json: JSON values
 

@@ -74,6 +74,14 @@ def test_another_protocol_is_named(tmp_path: Path) -> None:
     assert "Not only the policies differ: env_seed is 0 in the first and 3 in the second." in page
 
 
+def test_what_older_runs_did_not_record_is_no_difference(tmp_path: Path) -> None:
+    before = run(tmp_path / "before", [True, False])
+    known = build(before, run(tmp_path / "after", [True, True], benchmark_files="0123"))
+    assert "benchmark_files is" not in known
+    other = build(run(tmp_path / "other", [True, False], benchmark_files="4567"), tmp_path / "after")
+    assert "benchmark_files is 4567 in the first and 0123 in the second" in other
+
+
 def test_equal_runs_and_hostile_names(tmp_path: Path) -> None:
     page = build(run(tmp_path / "<b>x", [True, False]), run(tmp_path / "after", [True, False]))
     assert "None: both runs solved the same episodes." in page

@@ -131,6 +131,8 @@ def test_controls_of_the_same_episodes_stand_beside(tmp_path: Path) -> None:
         "random": (1, 10, "random-many"),
         "instruction swap": (4, 10, "swap"),
     }
+    later = own | {"benchmark_files": "0123"}  # a run of today beside controls of before that was recorded
+    assert beside(tmp_path / "own", later, task_ids={1}) == found
     assert found["zero"]["interval_95"] == pytest.approx([0.0, 0.4899], abs=1e-4)
     assert beside(tmp_path / "own", own, task_ids={7}) == {}
     zero = json.loads((tmp_path / "zero" / "run.json").read_text())["identity"]

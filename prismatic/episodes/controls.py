@@ -33,6 +33,7 @@ VERBS = {
 FLOORS_AND_CEILINGS = ("zero", "random", "replay", "expert")
 SAME_EPISODES = ("task_suite_name", "env_seed", "num_steps_wait", "step_limit")
 
+KNOWN_LATER = ("benchmark_files",)  # facts of a run that those of before did not record: they go on without
 Facts = dict[str, Any]  # a part of summary.json or run.json
 
 
@@ -111,7 +112,8 @@ def _control(other: Facts, own: Facts) -> str | None:
     if other["policy"] in FLOORS_AND_CEILINGS:
         return other["policy"] if other["policy"] != own["policy"] else None
     reworded = other.get("instruction")
-    if reworded and {**other, "instruction": None} == {**own, "instruction": None}:
+    apart = dict.fromkeys(["instruction", *(name for name in KNOWN_LATER if name not in other or name not in own)])
+    if reworded and {**other, **apart} == {**own, **apart}:
         return f"instruction {reworded}"
     return None
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from prismatic import statistics
 from prismatic.atomic import write_whole
+from prismatic.episodes.controls import KNOWN_LATER
 from prismatic.episodes.result import EpisodeResult
 from prismatic.errors import ConfigError, read_json
 from prismatic.evaluation import read_rows
@@ -103,6 +104,7 @@ def warnings(before: Run, after: Run) -> list[str]:
         f"{name} is {before.identity.get(name)} in the first and {after.identity.get(name)} in the second"
         for name in SAME_PROTOCOL
         if before.identity.get(name) != after.identity.get(name)
+        and not (name in KNOWN_LATER and None in (before.identity.get(name), after.identity.get(name)))
     ]
 
 
