@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -21,10 +21,13 @@ import tyro
 from config import WORKSPACE, GripperConvention
 from prismatic import machine
 from prismatic.errors import ConfigError, exit_codes
-from prismatic.ranges import checked
+from prismatic.ranges import Positive, checked
 from prismatic.scene.renderer import choose_renderer, draws_in_software
 from prismatic.scene.suites import Libero
 from prismatic.versions import SIMULATOR_PINS, versions
+
+if TYPE_CHECKING:  # it imports transformers
+    from prismatic.processor import Processor
 
 RAMEKIN_TASK, BOWL, RAMEKIN = 5, "akita_black_bowl_1", "glazed_rim_porcelain_ramekin_1"
 RAMEKIN_RADIUS = 0.05  # m: a bowl that fell off lies farther away
@@ -41,6 +44,10 @@ class DoctorConfig:
     adapter: Path | None = None
     # Key of the data set's statistics, where the checkpoint has several.
     unnorm_key: str | None = None
+    # Of a foreign checkpoint: its head, where it could be of more than one kind, and what a call reads and gives. None: the folder says it.
+    action_head: Literal["tokens", "parallel", "l1"] | None = None
+    num_actions_chunk: Positive | None = None
+    num_images_in_input: Positive | None = None
     # Folder of data sets (RLDS or LeRobot) to look at, or the hub id of a LeRobot data set.
     data_root_dir: str | None = None
     # Data set in it.
@@ -167,10 +174,12 @@ def data(cfg: DoctorConfig) -> Iterator[Check]:
 
 
 def policy(cfg: DoctorConfig) -> Iterator[Check]:
+    """Does it load, with which head and statistics; what would go wrong with the data that is given, and does it look at the picture."""
     from prismatic.checkpoint import load_policy
 
+    choice = {name: getattr(cfg, name) for name in ("action_head", "num_actions_chunk", "num_images_in_input")}
     try:
-        loaded = load_policy(str(cfg.checkpoint), adapter=cfg.adapter, unnorm_key=cfg.unnorm_key)
+        loaded = load_policy(str(cfg.checkpoint), adapter=cfg.adapter, unnorm_key=cfg.unnorm_key, **choice)
     except ConfigError as error:
         yield Check(False, str(error))
         return
@@ -180,16 +189,20 @@ def policy(cfg: DoctorConfig) -> Iterator[Check]:
         f" and a state of {acts.proprio_dim} numbers" if acts.proprio_dim else ", no state"
     )
     yield Check(None, f"its head is {acts.action_head}: chunks of {acts.num_actions_chunk} actions from {reads}")
+    for name, value in loaded.metadata()["assumed"].items():
+        yield Check(None, f"its folder doesn't say {name}: {value} is assumed, as published (--{name} says otherwise)")
+    if cfg.data_root_dir:
+        yield from fits(cfg, loaded.processor)
     ids = torch.tensor([loaded.processor.prompt_ids("pick up the black bowl")], device=loaded.device)
-    size, channels = acts.image_size, 6 * loaded.num_images
-    proprio = torch.zeros(1, acts.proprio_dim, device=loaded.device) if acts.proprio_dim else None
+    size, channels = loaded.processor.config.image_size, 6 * loaded.num_images
+    state = torch.zeros(1, acts.proprio_dim, device=loaded.device, dtype=loaded.dtype) if acts.proprio_dim else None
     with torch.inference_mode():
         black, white = (
             loaded.vla(
                 ids,
                 None,
                 torch.full((1, channels, size, size), level, device=loaded.device, dtype=loaded.dtype),
-                proprio=proprio,
+                proprio=state,
             ).logits[0, -1]
             for level in (-2.0, 2.0)
         )
@@ -198,6 +211,38 @@ def policy(cfg: DoctorConfig) -> Iterator[Check]:
         change > 1e-3,
         f"a black and a white picture change the logits by up to {change:.3g}",
         "the picture is ignored: the vision weights are wrong",
+    )
+
+
+def fits(cfg: DoctorConfig, processor: "Processor") -> Iterator[Check]:
+    """Whether a data set has what a policy reads, and is one that it learnt from. Acting on it, as eval.py --open_loop does, would fail otherwise."""
+    from prismatic.data.mixture import open_cache
+    from prismatic.dataset_statistics import NO_NOOPS
+
+    how = {"data_keys": cfg.data_keys, "gripper": cfg.gripper, "rotate_images": cfg.rotate_images}
+    try:
+        cache = open_cache(str(cfg.data_root_dir), cfg.dataset_name, cache_dir=cfg.cache_dir, **how)
+    except ConfigError:  # said by data()
+        return
+    reads = processor.config
+    has, dims = 0 if cache.state is None else cache.state.shape[1], cache.actions.shape[1]
+    if reads.num_images_in_input > 1 and not cache.has_wrist:
+        text = f"{cache.name} has no wrist camera, and the checkpoint looks at {reads.num_images_in_input} images"
+        yield Check(False, text, "--data_keys wrist=… names it, or take another checkpoint")
+    if reads.proprio_dim and has != reads.proprio_dim:
+        there = f"a state of {has} numbers" if has else "no state"
+        text = f"{cache.name} has {there}, and the checkpoint reads one of {reads.proprio_dim}"
+        yield Check(False, text, "--data_keys state=… names it, or take another checkpoint")
+    if dims != processor.action_dim:
+        text = f"{cache.name} has actions of {dims} numbers, and the checkpoint answers with {processor.action_dim}"
+        yield Check(False, text, "--data_keys action=… names another field, or take another checkpoint")
+    keys = ", ".join(sorted(processor.statistics))
+    yield Check(
+        cache.name.removesuffix(NO_NOOPS) == str(reads.unnorm_key).removesuffix(NO_NOOPS),
+        f"the checkpoint acts with the statistics of {reads.unnorm_key}, the data set is {cache.name}",
+        f"--unnorm_key {cache.name}"
+        if cache.name in processor.statistics
+        else f"it has statistics of {keys} alone: fine-tune it on {cache.name} first",
     )
 
 

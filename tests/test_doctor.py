@@ -1,18 +1,27 @@
 """doctor.py says BAD where a score would be wrong, and only there. Its scenes need the simulator: the last test runs the script."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import doctor
 from doctor import DoctorConfig
 from prismatic.checkpoint import load_vla, save_checkpoint
+from prismatic.data import lerobot_writer
+from prismatic.data.staging import stage_episode
+from prismatic.models.tiny import random_vla
 from prismatic.processor_files import load_processor
 from tests.conftest import REPOSITORY
+from tests.drawn_episodes import drawn_episode
+from tests.drawn_oft import CONFIG, saved
 
 BASE = REPOSITORY / "checkpoints" / "openvla-tiny"
 
@@ -43,13 +52,90 @@ def test_a_missing_data_set_is_bad(tmp_path: Path) -> None:
 def test_a_model_that_does_not_look_is_bad(tmp_path: Path) -> None:
     assert bad(DoctorConfig(simulator=False, checkpoint=str(BASE))) == []
     vla, processor = load_vla(BASE), load_processor(BASE)
-    torch.nn.init.zeros_(vla.projector.fc3.weight)
+    vla.projector.fc3.weight.data *= 1e-9  # zeros would not even load
     blind = tmp_path / "blind"
     save_checkpoint(
         blind, vla, processor=processor, statistics=dict(processor.statistics), tokenizer_from=BASE, dtype=torch.float32
     )
     (text,) = bad(DoctorConfig(simulator=False, checkpoint=str(blind)))
-    assert text.startswith("a black and a white picture change the logits by up to 0")
+    assert text.startswith("a black and a white picture change the logits by up to ")
+
+
+@pytest.fixture(scope="module")
+def l1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an L1 head that reads two images and a state of 5 numbers, and learnt from "demo"."""
+    return saved(tmp_path_factory.mktemp("l1") / "own", random_vla(CONFIG, seed=1))
+
+
+def told(cfg: DoctorConfig) -> list[tuple[bool | None, str]]:
+    return [(check.good, f"{check.text}: {check.remedy}") for check in doctor.policy(cfg)]
+
+
+def test_what_a_checkpoint_is_is_named(l1: Path) -> None:
+    loads, head, looks = told(DoctorConfig(checkpoint=str(l1)))
+    assert loads == (True, f"{l1} loads, statistics demo: ")
+    assert head[1].startswith("its head is l1: chunks of 4 actions from 2 images and a state of 5 numbers")
+    assert looks[1].startswith("a black and a white picture")
+
+
+@pytest.mark.parametrize(
+    ("lost", "flags", "said"),
+    [
+        ((), {"action_head": "tokens"}, r"--action_head tokens contradicts .*says l1"),
+        (("processor.json",), {"action_head": "tokens"}, "its token head is untrained: leave out --action_head tokens"),
+        (("action_head.safetensors",), {}, "has no action_head: copy its file"),
+        ((), {"unnorm_key": "bridge"}, "--unnorm_key bridge is not there: .* has statistics of demo"),
+    ],
+)
+def test_a_head_that_would_be_played_wrong_is_bad(
+    l1: Path, tmp_path: Path, lost: tuple[str, ...], flags: dict[str, Any], said: str
+) -> None:
+    folder = Path(shutil.copytree(l1, tmp_path / "folder"))
+    for name in lost:
+        (folder / name).unlink()
+    ((good, text),) = told(DoctorConfig(checkpoint=str(folder), **flags))
+    assert good is False and re.search(said, text), text
+
+
+def test_a_published_folder_s_assumptions_are_said(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "published", random_vla(CONFIG, seed=1), foreign=True)
+    assert any(
+        "doesn't say num_actions_chunk: 8 is assumed" in text for _, text in told(DoctorConfig(checkpoint=str(folder)))
+    )
+    chosen = told(DoctorConfig(checkpoint=str(folder), num_actions_chunk=4))
+    assert any("chunks of 4 actions" in text for _, text in chosen)
+    assert not any("num_actions_chunk: " in text for _, text in chosen)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, []),
+        ({"wrist_images": None}, ["demo has no wrist camera, and the checkpoint looks at 2 images: --data_keys wrist="]),
+        ({"state": None}, ["demo has no state, and the checkpoint reads one of 5: --data_keys state="]),
+        ({"state": 8}, ["demo has a state of 8 numbers, and the checkpoint reads one of 5"]),
+        ({"action": 14}, ["demo has actions of 14 numbers, and the checkpoint answers with 7"]),
+        ({"name": "mine"}, ["the checkpoint acts with the statistics of demo, the data set is mine: it has statistics of demo alone"]),
+    ],
+)  # fmt: skip
+def test_data_that_lack_what_a_checkpoint_reads_are_bad(
+    l1: Path, tmp_path: Path, change: dict[str, Any], said: list[str]
+) -> None:
+    name, widths = change.get("name", "demo"), {"action": 7, "state": 5} | change
+    for number in range(2):
+        episode = drawn_episode(number)
+        steps = len(episode["action"])
+        for field in ("action", "state"):
+            episode[field] = widths[field] and np.zeros((steps, widths[field]), dtype=np.float32)
+        if "wrist_images" in change:
+            del episode["wrist_images"]
+        stage_episode(tmp_path / f"staged/{number}.npz", **episode)
+    lerobot_writer.write_dataset(tmp_path / "staged", tmp_path / "data", name)
+    where = {"data_root_dir": str(tmp_path / "data"), "dataset_name": name, "cache_dir": tmp_path / "cache"}
+    wrong = [text for good, text in told(DoctorConfig(checkpoint=str(l1), **where)) if good is False]
+    assert len(wrong) == len(said) and all(text.startswith(start) for text, start in zip(wrong, said, strict=True)), (
+        wrong
+    )
 
 
 def test_this_machine_renders_what_scores_were_made_with() -> None:

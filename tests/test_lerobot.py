@@ -421,10 +421,10 @@ def test_a_hub_id_fetches_what_is_read_and_no_more(
     info = lerobot.read_info(copied)
     keys = find_keys(lerobot.fields(info, {}), {}, "")
     assert keys.wrist
-    for options, unread in (({}, ()), ({"data_keys": "wrist=none"}, (keys.wrist,))):
+    for told, unread in (("", ()), ("wrist=none", (keys.wrist,))):
         hub = Hub(copied, tmp_path / str(len(unread)))
         monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
-        cache = open_cache(f"someone/{copied.name}", copied.name, cache_dir=tmp_path / "cache", **options)
+        cache = open_cache(f"someone/{copied.name}", copied.name, cache_dir=tmp_path / "cache", data_keys=told)
         wanted = {
             str(path.relative_to(copied))
             for room in ("meta", "data", "videos")
@@ -432,7 +432,7 @@ def test_a_hub_id_fetches_what_is_read_and_no_more(
             if path.is_file() and not any(camera in path.parts for camera in unread)
         }
         assert hub.fetched == wanted
-        assert cache.name == copied.name and cache.fingerprint == read(copied, **options).fingerprint
+        assert cache.name == copied.name and cache.fingerprint == read(copied, data_keys=told).fingerprint
     with pytest.raises(ConfigError, match=f"give --dataset_name {copied.name}"):
         open_cache(f"someone/{copied.name}", "another", cache_dir=tmp_path / "cache")
 

@@ -1,6 +1,5 @@
 """OpenVLA-OFT's folders: the published form, the RL world's, ours; what can't be right is one sentence before anything is loaded."""
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -14,47 +13,17 @@ from huggingface_hub.utils import filter_repo_objects
 import doctor
 import export
 from prismatic.adapter import save_adapter
-from prismatic.checkpoint import load_policy, load_vla, save_checkpoint
+from prismatic.checkpoint import load_policy, load_vla
 from prismatic.errors import ConfigError, PolicyError
 from prismatic.hub import WANTED
 from prismatic.models.heads import HEADS
 from prismatic.models.lora import add_lora, lora_state_dict
 from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
-from prismatic.models.vla import VLA
 from prismatic.policy import VLAPolicy
 from prismatic.processor import Processor, ProcessorConfig
+from tests.drawn_oft import COLUMNS, CONFIG, STATISTICS, saved
 
-CONFIG = dataclasses.replace(TINY, action_head="l1", num_actions_chunk=4, proprio_dim=5)
-COLUMNS = {"q01": [-1.0] * 7, "q99": [1.0] * 7, "min": [-1.0] * 7, "max": [1.0] * 7, "mask": [True] * 6 + [False]}
-STATE = {"q01": [-2.0] * 5, "q99": [2.0] * 5, "min": [-2.0] * 5, "max": [2.0] * 5}
-STATISTICS = {"demo": {"action": COLUMNS, "proprio": STATE}}
 FRAME = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-
-
-def saved(folder: Path, vla: VLA, *, foreign: bool = False) -> Path:
-    """A checkpoint folder; foreign: as the original saves it, which says nothing about heads, images and state."""
-    config = ProcessorConfig.for_model(vla.config, unnorm_key="demo", center_crop=True)
-    words = tiny_tokenizer(["pick up the black bowl"])
-    words.save_pretrained(folder.parent / "words")
-    processor = Processor(config, words, STATISTICS)
-    save_checkpoint(
-        folder,
-        vla,
-        processor=processor,
-        statistics=STATISTICS,
-        tokenizer_from=folder.parent / "words",
-        dtype=torch.float32,
-        published=foreign,
-    )
-    if foreign:
-        plain = dataclasses.replace(vla.config, action_head="tokens", num_actions_chunk=1, proprio_dim=0).to_json()
-        del plain["action_head"]
-        (folder / "config.json").write_text(json.dumps(plain | {"norm_stats": STATISTICS}))
-        (folder / "processor.json").unlink()
-        for part in HEADS:
-            if (folder / f"{part}--latest_checkpoint.pt").exists():
-                (folder / f"{part}--latest_checkpoint.pt").rename(folder / f"{part}--100_checkpoint.pt")
-    return folder
 
 
 @pytest.fixture(scope="module")
