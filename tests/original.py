@@ -28,9 +28,11 @@ def cases(folder: Path) -> list[tuple[dict, torch.Tensor]]:
 
 
 def last_nine(vla: VLA, batch: dict[str, torch.Tensor], numbers: Path) -> tuple[float, np.ndarray]:
-    """Loss, and the logits of the action ids at the last nine positions of each row (3, 9, 256)."""
+    """Loss, and the logits of the action ids at the last nine positions of each row (B, 9, 256)."""
     positions = torch.from_numpy(np.load(numbers / "forward.npz")["logits_last9_positions"])
     with torch.inference_mode():
         out = vla(**batch, all_logits=True)
     assert out.loss is not None
-    return out.loss.item(), torch.stack([out.logits[b, positions[b]] for b in range(3)])[..., 31744:32000].numpy()
+    last = vla.config.vocab_size
+    rows = [row[place] for row, place in zip(out.logits, positions, strict=True)]
+    return out.loss.item(), torch.stack(rows)[..., last - vla.config.n_action_bins : last].numpy()

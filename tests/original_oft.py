@@ -30,7 +30,8 @@ def oft_folder(numbers: tuple[Path, Path], place: Path, *, head: bool, state: bo
 def load(numbers: tuple[Path, Path], place: Path, variant: str, **how: Any) -> VLA:
     kind, images, state = VARIANTS[variant]
     folder = oft_folder(numbers, place, head=kind == "l1", state=state)
-    return load_vla(folder, action_head=kind, num_images_in_input=images, **how)
+    chunk = np.load(numbers[1] / "train.npz")["actions"].shape[1]  # no published folder says it
+    return load_vla(folder, action_head=kind, num_actions_chunk=chunk, num_images_in_input=images, **how)
 
 
 def pixels(images: np.ndarray, lut: np.ndarray) -> torch.Tensor:

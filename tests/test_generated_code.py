@@ -10,10 +10,6 @@ from prismatic.models.quantized import Int8Linear
 from tests.pretended_gpu import generated_code
 
 SCALAR_KERNEL = "_weight_int8pack_mm"
-ROWS, COLUMNS = 1, 64 + 256 + 7
-KERNELS_A_LAYER = (
-    20  # launches of a verifying pass through one layer at one row, embedding, mask, norm and head included
-)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from prismatic.image import encode_jpeg
 from prismatic.serving.observation import Observation
 
 REQUESTS, FRAMES = "requests.jsonl", "frames"
-MOST_WAITING = 256  # requests that are not written yet
+MOST_WAITING = 64  # requests that are not written yet, which lie in memory
 
 
 class Recorder:
@@ -44,7 +44,10 @@ class Recorder:
             self.left_out += 1
             return
         row = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "dialect": dialect, "stream": str(stream)}
-        self._thread.submit(self._write, row, observation, chunk)
+        try:
+            self._thread.submit(self._write, row, observation, chunk)
+        except RuntimeError:  # closed: the server stops, and this answer came later than it waited for
+            self.left_out += 1
 
     def close(self) -> None:
         """Write what waits."""
