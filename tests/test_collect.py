@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,15 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
-from collect import ATTEMPTS_PER_DEMO, SPARE_ATTEMPTS, CollectConfig, Schedule, alone, open_stage, run
-from prismatic.data.staging import load_episode
+from collect import ATTEMPTS_PER_DEMO, SPARE_ATTEMPTS, CollectConfig, Schedule, alone, collect, open_stage, run
+from prismatic.data.lerobot_writer import LIBERO_RATE
+from prismatic.data.mixture import open_cache
+from prismatic.data.staging import load_episode, stage_episode
 from prismatic.episodes.demonstration import Pushes, is_no_op
 from prismatic.errors import ConfigError
+from prismatic.filenames import LEROBOT_INFO
 from prismatic.image import decode_jpeg
+from tests.drawn_episodes import drawn_episode
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -122,6 +127,37 @@ def test_the_script_makes_a_data_set_and_does_nothing_twice(tmp_path: Path) -> N
     assert subprocess.run(one, cwd=ROOT, capture_output=True).returncode == 0
     assert time.monotonic() - started < 10  # no simulator was built
     assert path.stat().st_mtime_ns == kept
+    shutil.rmtree(tmp_path / "demo")  # the RLDS one; the staged episodes become a LeRobot set in its place
+    again = subprocess.run([*one, "--format", "lerobot"], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    check_lerobot(tmp_path, "demo", path)
+
+
+def check_lerobot(root: Path, name: str, *staged: Path) -> None:
+    """A LeRobot data set reads back as just these staged episodes, in their order."""
+    cache = open_cache(root, name, cache_dir=root / "cache")
+    assert (root / name / LEROBOT_INFO).is_file() and not (root / name / "1.0.0").exists()
+    assert (cache.fps, cache.gripper.convention) == (LIBERO_RATE, "minus_one_open")
+    first = 0
+    for episode in map(load_episode, staged):
+        frames = range(first, first := first + len(episode.action))
+        assert [cache.image_bytes(frame) for frame in frames] == episode.images
+        assert [cache.wrist_bytes(frame) for frame in frames] == episode.wrist_images
+        assert {cache.instruction(frame) for frame in frames} == {episode.instruction}
+        assert cache.state is not None and (cache.state[frames] == episode.state).all()
+        assert (cache.actions[frames, :6] == episode.action[:, :6]).all()
+        assert (cache.actions[frames, 6] == (episode.action[:, 6] < 0)).all()  # 1 open
+    assert first == len(cache)
+
+
+def test_format_lerobot_writes_what_was_staged(tmp_path: Path) -> None:
+    """Through collect() itself; all wanted episodes are there already, so that no simulator starts."""
+    cfg = config(tmp_path, task_ids=(0, 1), num_demos_per_task=2, format="lerobot")
+    paths = [open_stage(cfg) / f"task{task:02d}-{attempt:05d}.npz" for task in (0, 1) for attempt in (0, 2)]
+    for number, path in enumerate(paths):
+        stage_episode(path, **drawn_episode(number))
+    assert collect(cfg) == tmp_path / "demo"
+    check_lerobot(tmp_path, "demo", *paths)
 
 
 def test_ctrl_c_ends_everything_with_130(tmp_path: Path) -> None:
