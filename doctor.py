@@ -188,7 +188,8 @@ def policy(cfg: DoctorConfig) -> Iterator[Check]:
     reads = f"{acts.num_images_in_input} images" + (
         f" and a state of {acts.proprio_dim} numbers" if acts.proprio_dim else ", no state"
     )
-    yield Check(None, f"its head is {acts.action_head}: chunks of {acts.num_actions_chunk} actions from {reads}")
+    gives = f"chunks of {acts.num_actions_chunk} actions of {loaded.processor.action_dim} numbers"
+    yield Check(None, f"its head is {acts.action_head}: {gives} from {reads}")
     for name, value in loaded.metadata()["assumed"].items():
         yield Check(None, f"its folder doesn't say {name}: {value} is assumed, as published (--{name} says otherwise)")
     if cfg.data_root_dir:

@@ -74,7 +74,7 @@ def told(cfg: DoctorConfig) -> list[tuple[bool | None, str]]:
 def test_what_a_checkpoint_is_is_named(l1: Path) -> None:
     loads, head, looks = told(DoctorConfig(checkpoint=str(l1)))
     assert loads == (True, f"{l1} loads, statistics demo: ")
-    assert head[1].startswith("its head is l1: chunks of 4 actions from 2 images and a state of 5 numbers")
+    assert head[1].startswith("its head is l1: chunks of 4 actions of 7 numbers from 2 images and a state of 5 numbers")
     assert looks[1].startswith("a black and a white picture")
 
 

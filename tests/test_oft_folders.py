@@ -260,5 +260,5 @@ def test_an_answer_that_is_no_number_is_the_policys_error(made: Path) -> None:
 
 def test_doctor_looks_at_a_model_that_reads_a_state(made: Path) -> None:
     said = [check.text for check in doctor.checks(doctor.DoctorConfig(simulator=False, checkpoint=str(made / "own")))]
-    assert "its head is l1: chunks of 4 actions from 2 images and a state of 5 numbers" in said
+    assert "its head is l1: chunks of 4 actions of 7 numbers from 2 images and a state of 5 numbers" in said
     assert "a black and a white picture change the logits" in said[-1]

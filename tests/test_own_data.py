@@ -1,5 +1,6 @@
 """examples/own_data.py, from recordings to a policy that answers, with one arm and with two."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from prismatic.data.mixture import open_cache
+from prismatic.filenames import LEROBOT_INFO, RLDS_INFO, RUN
 from tests.conftest import REPOSITORY
 
 BASE = REPOSITORY / "checkpoints" / "openvla-tiny"
@@ -81,7 +83,42 @@ def test_another_width_trains_validates_and_acts(tmp_path: Path, action_dim: int
     assert "val_loss" in (run_folder / "metrics.jsonl").read_text()
     from prismatic.checkpoint import load_policy
 
+    run(
+        "eval.py", "--open_loop", True, "--open_loop_frames", 3, "--pretrained_checkpoint", run_folder / "latest", *where,
+        "--local_log_dir", tmp_path / "rollouts",
+    )  # fmt: skip
+    (record,) = (tmp_path / "rollouts").rglob(RUN)
+    asked = json.loads(record.read_text())["record"]["open_loop"]
+    assert asked["dataset"] == "arms" and {split["frames"] for split in asked["splits"].values()} == {3}
+    for split in asked["splits"].values():
+        assert len(split["policy"]["per_dimension"]["l1_loss"]) == action_dim
     policy = load_policy(run_folder / "latest", device="cpu")
     frame = np.zeros((224, 224, 3), dtype=np.uint8)
     answer = policy(frame, "push the block to the left", wrist=frame)
     assert answer.shape == (action_dim,) and np.isfinite(answer).all()
+
+
+@pytest.mark.slow
+def test_rlds_is_the_same_data_set(tmp_path: Path) -> None:
+    caches = []
+    for form, marker in (("lerobot", LEROBOT_INFO), ("rlds", f"1.0.0/{RLDS_INFO}")):
+        run(
+            "examples/own_data.py",
+            "--output",
+            tmp_path / form,
+            "--dataset_name",
+            "mine",
+            "--format",
+            form,
+            "--episodes",
+            3,
+        )
+        assert (tmp_path / form / "mine" / marker).is_file() and [*(tmp_path / form).iterdir()] == [
+            tmp_path / form / "mine"
+        ]
+        caches.append(open_cache(tmp_path / form, "mine", cache_dir=tmp_path / "cache" / form))
+    one, other = (
+        {cache.image_bytes(frame): (*cache.actions[frame], cache.instruction(frame)) for frame in range(len(cache))}
+        for cache in caches
+    )
+    assert one == other and len(caches[0]) == len(caches[1])
