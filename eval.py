@@ -127,6 +127,7 @@ def load_policy(cfg: EvalConfig) -> evaluation.Loaded:
     return setup.load_policy(
         cfg.pretrained_checkpoint,
         seed=cfg.seed,
+        to_act=not cfg.open_loop,
         adapter=cfg.lora_checkpoint,
         quantize=quantize,
         backend=backend,

@@ -98,7 +98,7 @@ def test_a_quantised_run_has_its_own_folder_and_says_so(tmp_path: Path, monkeypa
 
     def load(*args: Any, quantize: str, backend: str | None, **rest: Any) -> Any:
         asked.append((quantize, backend))
-        return SimpleNamespace(processor=SimpleNamespace(image_path=None), counts={})
+        return SimpleNamespace(processor=SimpleNamespace(image_path=None, action_dim=7), counts={})
 
     monkeypatch.setattr(checkpoint, "load_policy", load)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -117,6 +117,18 @@ def test_a_quantised_run_has_its_own_folder_and_says_so(tmp_path: Path, monkeypa
     for cfg in runs:
         script.load_policy(cfg)
     assert asked == [("none", None), ("int8", None), ("int4", None), ("int8", "bitsandbytes"), ("int4", "bitsandbytes")]
+
+
+def test_a_policy_of_another_width_ends_before_the_first_episode(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prismatic import checkpoint
+
+    arms = SimpleNamespace(processor=SimpleNamespace(image_path=None, action_dim=14), counts={})
+    monkeypatch.setattr(checkpoint, "load_policy", lambda *_, **__: arms)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    cfg = EvalConfig(pretrained_checkpoint="arms")
+    with pytest.raises(ConfigError, match="arms answers with 14 numbers and LIBERO takes 7"):
+        script.load_policy(cfg)
+    assert script.load_policy(dataclasses.replace(cfg, open_loop=True)).policy is arms
 
 
 def test_identity_follows_the_weights_and_not_the_workers(tmp_path: Path) -> None:

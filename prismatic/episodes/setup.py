@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from prismatic import machine
+from prismatic.errors import ConfigError
 from prismatic.evaluation import Facts, Loaded
 from prismatic.filenames import STEP_FOLDER
 from prismatic.hub import newest_step
 from prismatic.ranges import check_folder_name
 from prismatic.versions import folder_fingerprint
 
+ACTION_DIM = 7  # numbers of LIBERO's actions
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # set by torchrun
 LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, which they share
 GATHERING = (
@@ -20,8 +22,11 @@ GATHERING = (
 )
 
 
-def load_policy(checkpoint: str, *, seed: int, **options: Any) -> Loaded:
-    """A policy on this rank's GPU, or on one thread of the CPU. options: checkpoint.load_policy's."""
+def load_policy(checkpoint: str, *, seed: int, to_act: bool = True, **options: Any) -> Loaded:
+    """A policy on this rank's GPU, or on one thread of the CPU. options: checkpoint.load_policy's.
+
+    to_act: in LIBERO; ConfigError for a policy that gives another number of numbers than it takes.
+    """
     import torch
 
     from prismatic import checkpoint as checkpoints
@@ -35,6 +40,11 @@ def load_policy(checkpoint: str, *, seed: int, **options: Any) -> Loaded:
         # The simulators fill the cores, and a number that followed theirs would change the last digits of actions.
         torch.set_num_threads(1)
     policy = checkpoints.load_policy(checkpoint, device=device, **options)
+    if to_act and policy.processor.action_dim != ACTION_DIM:
+        raise ConfigError(
+            f"{checkpoint} answers with {policy.processor.action_dim} numbers and LIBERO takes {ACTION_DIM}: "
+            "--open_loop True compares it with recorded actions instead"
+        )
     return Loaded(
         policy, prepare=policy.processor.image_path, counts=policy.counts, window=GATHERING if device else 0.0
     )
