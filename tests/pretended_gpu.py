@@ -13,6 +13,7 @@ from torch._inductor.fx_passes import joint_graph, post_grad
 from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -25,6 +26,13 @@ H100 = types.SimpleNamespace(
 
 class _Done(Exception):
     pass
+
+
+def _forget_what_triton_can() -> None:
+    """torch remembers for a process whether Triton works: neither may a test before this one decide it, nor this one for those after it."""
+    for function in vars(_triton).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
 
 
 @contextlib.contextmanager
@@ -50,6 +58,8 @@ def _pretended() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch(name, lambda *a, answer=answer, **k: answer, create=True))
+        _forget_what_triton_can()
+        stack.callback(_forget_what_triton_can)
         yield
 
 
