@@ -120,7 +120,7 @@ def test_the_script_makes_a_data_set_and_does_nothing_twice(tmp_path: Path) -> N
     assert 30 < len(episode.images) == len(episode.wrist_images) == len(episode.action) < 90
     assert decode_jpeg(episode.images[0]).shape == decode_jpeg((episode.wrist_images or [])[0]).shape == (256, 256, 3)
     assert (episode.action[0, 6], set(episode.action[:, 6])) == (-1, {-1.0, 1.0})  # starts open; LIBERO's convention
-    assert episode.state[0, 6] > 0.03  # a finger's opening, m
+    assert episode.state is not None and episode.state[0, 6] > 0.03  # a finger's opening, m
     assert episode.instruction.startswith("pick up the black bowl between")
     kept = path.stat().st_mtime_ns
     started = time.monotonic()
@@ -138,13 +138,14 @@ def check_lerobot(root: Path, name: str, *staged: Path) -> None:
     cache = open_cache(root, name, cache_dir=root / "cache")
     assert (root / name / LEROBOT_INFO).is_file() and not (root / name / "1.0.0").exists()
     assert (cache.fps, cache.gripper.convention) == (LIBERO_RATE, "minus_one_open")
+    assert cache.state is not None
     first = 0
     for episode in map(load_episode, staged):
         frames = range(first, first := first + len(episode.action))
         assert [cache.image_bytes(frame) for frame in frames] == episode.images
         assert [cache.wrist_bytes(frame) for frame in frames] == episode.wrist_images
         assert {cache.instruction(frame) for frame in frames} == {episode.instruction}
-        assert cache.state is not None and (cache.state[frames] == episode.state).all()
+        assert (cache.state[frames] == np.asarray(episode.state)).all()
         assert (cache.actions[frames, :6] == episode.action[:, :6]).all()
         assert (cache.actions[frames, 6] == (episode.action[:, 6] < 0)).all()  # 1 open
     assert first == len(cache)
