@@ -18,7 +18,9 @@ import tyro
 
 from config import MAY_CHANGE_ON_RESUME, FinetuneConfig
 from prismatic import foreign_flags
-from prismatic.data.examples import DrawBatches, Examples, batches
+from prismatic.augmentation import drawing
+from prismatic.data.examples import DrawBatches, Examples
+from prismatic.data.loader import batches
 from prismatic.errors import exit_codes
 from prismatic.filenames import FIRST_BATCH, LATEST
 from prismatic.ranges import check_folder_name, checked
@@ -26,6 +28,7 @@ from prismatic.training import first_batch, setup
 from prismatic.training.display import Display
 from prismatic.training.distributed import Ranks, joined, no_sync
 from prismatic.training.loggers import open_logger
+from prismatic.training.metrics import Metrics, measured
 from prismatic.training.model import ModelOptions, load_planned
 from prismatic.training.optimizer import make_optimizer
 from prismatic.training.signals import StopSignal, leave
@@ -60,13 +63,15 @@ def train(cfg: FinetuneConfig, run: setup.TrainingRun, display: Display) -> None
         learning_rate, peak=cfg.learning_rate, schedule=cfg.lr_schedule, max_steps=cfg.max_steps, warmup_steps=cfg.warmup_steps,
         warmup_start=cfg.warmup_start, decay_step=cfg.lr_decay_step,
     )  # fmt: skip
-    examples = Examples(mixture, processor, augmentations=cfg.augment_order if cfg.image_aug else (), seed=cfg.seed)
+    augment = drawing(cfg.augment_order) if cfg.image_aug else None
+    examples = Examples(mixture, processor, augment=augment, seed=cfg.seed)
     draws = DrawBatches(  # each micro-batch of all ranks together is what one process would draw
         batch_size=run.micro_batch_size, first=progress.step * run.grad_accumulation_steps, rank=ranks.rank, world_size=ranks.size
     )  # fmt: skip
     stream = batches(examples, draws, num_workers=cfg.num_workers, pin_memory=ranks.device != "cpu")
     validation = Validation(mixture, processor, batch_size=run.micro_batch_size, ranks=ranks)
     validation.say_what_is_held_out(every=cfg.val_steps)
+    measure = partial(measured, tokenizer=processor.action_tokenizer)
     model, stop, saved = ranks.parallel(run.vla), StopSignal(), progress.step
     run.vla.train()
     for step in range(progress.step, cfg.max_steps):
@@ -78,9 +83,9 @@ def train(cfg: FinetuneConfig, run: setup.TrainingRun, display: Display) -> None
         progress.learning_rate = schedule(step)
         for group in run.optimizer.param_groups:
             group["lr"] = progress.learning_rate
-        metrics = backward(
-            model, micro_batches, processor.action_tokenizer, autocast=run.autocast, no_sync=no_sync(model), mean=ranks.mean
-        )  # fmt: skip
+        metrics = Metrics(**backward(
+            model, micro_batches, measure=measure, autocast=run.autocast, no_sync=no_sync(model), mean=ranks.mean
+        ))  # fmt: skip
         metrics.grad_norm = clip_gradients(run.vla.parameters(), cfg.max_grad_norm)
         progress.step, validated = step + 1, {}
         if metrics.is_finite():

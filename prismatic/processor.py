@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerFast
 from action_tokenizer import ActionTokenizer
 from prismatic import image, normalize
 from prismatic.errors import ConfigError
-from prismatic.image import Augmentation
 from prismatic.models.vla import IGNORE, ActionHead, VLAConfig
 from prismatic.ranges import Count, Positive
 from prismatic.records import read_object, read_record
@@ -36,6 +35,7 @@ SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 FORMAT = 1  # of processor.json
 RESTORE = "restore it from a copy of the folder"
 Colours = tuple[float, float, float]  # red, green, blue
+Augment = Callable[[np.ndarray], np.ndarray]  # (S, S, 3) uint8 → the same, changed
 
 
 _OPENVLA_7B = VLAConfig()  # the numbers below are the model's: they stand there, once
@@ -180,7 +180,7 @@ class Processor:
         *,
         state: np.ndarray | None = None,
         dataset: str | None = None,
-        augmentations: Sequence[Augmentation] = (),
+        augmentations: Sequence[Augment] = (),
         as_acting: bool = False,
     ) -> Example:
         """A training sample from recorded frames (H, W, 3) uint8 as the data set's JPEG decoded, actions (K, D) and state in its units.

@@ -14,6 +14,7 @@ from PIL import Image
 
 from action_tokenizer import ActionTokenizer
 from prismatic import image, normalize
+from prismatic.augmentation import Augmentation
 from prismatic.checkpoint import load_vla
 from prismatic.dataset_statistics import load_statistics
 from prismatic.models.lora import merge_lora
@@ -118,7 +119,7 @@ def pixels(folder: Path) -> Iterator[Row]:
         rest = (
             float(given[key][i]) for key in ("brightness_delta", "contrast_factor", "saturation_factor", "hue_delta")
         )
-        mine = image.Augmentation((y1, x1, y2, x2), *rest)(arrays[f"{name}__resize_224"])
+        mine = Augmentation((y1, x1, y2, x2), *rest)(arrays[f"{name}__resize_224"])
         share = max(share, float(np.mean(mine != given[f"{name}__out"])))
     yield "augmentation: share of values off by one", f"{share:.1e}", "1e-3"
 

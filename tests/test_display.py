@@ -10,9 +10,9 @@ from prismatic.errors import ConfigError
 from prismatic.training import display
 from prismatic.training.display import Display
 from prismatic.training.loggers import NoLogger
+from prismatic.training.metrics import Metrics
 from prismatic.training.run_folder import RunFolder
 from prismatic.training.state import Progress
-from prismatic.training.step import Metrics
 
 HELD_OUT = {
     "val_loss": 2.0,

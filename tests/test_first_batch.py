@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prismatic.image import Augmentation
+from prismatic.augmentation import Augmentation
 from prismatic.models.tiny import TINY, tiny_tokenizer
 from prismatic.processor import Batch, Processor, ProcessorConfig
 from prismatic.training import first_batch

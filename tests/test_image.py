@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from prismatic import image
-from prismatic.image import Augmentation
+from prismatic.augmentation import Augmentation
 from tests.original import MEANS, STDS
 
 

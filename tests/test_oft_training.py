@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 
 import finetune
 from config import FinetuneConfig
-from prismatic.data.examples import DrawBatches, Examples, batches
+from prismatic.augmentation import drawing
+from prismatic.data.examples import DrawBatches, Examples
 from prismatic.data.frames import FrameCache, Mixture
+from prismatic.data.loader import batches
 from prismatic.errors import ConfigError
 from prismatic.image import AUGMENTATIONS
 from prismatic.models.tiny import TINY, tiny_tokenizer
@@ -93,7 +95,7 @@ def test_each_camera_has_augmentations_of_its_own(two_arms: FrameCache) -> None:
         config = ProcessorConfig.for_model(TINY, unnorm_key="drawn", center_crop=True)
         config = dataclasses.replace(config, action_head=head, num_images_in_input=2)  # type: ignore[arg-type]
         processor = Processor(config, tiny_tokenizer(["put"]), mixture.statistics)
-        first, second = Examples(mixture, processor, augmentations=["random_hue"], seed=0)._augmentations(5)
+        first, second = Examples(mixture, processor, augment=drawing(["random_hue"]), seed=0)._augmentations(5)
         assert (first == second) == same
 
 
@@ -102,7 +104,7 @@ def test_the_number_of_loader_processes_changes_nothing(two_arms: FrameCache) ->
     config = ProcessorConfig.for_model(TINY, unnorm_key="drawn", center_crop=True)
     config = dataclasses.replace(config, action_head="l1", num_actions_chunk=CHUNK, num_images_in_input=2)
     examples = Examples(
-        mixture, Processor(config, tiny_tokenizer(["put"]), mixture.statistics), augmentations=AUGMENTATIONS, seed=0
+        mixture, Processor(config, tiny_tokenizer(["put"]), mixture.statistics), augment=drawing(AUGMENTATIONS), seed=0
     )
     alone, helped = (
         list(

@@ -13,7 +13,7 @@ from prismatic.episodes.open_loop import open_loop
 from prismatic.image import center_crop, decode_jpeg, encode_jpeg
 from prismatic.models.vla import VLAOutput
 from prismatic.policy import VLAPolicy
-from prismatic.training.step import action_errors, measure
+from prismatic.training.metrics import action_errors, measure
 from tests.conftest import REPOSITORY
 from tests.drawn_cache import write_cache
 from tests.drawn_episodes import drawn_episode

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from prismatic import image
+from prismatic.augmentation import Augmentation
 from prismatic.errors import ConfigError
-from prismatic.image import Augmentation
 from prismatic.models.tiny import TINY, tiny_tokenizer
 from prismatic.processor import IGNORE, Processor, ProcessorConfig
 from prismatic.processor_files import load_processor, load_tokenizer

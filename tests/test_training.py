@@ -10,7 +10,8 @@ import torch
 from action_tokenizer import ActionTokenizer
 from prismatic.models.vla import IGNORE, VLAOutput
 from prismatic.processor import Batch
-from prismatic.training.step import action_errors, learning_rate, measure
+from prismatic.training.metrics import action_errors, measure
+from prismatic.training.step import learning_rate
 
 END = 2
 

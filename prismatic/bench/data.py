@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from prismatic.data.examples import DrawBatches, Examples, batches
+from prismatic.augmentation import drawing
+from prismatic.data.examples import DrawBatches, Examples
 from prismatic.data.frames import FrameCache, Mixture
+from prismatic.data.loader import batches
 from prismatic.data.rlds import build_cache, find_dataset, stage_episode, write_dataset
 from prismatic.errors import ConfigError
 from prismatic.image import AUGMENTATIONS, encode_jpeg
@@ -73,7 +75,7 @@ def folder_bytes(folder: Path) -> int:
 
 def loading(mixture: Mixture, processor: Processor, workers: int, frames: int) -> Iterator[int]:
     """Frames loaded so far, batch by batch, with full augmentation, as in training."""
-    examples = Examples(mixture, processor, augmentations=AUGMENTATIONS, seed=0)
+    examples = Examples(mixture, processor, augment=drawing(AUGMENTATIONS), seed=0)
     stream = batches(examples, DrawBatches(batch_size=BATCH), num_workers=workers, pin_memory=False)
     for number in range(1, frames // BATCH + 1):
         next(stream)

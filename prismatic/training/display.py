@@ -15,9 +15,9 @@ from prismatic.errors import ConfigError
 from prismatic.machine import resident_with_children
 from prismatic.training import curves
 from prismatic.training.loggers import NoLogger, scalars
+from prismatic.training.metrics import Metrics
 from prismatic.training.run_folder import RunFolder
 from prismatic.training.state import Progress
-from prismatic.training.step import Metrics
 
 GIB = 2**30
 TRAINING = "finetune"  # what the bar says while nothing else is done

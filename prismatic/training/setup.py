@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from prismatic.adapter import save_adapter
 from prismatic.checkpoint import save_checkpoint
-from prismatic.data.examples import PREFETCHED
 from prismatic.data.frames import Mixture
+from prismatic.data.loader import PREFETCHED
 from prismatic.data.mixture import open_mixture, sentences
 from prismatic.dataset_statistics import check_entry, load_statistics, statistics_key
 from prismatic.errors import ConfigError
@@ -33,9 +33,9 @@ from prismatic.processor import IMAGE_MARK, Processor, ProcessorConfig
 from prismatic.processor_files import check_state, load_tokenizer
 from prismatic.training.distributed import Ranks
 from prismatic.training.loggers import check_installed
+from prismatic.training.metrics import Metrics
 from prismatic.training.run_folder import RunFolder
 from prismatic.training.state import Progress
-from prismatic.training.step import Metrics
 
 SHARED_MEMORY = Path("/dev/shm")  # where the loader's processes put their batches
 OFT_CHUNK = 8  # actions of a chunk in OpenVLA-OFT's LIBERO recipe

@@ -16,8 +16,8 @@ from prismatic.data.frames import Mixture
 from prismatic.models.vla import VLA
 from prismatic.processor import Processor
 from prismatic.training.distributed import SINGLE_PROCESS, Ranks
+from prismatic.training.metrics import action_errors
 from prismatic.training.run_folder import RunFolder
-from prismatic.training.step import action_errors, inputs_of
 
 FRAMES = 256  # at most, of all data sets together: 1,792 action tokens, an accuracy to about ±1 %
 BEST_BY = "val_l1_loss"  # the lower the better: unlike accuracy it tells a near miss from a far one
@@ -93,7 +93,7 @@ class Validation:
             steps = [self.mixture.step(*place) for place in share or self.frames[:1]]
             batch = self.processor.collate([example(step, self.processor, as_acting=True) for step in steps]).to(device)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-                out = vla(**inputs_of(batch))
+                out = vla(**vars(batch))
             if share and out.loss is not None:
                 errors = action_errors(out, batch, self.processor.action_tokenizer)
                 samples, loss = samples + len(share), loss + len(share) * out.loss.item()

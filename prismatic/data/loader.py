@@ -1,0 +1,53 @@
+"""Samples → batches, read ahead by processes of their own. In: Examples and the draws of each batch. Out: an endless stream of batches."""
+
+import atexit
+import os
+import signal
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader
+
+from prismatic.data.examples import DrawBatches, Examples
+from prismatic.errors import ConfigError
+from prismatic.processor import Batch
+
+PREFETCHED = 2  # batches that each worker has ready
+SLOWEST_BATCH = 600  # seconds
+
+
+def _start_worker(worker: int) -> None:
+    torch.set_num_threads(1)
+    # an ordinary end aborts now and then: the thread that sends batches may still be in C++
+    atexit.register(os._exit, 0)
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+        signal.SIGUSR1,
+    ):  # they may reach the whole group; the parent ends us
+        signal.signal(number, signal.SIG_IGN)
+
+
+def batches(examples: Examples, draws: DrawBatches, *, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+    """Endless batches from the one at which draws begins; the workers read ahead. ConfigError where a worker is lost or none comes for long."""
+    loader = DataLoader(
+        examples,
+        batch_sampler=draws,  # pyright: ignore[reportArgumentType]  (any iterable of index lists serves)
+        collate_fn=examples.processor.collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        timeout=SLOWEST_BATCH if num_workers else 0,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # its own: it would draw from the model's random numbers, and a resumed run would part from a whole one
+        multiprocessing_context="spawn" if num_workers else None,  # forkserver's workers outlive a killed trainer
+        prefetch_factor=PREFETCHED if num_workers else None,
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        raise ConfigError(
+            f"the data loader gave no batch ({str(error).splitlines()[0]}): look for a full disk, memory or /dev/shm, or give --num_workers 0"
+        ) from error
