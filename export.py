@@ -24,8 +24,9 @@ from prismatic.head_files import refuse_merged
 from prismatic.hub import resolve
 from prismatic.models import quantize, weights
 from prismatic.models.vla import ActionHead
-from prismatic.processor import Processor, ProcessorConfig
+from prismatic.processor import Processor
 from prismatic.processor_files import load_processor
+from prismatic.processor_json import read_processor
 from prismatic.ranges import checked
 
 
@@ -110,7 +111,7 @@ def refuse_a_second_merge(base: Path, adapter: Path | None) -> None:
     """ConfigError if the adapter is in the base's weights already."""
     if adapter is None or not (base / PROCESSOR).exists():
         return
-    merged = ProcessorConfig.load(base / PROCESSOR).merged_adapter
+    merged = read_processor(base / PROCESSOR).merged_adapter
     if merged and merged == files.adapter_fingerprint(adapter):
         raise ConfigError(f"{adapter} is merged into {base} already: use {base} as it is")
 

@@ -8,12 +8,14 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 from torch import nn
 
+from prismatic import policy_metadata
 from prismatic.atomic import whole_folder
 from prismatic.errors import ConfigError
 from prismatic.filenames import (
@@ -29,12 +31,14 @@ from prismatic.hub import resolve
 from prismatic.models import backends, weights
 from prismatic.models import quantize as quantization
 from prismatic.models.compiled import decoder_for
+from prismatic.models.config_file import config_json
 from prismatic.models.heads import HEADS
 from prismatic.models.nf4 import prepare_nf4
 from prismatic.models.vla import VLA
 from prismatic.policy import VLAPolicy
-from prismatic.processor import Processor, ProcessorConfig
+from prismatic.processor import Processor
 from prismatic.processor_files import load_processor, preprocessor_json
+from prismatic.processor_json import read_processor
 from prismatic.ranges import expanded
 from prismatic.records import read_record
 
@@ -154,7 +158,7 @@ def _check_base(adapter: Path, base: Path, stored: Mapping[str, weights.StoredTe
     """Refuse an adapter that remembers other weights than these."""
     if not (adapter / PROCESSOR).exists():
         return
-    remembered = ProcessorConfig.load(adapter / PROCESSOR)
+    remembered = read_processor(adapter / PROCESSOR)
     if remembered.base_fingerprint and remembered.base_fingerprint != weights.fingerprint(dict(stored)):
         raise ConfigError(
             f"{adapter} was trained on other weights ({remembered.base_model}) than {base}: give that base"
@@ -208,7 +212,7 @@ def load_policy(
         )
     known = any((place / PROCESSOR).exists() for place in (folder, adapter_folder) if place is not None)
     unsaid = () if known or vla.config.action_head == "tokens" else ("num_actions_chunk", "num_images_in_input")
-    metadata = {
+    known_weights = {
         "checkpoint": str(checkpoint),
         "checkpoint_fingerprint": weights.fingerprint(weights.stored_tensors(folder) | stored_heads(folder)),
         "adapter": None if adapter_folder is None else str(adapter_folder),
@@ -219,8 +223,9 @@ def load_policy(
             name: getattr(vla.config, name) for name in unsaid if name not in choice
         },  # by the published recipe
     }
+    describe = partial(policy_metadata.describe, weights=known_weights)
     if vla.config.action_head != "tokens":
-        return VLAPolicy(vla, processor, metadata)  # one forward pass, nothing to draft
+        return VLAPolicy(vla, processor, describe)  # one forward pass, nothing to draft
     rounds_by_pass = backend == "bitsandbytes"  # also in NF4: layers whose width it doesn't take are LLM.int8's
     if drafting and rounds_by_pass:
         raise ConfigError(
@@ -228,7 +233,7 @@ def load_policy(
         )
     drafting = not rounds_by_pass if drafting is None else drafting
     decoder = decoder_for(vla, compilable=backend != "bitsandbytes")
-    return VLAPolicy(vla, processor, metadata, decoder=decoder, drafting=drafting)
+    return VLAPolicy(vla, processor, describe, decoder=decoder, drafting=drafting)
 
 
 def adapter_fingerprint(folder: Path) -> str:
@@ -274,7 +279,7 @@ def save_checkpoint(
     precision int8 or int4 quantises it on the way (for load_vla only; the original code can't read it), which empties vla.
     published: heads as the files that OpenVLA-OFT's code looks for.
     """
-    config = vla.config.to_json() | {"norm_stats": statistics, "torch_dtype": str(dtype).removeprefix("torch.")}
+    config = config_json(vla.config) | {"norm_stats": statistics, "torch_dtype": str(dtype).removeprefix("torch.")}
     if precision == "none":
         tensors = vla.state_dict() if tensors is None else tensors
         tensors = {name: tensor.detach().to(dtype) for name, tensor in tensors.items()}

@@ -16,10 +16,11 @@ import torch
 from prismatic.dataset_statistics import read_statistics
 from prismatic.errors import ConfigError
 from prismatic.filenames import ACTION_HEAD, CONFIG, MERGED_ADAPTER, PROCESSOR, PROPRIO_PROJECTOR, STATISTICS
+from prismatic.models.config_file import read_config
 from prismatic.models.heads import HEADS
 from prismatic.models.vla import VLAConfig
 from prismatic.models.weights import StoredTensor, read_safetensors, save_tensors
-from prismatic.processor import ProcessorConfig
+from prismatic.processor_json import read_processor
 from prismatic.records import read_object
 
 OWN = dict(zip(HEADS, (ACTION_HEAD, PROPRIO_PROJECTOR), strict=True))
@@ -95,13 +96,13 @@ def model_config(folder: Path, adapter: Path | None = None, *, new_heads: bool =
     given: action_head, num_actions_chunk, num_images_in_input, proprio_dim, stop_token; None says nothing. new_heads: they count more than the
     folder, which may lack those heads, for training. ConfigError for a contradiction, and where a folder could be of more than one kind.
     """
-    config = VLAConfig.from_json(folder / CONFIG)
+    config = read_config(folder / CONFIG)
     given = {name: value for name, value in given.items() if value is not None}
     home = next((place for place in (adapter, folder) if place is not None and (place / PROCESSOR).exists()), None)
     if home is None:
         said = _read_off(folder, config, given, new_heads=new_heads)
     else:
-        processor = ProcessorConfig.load(home / PROCESSOR)
+        processor = read_processor(home / PROCESSOR)
         said = {name: getattr(processor, name) for name in CHOICE}
         said["action_dim"] = _action_dim(stored_heads(home), config)
         if processor.action_head == "parallel":  # has no file that shows it, and an adapter's base may have another

@@ -6,18 +6,17 @@ changes nothing.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from prismatic import image
 from prismatic.errors import ConfigError, PolicyError
 from prismatic.models.decode import ActionDecoder
 from prismatic.models.vla import VLA
 from prismatic.policy_inputs import as_frames, check_batch
-from prismatic.processor import Processor, ProcessorConfig
+from prismatic.processor import Processor
 
 REMEMBERED = 1024  # episodes whose last answer is kept
 
@@ -94,14 +93,14 @@ class VLAPolicy(Policy):
     """A model and the processor it learnt with, as a Policy.
 
     decoder: None decodes eagerly. drafting: whether answers are drafted from the last one (see decode.py). `counts`: what decoding has
-    done so far (actions, calls, forward passes, accepted tokens of drafts).
+    done so far (actions, calls, forward passes, accepted tokens of drafts). describe: writes `metadata` (policy_metadata.py).
     """
 
     def __init__(
         self,
         vla: VLA,
         processor: Processor,
-        metadata: dict[str, Any],
+        describe: Callable[["VLAPolicy"], dict[str, Any]],
         *,
         decoder: ActionDecoder | None = None,
         drafting: bool = False,
@@ -115,7 +114,7 @@ class VLAPolicy(Policy):
         self.num_images = processor.config.num_images_in_input
         self.num_actions_chunk = processor.config.num_actions_chunk
         self.uses_state = processor.config.proprio_dim > 0
-        self._metadata = metadata
+        self._describe = describe
         self.last_margins = np.zeros(0)  # (B,) of the last answer: the least by which a row's ids beat the second best
         first = next(vla.parameters())
         self.device, self.dtype = first.device, first.dtype
@@ -216,44 +215,4 @@ class VLAPolicy(Policy):
             self._last.popitem(last=False)
 
     def metadata(self) -> dict[str, Any]:
-        """What a result must say about the policy that made it."""
-        config = self.processor.config
-        return {
-            **self._metadata,
-            "unnorm_key": config.unnorm_key,
-            "center_crop": config.center_crop,
-            "num_images_in_input": config.num_images_in_input,
-            "action_head": config.action_head,
-            "num_actions_chunk": config.num_actions_chunk,
-            "proprio_dim": config.proprio_dim,
-            "picture": _picture(config),
-            "decoder": self.decoder.description,
-            "decode": self._decoding(),
-            "device": str(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "backend": _backend(self.device),
-        }
-
-    def _decoding(self) -> str:
-        config = self.processor.config
-        chunk = f"{config.num_actions_chunk} actions in one forward pass"
-        if config.action_head == "l1":
-            return f"{chunk}, regressed"
-        tokens = f"greedy over the {config.n_action_bins} action tokens"
-        if config.action_head == "parallel":
-            return f"{chunk}, {tokens}"
-        return tokens + ", drafted from the last answer and verified" * self.drafting
-
-
-def _picture(config: ProcessorConfig) -> str:
-    """What a live frame goes through, in order."""
-    crop = f", centre crop of {image.CROP_AREA:.0%} of the area" if config.center_crop else ", no crop"
-    return f"JPEG quality {image.JPEG_QUALITY}, Lanczos to {config.image_size} pixels{crop}"
-
-
-def _backend(device: torch.device) -> str:
-    """The library and the hardware that multiply the matrices."""
-    if device.type == "cuda":
-        return f"torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.get_device_name(device)}"
-    capability = torch.backends.cpu.get_cpu_capability()  # decides which kernels multiply, and so the last digits
-    return f"torch {torch.__version__}, {device.type}, {capability}, {torch.get_num_threads()} threads"
+        return self._describe(self)

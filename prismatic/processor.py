@@ -7,10 +7,9 @@ through JPEG and Lanczos, because recorded ones did.
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ from prismatic import image, normalize
 from prismatic.errors import ConfigError
 from prismatic.models.vla import IGNORE, ActionHead, VLAConfig
 from prismatic.ranges import Count, Positive
-from prismatic.records import read_object, read_record
 
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 IMAGE_MARK = "<image>"  # the original takes it out of recorded instructions, not of live ones
@@ -33,7 +31,6 @@ DINO_MEAN, DINO_STD = (
 )  # rounded to bfloat16 by OpenVLA's export
 SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 FORMAT = 1  # of processor.json
-RESTORE = "restore it from a copy of the folder"
 Colours = tuple[float, float, float]  # red, green, blue
 Augment = Callable[[np.ndarray], np.ndarray]  # (S, S, 3) uint8 → the same, changed
 
@@ -73,23 +70,6 @@ class ProcessorConfig:
         """The sizes and special tokens of a model's config, and the given values."""
         shared = {f.name for f in dataclasses.fields(VLAConfig)} & {f.name for f in dataclasses.fields(cls)}
         return cls(**{name: getattr(config, name) for name in shared}, vocab_size=config.vocab_size, **values)
-
-    @classmethod
-    def load(cls, path: Path) -> "ProcessorConfig":
-        """Read processor.json; ConfigError that names the field where it makes no sense, or is of a later format."""
-        raw = read_object(path, way_out=RESTORE)
-        if raw.get("format") != FORMAT:
-            raise ConfigError(
-                f"{path} has format {raw.get('format')}, this version reads {FORMAT}: update the repository"
-            )
-        if unknown := sorted({*raw} - {f.name for f in dataclasses.fields(cls)}):
-            raise ConfigError(
-                f"{path} has a field {unknown[0]!r:.40}, which this version doesn't know: update the repository"
-            )
-        config = read_record(path, cls, way_out=RESTORE)
-        if not all(deviation > 0 for tower in config.stds for deviation in tower):
-            raise ConfigError(f"{path}: stds has a value that is not above 0: {RESTORE}")
-        return config
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
@@ -152,7 +132,8 @@ class Processor:
         return len(self.action_statistics()["q01"])
 
     @cached_property
-    def _pixel_constants(self) -> tuple[np.ndarray, np.ndarray]:
+    def pixel_constants(self) -> tuple[np.ndarray, np.ndarray]:
+        """Means and deviations (towers, 3)."""
         return np.array(self.config.means), np.array(self.config.stds)
 
     def prompt_ids(self, instruction: str) -> list[int]:
@@ -166,11 +147,6 @@ class Processor:
         while (ids := len(self.prompt_ids(text))) > room and text:
             text = text[: min(len(text) * room // ids, len(text) - 1)]
         return text
-
-    def longest_row(self, instructions: Iterable[str]) -> int:
-        """Ids of the longest training row that these instructions give: prompt, actions, end."""
-        widest = max(len(entry["action"]["q01"]) for entry in self.statistics.values()) * self.config.num_actions_chunk
-        return max(len(self.prompt_ids(self.shortened(text, widest))) for text in set(instructions)) + widest + 1
 
     def example(
         self,
@@ -233,20 +209,7 @@ class Processor:
     def pixel_values(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         """(H, W, 3) uint8 images → (6·n_images, S, S) float32, normalised for each tower; another size is squashed by PIL's bicubic."""
         sized = [image.resize_bicubic(frame, self.config.image_size) for frame in images]
-        return torch.from_numpy(np.concatenate([image.normalize_pixels(p, *self._pixel_constants) for p in sized]))
-
-    def images(self, pixel_values: torch.Tensor) -> list[np.ndarray]:
-        """(6·n_images, S, S) → the (S, S, 3) uint8 images that `pixel_values` made it of."""
-        means, stds = (np.ravel(constants)[:, None, None] for constants in self._pixel_constants)
-        per_image = pixel_values.numpy().reshape(-1, len(means), *pixel_values.shape[-2:])
-        unit = (per_image * stds + means)[:, :3]  # the towers see the same image: one of them is enough
-        return list(np.rint(unit * 255).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
-
-    def instruction(self, input_ids: torch.Tensor) -> str:
-        """The instruction as it stands in the ids (T,) of a prompt or of a training sample."""
-        before, after = PROMPT.split("{instruction}")
-        text = str(self.tokenizer.decode(input_ids))
-        return text.partition(before)[2].rpartition(after)[0]
+        return torch.from_numpy(np.concatenate([image.normalize_pixels(p, *self.pixel_constants) for p in sized]))
 
     def actions(self, ids: np.ndarray) -> np.ndarray:
         """(..., D) action ids → (..., D) float64 actions in the data set's units, gripper 1 open … 0 close."""

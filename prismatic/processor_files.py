@@ -16,6 +16,7 @@ from prismatic.errors import ConfigError
 from prismatic.filenames import PREPROCESSOR, PROCESSOR, STATISTICS, TOKENIZER
 from prismatic.head_files import model_config
 from prismatic.processor import PROMPT, Colours, Processor, ProcessorConfig
+from prismatic.processor_json import read_processor
 from prismatic.records import read_record
 
 EMPTY_TOKEN = "▁"  # Llama-2's, which stands between the prompt and the action
@@ -46,7 +47,7 @@ def load_processor(
     statistics_home = next((f for f in (adapter, home) if f is not None and (f / STATISTICS).exists()), checkpoint)
     statistics = load_statistics(statistics_home, unnorm_key)
     if (home / PROCESSOR).exists():
-        config = ProcessorConfig.load(home / PROCESSOR)
+        config = read_processor(home / PROCESSOR)
         if config.unnorm_key is None:
             config = dataclasses.replace(config, unnorm_key=statistics_key(statistics, unnorm_key, statistics_home))
         elif unnorm_key is not None and statistics_key(statistics, unnorm_key, statistics_home) != config.unnorm_key:

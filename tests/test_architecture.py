@@ -29,7 +29,6 @@ LEAVES = (
     "prismatic.filenames",
     "prismatic.ranges",
     "prismatic.records",
-    "prismatic.models.config_file",
     "prismatic.image",
     "prismatic.policy_inputs",
 )

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from prismatic.errors import ConfigError
 from prismatic.filenames import CONFIG
+from prismatic.models.config_file import config_json, read_config
 from prismatic.models.tiny import TINY
-from prismatic.models.vla import VLAConfig
 from tests.odd_values import JSON_VALUES
 
-GOOD: dict[str, Any] = json.loads(json.dumps(TINY.to_json()))
+GOOD: dict[str, Any] = json.loads(json.dumps(config_json(TINY)))
 TEXT = GOOD["text_config"]
 
 
@@ -33,30 +33,30 @@ def write(folder: Path, *, text: dict[str, Any] | None = None, without: tuple[st
 def refused(path: Path) -> str:
     begun = time.monotonic()
     with pytest.raises(ConfigError) as error:
-        VLAConfig.from_json(path)
+        read_config(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
     assert time.monotonic() - begun < 2
     return str(error.value)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    assert VLAConfig.from_json(write(tmp_path)) == TINY
+    assert read_config(write(tmp_path)) == TINY
 
 
 def test_every_form_of_the_rotary_base_counts(tmp_path: Path) -> None:
     for form in ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, {"rope_theta": 5e5, "rope_scaling": None},
                  {"rope_theta": 5e5, "rope_scaling": {"type": "default"}}):  # fmt: skip
         path = write(tmp_path, text=form, without=() if "rope_theta" in form else ("rope_theta",))
-        assert VLAConfig.from_json(path).text_config.rope_theta == 5e5
+        assert read_config(path).text_config.rope_theta == 5e5
 
 
 def test_one_number_is_the_size_of_both_towers(tmp_path: Path) -> None:
-    assert VLAConfig.from_json(write(tmp_path, image_sizes=128)).image_size == 128
+    assert read_config(write(tmp_path, image_sizes=128)).image_size == 128
 
 
 def test_no_number_of_key_heads_means_all(tmp_path: Path) -> None:
     path = write(tmp_path, text={"num_key_value_heads": None})
-    assert VLAConfig.from_json(path).text_config.num_key_value_heads == TINY.text_config.num_attention_heads
+    assert read_config(path).text_config.num_key_value_heads == TINY.text_config.num_attention_heads
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_another_model_is_refused_by_field(tmp_path: Path, change: dict[str, Any
 def test_any_value_at_any_field(tmp_path_factory: pytest.TempPathFactory, field: str, value: Any) -> None:
     path = write(tmp_path_factory.getbasetemp(), **{field: value})
     try:
-        VLAConfig.from_json(path)
+        read_config(path)
     except ConfigError as error:
         assert "\n" not in str(error)
 
@@ -113,6 +113,6 @@ def test_any_value_at_any_field_of_the_decoder(
 ) -> None:
     path = write(tmp_path_factory.getbasetemp(), text={field: value})
     try:
-        VLAConfig.from_json(path)
+        read_config(path)
     except ConfigError as error:
         assert "\n" not in str(error)

@@ -17,6 +17,7 @@ from export import ExportConfig
 from prismatic.checkpoint import load_policy, load_vla, save_checkpoint
 from prismatic.errors import ConfigError
 from prismatic.models import quantize as quantization
+from prismatic.models.config_file import config_json
 from prismatic.models.lora import merge_lora
 from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
 from prismatic.processor import Processor, ProcessorConfig
@@ -114,7 +115,7 @@ def test_an_adapter_folder_alone_is_enough(place: Path, tmp_path: Path) -> None:
 def test_the_originals_keys_and_numbers_come_out_again(tmp_path: Path) -> None:
     """Without words: the excerpt has no tokenizer, so only the weights and the config are compared."""
     vla = load_vla(EXCERPT / "checkpoint", dtype=torch.bfloat16)
-    written = vla.config.to_json()
+    written = config_json(vla.config)
     original = json.loads((EXCERPT / "checkpoint" / "config.json").read_text())
     for key in (
         "arch_specifier",

@@ -15,6 +15,8 @@ from prismatic.errors import ConfigError
 from prismatic.models.tiny import TINY, tiny_tokenizer
 from prismatic.processor import IGNORE, Processor, ProcessorConfig
 from prismatic.processor_files import load_processor, load_tokenizer
+from prismatic.processor_json import read_processor
+from prismatic.training.first_batch import images_of
 
 ENTRY = {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "min": [-1.0] * 7, "max": [1.0] * 7, "mask": [True] * 7}}
 
@@ -95,14 +97,14 @@ def test_actions_come_back_within_half_a_bin(tiny: Processor) -> None:
 
 def test_config_survives_the_round_trip(tiny: Processor, tmp_path: Path) -> None:
     (tmp_path / "processor.json").write_text(tiny.config.to_json())
-    assert ProcessorConfig.load(tmp_path / "processor.json") == tiny.config
+    assert read_processor(tmp_path / "processor.json") == tiny.config
 
 
 @pytest.mark.parametrize("text", ["{", '{"format": 99}', '{"format": 1, "means": 3}'])
 def test_a_damaged_processor_is_one_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "processor.json").write_text(text)
     with pytest.raises(ConfigError, match=r"processor\.json"):
-        ProcessorConfig.load(tmp_path / "processor.json")
+        read_processor(tmp_path / "processor.json")
 
 
 def test_words_it_never_saw_are_spelled_not_lost(tiny: Processor) -> None:
@@ -138,6 +140,6 @@ def test_each_camera_has_augmentation_parameters_of_its_own(tiny: Processor) -> 
     rng = np.random.default_rng(1)
     both = [Augmentation.draw(rng), Augmentation.draw(rng)]
     pixels = tiny.example([frame, frame], "go", np.zeros(7, np.float32), augmentations=both).pixel_values
-    first, second = tiny.images(pixels)
+    first, second = images_of(pixels, tiny)
     np.testing.assert_array_equal(first, both[0](frame))
     np.testing.assert_array_equal(second, both[1](frame))

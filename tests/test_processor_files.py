@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from prismatic.errors import ConfigError
 from prismatic.filenames import PREPROCESSOR, PROCESSOR, TOKENIZER
-from prismatic.processor import ProcessorConfig
 from prismatic.processor_files import load_processor
+from prismatic.processor_json import read_processor
 from tests.conftest import REPOSITORY
 from tests.odd_values import JSON_VALUES
 
@@ -58,7 +58,7 @@ def test_a_field_of_processor_json_without_sense_is_named(folder: Path, change: 
 def test_any_value_at_any_field(tmp_path: Path, field: str, value: Any) -> None:
     (tmp_path / PROCESSOR).write_text(json.dumps(GOOD | {field: value}))
     try:
-        config = ProcessorConfig.load(tmp_path / PROCESSOR)
+        config = read_processor(tmp_path / PROCESSOR)
     except ConfigError as error:
         assert "\n" not in str(error)
     else:

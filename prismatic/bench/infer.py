@@ -21,6 +21,7 @@ from prismatic.bench.random_model import random_model
 from prismatic.checkpoint import load_vla
 from prismatic.filenames import CONFIG
 from prismatic.models.compiled import decoder_for
+from prismatic.models.config_file import read_config
 from prismatic.models.decode import ActionDecoder
 from prismatic.models.quantize import quantize, stored_bytes
 from prismatic.models.vla import VLA, VLAConfig
@@ -101,7 +102,7 @@ def run(
     place = torch.device(device)
     dtype = torch.bfloat16 if place.type == "cuda" or folder is None else torch.float32
     rates = ceilings.bandwidth(place), ceilings.matrix_rate(place, dtype)
-    config = VLAConfig() if folder is None else VLAConfig.from_json(folder / CONFIG)
+    config = VLAConfig() if folder is None else read_config(folder / CONFIG)
     prompt_seconds = ceilings.prompt_flop(config, PROMPT_WORDS - 1) / rates[1]
     rows: list[Row] = []
     plain: dict[int, tuple[float, torch.Tensor]] = {}  # batch → seconds and words of the plain way

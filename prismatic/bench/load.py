@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from prismatic.checkpoint import load_vla
 from prismatic.filenames import CONFIG, WEIGHTS_INDEX
 from prismatic.machine import resident
+from prismatic.models.config_file import config_json
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.models.weights import stored_tensors
 
@@ -40,7 +41,7 @@ def random_folder(folder: Path, config: VLAConfig, *, seed: int = 0) -> Path:
             save_file(shard, folder / f"model-{files:05d}.safetensors", metadata={"format": "pt"})
             names |= dict.fromkeys(shard, f"model-{files:05d}.safetensors")
             shard = {}
-    (folder / CONFIG).write_text(json.dumps(config.to_json()))
+    (folder / CONFIG).write_text(json.dumps(config_json(config)))
     (folder / WEIGHTS_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
     return folder
 

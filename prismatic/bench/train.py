@@ -25,7 +25,8 @@ from prismatic.models.checkpointing import checkpoint_activations, compile_block
 from prismatic.models.llama import LlamaConfig
 from prismatic.models.lora import add_lora
 from prismatic.models.lora_dtype import compute_in_base_dtype
-from prismatic.models.vla import DINO_ID, IGNORE, SIGLIP_ID, VLA, VLAConfig
+from prismatic.models.vision import DINO_ID, SIGLIP_ID
+from prismatic.models.vla import IGNORE, VLA, VLAConfig
 from prismatic.training.activations import LABELS
 from prismatic.training.live_bytes import LiveBytes
 from prismatic.training.memory import Checkpointing

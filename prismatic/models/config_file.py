@@ -1,9 +1,10 @@
-"""config.json of a checkpoint folder, looked at before a model is built from it: sizes within limits, no field ignored that would change answers.
+"""config.json of a checkpoint folder ↔ VLAConfig, looked at before a model is built: sizes within limits, no field ignored that changes answers.
 
 A folder is data, not a program: the towers are the two that are built here, and of timm's keywords only sizes are taken. Surprising: older
 and newer transformers write the same model differently (`rope_theta` and `rope_parameters`, `image_sizes` as one number or two).
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
@@ -12,10 +13,12 @@ import msgspec
 from msgspec import Meta
 
 from prismatic.errors import ConfigError
+from prismatic.models.llama import LlamaConfig
+from prismatic.models.vision import DINO_ID, SIGLIP_ID
+from prismatic.models.vla import VLAConfig
 from prismatic.ranges import Count, wanted
 from prismatic.records import COPY_AGAIN, read_object
 
-DINO_ID, SIGLIP_ID = "vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"
 ROPE_THETA = 10_000.0  # Llama-2's, where nothing is said
 Size = Annotated[int, Meta(ge=1, le=2**16)]
 Side = Annotated[int, Meta(ge=14, le=4096)]  # pixels
@@ -89,6 +92,43 @@ class ModelFile(TypedDict, total=False):
     eos_token_id: Count
     pad_token_id: Count
     empty_token_id: Count
+
+
+def read_config(path: Path) -> VLAConfig:
+    """config.json of an OpenVLA folder or of the native Prismatic layout. ConfigError for an architecture that this is not."""
+    raw = read_model_config(Path(path))
+    check_architecture(raw, Path(path))
+    text = {**raw.get("text_config", {}), **raw.get("tiny_text_config", {})}
+    known = {f.name for f in dataclasses.fields(LlamaConfig)}
+    values = {f.name: raw[f.name] for f in dataclasses.fields(VLAConfig) if f.name in raw and f.name != "text_config"}
+    for name in ("timm_model_ids", "vision_stem"):
+        if name in values:
+            values[name] = tuple(values[name])
+    if "image_sizes" in raw:
+        values["image_size"] = raw["image_sizes"][0]
+    sizes = {name: value for name, value in text.items() if name in known}
+    return VLAConfig(text_config=LlamaConfig(**sizes), **values)
+
+
+def config_json(config: VLAConfig) -> dict[str, Any]:
+    """config.json as OpenVLA's own code reads it; what differs from openvla-7b's sizes stands under this project's names."""
+    defaults = VLAConfig()
+    own = {
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(config)
+        if f.name not in ("image_size", "text_config")
+    }
+    always = ("action_head", "timm_model_ids", "pad_to_multiple_of", "n_action_bins", "pad_token_id")
+    return {
+        **PUBLISHED,
+        "image_sizes": [config.image_size, config.image_size],
+        "text_config": {
+            "model_type": "llama",
+            "pad_token_id": config.pad_token_id,
+            **dataclasses.asdict(config.text_config),
+        },
+        **{name: value for name, value in own.items() if name in always or value != getattr(defaults, name)},
+    }
 
 
 def read_model_config(path: Path) -> dict[str, Any]:

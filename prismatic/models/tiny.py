@@ -10,7 +10,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from prismatic.models.llama import LlamaConfig
-from prismatic.models.vla import DINO_ID, SIGLIP_ID, VLA, VLAConfig
+from prismatic.models.vision import DINO_ID, SIGLIP_ID
+from prismatic.models.vla import VLA, VLAConfig
 from prismatic.processor import PROMPT
 
 WORDS = 768  # ids of text, the special ones included; the 256 actions come behind them

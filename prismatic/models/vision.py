@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import nn
 
+DINO_ID, SIGLIP_ID = "vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"
 CHANNELS = 3  # of one image; each tower sees it normalised its own way
 
 

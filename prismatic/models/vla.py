@@ -5,10 +5,8 @@ one, in all directions where a chunk of actions comes out of one forward pass (h
 (8 of ~290 positions) unless asked, because a full (B, 290, 32064) table is most of the memory of a training step.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,12 +15,11 @@ from torch.nn import functional as F
 
 from action_tokenizer import ActionTokenizer
 from prismatic.errors import ConfigError
-from prismatic.models.config_file import DINO_ID, PUBLISHED, SIGLIP_ID, check_architecture, read_model_config
 from prismatic.models.decode import ActionDecoder, best_tokens, with_empty_token
 from prismatic.models.heads import L1RegressionHead, ProprioProjector, before_blanks, bin_centers, with_blanks
 from prismatic.models.llama import Llama, LlamaConfig
 from prismatic.models.projector import Projector
-from prismatic.models.vision import VisionBackbone
+from prismatic.models.vision import DINO_ID, SIGLIP_ID, VisionBackbone
 
 IGNORE = -100  # a label that is not trained on
 PATCH_SIZE = 14  # pixels, of both published towers
@@ -74,42 +71,6 @@ class VLAConfig:
     def action_positions(self) -> int:
         """Positions of one chunk's numbers: 56."""
         return self.num_actions_chunk * self.action_dim
-
-    @classmethod
-    def from_json(cls, path: Path) -> "VLAConfig":
-        """Read config.json of an OpenVLA folder or of the native Prismatic layout. ConfigError for an architecture that this is not."""
-        raw = read_model_config(Path(path))
-        check_architecture(raw, Path(path))
-        text = {**raw.get("text_config", {}), **raw.get("tiny_text_config", {})}
-        known = {f.name for f in dataclasses.fields(LlamaConfig)}
-        values = {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw and f.name != "text_config"}
-        for name in ("timm_model_ids", "vision_stem"):
-            if name in values:
-                values[name] = tuple(values[name])
-        if "image_sizes" in raw:
-            values["image_size"] = raw["image_sizes"][0]
-        sizes = {name: value for name, value in text.items() if name in known}
-        return cls(text_config=LlamaConfig(**sizes), **values)
-
-    def to_json(self) -> dict[str, Any]:
-        """config.json as OpenVLA's own code reads it; what differs from openvla-7b's sizes stands under this project's names."""
-        defaults = VLAConfig()
-        own = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if f.name not in ("image_size", "text_config")
-        }
-        always = ("action_head", "timm_model_ids", "pad_to_multiple_of", "n_action_bins", "pad_token_id")
-        return {
-            **PUBLISHED,
-            "image_sizes": [self.image_size, self.image_size],
-            "text_config": {
-                "model_type": "llama",
-                "pad_token_id": self.pad_token_id,
-                **dataclasses.asdict(self.text_config),
-            },
-            **{name: value for name, value in own.items() if name in always or value != getattr(defaults, name)},
-        }
 
 
 @dataclass

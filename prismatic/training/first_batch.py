@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from prismatic.atomic import write_whole
 from prismatic.models.vla import IGNORE
 from prismatic.normalize import ACTION_DIMENSIONS
-from prismatic.processor import Batch, Processor
+from prismatic.processor import PROMPT, Batch, Processor
 
 MOST = 16  # samples shown
 COLUMNS = 4
@@ -27,7 +28,7 @@ def draw(batches: Sequence[Batch], processor: Processor, path: Path) -> None:
     """Write the first samples, each with its pictures, its instruction and its decoded actions."""
     shown = [(batch, row) for batch in batches for row in range(len(batch.input_ids))][:MOST]
     samples = len(shown)
-    pictures = [processor.images(batch.pixel_values[row]) for batch, row in shown]
+    pictures = [images_of(batch.pixel_values[row], processor) for batch, row in shown]
     side = pictures[0][0].shape[0]
     scale = -(-SMALLEST_SIDE // side)
     width = side * scale * len(pictures[0]) + GAP
@@ -46,10 +47,25 @@ def draw(batches: Sequence[Batch], processor: Processor, path: Path) -> None:
     write_whole(path, drawn.getvalue())
 
 
+def images_of(pixel_values: torch.Tensor, processor: Processor) -> list[np.ndarray]:
+    """(6·n_images, S, S) → the (S, S, 3) uint8 images that `Processor.pixel_values` made it of."""
+    means, stds = (np.ravel(constants)[:, None, None] for constants in processor.pixel_constants)
+    per_image = pixel_values.numpy().reshape(-1, len(means), *pixel_values.shape[-2:])
+    unit = (per_image * stds + means)[:, :3]  # the towers see the same image: one of them is enough
+    return list(np.rint(unit * 255).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
+
+
+def instruction_of(input_ids: torch.Tensor, processor: Processor) -> str:
+    """The instruction as it stands in the ids (T,) of a prompt or of a training sample."""
+    before, after = PROMPT.split("{instruction}")
+    text = str(processor.tokenizer.decode(input_ids))
+    return text.partition(before)[2].rpartition(after)[0]
+
+
 def _words(batch: Batch, row: int, processor: Processor, *, width: int) -> list[str]:
     """Instruction, then actions in the data set's units, or normalised where the batch is drawn from several data sets."""
     ids, labels = batch.input_ids[row], batch.labels[row]
-    said = processor.instruction(ids[(labels == IGNORE) & batch.attention_mask[row]])
+    said = instruction_of(ids[(labels == IGNORE) & batch.attention_mask[row]], processor)
     assert batch.actions is not None
     action = batch.actions[row, 0].numpy()  # of a chunk the first
     if processor.config.action_head != "l1":  # as its tokens say

@@ -89,7 +89,11 @@ class Task:
     @cached_property
     def longest_row(self) -> int:
         """Tokens of the longest training row, without image patches."""
-        return self.processor.longest_row(self.mixture.instructions)
+        processor = self.processor
+        widest = max(len(entry["action"]["q01"]) for entry in processor.statistics.values())
+        widest *= processor.config.num_actions_chunk
+        texts = (processor.shortened(text, widest) for text in self.mixture.instructions)
+        return max(len(processor.prompt_ids(text)) for text in texts) + widest + 1  # the end token
 
 
 @dataclass
