@@ -10,6 +10,7 @@ added to what is there. Without a GPU the policy computes on one thread, unless 
 import os
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ import tyro
 
 from config import EvalConfig
 from prismatic import evaluation, foreign_flags, report
-from prismatic.episodes import setup
+from prismatic.episodes import flags, setup
 from prismatic.episodes.player import Play
 from prismatic.episodes.trials import list_trials
-from prismatic.errors import ConfigError, exit_codes
+from prismatic.errors import exit_codes
 from prismatic.evaluation import Facts, RolloutFolder
 from prismatic.pages import comparison
 from prismatic.progress import Progress, print_result
@@ -28,16 +29,11 @@ from prismatic.ranges import checked
 from prismatic.scene.renderer import choose_renderer, render_options
 from prismatic.scene.suites import Benchmark, Libero
 from prismatic.suite_mean import mean_over_suites
-from prismatic.versions import SIMULATOR_PACKAGES, check_simulator, unpinned_simulator, versions
+from prismatic.versions import check_simulator, unpinned_simulator, versions
 
 # Nothing here may import torch at the top: each simulator process imports this file once more.
 
 RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
-# What the numbers depend on: always, of a checkpoint, and where it is not at its default.
-IDENTITY = ("task_suite_name", "policy", "num_steps_wait", "env_seed", "seed", "render_quality")
-OF_A_CHECKPOINT = ("unnorm_key", "center_crop", "load_in_8bit", "load_in_4bit", "deterministic")
-SAID_OF_FOREIGN = ("action_head", "num_actions_chunk", "num_images_in_input")
-WHERE_CHANGED = ("quantize", "instruction", "num_open_loop_steps", *SAID_OF_FOREIGN)
 
 
 def main(cfg: EvalConfig, benchmark: Benchmark | None = None) -> None:
@@ -46,7 +42,8 @@ def main(cfg: EvalConfig, benchmark: Benchmark | None = None) -> None:
         pairs = comparison.compare_folders(cfg.compare, margin=cfg.margin, difference=cfg.difference)
         print(*(pairs if cfg.compare else mean_over_suites(cfg.mean_of)), sep="\n")
         return
-    check(cfg)
+    check_simulator(allow_unpinned=cfg.allow_unpinned_simulator)
+    flags.check(flags.Flags(**{field.name: getattr(cfg, field.name) for field in fields(flags.Flags)}))
     trials = plan(cfg, benchmark)
     facts, path = identity(cfg, benchmark, choose_renderer(setup.LOCAL_RANK)), cfg.local_log_dir / run_name(cfg)
     with RolloutFolder(path, identity=facts, record=record(cfg), rank=RANK) as folder, report.at_the_end(folder):
@@ -134,7 +131,7 @@ def load_policy(cfg: EvalConfig) -> evaluation.Loaded:
         drafting=None if cfg.drafting == "auto" else cfg.drafting,
         unnorm_key=cfg.unnorm_key,
         center_crop=cfg.center_crop,
-        **{name: getattr(cfg, name) for name in SAID_OF_FOREIGN if getattr(cfg, name) is not None},
+        **{name: getattr(cfg, name) for name in flags.SAID_OF_FOREIGN if getattr(cfg, name) is not None},
     )
 
 
@@ -145,37 +142,6 @@ def precision(cfg: EvalConfig) -> tuple[str, str | None]:
     return cfg.quantize, None
 
 
-def check(cfg: EvalConfig) -> None:
-    """What can be said before anything is loaded. ConfigError."""
-    check_simulator(allow_unpinned=cfg.allow_unpinned_simulator)
-    given = [name for name in ("load_in_8bit", "load_in_4bit") if getattr(cfg, name)]
-    given += [f"quantize {cfg.quantize}"] * (cfg.quantize != "none")
-    policy = f"--policy {cfg.policy}"
-    for wrong, sentence in (
-        (
-            cfg.policy == "checkpoint" and not cfg.pretrained_checkpoint,
-            "pretrained_checkpoint is not set: --pretrained_checkpoint FOLDER_OR_HUB_ID, or --policy expert",
-        ),
-        (
-            cfg.lora_checkpoint and not cfg.lora_checkpoint.is_dir(),
-            f"lora_checkpoint {cfg.lora_checkpoint} is not a folder: --lora_checkpoint FOLDER",
-        ),
-        (cfg.save_gifs and not cfg.save_videos, "save_gifs needs the videos: leave out --save_videos False"),
-        (len(given) > 1, f"{' and '.join(given)} exclude each other: set one of them"),
-        (
-            cfg.instruction != "keep" and cfg.policy != "checkpoint",
-            f"--instruction {cfg.instruction}: only a checkpoint reads, {policy} doesn't",
-        ),
-        (cfg.open_loop and cfg.policy != "checkpoint", f"--open_loop asks a checkpoint: leave out {policy}"),
-        (
-            cfg.policy == "replay" and (cfg.env_seed or cfg.first_init_state),
-            f"{policy} begins where each episode was recorded: leave out env_seed and first_init_state",
-        ),
-    ):
-        if wrong:
-            raise ConfigError(sentence)
-
-
 def run_name(cfg: EvalConfig) -> str:
     actor = f"replay-{cfg.dataset_name}" if cfg.policy == "replay" else cfg.policy
     if cfg.policy == "checkpoint":
@@ -184,17 +150,8 @@ def run_name(cfg: EvalConfig) -> str:
 
 
 def identity(cfg: EvalConfig, benchmark: Benchmark, renderer: str) -> Facts:
-    """What the numbers depend on. Weights count by their content: a folder trained anew is another policy."""
-    known, suite = versions(), cfg.task_suite_name
-    facts = {name: getattr(cfg, name) for name in IDENTITY}
-    if cfg.policy == "checkpoint":
-        facts |= {name: setup.weights(getattr(cfg, name)) for name in ("pretrained_checkpoint", "lora_checkpoint")}
-        facts |= {name: getattr(cfg, name) for name in OF_A_CHECKPOINT}
-    if cfg.policy == "replay":
-        facts["dataset"] = f"{cfg.dataset_name}, fingerprint {open_data(cfg).fingerprint}"
-    facts |= {name: getattr(cfg, name) for name in WHERE_CHANGED if getattr(cfg, name) != getattr(EvalConfig, name)}
-    facts |= {"step_limit": benchmark.step_limit(suite), "benchmark_files": benchmark.files_fingerprint(suite)}
-    return facts | {"renderer": renderer} | {name: known[name] for name in SIMULATOR_PACKAGES}
+    dataset = open_data(cfg).fingerprint if cfg.policy == "replay" else None
+    return flags.identity(vars(cfg), vars(EvalConfig()), benchmark, renderer=renderer, dataset=dataset)
 
 
 def record(cfg: EvalConfig) -> Facts:

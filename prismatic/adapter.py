@@ -19,7 +19,8 @@ from prismatic.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIONS, PROCES
 from prismatic.head_files import save_heads
 from prismatic.models import weights
 from prismatic.models.heads import HEADS
-from prismatic.models.lora import ADAPTER, FILE_PREFIX, inject, lora_layers, lora_state_dict
+from prismatic.models.lora import ADAPTER, inject, lora_layers
+from prismatic.models.lora_weights import FILE_PREFIX, lora_state_dict
 from prismatic.models.vla import VLA
 from prismatic.processor import Processor
 from prismatic.versions import versions

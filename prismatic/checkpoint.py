@@ -125,7 +125,7 @@ def load_merged(folder: Path, adapter: Path | None, *, dtype: torch.dtype, devic
     """As load_vla, with the adapter merged in float32, for acting and for export.py: a folder and its export answer alike."""
     vla = load_vla(folder, adapter, dtype=dtype, device=device, adapter_dtype=torch.float32, **choice)
     if adapter is not None:
-        from prismatic.models.lora import merge_lora
+        from prismatic.models.lora_weights import merge_lora
 
         merge_lora(vla)
     for part in HEADS:

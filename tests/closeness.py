@@ -17,7 +17,7 @@ from prismatic import image, normalize
 from prismatic.augmentation import Augmentation
 from prismatic.checkpoint import load_vla
 from prismatic.dataset_statistics import load_statistics
-from prismatic.models.lora import merge_lora
+from prismatic.models.lora_weights import merge_lora
 from prismatic.models.vision import patch_features
 from tests import original_oft
 from tests.conftest import EXCERPT, FULL, OFT_EXCERPT, OFT_FULL

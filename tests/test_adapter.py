@@ -14,7 +14,8 @@ from prismatic.adapter import load_adapter, save_adapter
 from prismatic.checkpoint import load_vla
 from prismatic.errors import ConfigError
 from prismatic.models import weights
-from prismatic.models.lora import add_lora, lora_config, lora_state_dict, merge_lora
+from prismatic.models.lora import add_lora, lora_config
+from prismatic.models.lora_weights import lora_state_dict, merge_lora
 from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
 from prismatic.models.vla import VLA
 from prismatic.processor import Processor, ProcessorConfig

@@ -18,7 +18,7 @@ from prismatic.checkpoint import load_policy, load_vla, save_checkpoint
 from prismatic.errors import ConfigError
 from prismatic.models import quantize as quantization
 from prismatic.models.config_file import config_json
-from prismatic.models.lora import merge_lora
+from prismatic.models.lora_weights import merge_lora
 from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
 from prismatic.processor import Processor, ProcessorConfig
 from tests.conftest import EXCERPT

@@ -6,15 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from prismatic.models.lora import (
-    ADAPTER,
-    add_lora,
-    lora_layers,
-    lora_state_dict,
-    merge_lora,
-)
+from prismatic.models.lora import ADAPTER, add_lora, lora_layers
 from prismatic.models.lora_dtype import AdaptedLinear, compute_in_base_dtype
+from prismatic.models.lora_weights import lora_state_dict, merge_lora
 from prismatic.models.tiny import TINY, random_vla
+from prismatic.models.unused import unused_parameters
 from prismatic.models.vla import VLA
 from prismatic.training.live_bytes import LiveBytes
 from tests.drawn_batch import BATCH
@@ -54,7 +50,7 @@ def test_adapters_compute_in_the_bases_format_and_learn_in_their_own() -> None:
 
 
 def trained_layers(vla: VLA) -> list[Any]:
-    unread = vla.unused_parameters()
+    unread = unused_parameters(vla)
     return [layer for name, layer in lora_layers(vla) if not any(other.startswith(name) for other in unread)]
 
 

@@ -10,7 +10,8 @@ import torch
 from prismatic.adapter import save_adapter
 from prismatic.checkpoint import load_vla, save_checkpoint
 from prismatic.models.checkpointing import checkpoint_activations
-from prismatic.models.lora import add_lora, lora_layers, lora_state_dict
+from prismatic.models.lora import add_lora, lora_layers
+from prismatic.models.lora_weights import lora_state_dict
 from prismatic.models.nf4 import BYTES_PER_VALUE, quantised_linears
 from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
 from prismatic.processor import Processor, ProcessorConfig

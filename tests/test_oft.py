@@ -16,7 +16,9 @@ from prismatic import image
 from prismatic.checkpoint import load_vla
 from prismatic.dataset_statistics import load_statistics
 from prismatic.models.heads import HEADS
-from prismatic.models.lora import FILE_PREFIX, add_lora, merge_lora
+from prismatic.models.lora import add_lora
+from prismatic.models.lora_weights import FILE_PREFIX, merge_lora
+from prismatic.models.unused import unused_parameters
 from prismatic.models.vla import VLA, VLAConfig, VLAOutput
 from prismatic.normalize import normalize_state
 from prismatic.processor import Processor, ProcessorConfig
@@ -123,7 +125,7 @@ def test_gradients_of_every_parameter(vla: VLA, variant: str, arrays: Arrays) ->
     names, norms, without = (arrays[f"{name}_{variant}"] for name in ("grad_names", "grad_norms", "no_grad_names"))
     check_gradients(vla, names, norms, without)
     unused = [name for name, p in vla.named_parameters() if p.grad is None]
-    assert sorted(unused) == sorted(vla.unused_parameters())
+    assert sorted(unused) == sorted(unused_parameters(vla))
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from prismatic.checkpoint import load_policy, load_vla
 from prismatic.errors import ConfigError, PolicyError
 from prismatic.hub import WANTED
 from prismatic.models.heads import HEADS
-from prismatic.models.lora import add_lora, lora_state_dict
+from prismatic.models.lora import add_lora
+from prismatic.models.lora_weights import lora_state_dict
 from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
 from prismatic.policy import VLAPolicy
 from prismatic.processor import Processor, ProcessorConfig

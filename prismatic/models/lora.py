@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import peft
-import torch
 from torch import nn
 
 from prismatic.models.heads import HEADS
@@ -18,7 +17,6 @@ TARGET_MODULES = (
     "down_proj", "fc1", "fc2", "fc3", "gate_proj", "k_proj", "kv", "lm_head", "o_proj", "proj", "q", "q_proj", "qkv", "up_proj", "v_proj",
 )  # fmt: skip
 ADAPTER = "default"  # peft's name of the only adapter
-FILE_PREFIX = "base_model.model."  # what peft puts before every name in adapter_model.safetensors
 
 
 def lora_config(
@@ -56,24 +54,3 @@ def lora_layers(vla: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in vla.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
             yield name, module
-
-
-def lora_state_dict(vla: VLA) -> dict[str, torch.Tensor]:
-    """Adapter tensors under the names that peft's file has: `base_model.model.….lora_A.weight`."""
-    return {
-        FILE_PREFIX + name.replace(f".{ADAPTER}.", "."): tensor
-        for name, tensor in vla.state_dict().items()
-        if ".lora_A." in name or ".lora_B." in name
-    }
-
-
-def merge_lora(vla: VLA) -> VLA:
-    """Fold every adapter into its base weight, computed in float32, and take the adapters away; in place, returns vla. Names are plain again."""
-    for name, layer in list(lora_layers(vla)):
-        base = layer.get_base_layer()
-        with torch.no_grad():
-            delta = layer.get_delta_weight(ADAPTER).float()
-            base.weight.copy_((base.weight.float() + delta).to(base.weight.dtype))
-        parent, _, last = name.rpartition(".")
-        setattr(vla.get_submodule(parent), last, base)
-    return vla

@@ -62,9 +62,6 @@ def build_tower(timm_id: str, *, image_size: int, stem: Sequence[int] = (), **ti
     return tower
 
 
-READ = ("patch_embed.", "pos_embed", "cls_token", "reg_token", "blocks.")  # what patch_features reads of a tower
-
-
 def patch_features(tower: Any, pixels: torch.Tensor) -> torch.Tensor:
     """(B, 3, S, S) → (B, N, D): output of the second-to-last block, prefix tokens (cls, registers) dropped."""
     x = tower._pos_embed(tower.patch_embed(pixels))
@@ -94,15 +91,6 @@ class VisionBackbone(nn.Module):
         """The transformer blocks that run."""
         for tower in (self.featurizer, self.fused_featurizer):
             yield from tower.blocks[:-1]
-
-    def unused_parameters(self) -> Iterator[str]:
-        """Names of those that the output does not depend on: each tower's last block, its final norm and its pooling."""
-        towers: dict[str, Any] = {"featurizer": self.featurizer, "fused_featurizer": self.fused_featurizer}
-        for tower, module in towers.items():
-            last = f"blocks.{len(module.blocks) - 1}."
-            for name, _ in module.named_parameters():
-                if not name.startswith(READ) or name.startswith(last):
-                    yield f"{tower}.{name}"
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 6·n_images, S, S) → (B, n_images·N, D_dino + D_siglip); per image the DINO channels, then the SigLIP channels."""

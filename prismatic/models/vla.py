@@ -105,13 +105,6 @@ class VLA(nn.Module):
         yield from self.vision_backbone.blocks()
         yield from self.language_model.model.layers
 
-    def unused_parameters(self) -> list[str]:
-        """Names of the parameters that never get a gradient, because no output depends on them."""
-        unused = [f"vision_backbone.{name}" for name in self.vision_backbone.unused_parameters()]
-        if self.action_head is not None:
-            unused += [f"language_model.lm_head.{name}" for name, _ in self.language_model.lm_head.named_parameters()]
-        return unused
-
     def embed(
         self,
         input_ids: torch.Tensor,

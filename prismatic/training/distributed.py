@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from prismatic.errors import ConfigError
+from prismatic.models.unused import unused_parameters
 from prismatic.models.vla import VLA
 
 PATIENCE = timedelta(hours=2)  # how long ranks wait for one that builds a frame cache, downloads or saves
@@ -95,7 +96,7 @@ class Ranks:
         if self.size == 1 or any(isinstance(parameter, DTensor) for parameter in vla.parameters()):
             return vla
         # DDP would wait for ever for a gradient of these.
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(vla, vla.unused_parameters())
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(vla, unused_parameters(vla))
         devices = [torch.device(self.device)] if self.device != "cpu" else None
         return DistributedDataParallel(vla, device_ids=devices, gradient_as_bucket_view=True)
 

@@ -19,6 +19,7 @@ from prismatic.errors import ConfigError
 from prismatic.machine import available_memory
 from prismatic.models.lora import add_lora
 from prismatic.models.nf4 import BYTES_PER_VALUE, quantised_linears
+from prismatic.models.unused import unused_parameters
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.training.activations import SELECTIVE, Piece, Precision, pieces
 
@@ -111,7 +112,7 @@ def describe(config: VLAConfig, precision: Precision, *, words: int, on_cpu: boo
     of_one, of_two = pieces(config, precision, batch_sizes=(1, 2), words=words, on_cpu=on_cpu)
     vision = vla.vision_backbone
     towers = dict(zip(TOWERS, (vision.featurizer, vision.fused_featurizer), strict=True))
-    unread = set(vla.unused_parameters())
+    unread = set(unused_parameters(vla))
     trained = sum(p.numel() for name, p in vla.named_parameters() if p.requires_grad and name not in unread)
     depths = {name: len(tower.blocks) - 1 for name, tower in towers.items()} | {
         "layer": config.text_config.num_hidden_layers
