@@ -20,6 +20,7 @@ from prismatic.models.config_file import read_config
 from prismatic.models.heads import HEADS
 from prismatic.models.vla import VLAConfig
 from prismatic.models.weights import StoredTensor, read_safetensors, save_tensors
+from prismatic.processor import ProcessorConfig
 from prismatic.processor_json import read_processor
 from prismatic.records import read_object
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from prismatic.checkpoint import save_checkpoint
+from prismatic.models.config_file import config_json
 from prismatic.models.heads import HEADS
 from prismatic.models.tiny import TINY, tiny_tokenizer
 from prismatic.models.vla import VLA
@@ -34,7 +35,7 @@ def saved(folder: Path, vla: VLA, *, foreign: bool = False) -> Path:
         published=foreign,
     )
     if foreign:
-        plain = dataclasses.replace(vla.config, action_head="tokens", num_actions_chunk=1, proprio_dim=0).to_json()
+        plain = config_json(dataclasses.replace(vla.config, action_head="tokens", num_actions_chunk=1, proprio_dim=0))
         del plain["action_head"]
         (folder / "config.json").write_text(json.dumps(plain | {"norm_stats": STATISTICS}))
         (folder / "processor.json").unlink()
