@@ -21,7 +21,7 @@ from prismatic import evaluation, foreign_flags, report
 from prismatic.episodes import flags, setup
 from prismatic.episodes.player import Play
 from prismatic.episodes.trials import list_trials
-from prismatic.errors import exit_codes
+from prismatic.errors import ConfigError, exit_codes
 from prismatic.evaluation import Facts, RolloutFolder
 from prismatic.pages import comparison
 from prismatic.progress import Progress, print_result
