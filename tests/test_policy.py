@@ -32,14 +32,14 @@ def test_an_episodes_last_answer_is_the_next_draft(policy: VLAPolicy) -> None:
     policy.drafting = False
     policy.counts.clear()
     plain = policy.batch(pictures, words, pictures)
-    assert 2 <= policy.counts["passes"] <= 7 and "confirmed" not in policy.counts
+    assert 2 <= policy.counts["passes"] <= 7 and "accepted" not in policy.counts
     policy.drafting = True
     policy.counts.clear()
     for episodes in (None, ["a", "b", None], ["a", "b", None]):
         np.testing.assert_array_equal(policy.batch(pictures, words, pictures, episodes=episodes), plain)
     policy.counts.clear()
     np.testing.assert_array_equal(policy.batch(pictures[:2], words[:2], pictures[:2], episodes=["a", "b"]), plain[:2])
-    assert dict(policy.counts) == {"actions": 2, "calls": 1, "passes": 2, "confirmed": 14}
+    assert dict(policy.counts) == {"actions": 2, "calls": 1, "passes": 2, "accepted": 14}
     policy.counts.clear()
     np.testing.assert_array_equal(
         policy(pictures[1], words[1], wrist=pictures[1], episode="a"), plain[1]
