@@ -31,7 +31,7 @@ from config import WORKSPACE
 from prismatic.atomic import write_json
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.hub import resolve
-from prismatic.ranges import checked
+from prismatic.ranges import Count, Positive, checked
 
 Rows = list[dict[str, Any]]
 MAY_BE_ZERO = ("task_id", "num_workers")  # of the numbers below
@@ -62,14 +62,14 @@ class BenchEvalConfig(BenchConfig):
     # Checkpoint folder, adapter folder or hub id that acts, and the suite and task that it acts in.
     checkpoint: str = "checkpoints/openvla-tiny"
     task_suite_name: str = "libero_spatial"
-    task_id: int = 0
+    task_id: Count = 0
     # Episodes of each row (at least one a process), and steps after which one is cut off.
-    episodes: int = 4
-    steps: int = 60
+    episodes: Positive = 4
+    steps: Positive = 60
     # fast: three times faster on a CPU. standard: LIBERO's own pixels.
     render_quality: Literal["standard", "fast"] = "standard"
     # Numbers of simulator processes, each against one process alone.
-    workers: tuple[int, ...] = (2,)
+    workers: tuple[Positive, ...] = (2,)
 
 
 def evaluation(cfg: BenchEvalConfig) -> Rows:
@@ -94,9 +94,9 @@ class BenchTrainConfig(BenchConfig):
     # GPU memory that tensors may take. Of a 24 GB card ECC and the driver leave about this much.
     memory_cap_gib: float = 22.0
     # Micro-batches to try, rising; a way that doesn't fit is not tried at larger ones. None: 1 to 32 on a GPU, 1 and 4 on a CPU.
-    batch_sizes: tuple[int, ...] | None = None
+    batch_sizes: tuple[Positive, ...] | None = None
     # Timed steps of each.
-    steps: int = 5
+    steps: Positive = 5
     # torch.compile our blocks.
     compile: bool = False
 
@@ -130,13 +130,13 @@ def memory(cfg: BenchMemoryConfig) -> Rows:
 @dataclass(frozen=True)
 class BenchDataConfig(BenchConfig):
     # Episodes of the set that is made: libero_spatial_no_noops has 432 …
-    episodes: int = 432
+    episodes: Positive = 432
     # … and 52,970 frames.
-    frames: int = 52_970
+    frames: Positive = 52_970
     # Frames of the last row, which shows the memory while they are loaded. None: an epoch.
-    loaded_frames: int | None = None
+    loaded_frames: Positive | None = None
     # Loader processes to try; 0 loads in the main process.
-    num_workers: tuple[int, ...] = (0, 1, 2, 4)
+    num_workers: tuple[Count, ...] = (0, 1, 2, 4)
     # Folder for it, deleted afterwards.
     folder: Path = WORKSPACE / "bench-data"
 
@@ -167,9 +167,9 @@ class BenchPrecisionConfig(BenchConfig):
     # validation: its last 5 % of episodes (or its validation split). all: a data set that the checkpoint has never seen.
     held_out: Literal["validation", "all"] = "validation"
     # Frames that are asked about, evenly spread over them.
-    num_frames: int = 1000
+    num_frames: Positive = 1000
     # Frames of one pass.
-    batch_size: int = 16
+    batch_size: Positive = 16
 
 
 def precision(cfg: BenchPrecisionConfig) -> Rows:
@@ -194,11 +194,11 @@ class BenchInferConfig(BenchConfig):
     # Checkpoint folder or hub id, or random: weights of openvla-7b's size (16 GB). None: random on a GPU, checkpoints/openvla-tiny on a CPU.
     checkpoint: str | None = None
     # Rows of a batch, number formats of the weights, and whether the plain way is also compiled (minutes a batch size on a CPU).
-    batch_sizes: tuple[int, ...] = (1, 8, 32)
+    batch_sizes: tuple[Positive, ...] = (1, 8, 32)
     quantize: tuple[Literal["none", "int8", "int4"], ...] = ("none", "int8", "int4")
     compiled: bool = True
     # Timed actions of each way. At full size on a CPU one takes about 10 s: 2 are enough.
-    rounds: int = 30
+    rounds: Positive = 30
     # Draw latency against memory into this file (png, pdf, svg).
     plot: Path | None = None
 
@@ -229,13 +229,13 @@ class BenchServeConfig(BenchConfig):
     # Checkpoint folder, adapter folder or hub id that is served.
     checkpoint: str = "checkpoints/openvla-tiny"
     # Clients of mixed dialects at a time, and seconds that they ask.
-    clients: int = 16
+    clients: Positive = 16
     seconds: float = 60.0
     # Calls whose latency is compared with and without the server, in turns.
-    pairs: int = 100
+    pairs: Positive = 100
     # Hostile requests beside a good client, and refused ones while memory is watched.
-    hostile: int = 10_000
-    requests: int = 10_000
+    hostile: Positive = 10_000
+    requests: Positive = 10_000
 
 
 def serve(cfg: BenchServeConfig) -> Rows:

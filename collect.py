@@ -10,7 +10,6 @@ one of the stored states that evaluation uses.
 
 import contextlib
 import fcntl
-import json
 import shutil
 from collections import Counter
 from collections.abc import Hashable, Iterator
@@ -31,6 +30,7 @@ from prismatic.episodes.replay import Replays, find_replays
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.filenames import UNFINISHED
 from prismatic.ranges import Count, NonNegative, Positive, Seed, Workers, checked
+from prismatic.records import read_object
 from prismatic.scene.renderer import choose_renderer
 from prismatic.scene.suites import instruction, num_tasks
 from prismatic.versions import folder_fingerprint
@@ -174,7 +174,7 @@ def open_stage(cfg: CollectConfig) -> Path:
         with writing_to(stage):
             stage.mkdir(parents=True, exist_ok=True)
         write_json(note, settings)
-    before = json.loads(note.read_text())
+    before = read_object(note)
     for name, value in settings.items():
         if before.get(name) != value:
             raise ConfigError(

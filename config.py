@@ -170,7 +170,7 @@ class EvalOptions:
     # libero_spatial, libero_object, libero_goal, libero_10, libero_90, or a LIBERO-PRO suite such as libero_spatial_swap.
     task_suite_name: str = "libero_spatial"
     # Tasks of the suite to play, such as `--task_ids 0 3`; none means all.
-    task_ids: tuple[int, ...] = ()
+    task_ids: tuple[Count, ...] = ()
     # Episodes per task, each from another stored initial state (LIBERO has 50); of a replay, recorded episodes per task.
     num_trials_per_task: Positive = 50
     # Actions of each chunk that are executed before the policy looks again, the first ones. None: the whole chunk.

@@ -14,8 +14,8 @@ from prismatic.errors import ConfigError
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Indented, for people. ConfigError when it cannot be written."""
-    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="surrogatepass"))
+    """Indented, for people; what is no Unicode, such as a byte in a command line, as "?". ConfigError when it cannot be written."""
+    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="replace"))
 
 
 def write_whole(path: Path, content: bytes) -> None:

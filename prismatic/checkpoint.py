@@ -7,6 +7,7 @@ layout; an adapter folder has `adapter_config.json`.
 import copy
 import json
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ from prismatic.models.nf4 import prepare_nf4
 from prismatic.models.vla import VLA
 from prismatic.policy import VLAPolicy
 from prismatic.processor import Processor
-from prismatic.processor_files import load_processor, preprocessor_json
+from prismatic.processor_files import check_fits, load_processor, preprocessor_json
 from prismatic.processor_json import read_processor
 from prismatic.ranges import expanded
 from prismatic.records import read_record
@@ -199,6 +200,9 @@ def load_policy(
     choice = {name: value for name, value in choice.items() if value is not None}
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     processor = load_processor(folder, adapter_folder, unnorm_key=unnorm_key, center_crop=center_crop, **choice)
+    home = adapter_folder if adapter_folder is not None and (adapter_folder / PROCESSOR).exists() else folder
+    if (home / PROCESSOR).exists():
+        check_fits(processor.config, model_config(folder, adapter_folder, **choice), home)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     precision, backend = quantization.choose(folder / CONFIG, quantize, backend, device)
     if backend is None or quantization.saved_as(folder / CONFIG):
@@ -239,6 +243,12 @@ def load_policy(
 def adapter_fingerprint(folder: Path) -> str:
     """Hash of an adapter's tensors and heads, whatever else lies in its folder."""
     return weights.fingerprint(weights.adapter_tensors(folder) | stored_heads(folder))
+
+
+def is_its_own(path: Path) -> bool:
+    """Whether a file is its folder's own: no link to anywhere but the hub's cache, whose snapshots link to its blobs."""
+    place, target = path.parent.resolve(), path.resolve()
+    return target.is_file() and target.parent in (place, place.parent.parent / "blobs")
 
 
 class _Base(TypedDict, total=False):
@@ -295,5 +305,9 @@ def save_checkpoint(
         (partial / PROCESSOR).write_text(processor.config.to_json())
         (partial / PREPROCESSOR).write_text(json.dumps(preprocessor_json(processor.config), indent=2))
         for name in TOKENIZER_FILES:
-            if (tokenizer_from / name).exists():
+            if is_its_own(tokenizer_from / name):
                 shutil.copyfile(tokenizer_from / name, partial / name)
+            elif (tokenizer_from / name).exists():
+                print(
+                    f"notice: {tokenizer_from / name} is a link to somewhere else, so it is left out", file=sys.stderr
+                )

@@ -87,41 +87,41 @@ def statistics_key(statistics: Mapping[str, Any], unnorm_key: str | None, folder
     raise ConfigError(f"{asked}: {folder} has statistics of {', '.join(sorted(statistics)) or 'no data set'}")
 
 
-def check_entry(entry: Any, where: str, *, state: bool = False, whole: bool = False) -> None:
+def check_entry(entry: Any, where: str, *, state: bool = False, whole: bool = False, way_out: str = COPY) -> None:
     """ConfigError that names the field unless an entry makes sense: finite numbers of one length, q01 up to q99, a mask that fits.
 
-    state: the robot's state is read too, so `proprio` is needed. whole: training needs mean, std, min and max as well.
+    state: the robot's state is read too, so `proprio` is needed. whole: training needs mean, std, min and max as well. way_out: ends each sentence.
     """
     try:
         found = msgspec.convert(entry, _Entry)
     except msgspec.ValidationError as error:
         message, _, place = str(error).partition(" - at `$.")
-        raise ConfigError(f"{where}: {place.rstrip('`') or 'the entry'}: {wanted(message)}: {COPY}") from None
+        raise ConfigError(f"{where}: {place.rstrip('`') or 'the entry'}: {wanted(message)}: {way_out}") from None
     if not finite(entry):
-        raise ConfigError(f"{where} holds a number that is not finite: {COPY}")
+        raise ConfigError(f"{where} holds a number that is not finite: {way_out}")
     for part in ("action", "proprio") if state else ("action",):
-        _check_columns(found.get(part, {}), f"{where}: {part}", whole=whole)
+        _check_columns(found.get(part, {}), f"{where}: {part}", whole=whole, way_out=way_out)
     action = found.get("action", {})
     low, high, mask = (np.array(action.get(name, [])) for name in ("q01", "q99", "mask"))
     if "mask" not in action:
         print(f"notice: {where} has no action.mask: every dimension is scaled, the gripper too", file=sys.stderr)
     elif not mask.any():
-        raise ConfigError(f"{where}: action.mask is false everywhere, so no dimension would be scaled: {COPY}")
+        raise ConfigError(f"{where}: action.mask is false everywhere, so no dimension would be scaled: {way_out}")
     if not (low < high).any():
-        raise ConfigError(f"{where}: action.q01 equals action.q99 in every dimension, so nothing would move: {COPY}")
+        raise ConfigError(f"{where}: action.q01 equals action.q99 in every dimension, so nothing would move: {way_out}")
 
 
-def _check_columns(columns: Mapping[str, Any], where: str, *, whole: bool) -> None:
+def _check_columns(columns: Mapping[str, Any], where: str, *, whole: bool, way_out: str) -> None:
     needed = ("q01", "q99", "mean", "std", "min", "max") if whole else ("q01", "q99")
     for name in needed:
         if name not in columns:
-            raise ConfigError(f"{where}.{name} is missing: {COPY}")
+            raise ConfigError(f"{where}.{name} is missing: {way_out}")
     size = len(columns["q01"])
     for name, column in columns.items():
         if len(column) != size:
-            raise ConfigError(f"{where}.{name} has {len(column)} values, but q01 has {size}: {COPY}")
+            raise ConfigError(f"{where}.{name} has {len(column)} values, but q01 has {size}: {way_out}")
     for low, high in (("q01", "q99"), ("min", "max")):
         if low in columns and high in columns and (np.array(columns[low]) > np.array(columns[high])).any():
-            raise ConfigError(f"{where}.{low} is above {high} in a dimension: {COPY}")
+            raise ConfigError(f"{where}.{low} is above {high} in a dimension: {way_out}")
     if min(columns.get("std", [0.0])) < 0:
-        raise ConfigError(f"{where}.std has a negative value: {COPY}")
+        raise ConfigError(f"{where}.std has a negative value: {way_out}")

@@ -5,31 +5,13 @@ A wrong configuration is one sentence on stderr and exit 2; Ctrl-C is 130 and SI
 """
 
 import contextlib
-import json
 import signal
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 
 class ConfigError(Exception):
     """One sentence that names the file, field or flag and the way out."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ConfigError that names the file where it is missing, unreadable or something else."""
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path} can't be read ({error.strerror}): copy it from where the folder came from") from None
-    except ValueError as error:
-        raise ConfigError(
-            f"{path} is not valid JSON ({error}): copy it again from where the folder came from"
-        ) from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds no JSON object: copy it again from where the folder came from")
-    return content
 
 
 class PolicyError(Exception):

@@ -21,11 +21,12 @@ from prismatic.atomic import append_line, write_json
 from prismatic.episodes import actions, pool
 from prismatic.episodes.controls import KNOWN_LATER, beside
 from prismatic.episodes.player import Outcome, Play
-from prismatic.episodes.result import EpisodeResult
+from prismatic.episodes.result import EpisodeResult, Run, read_run
 from prismatic.episodes.session import Session
 from prismatic.episodes.trials import Trial, TrialQueue, video_number
-from prismatic.errors import ConfigError, read_json
+from prismatic.errors import ConfigError
 from prismatic.filenames import REPORT, RESULTS, RUN, SUMMARY, UNFINISHED, VERSIONS
+from prismatic.records import read_lines
 from prismatic.scene.diagnosis import Diagnosis
 from prismatic.summary import summarise
 
@@ -82,8 +83,8 @@ class RolloutFolder:
     def _claim(self, identity: Facts, record: Facts) -> None:
         identity = msgspec.json.decode(msgspec.json.encode(identity))
         run, results = self.path / RUN, self.path / RESULTS
-        old_run = read_json(run) if run.is_file() else {"identity": {}, "record": {}}
-        there = old_run["identity"]
+        old_run = read_run(self.path) if run.exists() else Run()
+        there = old_run.identity
         goes_on = results.exists() and results.stat().st_size > 0
         for name in [*identity, *there] if goes_on else ():
             old, new = there.get(name), identity.get(name)
@@ -93,7 +94,7 @@ class RolloutFolder:
                     "use another --run_id_note, or delete that folder"
                 )
         if goes_on or there == identity:
-            record = {**old_run["record"], **record}
+            record = {**old_run.record, **record}
         write_json(run, {"identity": identity, "record": record})
         write_json(self.path / VERSIONS, record.get("versions", {}))  # as beside an adapter
 
@@ -105,16 +106,15 @@ class RolloutFolder:
     def note(self, **facts: Any) -> None:
         """Add to the record what became known only now, such as the policy's metadata."""
         with self.locked():
-            run = read_json(self.path / RUN)
-            run["record"].update(facts)
-            write_json(self.path / RUN, run)
+            run = read_run(self.path)
+            write_json(self.path / RUN, {"identity": run.identity, "record": {**run.record, **facts}})
 
     def add_session(self, session: Facts) -> None:
         """Add to the record what one call measured of itself (session.py); those before it stay."""
         with self.locked():
-            run = read_json(self.path / RUN)
-            run["record"].setdefault("sessions", []).append(session)
-            write_json(self.path / RUN, run)
+            run = read_run(self.path)
+            sessions = [*run.record.get("sessions", []), session]
+            write_json(self.path / RUN, {"identity": run.identity, "record": {**run.record, "sessions": sessions}})
 
     def add(self, outcome: Outcome, *, instruction: str, number: int) -> EpisodeResult:
         """Give the video its name and append the episode's line, safe on disk when this returns.
@@ -176,9 +176,9 @@ class RolloutFolder:
     def summarise(self) -> Facts:
         """Write summary.json from what is on disk and return it."""
         with self.locked():
-            run, rows = read_json(self.path / RUN), read_rows(self.path)
-            controls = beside(self.path, run["identity"], task_ids={row.task_id for row in rows})
-            summary = summarise(rows, protocol={**run["identity"], **run["record"]}, controls=controls)
+            run, rows = read_run(self.path), read_rows(self.path)
+            controls = beside(self.path, run.identity, task_ids={row.task_id for row in rows})
+            summary = summarise(rows, protocol={**run.identity, **run.record}, controls=controls)
             write_json(self.path / SUMMARY, summary)
         return summary
 
@@ -202,17 +202,9 @@ class RolloutFolder:
 def read_rows(folder: Path) -> list[EpisodeResult]:
     """The lines of results.jsonl, the last one of each episode; [] without the file. ConfigError if it is damaged."""
     path = folder / RESULTS
-    lines = (
-        path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-    )  # after the last newline: nothing, or a torn line
+    way_out = "remove that line, its episode is played again"
     rows: dict[str, EpisodeResult] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = msgspec.json.decode(line, type=EpisodeResult)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ConfigError(
-                f"{path}, line {number}, is damaged ({error}): remove that line, its episode is played again"
-            ) from None
+    for row in read_lines(path, EpisodeResult, way_out=way_out) if path.exists() else ():
         rows.pop(row.episode_id, None)
         rows[row.episode_id] = row
     return list(rows.values())

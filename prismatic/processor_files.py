@@ -13,11 +13,13 @@ from transformers import PreTrainedTokenizerFast
 
 from prismatic.dataset_statistics import COPY, check_entry, load_statistics, statistics_key
 from prismatic.errors import ConfigError
-from prismatic.filenames import PREPROCESSOR, PROCESSOR, STATISTICS, TOKENIZER
+from prismatic.filenames import ADAPTER_CONFIG, CONFIG, PREPROCESSOR, PROCESSOR, STATISTICS, TOKENIZER
 from prismatic.head_files import model_config
+from prismatic.models.vla import VLAConfig
 from prismatic.processor import PROMPT, Colours, Processor, ProcessorConfig
 from prismatic.processor_json import read_processor
 from prismatic.records import read_record
+from prismatic.sums import check_sums
 
 EMPTY_TOKEN = "▁"  # Llama-2's, which stands between the prompt and the action
 
@@ -31,7 +33,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     try:
         return PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER))
     except Exception as error:  # tokenizers raises plain Exception
-        raise ConfigError(f"{folder / TOKENIZER} is damaged ({error}): copy it again from the checkpoint") from None
+        raise ConfigError(
+            f"{folder / TOKENIZER} is damaged ({str(error).splitlines()[0]}): copy it again from the checkpoint"
+        ) from None
 
 
 def load_processor(
@@ -43,6 +47,9 @@ def load_processor(
     **choice: Any,
 ) -> Processor:
     """The processor of an adapter or checkpoint folder; see the module's first lines for what may be given."""
+    for folder in (checkpoint, adapter):
+        if folder is not None:
+            check_sums(folder, (CONFIG, ADAPTER_CONFIG, PROCESSOR, STATISTICS, TOKENIZER, PREPROCESSOR))
     home = adapter if adapter is not None and (adapter / PROCESSOR).exists() else checkpoint
     statistics_home = next((f for f in (adapter, home) if f is not None and (f / STATISTICS).exists()), checkpoint)
     statistics = load_statistics(statistics_home, unnorm_key)
@@ -93,6 +100,16 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: ProcessorConfig,
         raise ConfigError(
             f"{other}: id {config.empty_token_id} is {token!r}, not the empty token {EMPTY_TOKEN!r}: copy this model's"
         )
+
+
+def check_fits(config: ProcessorConfig, model: VLAConfig, folder: Path) -> None:
+    """ConfigError that names the first number of a folder's processor.json that its model doesn't have."""
+    for field in dataclasses.fields(config):
+        said = getattr(config, field.name)
+        if hasattr(model, field.name) and said != (there := getattr(model, field.name)):
+            raise ConfigError(
+                f"{folder / PROCESSOR}: {field.name} is {said}, but {CONFIG} and the weights make it {there}: copy the folder again"
+            )
 
 
 def check_state(entry: Mapping[str, Any], proprio_dim: int, where: str) -> None:

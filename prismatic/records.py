@@ -19,6 +19,7 @@ from prismatic.ranges import wanted
 
 Record = TypeVar("Record")
 LARGEST = 64 << 20  # bytes of a JSON file; the largest known, OpenVLA's statistics of all its data sets, have 0.2 MB
+LARGEST_LINES = 1 << 30  # bytes of a file of one record a line: a million episodes
 COPY_AGAIN = "copy it again from where the folder came from"
 
 
@@ -34,9 +35,7 @@ def parse_record(content: bytes | str, kind: type[Record], where: str, *, way_ou
     try:
         return msgspec.json.decode(content, type=kind)
     except msgspec.ValidationError as error:
-        message, _, place = str(error).partition(" - at `$")
-        field = re.sub(r"^\.", "", place.rstrip("`")) or "the whole"
-        raise ConfigError(f"{where}: {field}: {wanted(message)}: {way_out}") from None
+        raise _field_error(error, where, way_out) from None
     except RecursionError:
         raise ConfigError(f"{where} is nested too deep: {way_out}") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -46,6 +45,31 @@ def parse_record(content: bytes | str, kind: type[Record], where: str, *, way_ou
 def read_object(path: Path, *, way_out: str = COPY_AGAIN) -> dict[str, Any]:
     """As read_record, of a file whose fields are read one by one later."""
     return read_record(path, dict[str, Any], way_out=way_out)
+
+
+def read_checked(path: Path, kind: type[Any], *, way_out: str = COPY_AGAIN) -> dict[str, Any]:
+    """As read_object, once the fields that `kind` knows make sense; those that it doesn't know are kept."""
+    content = read_object(path, way_out=way_out)
+    fields_of(content, kind, str(path), way_out=way_out)
+    return content
+
+
+def fields_of(content: Any, kind: type[Record], where: str, *, way_out: str = COPY_AGAIN) -> Record:
+    """As parse_record, of values that are no text any more."""
+    try:
+        return msgspec.convert(content, kind)
+    except msgspec.ValidationError as error:
+        raise _field_error(error, where, way_out) from None
+
+
+def read_lines(path: Path, kind: type[Record], *, largest: int = LARGEST_LINES, way_out: str) -> list[Record]:
+    """The records of a file of one a line. A last line without its newline, which a crash cut off, is left out."""
+    lines = read_bytes(path, largest=largest, way_out=way_out).split(b"\n")[:-1]
+    return [
+        parse_record(line, kind, f"{path}, line {number}", way_out=way_out)
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
 
 
 def read_bytes(path: Path, *, largest: int = LARGEST, way_out: str = COPY_AGAIN) -> bytes:
@@ -71,6 +95,12 @@ def finite(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(finite(item) for item in value)
     return not isinstance(value, float) or math.isfinite(value)
+
+
+def _field_error(error: msgspec.ValidationError, where: str, way_out: str) -> ConfigError:
+    message, _, place = str(error).partition(" - at `$")
+    field = re.sub(r"^\.", "", place.rstrip("`")) or "the whole"
+    return ConfigError(f"{where}: {field}: {wanted(message)}: {way_out}")
 
 
 def _reason(content: bytes | str, error: Exception) -> str:

@@ -13,12 +13,12 @@ from typing import Any
 
 from prismatic.atomic import write_whole
 from prismatic.episodes.result import EpisodeResult
-from prismatic.errors import ConfigError, exit_codes, read_json
+from prismatic.errors import ConfigError, exit_codes
 from prismatic.evaluation import RolloutFolder, read_rows
 from prismatic.filenames import REPORT, SUMMARY
 from prismatic.pages import gallery
 from prismatic.scene.renderer import draws_in_software
-from prismatic.summary import crashed, sentences
+from prismatic.summary import crashed, read_summary, sentences
 
 SUCCESSES_A_TASK = 10  # shown; failures and errors are all shown
 # Where a fact of the protocol stands on the page; what is named nowhere stands under "Further".
@@ -44,7 +44,7 @@ def build(folder: Path) -> Path:
     """Write the folder's report.html and return its path. ConfigError when the folder holds no evaluation."""
     if not (folder / SUMMARY).is_file():
         raise ConfigError(f"{folder} has no {SUMMARY}: give the folder that eval.py wrote, such as rollouts/EVAL-…")
-    summary = read_json(folder / SUMMARY)
+    summary = read_summary(folder)
     rows = sorted(read_rows(folder), key=lambda row: (row.suite, row.task_id, row.init_state, row.env_seed))
     limits = gallery.scales({folder: rows})
     sections = [

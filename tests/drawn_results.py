@@ -1,7 +1,6 @@
 """A rollout folder without videos, made from a few invented rows, and a reader of the page that is made from it."""
 
 import html.parser
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import msgspec
 
 from prismatic import evaluation
+from prismatic.atomic import write_json
 from prismatic.episodes.result import EpisodeResult
 from prismatic.summary import summarise
 
@@ -75,5 +75,5 @@ def folder_with(path: Path, rows: Sequence[EpisodeResult], protocol: dict[str, A
     path.mkdir(exist_ok=True)
     (path / "results.jsonl").write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in rows))
     protocol = protocol or {"render_quality": "standard", "versions": {"mujoco": "3.2.3"}, "center_crop": None}
-    (path / "summary.json").write_text(json.dumps(summarise(rows, protocol=protocol)))
+    write_json(path / "summary.json", summarise(rows, protocol=protocol))
     return path

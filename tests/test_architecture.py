@@ -29,6 +29,7 @@ LEAVES = (
     "prismatic.filenames",
     "prismatic.ranges",
     "prismatic.records",
+    "prismatic.arrays",
     "prismatic.image",
     "prismatic.policy_inputs",
 )

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from prismatic.checkpoint import is_its_own, load_policy
 from prismatic.errors import ConfigError
-from prismatic.filenames import PREPROCESSOR, PROCESSOR, TOKENIZER
+from prismatic.filenames import PREPROCESSOR, PROCESSOR, STATISTICS, TOKENIZER
 from prismatic.processor_files import load_processor
 from prismatic.processor_json import read_processor
+from prismatic.sums import write_sums
 from tests.conftest import REPOSITORY
 from tests.odd_values import JSON_VALUES
 
@@ -89,3 +91,32 @@ def test_another_models_tokenizer_is_refused(folder: Path) -> None:
     if ANOTHER_TOKENIZER.exists():
         shutil.copy(ANOTHER_TOKENIZER, folder / TOKENIZER)
         assert TOKENIZER in refused(folder)
+
+
+@pytest.mark.parametrize(("field", "value"), [("image_size", 196), ("n_action_bins", 128), ("eos_token_id", 5)])
+def test_a_processor_of_another_model_is_refused(tmp_path: Path, field: str, value: int) -> None:
+    folder = Path(shutil.copytree(TINY, tmp_path / "model"))
+    edit(folder / PROCESSOR, **{field: value})
+    with pytest.raises(ConfigError, match=rf"processor\.json: {field} is {value}, but"):
+        load_policy(folder, device="cpu")
+
+
+def test_a_flipped_letter_of_a_sealed_folder_is_found(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TINY, tmp_path / "model"))
+    write_sums(folder, list(folder.iterdir()))
+    path = folder / STATISTICS
+    path.write_text(path.read_text().replace("1", "2", 1))
+    with pytest.raises(ConfigError, match="is not as it was written"):
+        load_processor(folder)
+
+
+def test_a_link_out_of_a_folder_is_not_exported(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("of another person")
+    folder, blobs = tmp_path / "hub/snapshots/abc", tmp_path / "hub/blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "1").write_text("a tokenizer")
+    (folder / "tokenizer.json").symlink_to("../../blobs/1")
+    (folder / "tokenizer.model").symlink_to(tmp_path / "secret")
+    assert is_its_own(folder / "tokenizer.json") and not is_its_own(folder / "tokenizer.model")
+    assert not is_its_own(folder / "none")

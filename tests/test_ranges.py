@@ -20,11 +20,15 @@ CONFIGS: dict[str, Any] = {
     "collect": collect.CollectConfig(),
     "export": export.ExportConfig(checkpoint="folder", output=Path("out")),
     "doctor": doctor.DoctorConfig(),
-    "bench": bench.BenchTrainConfig(),
+    **{
+        kind.__name__: kind(**{"checkpoint": "a"} if kind is bench.BenchPrecisionConfig else {})
+        for kind in vars(bench).values()
+        if isinstance(kind, type) and issubclass(kind, bench.BenchConfig)
+    },
 }
+TASK_IDS = next(field for field in dataclasses.fields(config.EvalConfig) if field.name == "task_ids")
 BAD_FLOATS = (float("nan"), float("inf"), float("-inf"))
 TOO_LARGE = 2**64
-LIMITED = ("collect",)  # scripts all of whose whole numbers have limits
 BAD_NAMES = (
     "../x",
     "a/b",
@@ -79,11 +83,11 @@ def test_no_float_is_nan_or_infinite(script: str, field: Any, value: float) -> N
 
 
 @pytest.mark.parametrize(
-    ("script", "field"), [pair for pair in fields(int) if pair[0] in LIMITED], ids=lambda x: getattr(x, "name", x)
+    ("script", "field"), [*fields(int), ("eval", TASK_IDS), ("collect", TASK_IDS)], ids=lambda x: getattr(x, "name", x)
 )
 @pytest.mark.parametrize("value", [-(2**63), TOO_LARGE])
 def test_every_whole_number_has_limits(script: str, field: Any, value: int) -> None:
-    assert f"--{field.name}" in refused(script, **{field.name: value})
+    assert f"--{field.name}" in refused(script, **{field.name: (value,) if field is TASK_IDS else value})
 
 
 @pytest.mark.parametrize(

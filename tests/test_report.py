@@ -143,8 +143,8 @@ def test_what_forbids_a_comparison_is_said(tmp_path: Path) -> None:
         **{"started": "2026-01-02T03:04:05+00:00", "rank": 0, "episodes": 3, "workers": 2, "seconds": 5.0},
         "policy_latency_ms": {"p50": 61.2, "p95": 80.9, "calls": 9, "rows_per_call": 1.5},
         "decoding": {"passes_per_call": 1.7, "confirmed_words": 4.1, "doubtful_rows": 0},
-        "host_memory_peak_bytes": {"parent": 1e9, "workers": [2e9, 2e9], "sum": 5e9},
-        "gpu_memory_peak_bytes": {"allocated": 14e9, "reserved": 15e9, "device": 17e9},
+        "host_memory_peak_bytes": {"parent": 10**9, "workers": [2 * 10**9] * 2, "sum": 5 * 10**9},
+        "gpu_memory_peak_bytes": {"allocated": 14 * 10**9, "reserved": 15 * 10**9, "device": 17 * 10**9},
         "git_commit": "0123456789abcdef",
     }
     protocol = {

@@ -4,18 +4,30 @@ RLDS lies in `<data_root_dir>/<dataset_name>/<version>/` (dataset_info.json, fea
 `<data_root_dir>/<dataset_name>/` (meta/info.json, data/, videos/).
 """
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypedDict
 
 from prismatic.errors import ConfigError
 from prismatic.filenames import LEROBOT_INFO, RLDS_FEATURES, RLDS_INFO
+from prismatic.ranges import Count
+from prismatic.records import read_object, read_record
 
 AGAIN = "download or collect the data set again"
 RECORD_HEADER_BYTES = 12  # of a tfrecord: the content's length in 8 bytes, and their checksum
 RECORD_FOOTER_BYTES = 4  # the content's checksum
 LFS_POINTER = b"version https://git-lfs"
+
+
+class _Split(TypedDict):
+    shardLengths: list[Count | str]  # episodes of each file; tfds writes 64-bit numbers as texts
+
+
+class _Info(TypedDict):
+    """Of dataset_info.json, what is counted with."""
+
+    splits: list[_Split]
 
 
 def find_dataset(data_root_dir: Path, dataset_name: str) -> Path:
@@ -97,15 +109,15 @@ def check_whole(source: Path) -> None:
 
     Walks the tfrecords from header to header, some hundred small reads, so that the bad file is named.
     """
+    for name in (RLDS_INFO, RLDS_FEATURES):
+        if not (source / name).exists():
+            raise ConfigError(f"{source} is no RLDS data set, as it has no {name}: give a version folder")
+    info = read_record(source / RLDS_INFO, _Info, way_out=AGAIN)
+    read_object(source / RLDS_FEATURES, way_out=AGAIN)
     try:
-        info = json.loads((source / RLDS_INFO).read_text())
         expected = sum(int(length) for split in info["splits"] for length in split["shardLengths"])
-        json.loads((source / RLDS_FEATURES).read_text())
-    except FileNotFoundError as error:
-        missing = Path(error.filename).name
-        raise ConfigError(f"{source} is no RLDS data set, as it has no {missing}: give a version folder") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"the JSON files of {source} are damaged ({error!r}): {AGAIN}") from None
+    except ValueError:
+        raise ConfigError(f"{source / RLDS_INFO}: splits: a shard's length is no number: {AGAIN}") from None
     found = 0
     shards = sorted(
         source.glob("*.array_record*")

@@ -9,21 +9,25 @@ resumes exactly, whatever its workers.
 import functools
 import hashlib
 import io
-import json
 import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import numpy as np
+from msgspec import Meta
 
+from prismatic.arrays import read_arrays
 from prismatic.errors import ConfigError
 from prismatic.filenames import CACHE_FRAMES, CACHE_META, CACHE_STEPS
 from prismatic.normalize import LIBERO_GRIPPER, Gripper, action_statistics, gripper_open_is_one
+from prismatic.ranges import Count
+from prismatic.records import fields_of, read_bytes, read_object
 
 CACHE_FORMAT = 2  # open_cache makes a new one where there is another
 OLD_FORMAT = 1  # is read too: RLDS in LIBERO's convention, without checksums
+AGAIN = "delete it and run again"
 SHUFFLING_STREAM = 0  # keeps these random numbers apart from others that are drawn from a run's seed
 VAL_SHARE = (
     0.05  # of the episodes, the last ones on disk, where tfds puts them in an order of its own by a hash of their names
@@ -53,6 +57,27 @@ def meta_digest(meta: bytes) -> np.ndarray:
     return np.frombuffer(hashlib.blake2b(meta, digest_size=16).digest(), dtype=np.uint8)
 
 
+class _Gripper(TypedDict):
+    dims: tuple[int, ...]
+    convention: str
+    evidence: str
+
+
+class _Meta(TypedDict):
+    """meta.json of a cache."""
+
+    name: str
+    fingerprint: str
+    images: Annotated[list[str], Meta(min_length=1, max_length=2)]
+    instructions: list[str]
+    file_paths: list[str]
+    notes: list[str]
+    fps: float | None
+    gripper: _Gripper
+    action_names: list[str]
+    train_episodes: Count | None
+
+
 class FrameCache:
     """A cache folder opened for reading. Pickles as its path; opens frames.bin when it first reads an image.
 
@@ -63,30 +88,29 @@ class FrameCache:
     def __init__(self, folder: Path, gripper: Gripper | None = None) -> None:
         self.folder = Path(folder)
         try:
-            text = (self.folder / CACHE_META).read_bytes()
-            meta = json.loads(text)
-            with np.load(self.folder / CACHE_STEPS, allow_pickle=False) as arrays:
-                steps = {key: arrays[key] for key in arrays.files}
+            text = read_bytes(self.folder / CACHE_META, way_out=AGAIN)
+            steps = read_arrays(self.folder / CACHE_STEPS)
             stored_bytes = (self.folder / CACHE_FRAMES).stat().st_size
-        except Exception as error:  # zipfile, zlib, json and numpy each have their own for a damaged file
-            raise ConfigError(f"{self.folder} is no frame cache ({error}): delete it and run again") from None
-        old = meta.get("format") == OLD_FORMAT
+            meta = read_object(self.folder / CACHE_META, way_out=AGAIN)
+            old = meta.get("format") == OLD_FORMAT
+            unchanged = old or (steps["meta_digest"] == meta_digest(text)).all()
+            whole = stored_bytes == steps["offsets"][-1] and unchanged
+        except ConfigError:
+            raise
+        except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
+            raise ConfigError(f"{self.folder} is no frame cache ({error}): {AGAIN}") from None
+        if not whole or meta.get("format") not in (OLD_FORMAT, CACHE_FORMAT):
+            raise ConfigError(f"the frame cache {self.folder} is old or damaged: {AGAIN}")
         if old:
             meta = {"notes": [], "fps": None, "gripper": LIBERO_GRIPPER._asdict(), "action_names": []} | meta
-        unchanged = old or (steps.get("meta_digest", 0) == meta_digest(text)).all()
-        if (
-            meta.get("format") not in (OLD_FORMAT, CACHE_FORMAT)
-            or stored_bytes != steps["offsets"][-1]
-            or not unchanged
-        ):
-            raise ConfigError(f"the frame cache {self.folder} is old or damaged: delete it and run again")
+        meta = fields_of(meta, _Meta, str(self.folder / CACHE_META), way_out=AGAIN)
         self.name: str = meta["name"]
         self.fingerprint: str = meta["fingerprint"]  # of the content, the same on every machine
         self.has_wrist: bool = len(meta["images"]) == 2
         self.file_paths: list[str] = meta["file_paths"]  # per episode
         self.notes: list[str] = meta["notes"]  # how the data set was read, a sentence each
         self.fps: float | None = meta["fps"]
-        self.gripper = gripper or Gripper(**meta["gripper"] | {"dims": tuple(meta["gripper"]["dims"])})
+        self.gripper = gripper or Gripper(**meta["gripper"])
         self.action_names: list[str] = meta["action_names"]  # of each dimension, empty where the data set doesn't say
         grips = steps["action"][:, self.gripper.dims]
         self.gripper_low = float(grips.min()) if grips.size else None  # as recorded

@@ -3,19 +3,21 @@
 Not believed is what is known to be wrong: `data/file_index` of converted sets, quantiles of stats.json, `tasks` of an episode.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from msgspec import Meta
 
 from prismatic.data.dataset_folder import AGAIN, check_no_pointer
 from prismatic.data.keys import DataKeys
 from prismatic.errors import ConfigError
 from prismatic.filenames import LEROBOT_INFO
+from prismatic.ranges import Count
+from prismatic.records import LARGEST_LINES, parse_record, read_bytes, read_checked
 
 COUNTERS = (
     "timestamp",
@@ -31,6 +33,47 @@ VIDEO_PATHS = {
     2: "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
     3: "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
 }
+
+
+Row = TypeVar("Row")
+
+
+class _Task(TypedDict):
+    """A line of meta/tasks.jsonl."""
+
+    task_index: Count
+    task: str
+
+
+class _Named(TypedDict):
+    episode_index: Count
+
+
+class _Episode(_Named, total=False):
+    """Of a line of meta/episodes.jsonl, what is compared."""
+
+    length: Count | None
+
+
+class _Feature(TypedDict, total=False):
+    dtype: str | None
+    shape: list[Count] | None
+    names: Any  # a list, a dictionary of lists, or null
+
+
+class _Features(TypedDict):
+    features: dict[str, _Feature]
+
+
+class _Description(_Features, total=False):
+    """Of meta/info.json, what is read."""
+
+    codebase_version: str | int | float | None
+    version: str | int | float | None
+    fps: Annotated[float, Meta(ge=0, le=10_000)] | None
+    chunks_size: Count | None
+    video_path: str | None
+    splits: dict[str, Any] | None
 
 
 class Info(NamedTuple):
@@ -53,7 +96,7 @@ def read_info(source: Path) -> Info:
     """meta/info.json; ConfigError where it is missing, damaged or of a format that isn't read."""
     path = source / LEROBOT_INFO
     try:
-        raw = json.loads(path.read_text())
+        raw = read_checked(path, _Description, way_out=AGAIN)
         version = str(
             raw.get("codebase_version") or raw.get("version") or ("v3.0" if any(source.glob(EPISODE_FILES)) else "v2.1")
         )
@@ -67,9 +110,7 @@ def read_info(source: Path) -> Info:
         video_path = raw.get("video_path") or VIDEO_PATHS[number]
         splits = raw.get("splits") or {}
         return Info(source, number, float(fps) if fps else None, features, int(size), str(video_path), dict(splits))
-    except OSError as error:
-        raise ConfigError(f"{path} can't be read ({error.strerror}): give a LeRobot data set's folder") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error}): {AGAIN}") from None
 
 
@@ -109,21 +150,19 @@ def read_tasks(info: Info) -> dict[int, str]:
             raise ConfigError(f"{path} has columns {table.column_names}, and no task_index with a text: {AGAIN}")
         text = "task" if "task" in texts else texts[0]
         return dict(zip(table.column("task_index").to_pylist(), table.column(text).to_pylist(), strict=True))
-    return {int(line["task_index"]): str(line["task"]) for line in _lines(info.source / "meta/tasks.jsonl")}
+    return {line["task_index"]: line["task"] for line in _lines(info.source / "meta/tasks.jsonl", _Task)}
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} can't be read ({error}): {AGAIN}") from None
+def _lines(path: Path, kind: type[Row]) -> list[Row]:
+    lines = read_bytes(path, largest=LARGEST_LINES, way_out=AGAIN).splitlines()
+    return [parse_record(line, kind, str(path), way_out=AGAIN) for line in lines if line.strip()]
 
 
 def _episode_table(info: Info) -> list[dict[str, Any]]:
     """meta/episodes, without statistics, which are most of its bytes."""
     if info.version == 2:
         path = info.source / "meta/episodes.jsonl"
-        return _lines(path) if path.is_file() else []
+        return [dict(row) for row in _lines(path, _Episode)] if path.is_file() else []
     rows: list[dict[str, Any]] = []
     for path in sorted(info.source.glob(EPISODE_FILES)):
         names = pq.read_schema(path).names

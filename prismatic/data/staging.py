@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from prismatic.arrays import read_arrays
 from prismatic.errors import ConfigError
 
 
@@ -77,8 +78,7 @@ def stage_episode(
 def load_episode(path: Path) -> StagedEpisode:
     """What `stage_episode` wrote; ConfigError for a damaged file."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            staged = {key: arrays[key] for key in arrays.files}
+        staged = read_arrays(path)
         images, wrist_images = (
             [staged[f"{view}_jpeg"][start:end].tobytes() for start, end in _spans(staged[f"{view}_offsets"])]
             for view in ("image", "wrist")

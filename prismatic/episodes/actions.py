@@ -2,10 +2,12 @@
 
 import io
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 
+from prismatic.arrays import read_arrays
 from prismatic.atomic import write_whole
 
 FOLDER = "actions"  # within a rollout folder; an episode takes about 5 KB
@@ -32,9 +34,8 @@ def load(folder: Path, name: str | None) -> np.ndarray | None:
     if not name or not (folder / name).is_file():
         return None
     try:
-        with np.load(folder / name, allow_pickle=False) as archive:
-            actions = archive["actions"]
-    except (OSError, EOFError, TypeError, ValueError, KeyError, zipfile.BadZipFile):
+        actions = read_arrays(folder / name)["actions"]
+    except (OSError, EOFError, TypeError, ValueError, KeyError, zlib.error, zipfile.BadZipFile):
         return None
     return actions if actions.ndim == 2 and actions.shape[1] == len(DIMENSIONS) else None
 

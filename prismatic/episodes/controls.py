@@ -6,12 +6,14 @@ tasks, who don't look, or know everything (`beside`)?
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
-from prismatic.errors import ConfigError, read_json
-from prismatic.filenames import RUN, SUMMARY
+from prismatic.episodes.result import TaskCounts, read_run
+from prismatic.errors import ConfigError
+from prismatic.filenames import SUMMARY
+from prismatic.records import read_record
 from prismatic.rollout import Simulator
 from prismatic.scene.suites import Benchmark
 from prismatic.statistics import wilson_interval
@@ -35,6 +37,12 @@ SAME_EPISODES = ("task_suite_name", "env_seed", "num_steps_wait", "step_limit")
 
 KNOWN_LATER = ("benchmark_files",)  # facts of a run that those of before did not record: they go on without
 Facts = dict[str, Any]  # a part of summary.json or run.json
+
+
+class _Counts(TypedDict):
+    """What is read of a neighbour's summary.json."""
+
+    per_task: list[TaskCounts]
 
 
 def instruction_given(benchmark: Benchmark, suite: str, task_id: int, kind: str) -> str:
@@ -94,9 +102,9 @@ def beside(folder: Path, identity: Facts, *, task_ids: set[int]) -> Facts:
         if path.parent.name == folder.resolve().name:
             continue
         try:
-            summary, other = read_json(path), read_json(path.parent / RUN)["identity"]
+            counts, other = read_record(path, _Counts), read_run(path.parent).identity
             name = _control(other, identity)
-            tasks = [task for task in summary["per_task"] if task["task_id"] in task_ids]
+            tasks = [task for task in counts["per_task"] if task["task_id"] in task_ids]
             result = _result(tasks) | {"folder": path.parent.name}
         except (ConfigError, KeyError, TypeError):  # someone else's file
             continue
@@ -118,7 +126,7 @@ def _control(other: Facts, own: Facts) -> str | None:
     return None
 
 
-def _result(per_task: list[Facts]) -> Facts:
+def _result(per_task: list[TaskCounts]) -> Facts:
     successes, failures = (sum(task[name] for task in per_task) for name in ("successes", "failures"))
     judged = successes + failures
     return {

@@ -1,10 +1,16 @@
-"""A line of results.jsonl: what came of one episode, as every later stage reads it."""
+"""A line of results.jsonl, what came of one episode, and run.json beside it, as every later stage reads them."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
 
 import msgspec
 from msgspec import Meta, Struct
 
+from prismatic.errors import ConfigError
+from prismatic.filenames import RUN
+from prismatic.records import read_record
+
+AGAIN = "copy it again, or delete its folder and play again"
 Count = Annotated[int, Meta(ge=0)]
 FileName = Annotated[str, Meta(pattern=r"^[^/\x00]+$")]  # within the rollout folder
 
@@ -41,3 +47,26 @@ class EpisodeResult(Struct, kw_only=True):
     instruction_given: str | None = None  # where it is another than the task's; may be ""
     moved_by_env_seed_mm: dict[str, float] | None = None  # against env seed 0
     replay: ReplayResult | None = None
+
+
+class TaskCounts(TypedDict):
+    """Of summary.json's per_task, what other stages count with."""
+
+    task_id: Count
+    successes: Count
+    failures: Count
+
+
+class Run(Struct, kw_only=True):
+    """run.json: what a run's numbers depend on, and what is merely known of it (versions, the policy, each call)."""
+
+    identity: dict[str, Any] = msgspec.field(default_factory=dict)
+    record: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+def read_run(folder: Path) -> Run:
+    """A rollout folder's run.json. ConfigError where it is missing or damaged."""
+    run = read_record(folder / RUN, Run, way_out=AGAIN)
+    if not isinstance(run.record.get("sessions", []), list):
+        raise ConfigError(f"{folder / RUN}: record.sessions is no list: {AGAIN}")
+    return run

@@ -14,10 +14,10 @@ from typing import Any
 from prismatic import statistics
 from prismatic.atomic import write_whole
 from prismatic.episodes.controls import KNOWN_LATER
-from prismatic.episodes.result import EpisodeResult
-from prismatic.errors import ConfigError, read_json
+from prismatic.episodes.result import EpisodeResult, read_run
+from prismatic.errors import ConfigError
 from prismatic.evaluation import read_rows
-from prismatic.filenames import REPORT, RESULTS, RUN
+from prismatic.filenames import REPORT, RESULTS
 from prismatic.pages import gallery
 from prismatic.statistics import Comparison, wilson_interval
 from prismatic.versions import SIMULATOR_PACKAGES
@@ -43,7 +43,7 @@ class Run:
         if not (path / RESULTS).exists():
             raise ConfigError(f"--compare: {path} has no {RESULTS}: give two rollout folders")
         rows = {row.episode_id: row for row in read_rows(path) if row.success is not None}
-        return cls(path, rows, read_json(path / RUN).get("identity", {}))
+        return cls(path, rows, read_run(path).identity)
 
     @property
     def outcomes(self) -> dict[str, bool]:

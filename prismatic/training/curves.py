@@ -1,7 +1,6 @@
 """A run folder's metrics.jsonl in, its curves.png out: loss, action accuracy, L1 and learning rate over the steps."""
 
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from prismatic.atomic import write_whole
-from prismatic.errors import ConfigError
 from prismatic.filenames import CURVES, METRICS
+from prismatic.records import read_lines
 
 PANELS = (
     ("loss", "loss"),
@@ -24,15 +23,9 @@ SMOOTHED_ROWS = 50  # a thick line is the mean of this many rows, or of a tenth 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl, [] without one; a last line that was cut off by a crash is left out."""
     path = folder / METRICS
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number + 1 < len(lines):
-                raise ConfigError(f"{path}, line {number + 1} is not valid JSON: delete that line") from None
-    return rows
+    if not path.exists():
+        return []
+    return read_lines(path, dict[str, float | int | str | None], way_out="delete that line")
 
 
 def draw(folder: Path) -> Path | None:

@@ -12,9 +12,7 @@ set aside as damaged-step-…, and the one before it takes its place.
 """
 
 import fcntl
-import hashlib
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable, Mapping
@@ -24,7 +22,7 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from safetensors import SafetensorError
 
-from prismatic.atomic import write_json, write_whole
+from prismatic.atomic import flush, write_json, write_whole
 from prismatic.data.staging import writing_to
 from prismatic.errors import ConfigError
 from prismatic.filenames import (
@@ -41,6 +39,7 @@ from prismatic.filenames import (
 )
 from prismatic.ranges import Count
 from prismatic.records import read_object, read_record
+from prismatic.sums import read_sums, sha256, write_sums
 from prismatic.training.distributed import SINGLE_PROCESS, Ranks
 
 FULL = 2**20  # a disk with fewer free bytes is full: torch names a position in the file instead
@@ -119,7 +118,7 @@ class RunFolder:
                 shutil.rmtree(folder)
             unfinished.rename(folder)
             self._link(LATEST, folder)
-            _flush(self.path)
+            flush(self.path)
             self._delete_old()
         except (OSError, SafetensorError, RuntimeError) as error:  # the last two: safetensors and torch on a full disk
             of_a_gpu = isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error)
@@ -215,35 +214,19 @@ class RunFolder:
 def _seal(folder: Path) -> None:
     """Add SHA256SUMS (which `sha256sum -c` reads), and wait until all of the folder is on the disk."""
     files = sorted(folder.iterdir())
-    (folder / SUMS).write_text("".join(f"{_sha256(file)}  {file.name}\n" for file in files))
-    for path in (*files, folder / SUMS, folder):
-        _flush(path)
+    for path in (*files, write_sums(folder, files), folder):
+        flush(path)
 
 
 def _damage(folder: Path) -> str | None:
     """What is wrong with a step folder; None if every file is as it was sealed."""
     try:
-        lines = [line.split("  ", 1) for line in (folder / SUMS).read_text().splitlines()]
-        sums = {name: digest for digest, name in lines}
+        sums = read_sums(folder)
         for name, digest in sums.items():
-            if _sha256(folder / name) != digest:
+            if sha256(folder / name) != digest:
                 return f"{name} is not as it was written"
     except OSError as error:
         return f"{Path(error.filename or folder).name}: {error.strerror}"
-    except ValueError:
-        return f"{SUMS} is cut off"
+    except ConfigError:
+        return f"{SUMS} is missing or cut off"
     return None if TRAINING_STATE in sums else f"{SUMS} is cut off"
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

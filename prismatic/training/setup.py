@@ -23,14 +23,14 @@ from prismatic.data.loader import PREFETCHED
 from prismatic.data.mixture import open_mixture, sentences
 from prismatic.dataset_statistics import check_entry, load_statistics, statistics_key
 from prismatic.errors import ConfigError
-from prismatic.filenames import CONFIG, SKIPPED
+from prismatic.filenames import CONFIG, SKIPPED, TOKENIZER
 from prismatic.head_files import model_config
 from prismatic.hub import resolve
 from prismatic.image import AUGMENTATIONS
 from prismatic.models import quantize, weights
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.processor import IMAGE_MARK, Processor, ProcessorConfig
-from prismatic.processor_files import check_state, load_tokenizer
+from prismatic.processor_files import check_state, check_tokenizer, load_tokenizer
 from prismatic.training.distributed import Ranks
 from prismatic.training.loggers import check_installed
 from prismatic.training.metrics import Metrics
@@ -216,7 +216,13 @@ def build_processor(
         base_model=str(base.resolve()) if Path(options.vla_path).is_dir() else options.vla_path,
         base_fingerprint=fingerprint if options.use_lora else "",
     )
-    return Processor(processor, load_tokenizer(base), statistics)
+    for name in names if options.action_statistics == "dataset" else ():
+        way_out = "leave that data set out, or mend its recordings"
+        where = f"the statistics of {name}"
+        check_entry(statistics[name], where, state=config.proprio_dim > 0, whole=True, way_out=way_out)
+    tokenizer = load_tokenizer(base)
+    check_tokenizer(tokenizer, processor, base / TOKENIZER)
+    return Processor(processor, tokenizer, statistics)
 
 
 def base_entry(base: Path, config: VLAConfig) -> Mapping[str, Any]:
