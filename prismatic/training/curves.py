@@ -25,7 +25,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS
     if not path.exists():
         return []
-    return read_lines(path, dict[str, float | int | str | None], way_out="delete that line")
+    return read_lines(path, dict[str, float | str | None], way_out="delete that line")
 
 
 def draw(folder: Path) -> Path | None:
@@ -61,6 +61,7 @@ def draw(folder: Path) -> Path | None:
 
 
 def _column(rows: Sequence[dict[str, Any]], field: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the rows that have the field."""
-    pairs = [(row["step"], row[field]) for row in rows if field in row]
+    """Steps and values of the rows that have the field, as a number."""
+    numbers = [(row.get("step"), row.get(field)) for row in rows]
+    pairs = [(step, value) for step, value in numbers if isinstance(step, float) and isinstance(value, float)]
     return np.array([step for step, _ in pairs]), np.array([value for _, value in pairs], dtype=float)
