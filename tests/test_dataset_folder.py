@@ -107,7 +107,7 @@ def test_a_data_set_without_episodes_is_refused(version):
 @pytest.mark.parametrize("content", ["{", "{}", '{"splits": [{"name": "train"}]}'])
 def test_a_damaged_info_is_named(version, content):
     (version / "dataset_info.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"JSON files of .* are damaged"):
+    with pytest.raises(ConfigError, match=r"dataset_info\.json.*: download or collect"):
         check_whole(version)
 
 
