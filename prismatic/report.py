@@ -11,15 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import UndefinedError
+
 from prismatic.atomic import write_whole
 from prismatic.episodes.result import EpisodeResult
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.evaluation import RolloutFolder, read_rows
 from prismatic.filenames import REPORT, SUMMARY
 from prismatic.pages import gallery
+from prismatic.records import read_object
 from prismatic.scene.renderer import draws_in_software
-from prismatic.summary import crashed, read_summary, sentences
+from prismatic.summary import crashed, sentences
 
+AGAIN = "give eval.py's same command again, which writes it anew"
 SUCCESSES_A_TASK = 10  # shown; failures and errors are all shown
 # Where a fact of the protocol stands on the page; what is named nowhere stands under "Further".
 GROUPS = {
@@ -44,14 +48,21 @@ def build(folder: Path) -> Path:
     """Write the folder's report.html and return its path. ConfigError when the folder holds no evaluation."""
     if not (folder / SUMMARY).is_file():
         raise ConfigError(f"{folder} has no {SUMMARY}: give the folder that eval.py wrote, such as rollouts/EVAL-…")
-    summary = read_summary(folder)
+    try:
+        write_whole(folder / REPORT, _page(folder, read_object(folder / SUMMARY, way_out=AGAIN)))
+    except (TypeError, KeyError, AttributeError, ValueError, ArithmeticError, UndefinedError) as error:
+        raise ConfigError(f"{folder / SUMMARY} makes no page ({error!r:.80}): {AGAIN}") from error
+    return folder / REPORT
+
+
+def _page(folder: Path, summary: Facts) -> bytes:
     rows = sorted(read_rows(folder), key=lambda row: (row.suite, row.task_id, row.init_state, row.env_seed))
     limits = gallery.scales({folder: rows})
     sections = [
         {"title": title, "cards": gallery.cards(folder, shown, limits), "left_out": left_out}
         for title, shown, left_out in _sections(rows)
     ]
-    page = gallery.render(
+    return gallery.render(
         "report.html.jinja",
         name=folder.resolve().name,
         summary=summary,
@@ -66,8 +77,6 @@ def build(folder: Path) -> Path:
         protocol=_groups(summary["protocol"]),
         sessions=[_session(session) for session in summary["protocol"].get("sessions") or ()],
     )
-    write_whole(folder / REPORT, page)
-    return folder / REPORT
 
 
 @contextlib.contextmanager

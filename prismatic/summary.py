@@ -2,137 +2,16 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, TypedDict
-
-from msgspec import Meta
+from typing import Any
 
 from prismatic.episodes.player import TIE_TOLERANCE
-from prismatic.episodes.result import Count, EpisodeResult, TaskCounts
-from prismatic.errors import ConfigError
-from prismatic.filenames import SUMMARY
-from prismatic.ranges import Positive
-from prismatic.records import read_checked
+from prismatic.episodes.result import EpisodeResult
 from prismatic.scene.trajectory import OPENED, PLACE_STAGES
 from prismatic.statistics import clustered_bootstrap, needed, wilson_interval
 
 Facts = dict[str, Any]  # of summary.json: JSON values
 FEWEST_TASKS = 2  # fewer clusters than that have no bootstrap
 MOST_NAMED = 3  # things that a sentence names
-
-
-class _Task(TaskCounts):
-    instruction: str
-    errors: Count
-    interval_95: tuple[float, float]
-    success_rate: float | None
-
-
-class _Funnel(TypedDict):
-    episodes: Positive
-    reached: Count
-
-
-class _Ties(TypedDict):
-    steps: Count
-    episodes: Count
-
-
-class _Needed(TypedDict):
-    sentence: str
-
-
-class _Replay(TypedDict, total=False):
-    started_as_recorded: Count
-    followed_to_the_end: Count
-    left_out: Count
-
-
-class _Accuracy(TypedDict):
-    action_accuracy: float
-    l1_loss: float
-
-
-class _Split(TypedDict):
-    frames: Count
-    policy: _Accuracy
-    teacher_forced: _Accuracy
-
-
-class _Control(TypedDict, total=False):
-    successes: Count
-    judged: Count
-    interval_95: tuple[float, float]
-    splits: dict[str, _Split]
-
-
-class _Latency(TypedDict):
-    p50: float
-    p95: float
-    rows_per_call: float
-
-
-class _Decoding(TypedDict, total=False):
-    passes_per_call: float | None
-
-
-class _Bytes(TypedDict, total=False):
-    """Peaks of memory: of the host, or of a GPU."""
-
-    parent: Count
-    sum: Count
-    device: Count
-    reserved: Count
-
-
-class _Session(TypedDict, total=False):
-    started: str
-    seconds: float
-    policy_latency_ms: _Latency | None
-    decoding: _Decoding | None
-    host_memory_peak_bytes: _Bytes
-    gpu_memory_peak_bytes: _Bytes | None
-    golden_frame: dict[str, Any] | None
-    git_commit: str | None
-
-
-class _Protocol(TypedDict, total=False):
-    sessions: list[_Session]
-    versions: dict[str, Any] | None
-    policy_card: dict[str, Any] | None
-    unpinned_simulator: list[str] | None
-    renderer: str
-    open_loop: dict[str, Any] | None
-
-
-class _Summary(TypedDict):
-    """What is read of summary.json; the page shows the rest as it is."""
-
-    episodes: Count
-    successes: Count
-    failures: Count
-    errors: Count
-    success_rate: float | None
-    interval_95: tuple[float, float]
-    verdicts: dict[str, Count]
-    funnel: dict[str, _Funnel]
-    interval_95_by_task: tuple[float, float] | None
-    episodes_needed: _Needed | None
-    near_ties: _Ties
-    moved_by_env_seed_mm: dict[Annotated[str, Meta(pattern=r"^[0-9]{1,9}$")], dict[str, float]] | None
-    replay: _Replay | None
-    per_task: list[_Task]
-    controls: dict[str, _Control | None]
-    protocol: _Protocol
-
-
-def read_summary(folder: Path) -> Facts:
-    """A rollout folder's summary.json. ConfigError where it is missing, damaged or of another program."""
-    way_out = "give eval.py's same command again, which writes it anew"
-    found = read_checked(folder / SUMMARY, _Summary, way_out=way_out)
-    if {*found["verdicts"]} - {"success", "error"} and not found["failures"]:
-        raise ConfigError(f"{folder / SUMMARY}: it has verdicts on failures, but no failures: {way_out}")
-    return found
 
 
 def summarise(rows: Sequence[EpisodeResult], *, protocol: Facts, controls: Facts | None = None) -> Facts:

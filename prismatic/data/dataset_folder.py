@@ -20,13 +20,12 @@ RECORD_FOOTER_BYTES = 4  # the content's checksum
 LFS_POINTER = b"version https://git-lfs"
 
 
+# Of dataset_info.json, what is counted with: the episodes of each file; tfds writes 64-bit numbers as texts.
 class _Split(TypedDict):
-    shardLengths: list[Count | str]  # episodes of each file; tfds writes 64-bit numbers as texts
+    shardLengths: list[Count | str]
 
 
 class _Info(TypedDict):
-    """Of dataset_info.json, what is counted with."""
-
     splits: list[_Split]
 
 

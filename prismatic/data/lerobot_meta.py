@@ -5,7 +5,7 @@ Not believed is what is known to be wrong: `data/file_index` of converted sets, 
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypedDict, TypeVar
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -38,42 +38,31 @@ VIDEO_PATHS = {
 Row = TypeVar("Row")
 
 
+# What is read of meta/tasks.jsonl, meta/episodes.jsonl and meta/info.json.
 class _Task(TypedDict):
-    """A line of meta/tasks.jsonl."""
-
     task_index: Count
     task: str
 
 
-class _Named(TypedDict):
+class _Episode(TypedDict):
     episode_index: Count
-
-
-class _Episode(_Named, total=False):
-    """Of a line of meta/episodes.jsonl, what is compared."""
-
-    length: Count | None
+    length: NotRequired[Count | None]
 
 
 class _Feature(TypedDict, total=False):
     dtype: str | None
     shape: list[Count] | None
-    names: Any  # a list, a dictionary of lists, or null
+    names: Any
 
 
-class _Features(TypedDict):
+class _Description(TypedDict):
     features: dict[str, _Feature]
-
-
-class _Description(_Features, total=False):
-    """Of meta/info.json, what is read."""
-
-    codebase_version: str | int | float | None
-    version: str | int | float | None
-    fps: Annotated[float, Meta(ge=0, le=10_000)] | None
-    chunks_size: Count | None
-    video_path: str | None
-    splits: dict[str, Any] | None
+    codebase_version: NotRequired[str | float | None]
+    version: NotRequired[str | float | None]
+    fps: NotRequired[Annotated[float, Meta(ge=0, le=10000)] | None]
+    chunks_size: NotRequired[Count | None]
+    video_path: NotRequired[str | None]
+    splits: NotRequired[dict[str, Any] | None]
 
 
 class Info(NamedTuple):
