@@ -6,6 +6,7 @@ a CPU's (the towers' LayerNorms in float32) is left out: counted, it is 2 % of a
 """
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -45,11 +46,12 @@ SHARDED = Precision(lora_rank=0, shard_dtype=torch.float32)  # what distributed.
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes of one block: kept from forward to backward pass, the most at any moment of the two, and its output alone."""
+    """Bytes of one block: kept from forward to backward pass, the most at any moment of the two, its output, and its input if that is kept."""
 
     saved: int
     peak: int
     output: int
+    input: int
 
 
 def fake_vla(config: VLAConfig, precision: Precision, mode: FakeTensorMode) -> VLA:
@@ -133,9 +135,13 @@ def _measure(run: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...]
     needs_gradient = shape[1] != CHANNELS  # pixels have none
     leaf = torch.empty(shape, dtype=precision.base_dtype, requires_grad=needs_gradient)
 
+    inputs: list[weakref.ref[torch.UntypedStorage]] = []
+
     def forward() -> Any:
+        x = leaf.clone()  # freed where no backward pass needs it
+        inputs.append(weakref.ref(x.untyped_storage()))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision.autocast, cache_enabled=False):
-            return run(leaf.clone())  # the clone is freed where no backward pass needs it
+            return run(x)
 
     out = forward()
     torch.autograd.backward(
@@ -144,5 +150,6 @@ def _measure(run: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...]
     with LiveBytes() as live:
         out = forward()
         saved = live.now - out.nbytes
+        kept = leaf.nbytes if inputs[-1]() is not None else 0
         torch.autograd.backward(out, torch.empty_like(out))
-    return Piece(saved=saved, peak=live.peak, output=out.nbytes)
+    return Piece(saved=saved, peak=live.peak, output=out.nbytes, input=kept)

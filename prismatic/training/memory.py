@@ -168,8 +168,10 @@ def _activations(model: Model, settings: Settings) -> tuple[int, int]:
     edges = sum(piece[f"{tower} patches"].saved for tower in TOWERS)
     if settings.gradient_checkpointing is True:  # a block's input is as large as its output
         kept = {kind: depth * blocks[kind].output for kind, depth in model.depths.items()}
-        # the output that lies beside them while one is measured is gone by the time it is run again
-        working = {kind: block.peak - block.output for kind, block in blocks.items()}
+        # of what one block takes when it is run again, its input is there already, and the output beside it while it was measured is gone;
+        # under autocast something of the input's size more is alive at that moment (counted, not explained)
+        again = {kind: 0 if model.precision.autocast else block.input for kind, block in blocks.items()}
+        working = {kind: block.peak - block.output - again[kind] for kind, block in blocks.items()}
     else:
         kept = {kind: depth * blocks[kind].saved for kind, depth in model.depths.items()}
         working = {kind: block.peak - block.saved for kind, block in blocks.items()}
