@@ -111,9 +111,11 @@ def test_a_quantised_run_has_its_own_folder_and_says_so(tmp_path: Path, monkeypa
         *("", "-int8", "-int4", "-int8-bitsandbytes", "-int4-bitsandbytes")
     ]
     assert len({json.dumps(script.identity(cfg, FAKE, "osmesa")) for cfg in runs}) == 5
-    assert "quantize" not in script.identity(
-        dataclasses.replace(plain, task_suite_name="fake"), FAKE, "osmesa"
-    )  # runs begun before the flag was there go on
+    assert not {"quantize", "quantisation"} & {
+        *script.identity(dataclasses.replace(plain, task_suite_name="fake"), FAKE, "osmesa")
+    }  # runs begun before the flag was there go on
+    # the towers are whole since version 2, and a folder of before must not be continued
+    assert ["quantisation" in script.identity(cfg, FAKE, "osmesa") for cfg in runs] == [False, True, True, False, True]
     for cfg in runs:
         script.load_policy(cfg)
     assert asked == [("none", None), ("int8", None), ("int4", None), ("int8", "bitsandbytes"), ("int4", "bitsandbytes")]

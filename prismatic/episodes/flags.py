@@ -15,6 +15,7 @@ from prismatic.versions import SIMULATOR_PACKAGES, versions
 IDENTITY = ("task_suite_name", "policy", "num_steps_wait", "env_seed", "seed", "render_quality")
 OF_A_CHECKPOINT = ("unnorm_key", "center_crop", "load_in_8bit", "load_in_4bit", "deterministic")
 SAID_OF_FOREIGN = ("action_head", "num_actions_chunk", "num_images_in_input")
+QUANTISATION = 2  # is raised where the same flag makes other weights: 2 leaves the image towers whole, and INT4 is this project's own
 WHERE_CHANGED = ("quantize", "instruction", "num_open_loop_steps", *SAID_OF_FOREIGN)
 
 
@@ -78,6 +79,8 @@ def identity(
     if values["policy"] == "checkpoint":
         facts |= {name: setup.weights(values[name]) for name in ("pretrained_checkpoint", "lora_checkpoint")}
         facts |= {name: values[name] for name in OF_A_CHECKPOINT}
+        if values["quantize"] != "none" or values["load_in_4bit"]:
+            facts["quantisation"] = QUANTISATION  # a folder of before is another policy's
     if values["policy"] == "replay":
         facts["dataset"] = f"{values['dataset_name']}, fingerprint {dataset}"
     facts |= {name: values[name] for name in WHERE_CHANGED if values[name] != defaults[name]}
