@@ -7,7 +7,7 @@ python -m prismatic.report FOLDER
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ GROUPS = {
 APART = ("policy_card", "sessions", "versions", "command", "open_loop")  # have a place of their own
 GIGABYTE = 1e9
 
-Facts = Mapping[str, Any]
+Facts = dict[str, Any]
 
 
 def build(folder: Path) -> Path:

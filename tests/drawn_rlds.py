@@ -37,7 +37,10 @@ def kinds(f: Any) -> dict[str, dict[str, Any]]:
     """Kind → what differs from the usual form: features and the values at step t."""
     image, png = f.Image(shape=(48, 64, 3)), f.Image(shape=(48, 64, 3), encoding_format="png")
     raw, text = f.Tensor(shape=(48, 64, 3), dtype=np.uint8), f.Text()
-    vector = lambda n, dtype=np.float32: f.Tensor(shape=(n,), dtype=dtype)  # noqa: E731
+
+    def vector(n: int, dtype: Any = np.float32) -> Any:
+        return f.Tensor(shape=(n,), dtype=dtype)
+
     three = f.FeaturesDict(
         {"gripper_closedness_action": vector(1), "rotation_delta": vector(3), "world_vector": vector(3)}
     )
@@ -79,7 +82,7 @@ def write(tfds: Any, folder: Path, kind: str, changes: dict[str, Any]) -> Path:
     step = {name: form[0] for name, form in fields.items() if name in outside}
     step["observation"] = f.FeaturesDict({name: form[0] for name, form in observation.items()})
 
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # pyright: ignore
         name = kind
         VERSION = tfds.core.Version("1.0.0")
 

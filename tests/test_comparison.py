@@ -22,7 +22,7 @@ def run(path: Path, outcomes: list[bool | None], **identity: Any) -> Path:
     path.mkdir()
     rows = [row(n // 3, n % 3, outcome, "died" if outcome is None else None) for n, outcome in enumerate(outcomes)]
     for line in [line for line in rows if line.success is not None]:
-        line.verdict, line.reason = VERDICTS[line.success]
+        line.verdict, line.reason = VERDICTS[bool(line.success)]
         line.actions = traces.save(path, line.episode_id, np.zeros((5, 7)))
     folder_with(path, rows)
     (path / "run.json").write_text(

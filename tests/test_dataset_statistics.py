@@ -55,7 +55,7 @@ NONSENSE: dict[str, Change] = {
 }  # fmt: skip
 
 
-def refused(entry: Any, **how: bool) -> str:
+def refused(entry: Any, **how: Any) -> str:
     with pytest.raises(ConfigError) as error:
         check_entry(entry, "here", **how)
     assert str(error.value).startswith("here") and "\n" not in str(error.value)

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -116,7 +116,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
 
 
 def test_a_policy_that_cannot_be_loaded_leaves_no_trace(tmp_path: Path) -> None:
-    def fail() -> None:
+    def fail() -> NoReturn:
         raise ConfigError("no weights")
 
     (tmp_path / "mine.txt").write_text("")
@@ -248,6 +248,7 @@ def test_posters_and_gifs_go_with_their_video(tmp_path: Path) -> None:
     play = Play(benchmark=FAKE, video_folder=tmp_path, gifs=True, annotate=True)
     evaluate(tmp_path, plan(1), play=play)
     for row in evaluation.read_rows(tmp_path):
+        assert row.video is not None
         stem = row.video.removesuffix(".mp4")
         assert (tmp_path / row.video).is_file() and (tmp_path / f"{stem}.gif").is_file()
         assert (tmp_path / evaluation.poster_name(row.video)) == tmp_path / "posters" / f"{stem}.jpg"
@@ -268,7 +269,10 @@ def test_a_line_a_video_and_a_summary(tmp_path: Path) -> None:
     assert row.instruction == "push the point to the goal, 1."
     assert row.error is None
     assert row.seconds > 0
-    assert row.video == f"episode=10--success={row.success}--task=push_the_point_to_the_goal__1_.mp4"
+    assert (
+        row.video is not None
+        and row.video == f"episode=10--success={row.success}--task=push_the_point_to_the_goal__1_.mp4"
+    )
     frames = imageio.imread(tmp_path / row.video)
     assert len(frames) == row.steps + 1  # what the policy saw, and how it ended
     assert abs(int(frames[0].mean()) - 17) <= 3
@@ -305,7 +309,7 @@ def test_each_line_says_how_far_it_got_and_why(tmp_path: Path, monkeypatch: pyte
             assert (row.verdict == "success") == row.success
             assert row.stages["predicate_held"] == (row.steps if row.success else None)
             assert row.stages["touched"] == 1
-            assert row.reason.endswith(".")
+            assert row.reason is not None and row.reason.endswith(".")
     assert sum(summary["verdicts"].values()) == 16
     assert summary["verdicts"]["error"] == 1
     assert (

@@ -223,7 +223,7 @@ def test_chunks_and_state_are_the_original_s(both_numbers, tmp_path):
     steps = [cache.step(int(frame), chunk) for frame in frames]
     actions = np.stack([normalize(np.asarray(step.actions), statistics["action"]) for step in steps])
     np.testing.assert_allclose(actions, arrays["chunk_action"], rtol=0, atol=1e-6)
-    states = np.stack([normalize(step.state, statistics["proprio"]) for step in steps])
+    states = np.stack([normalize(np.asarray(step.state), statistics["proprio"]) for step in steps])
     np.testing.assert_allclose(states[:, None], arrays["chunk_proprio"], rtol=0, atol=1e-6)
 
 

@@ -6,7 +6,7 @@ Names, sizes and counts come from the reference set. The base model is the plain
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -178,10 +178,10 @@ def test_each_mistake_is_seen(both_numbers: tuple[Path, Path], arrays: Arrays, t
     vla, inputs = load(both_numbers, tmp_path, "b"), batch(arrays, "b")
     if mistake == "causal":
         for layer in vla.language_model.model.layers:
-            layer.self_attn.causal = True
+            cast(Any, layer).self_attn.causal = True
         inputs["attention_mask"] = None
     if mistake == "padding":
-        inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+        inputs["attention_mask"] = torch.ones(inputs["input_ids"].shape, dtype=torch.bool)
     if mistake == "order of images":
         inputs["pixel_values"] = inputs["pixel_values"].roll(inputs["pixel_values"].shape[1] // 2, dims=1)
     if mistake == "positions":

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -21,7 +21,7 @@ CONFIGS: dict[str, Any] = {
     "export": export.ExportConfig(checkpoint="folder", output=Path("out")),
     "doctor": doctor.DoctorConfig(),
     **{
-        kind.__name__: kind(**{"checkpoint": "a"} if kind is bench.BenchPrecisionConfig else {})
+        kind.__name__: cast(Any, kind)(**{"checkpoint": "a"} if kind is bench.BenchPrecisionConfig else {})
         for kind in vars(bench).values()
         if isinstance(kind, type) and issubclass(kind, bench.BenchConfig)
     },

@@ -121,7 +121,7 @@ def test_actions_are_drawn_beside_the_video(tmp_path: Path) -> None:
 
 def test_a_poster_is_shown_where_there_is_one(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, ROWS[:2])
-    poster = folder / evaluation.poster_name(ROWS[1].video)
+    poster = folder / evaluation.poster_name(str(ROWS[1].video))
     poster.parent.mkdir()
     poster.write_bytes(b"jpeg")
     posters = [video.get("poster") for video in Reader(report.build(folder).read_text()).videos]

@@ -184,6 +184,7 @@ def measure(make: Callable[[], nn.Module], bench: Bench, size: int, *, way: str)
     model = make()
     step, optimizer = step_of(model, bench, size, way=way)
     step()  # the optimizer's state and the libraries' plans are made
+    counted = 0
     if bench.on_gpu:
         torch.cuda.reset_peak_memory_stats()
         step()
@@ -192,6 +193,7 @@ def measure(make: Callable[[], nn.Module], bench: Bench, size: int, *, way: str)
             step()
         held = {p.untyped_storage().data_ptr(): p.nbytes for p in model.parameters()}
         state = [t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+        counted = live.peak + sum(held.values()) + sum(state)
     seconds = []
     for _ in range(bench.steps):
         wait(bench.place)
@@ -200,9 +202,7 @@ def measure(make: Callable[[], nn.Module], bench: Bench, size: int, *, way: str)
         wait(bench.place)
         seconds.append(time.perf_counter() - start)
     rate = size / statistics.median(seconds)
-    if bench.on_gpu:
-        return rate, torch.cuda.max_memory_reserved() / GIB
-    return rate, (live.peak + sum(held.values()) + sum(state)) / GIB
+    return rate, (torch.cuda.max_memory_reserved() if bench.on_gpu else counted) / GIB
 
 
 def tried(make: Callable[[], nn.Module], bench: Bench, size: int, *, way: str) -> tuple[float, float] | str:

@@ -50,7 +50,7 @@ class Int8Linear(nn.Module):
             wide = rows.float()
             scale = (wide.abs().amax(dim=1, keepdim=True) / LARGEST_INT8).clamp_min(SMALLEST)
             rounded = (wide / scale).round().to(torch.int8)
-            product = torch._int_mm(rounded, self.weight_int8.t()).float() * scale
+            product = torch._int_mm(rounded, self.weight_int8.t()).float() * scale  # pyright: ignore[reportPrivateImportUsage]
         else:
             product = (rows @ self.weight_int8.t().to(rows.dtype)).float()
         out = (product * self.weight_scale).to(input.dtype)

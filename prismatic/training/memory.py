@@ -188,16 +188,20 @@ def choose(model: Model, settings: Settings, card: int, *, place: str) -> Plan:
     card: free bytes of place. ConfigError that names settings of the same effective batch that fit, if these don't.
     """
     decide = settings.gradient_checkpointing is None
-    for on in (False, SELECTIVE, True) if decide else (settings.gradient_checkpointing,):
-        asked = plan(model, dataclasses.replace(settings, gradient_checkpointing=on))
-        if asked.total <= card:
-            return asked
-    need = f"{asked.settings.flags} needs {asked.total / GIB:.1f} GiB, but {place} has {card / GIB:.1f} GiB free"
-    for smaller in _smaller(settings, quantisable=model.precision.lora_rank > 0):
-        least = plan(model, smaller)
+    ways = (False, SELECTIVE, True) if decide else (settings.gradient_checkpointing,)
+    asked = [plan(model, dataclasses.replace(settings, gradient_checkpointing=on)) for on in ways]
+    for fitting in asked:
+        if fitting.total <= card:
+            return fitting
+    last = asked[-1]
+    need = f"{last.settings.flags} needs {last.total / GIB:.1f} GiB, but {place} has {card / GIB:.1f} GiB free"
+    others = [plan(model, smaller) for smaller in _smaller(settings, quantisable=model.precision.lora_rank > 0)]
+    for least in others:
+        size = f"{least.settings.flags} (the same effective batch) needs {least.total / GIB:.1f} GiB"
         if least.total <= card:
-            raise ConfigError(f"{need}: {smaller.flags} (the same effective batch) needs {least.total / GIB:.1f} GiB")
-    raise ConfigError(f"{need}, and even {smaller.flags} needs {least.total / GIB:.1f} GiB: take a larger card")
+            raise ConfigError(f"{need}: {size}")
+    least = others[-1]
+    raise ConfigError(f"{need}, and even {least.settings.flags} needs {least.total / GIB:.1f} GiB: take a larger card")
 
 
 def _smaller(settings: Settings, *, quantisable: bool) -> Iterator[Settings]:
