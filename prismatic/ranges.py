@@ -23,7 +23,7 @@ Workers = Annotated[int, Meta(ge=1, le=1024)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 BelowOne = Annotated[float, Meta(ge=0, lt=1)]
 NonNegative = Annotated[float, Meta(ge=0)]
-LearningRate = Annotated[float, Meta(gt=0, le=10)]
+LearningRate = Annotated[float, Meta(gt=0, lt=1)]
 
 NAME_BYTES = 255  # the longest name that file systems take
 PATH_BYTES = 4096

@@ -121,7 +121,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(cfg: FinetuneConfig) 
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(ConfigError, match=r"step-000002 can't be saved \(.*\): free some space"):
+        with pytest.raises(ConfigError, match=r"step-000002 \(.*\): make room; the same command then continues"):
             finetune.main(dataclasses.replace(cfg, max_steps=2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))

@@ -18,6 +18,7 @@ from tests.conftest import REPOSITORY
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in STOPPING}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests too may have been started with nohup
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
