@@ -3,14 +3,12 @@
 import importlib
 import warnings
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from prismatic.errors import ConfigError
-
-OptimizerName = Literal["adamw", "paged_adamw_8bit"]
 
 
 def make_optimizer(
