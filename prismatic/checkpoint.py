@@ -5,6 +5,7 @@ layout; an adapter folder has `adapter_config.json`.
 """
 
 import copy
+import importlib.metadata
 import json
 import shutil
 import sys
@@ -29,8 +30,8 @@ from prismatic.filenames import (
 )
 from prismatic.head_files import model_config, refuse_merged, save_heads, stored_heads, without_heads
 from prismatic.hub import resolve
-from prismatic.models import backends, weights
 from prismatic.models import quantize as quantization
+from prismatic.models import weights
 from prismatic.models.compiled import decoder_for
 from prismatic.models.config_file import config_json
 from prismatic.models.heads import HEADS
@@ -83,10 +84,7 @@ def load_vla(
     if saved := quantization.saved_as(folder / CONFIG):
         if adapter is not None:
             quantization.refuse(folder / CONFIG, "an adapter is merged before")
-        shapes = {name: shape for name, (shape, _) in quantization.layout(vla, saved).items()}
-        weights.check_names(shapes, stored | heads, folder)
-        quantization.fill(vla, stored | heads, saved, dtype=dtype, device=device)
-        return vla
+        quantization.quantize(vla, saved.precision, vision=saved.vision, dtype=dtype)
     shapes = {name: tuple(tensor.shape) for name, tensor in vla.state_dict().items()}
     weights.check_names(shapes, stored | heads, folder)
     if adapter is not None:
@@ -97,6 +95,8 @@ def load_vla(
         prepare_nf4(vla, on_cpu=torch.device(device).type == "cpu")
     weights.fill(vla, stored, dtype=dtype, device=device)
     weights.fill(vla, heads, dtype=adapter_dtype or dtype, device=device)
+    if saved:
+        return quantization.finish(vla, dtype)
     if adapter is not None:
         from prismatic.adapter import load_adapter  # here, because peft takes seconds to import
 
@@ -140,8 +140,9 @@ def load_quantized(
     adapter: Path | None,
     precision: str,
     *,
-    backend: str | None = None,
-    vision: bool | None = None,
+    backend: str = "torch",
+    vision: bool = False,
+    int8_activations: bool = False,
     dtype: torch.dtype,
     device: str = "cpu",
     **choice: Any,
@@ -152,7 +153,8 @@ def load_quantized(
     """
     own = weights.stored_dtype(weights.stored_tensors(folder))
     vla = load_merged(folder, adapter, dtype=own, device=device, **choice)
-    return quantization.quantize(vla, precision, backend, vision=vision, dtype=dtype)
+    how: dict[str, Any] = {"vision": vision, "int8_activations": int8_activations}
+    return quantization.quantize(vla, precision, backend, dtype=dtype, **how)
 
 
 def _check_base(adapter: Path, base: Path, stored: Mapping[str, weights.StoredTensor]) -> None:
@@ -204,7 +206,7 @@ def load_policy(
     if (home / PROCESSOR).exists():
         check_fits(processor.config, model_config(folder, adapter_folder, **choice), home)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    precision, backend = quantization.choose(folder / CONFIG, quantize, backend, device)
+    precision, backend = quantization.choose(folder / CONFIG, quantize, backend)
     if backend is None or quantization.saved_as(folder / CONFIG):
         vla = load_merged(folder, adapter_folder, dtype=dtype, device=device, **choice)
     else:
@@ -222,7 +224,7 @@ def load_policy(
         "adapter": None if adapter_folder is None else str(adapter_folder),
         "adapter_fingerprint": None if adapter_folder is None else adapter_fingerprint(adapter_folder),
         "quantize": precision,
-        "quantize_backend": backend and backends.described(backend),
+        "quantize_backend": backend and f"{backend} {importlib.metadata.version(backend)}",
         "assumed": {
             name: getattr(vla.config, name) for name in unsaid if name not in choice
         },  # by the published recipe
@@ -286,7 +288,7 @@ def save_checkpoint(
     """Write a checkpoint folder in OpenVLA's form from a model without adapters. The folder appears whole or not at all.
 
     tensors: what to write in place of vla's own, which may be sharded over processes.
-    precision int8 or int4 quantises it on the way (for load_vla only; the original code can't read it), which empties vla.
+    precision int8 or int4 quantises it on the way (for load_vla only; the original code can't read it), in place.
     published: heads as the files that OpenVLA-OFT's code looks for.
     """
     config = config_json(vla.config) | {"norm_stats": statistics, "torch_dtype": str(dtype).removeprefix("torch.")}
@@ -294,9 +296,8 @@ def save_checkpoint(
         tensors = vla.state_dict() if tensors is None else tensors
         tensors = {name: tensor.detach().to(dtype) for name, tensor in tensors.items()}
     else:
-        saved = quantization.Saved(precision, quantization.with_vision(precision))
-        tensors = quantization.take_state(vla, saved, dtype=dtype)
-        config |= saved.to_json()
+        tensors = quantization.quantize(vla, precision, dtype=dtype).state_dict()
+        config |= quantization.Saved(precision, vision=False, format=1).to_json()
     with whole_folder(folder) as partial:
         weights.save_weights(without_heads(tensors), partial)
         save_heads(partial, tensors, published=published)

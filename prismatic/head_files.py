@@ -19,7 +19,7 @@ from prismatic.filenames import ACTION_HEAD, CONFIG, MERGED_ADAPTER, PROCESSOR, 
 from prismatic.models.config_file import read_config
 from prismatic.models.heads import HEADS
 from prismatic.models.vla import VLAConfig
-from prismatic.models.weights import StoredTensor, read_safetensors, save_tensors
+from prismatic.models.weights import StoredTensor, read_pickle, read_safetensors, save_tensors
 from prismatic.processor import ProcessorConfig
 from prismatic.processor_json import read_processor
 from prismatic.records import read_object
@@ -44,24 +44,13 @@ def stored_heads(folder: Path) -> dict[str, StoredTensor]:
             names = ", ".join(file.name for file in files)
             raise ConfigError(f"{folder} holds more than one {part} ({names}): keep that of the weights' training step")
         for file in files:
-            read = read_safetensors(file) if file.name == own else _read_published(file)
-            tensors |= {f"{part}.{name}": tensor for name, tensor in read}
+            read = dict(read_safetensors(file)) if file.name == own else read_pickle(file, "head")
+            # names may begin with the `module.` of DDP
+            tensors |= {f"{part}.{name.removeprefix('module.')}": tensor for name, tensor in read.items()}
             steps[file.name] = re.sub(r".*--|_checkpoint\.pt|.*\.safetensors", "", file.name)
     if len(set(steps.values())) > 1:
         raise ConfigError(f"{folder}: {' and '.join(steps)} are of different training steps: copy both of one step")
     return tensors
-
-
-def _read_published(path: Path) -> list[tuple[str, StoredTensor]]:
-    """A pickle, read with weights_only so that it can run no code; its names may begin with the `module.` of DDP."""
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return [
-            (name.removeprefix("module."), StoredTensor(path, tuple(tensor.shape), lambda tensor=tensor: tensor))
-            for name, tensor in tensors.items()
-        ]
-    except Exception as error:  # torch raises half a dozen kinds for a damaged file
-        raise ConfigError(f"{path} is no readable head ({str(error).splitlines()[0]}): copy it again") from None
 
 
 def save_heads(folder: Path, tensors: Mapping[str, torch.Tensor], *, published: bool = False) -> None:

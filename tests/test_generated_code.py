@@ -5,7 +5,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from prismatic.models import integers
 from prismatic.models.quantized import Int8Linear
 from tests.pretended_gpu import generated_code
 
@@ -18,9 +17,9 @@ def mode() -> FakeTensorMode:
 
 
 def int8_layer(mode: FakeTensorMode) -> Int8Linear:
-    shapes = integers.layout("int8", 11008, 4096)
-    with mode:
-        return Int8Linear({n: torch.empty(s, dtype=d, device="cuda") for n, (s, d) in shapes.items()}, None)
+    with mode, torch.device("cuda"):
+        parts = {"weight_int8": torch.empty(11008, 4096, dtype=torch.int8), "weight_scale": torch.empty(11008)}
+        return Int8Linear(parts, None)
 
 
 @pytest.mark.parametrize("rows", [6, 289])

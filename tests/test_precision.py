@@ -109,7 +109,7 @@ def test_a_row_by_hand(processor: Processor) -> None:
 def test_every_way_has_a_row(checkpoint: Path, cache: FrameCache) -> None:
     how = {"num_frames": 40, "every_episode": True, "batch_size": 16, "unnorm_key": None}
     rows = {row["what"]: row for row in precision.run(str(checkpoint), None, cache, **how)}
-    assert list(rows) == ["none", *(way[0] for way in precision.WAYS)]
+    assert list(rows) == ["none", *precision.WAYS]
     assert rows["none"]["tokens alike %"] == 100 and rows["none"]["L1 to unquantised"] == 0
     assert (
         90 < rows["int8"]["tokens alike %"] <= 100 and rows["int4"]["tokens alike %"] < rows["int8"]["tokens alike %"]

@@ -1,20 +1,146 @@
-"""The pass over a model: which layers, how many bytes, what it answers, and what it refuses."""
+"""Weights as integers, the layers that compute with them, and the pass over a model: which layers, how many bytes, what it answers and refuses."""
 
 import copy
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from prismatic.errors import ConfigError
-from prismatic.models import quantize
+from prismatic.models import integers, quantized
 from prismatic.models.decode import action_logits
 from prismatic.models.lora import add_lora
-from prismatic.models.quantize import Saved
+from prismatic.models.quantize import plan, quantize, stored_bytes
+from prismatic.models.quantized import TinyGemmLinear, quantized_linear
 from prismatic.models.tiny import TINY, random_vla
 from prismatic.models.vla import VLA, VLAConfig
 
 FIRST, LAST = TINY.vocab_size - TINY.n_action_bins, TINY.vocab_size
+KINDS = pytest.mark.parametrize("kind", ["int8", "int4"])
+
+
+def drawn(out: int, width: int) -> torch.Tensor:
+    return torch.randn(out, width, generator=torch.Generator().manual_seed(0))
+
+
+def test_int8_is_off_by_half_a_step_at_most_and_uses_the_whole_range() -> None:
+    w = drawn(40, 96)
+    w[3] = 0
+    parts = integers.to_parts("int8", w)
+    assert (integers.to_float(parts) - w).abs().le(parts["weight_scale"][:, None] / 2 * 1.001).all()
+    largest = parts["weight_int8"].abs().amax(dim=1)
+    assert largest[3] == 0 and (largest[torch.arange(40) != 3] == 127).all()
+
+
+@pytest.mark.parametrize(("width", "group"), [(256, 128), (352, 32), (192, 64), (96, 32)])
+def test_int4_by_group_is_nearer_than_rounding_to_the_ends(width: int, group: int) -> None:
+    w = drawn(24, width)
+    parts = integers.to_parts("int4", w)
+    assert parts["weight_int4"].shape == (24, width // 2) and parts["weight_scale"].shape == (24, width // group)
+    groups = w.reshape(24, -1, group)
+    low = groups.amin(-1, keepdim=True)
+    step = (groups.amax(-1, keepdim=True) - low) / 15
+    coarse = ((groups - low) / step).round() * step + low
+    mine, plain = ((made.reshape_as(groups) - groups).square().sum(-1) for made in (integers.to_float(parts), coarse))
+    assert (mine <= 1.05 * plain).all()  # scale and zero are rounded to bfloat16, plain rounding's are not
+    assert mine.sum() < 0.98 * plain.sum()
+
+
+@KINDS
+def test_each_row_is_worked_out_by_itself(kind: str) -> None:
+    count = 2 * integers.ROWS + 3
+    w = drawn(count, 64) * torch.linspace(0.1, 2, count)[:, None]
+    parts = integers.to_parts(kind, w)
+    for number in (0, integers.ROWS - 1, integers.ROWS, count - 1):
+        alone = integers.to_parts(kind, w[number : number + 1])
+        assert all(torch.equal(parts[name][number], alone[name][0]) for name in parts)
+
+
+# Layers
+
+
+def linear(out: int, width: int) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(width, out)
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_computes_with_the_rounded_weight(kind: str, dtype: torch.dtype) -> None:
+    layer, x = linear(40, 352), torch.randn(3, 5, 352)
+    expected = F.linear(x, integers.to_float(integers.to_parts(kind, layer.weight)), layer.bias)
+    with torch.inference_mode():
+        got = quantized_linear(layer, kind, dtype)(x.to(dtype)).float()
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_rounded_activations_are_for_many_rows_and_near() -> None:
+    plain, rounding = (
+        quantized_linear(linear(40, 128), "int8", torch.float32, int8_activations=on) for on in (False, True)
+    )
+    few, many = torch.randn(16, 128), torch.randn(17, 128)
+    many[0, 0] = 50.0  # an outlier costs its own row alone
+    with torch.inference_mode():
+        assert torch.equal(plain(few), rounding(few))
+        error = (plain(many) - rounding(many)).std(dim=1) / plain(many).std(dim=1)
+    assert 0 < error[1:].max() < 0.02 < error[0] < 0.3
+
+
+@pytest.mark.parametrize(("kind", "width", "error"), [("int8", 96, 0.02), ("int4", 128, 0.15), ("int4", 96, 0.02)])
+def test_bitsandbytes_is_near(kind: str, width: int, error: float) -> None:
+    """The last: NF4 doesn't take the width, so it is LLM.int8."""
+    layer, x = linear(40, width), torch.randn(6, width)
+    made = quantized.bitsandbytes_linear(layer, kind, torch.float32)
+    with torch.inference_mode():
+        assert (made(x) - layer(x)).std() / layer(x).std() < error
+
+
+def documented_packing(packed: torch.Tensor, inner: int) -> torch.Tensor:
+    """torch's layout for tensor cores, as ATen's int4mm.cu has it: lanes of a warp hold pairs of two 16-column tiles."""
+    nibbles = torch.stack([packed >> 4, packed & 15], dim=-1).reshape(len(packed), -1).long()
+    out, width = nibbles.shape
+    tiles = torch.zeros(out // 8, width // (16 * inner), 32, inner // 2, dtype=torch.int64)
+    for lane in range(32):
+        for pair in range(inner // 2):
+            for place, source in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+                tile, value = 2 * pair + source // 4, source % 4
+                column = tile * 16 + (lane % 4) * 2 + value % 2 + 8 * (value // 2)
+                tiles[:, :, lane, pair] |= nibbles[lane // 4 :: 8, column :: 16 * inner] << 4 * place
+    return torch.where(tiles >= 2**31, tiles - 2**32, tiles).int()
+
+
+@pytest.mark.parametrize("width", [352, 2048])
+def test_int4_in_the_order_of_the_gpus_kernel(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """Many rows are multiplied by the weight, dequantised out of that order; few go through the kernel, in whose place the CPU's runs: it takes the
+    same scales, zeros, group and padding, but has an order of its own.
+    """
+
+    def on_cpu(x: torch.Tensor, tiles: torch.Tensor, group: int, scale_and_zero: torch.Tensor) -> torch.Tensor:
+        nibbles = quantized.unpack_tiles(tiles, quantized.tile_order(tiles.device))
+        for_cpu = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles[:32].int(), 8)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, for_cpu, group, scale_and_zero[:, :32].contiguous())
+
+    quantized.tile_order.cache_clear()
+    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", documented_packing)
+    monkeypatch.setattr(torch.ops.aten, "_weight_int4pack_mm", on_cpu)
+    parts = integers.to_parts("int4", linear(32, width).weight)
+    made, weight = TinyGemmLinear(parts, None), integers.to_float(parts)
+    torch.testing.assert_close(made.dequantized()[:, :width], weight.bfloat16())
+    for rows in (16, 17):
+        x = torch.randn(rows, width).bfloat16()
+        with torch.inference_mode():
+            torch.testing.assert_close(made(x).float(), x.float() @ weight.T, atol=0.1, rtol=0.02)
+
+
+def test_the_kernels_order_by_its_shapes() -> None:
+    packed = F.pad(torch.empty(4096, 11008 // 2, dtype=torch.uint8, device="meta"), (0, 128))
+    tiles = torch.ops.aten._convert_weight_to_int4pack(packed, quantized.INNER_K_TILES)
+    assert tiles.shape == (4096 // 8, 11264 // 128, 32, 4) and tiles.dtype == torch.int32
+
+
+# The pass
 
 
 @pytest.fixture(scope="module")
@@ -22,146 +148,72 @@ def vla() -> VLA:
     return random_vla(TINY, seed=1).eval()
 
 
-@pytest.fixture(scope="module")
-def big() -> VLA:
-    with torch.device("meta"):
-        return VLA(VLAConfig())
-
-
-@pytest.fixture(scope="module")
-def inputs() -> tuple[torch.Tensor, torch.Tensor]:
-    torch.manual_seed(0)
-    return torch.randint(4, 700, (3, 9)), torch.randn(3, 12, 128, 128)
-
-
 @pytest.mark.parametrize(
-    ("saved", "weights", "stored"),
-    [
-        (Saved("int8", vision=False), 27.9, 27.9),
-        (Saved("int8", vision=True), 25.4, 25.5),
-        (Saved("int4", vision=True), 14.7, 15.4),
-    ],
-)
-def test_the_size_of_openvla_7b(big: VLA, saved: Saved, weights: float, stored: float) -> None:
+    ("precision", "vision", "weights", "stored"), [("int8", False, 27.9, 27.9), ("int8", True, 25.4, 25.5), ("int4", True, 14.7, 15.4)]
+)  # fmt: skip
+def test_the_size_of_openvla_7b(precision: str, vision: bool, weights: float, stored: float) -> None:
     """In percent of float32: without the scales, and with them."""
-    float32 = 4 * sum(parameter.numel() for parameter in big.parameters())
-    assert round(100 * quantize.layout_bytes(big, saved) / float32, 1) == stored
-    layout = quantize.layout(big, saved).items()
-    scales = sum(
-        torch.Size(shape).numel() * dtype.itemsize
-        for name, (shape, dtype) in layout
-        if name.endswith(("weight_scale", "weight_zero"))
-    )
-    assert round(100 * (quantize.layout_bytes(big, saved) - scales) / float32, 1) == weights
+    with torch.device("meta"):
+        big = VLA(VLAConfig())
+    float32 = stored_bytes(big)
+    quantize(big, precision, vision=vision, dtype=torch.bfloat16)
+    assert round(100 * stored_bytes(big) / float32, 1) == stored
+    scales = sum(b.nbytes for name, b in big.named_buffers() if name.endswith(("weight_scale", "weight_zero")))
+    assert round(100 * (stored_bytes(big) - scales) / float32, 1) == weights
 
 
 def test_which_layers(vla: VLA) -> None:
-    int8, int4 = quantize.plan(vla, "int8"), quantize.plan(vla, "int4")
-    linear = {name for name, module in vla.named_modules() if type(module) is nn.Linear}
-    assert set(int8) == set(int4) == {name for name in linear if "vision" not in name}
-    assert {name for name, kind in int4.items() if kind == "int4"} == {
-        name for name in int8 if name.startswith("language_model.model.")
-    }
-    assert quantize.plan(vla, "int8", vision=True).keys() == linear
-
-
-def test_a_width_that_has_no_group_stays_int8() -> None:
-    odd = VLAConfig.__new__(VLAConfig)
-    odd.__dict__.update(TINY.__dict__)
-    text = type(TINY.text_config)(**{**TINY.text_config.__dict__, "intermediate_size": 360})
-    odd.__dict__["text_config"] = text
-    with torch.device("meta"):
-        kinds = quantize.plan(VLA(odd), "int4")
+    int8, int4 = plan(vla, "int8"), plan(vla, "int4")
+    every = {name for name, module in vla.named_modules() if type(module) is nn.Linear}
+    assert set(int8) == set(int4) == {name for name in every if "vision" not in name}
+    fine = {name for name, kind in int4.items() if kind == "int4"}
+    assert fine == {name for name in int8 if name.startswith("language_model.model.")}
+    assert plan(vla, "int8", vision=True).keys() == every
+    layer = copy.deepcopy(vla)
+    layer.language_model.model.layers[0].mlp.down_proj = nn.Linear(360, 128)  # no group divides 360
+    kinds = plan(layer, "int4")
     assert kinds["language_model.model.layers.0.mlp.down_proj"] == "int8"
-    assert kinds["language_model.model.layers.0.mlp.up_proj"] == "int4"
 
 
 @pytest.mark.parametrize(
     ("precision", "backend", "error"),
-    [
-        ("int8", "torch", 0.02),
-        ("int4", "torch", 0.3),
-        ("int8", "bitsandbytes", 0.04),
-        ("int4", "bitsandbytes", 0.3),
-    ],
+    [("int8", "torch", 0.02), ("int4", "torch", 0.3), ("int8", "bitsandbytes", 0.04), ("int4", "bitsandbytes", 0.3)],
 )
-def test_answers_stay_near_and_come_from_the_action_rows(
-    vla: VLA, inputs: tuple[torch.Tensor, torch.Tensor], precision: str, backend: str, error: float
-) -> None:
-    quantized = quantize.quantize(copy.deepcopy(vla), precision, backend).eval()
-    ids, pixels = inputs
+def test_answers_stay_near_and_come_from_the_action_rows(vla: VLA, precision: str, backend: str, error: float) -> None:
+    made = quantize(copy.deepcopy(vla), precision, backend).eval()
+    torch.manual_seed(0)
+    ids, pixels = torch.randint(4, 700, (3, 9)), torch.randn(3, 12, 128, 128)
     with torch.inference_mode():
-        plain, rounded = vla(ids, None, pixels).logits, quantized(ids, None, pixels).logits
+        plain, rounded = vla(ids, None, pixels).logits, made(ids, None, pixels).logits
         assert 0 < (rounded - plain).std() / plain.std() < error
-        head, hidden = quantized.language_model.lm_head, torch.randn(4, TINY.text_config.hidden_size)
-        rows = action_logits(head, hidden, FIRST, LAST)
-        torch.testing.assert_close(rows, head(hidden)[:, FIRST:LAST])
-    answer = quantized.generate_action_ids(ids, pixels)
+        head, hidden = made.language_model.lm_head, torch.randn(4, TINY.text_config.hidden_size)
+        torch.testing.assert_close(action_logits(head, hidden, FIRST, LAST), head(hidden)[:, FIRST:LAST])
+    answer = made.generate_action_ids(ids, pixels)
     full = torch.cat([ids, torch.full((3, 1), TINY.empty_token_id), answer], dim=1)
     with torch.inference_mode():
-        logits = quantized(full, None, pixels).logits[:, -8:-1, FIRST:LAST]
+        logits = made(full, None, pixels).logits[:, -8:-1, FIRST:LAST]
     chosen = logits.gather(-1, answer[..., None] - FIRST)[..., 0]
     torch.testing.assert_close(chosen, logits.amax(-1), atol=2e-3, rtol=0)  # LLM.int8 looks at the whole batch
-    assert not any(parameter.requires_grad for parameter in quantized.parameters())
+    assert not any(parameter.requires_grad for parameter in made.parameters())
 
 
-def test_bytes_in_memory_are_those_of_the_layout(vla: VLA) -> None:
-    quantized = quantize.quantize(copy.deepcopy(vla), "int8")
-    assert quantize.stored_bytes(quantized) == quantize.layout_bytes(vla, Saved("int8", False), torch.float32)
-    assert quantize.stored_bytes(vla) == 4 * sum(p.numel() for p in vla.parameters())
-
-
-def test_the_rest_takes_the_dtype_asked_for(vla: VLA, inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
-    half = quantize.quantize(copy.deepcopy(vla), "int4", dtype=torch.bfloat16)
+def test_the_rest_takes_the_dtype_asked_for(vla: VLA) -> None:
+    half = quantize(copy.deepcopy(vla), "int4", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
-    with torch.inference_mode():
-        assert half.embed(*inputs).dtype == torch.bfloat16
-    assert half.generate_action_ids(*inputs).shape == (3, 7)
+    ids, pixels = torch.randint(4, 700, (3, 9)), torch.randn(3, 12, 128, 128)
+    assert half.generate_action_ids(ids, pixels).shape == (3, 7)
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_stored_and_filled_is_the_same_model(
-    vla: VLA, precision: str, inputs: tuple[torch.Tensor, torch.Tensor]
-) -> None:
-    from prismatic.models.weights import StoredTensor
-
-    saved = Saved(precision, quantize.with_vision(precision))
-    emptied = copy.deepcopy(vla)
-    state = quantize.take_state(emptied, saved, dtype=torch.float32)
-    assert (
-        emptied.get_parameter("language_model.model.layers.0.mlp.up_proj.weight").numel() == 0
-    )  # nothing is held twice
-    assert sum(t.nbytes for t in state.values()) == quantize.layout_bytes(vla, saved, torch.float32)
-    with torch.device("meta"):
-        filled = VLA(TINY)
-    stored = {n: StoredTensor(None, tuple(t.shape), lambda t=t: t) for n, t in state.items()}  # type: ignore[arg-type]
-    quantize.fill(filled, stored, saved, dtype=torch.float32, device="cpu")
-    direct = quantize.quantize(copy.deepcopy(vla), precision)
-    with torch.inference_mode():
-        assert torch.equal(filled.eval()(inputs[0], None, inputs[1]).logits, direct(inputs[0], None, inputs[1]).logits)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (("int2",), "quantize 'int2' is unknown: use none, int8 or int4"),
-        (("none",), "quantize 'none' is unknown"),
-        (("int8", "gptq"), "backend 'gptq' is unknown: use one of torch, bitsandbytes"),
-    ],
-)
-def test_unknown_names(vla: VLA, arguments: tuple[str, ...], sentence: str) -> None:
-    with pytest.raises(ConfigError, match=sentence):
-        quantize.quantize(vla, *arguments)
-
-
-def test_a_model_that_is_not_plain_is_refused(vla: VLA) -> None:
-    with pytest.raises(ConfigError, match="merge the adapter first"):
-        quantize.quantize(add_lora(copy.deepcopy(vla), rank=2), "int8")
-    for backend in ("torch", "bitsandbytes"):
-        done = quantize.quantize(copy.deepcopy(vla), "int8", backend)
-        with pytest.raises(ConfigError, match="quantised already"):
-            quantize.quantize(done, "int4")
+def test_what_is_refused(vla: VLA) -> None:
     broken = copy.deepcopy(vla)
     broken.projector.fc2.weight.data[0, 0] = torch.inf
-    with pytest.raises(ConfigError, match=r"projector\.fc2: weights that hold NaN or infinity"):
-        quantize.quantize(broken, "int8")
+    for model, arguments, sentence in (
+        (vla, ("int2",), "quantize 'int2' is unknown: use none, int8 or int4"),
+        (vla, ("int8", "gptq"), "backend 'gptq' is unknown: use one of torch, bitsandbytes"),
+        (add_lora(copy.deepcopy(vla), rank=2), ("int8",), "merge the adapter first"),
+        (quantize(copy.deepcopy(vla), "int8"), ("int4",), "quantised already"),
+        (quantize(copy.deepcopy(vla), "int8", "bitsandbytes"), ("int4",), "quantised already"),
+        (broken, ("int8",), r"projector\.fc2: weights that hold NaN or infinity"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            quantize(model, *arguments)

@@ -25,7 +25,7 @@ from prismatic.models import integers
 from prismatic.models.compiled import CompiledActionDecoder, compile_step
 from prismatic.models.decode import ActionDecoder
 from prismatic.models.quantize import PRECISIONS, plan, quantize, stored_bytes
-from prismatic.models.quantized import quantized_linear
+from prismatic.models.quantized import bitsandbytes_linear, quantized_linear
 from prismatic.models.tiny import TINY, random_vla
 from prismatic.models.vla import VLA, VLAConfig
 
@@ -110,13 +110,9 @@ def products() -> Measured:
     linear = nn.Linear(width, out, bias=False, device=DEVICE, dtype=DTYPE).requires_grad_(False)
     layers: dict[str, nn.Module] = {str(DTYPE).removeprefix("torch."): linear}
     for kind in PRECISIONS:
-        layers[kind] = quantized_linear(integers.to_parts(kind, linear.weight), None, DTYPE)
-    layers["int8, W8A8"] = quantized_linear(
-        integers.to_parts("int8", linear.weight), None, DTYPE, int8_activations=True
-    )
+        layers[kind] = quantized_linear(linear, kind, DTYPE)
+    layers["int8, W8A8"] = quantized_linear(linear, "int8", DTYPE, int8_activations=True)
     if importlib.util.find_spec("bitsandbytes"):
-        from prismatic.models.backends import bitsandbytes_linear
-
         layers["NF4"] = bitsandbytes_linear(linear, "int4", DTYPE)
     for name, layer in layers.items():
         step = layer if name == "NF4" else compiler()(layer.forward)

@@ -27,13 +27,14 @@ from prismatic.normalize import normalize
 from prismatic.processor import Batch, Processor
 
 FLOAT32_BYTES = 4
-WAYS = (  # name, precision, backend, whether the image towers are quantised too (None: what is usual for the precision)
-    ("int8", "int8", "torch", None),
-    ("int8, image towers too", "int8", "torch", True),
-    ("int4", "int4", "torch", None),
-    ("LLM.int8", "int8", "bitsandbytes", None),
-    ("NF4", "int4", "bitsandbytes", None),
-)
+WAYS: dict[str, dict[str, Any]] = {  # arguments of load_quantized
+    "int8": {"precision": "int8"},
+    "int8, image towers too": {"precision": "int8", "vision": True},
+    "int8, activations too (W8A8)": {"precision": "int8", "int8_activations": True},
+    "int4": {"precision": "int4"},
+    "LLM.int8": {"precision": "int8", "backend": "bitsandbytes"},
+    "NF4": {"precision": "int4", "backend": "bitsandbytes"},
+}
 
 
 def held_out(cache: FrameCache, num_frames: int, *, every_episode: bool) -> np.ndarray:
@@ -128,8 +129,8 @@ def run(
     rows = [row("none", policy.vla, reference, reference, demonstrated, processor)]
     del policy  # the device holds one model at a time
     release_memory()
-    for what, precision, backend, vision in WAYS:
-        vla = load_quantized(folder, adapter, precision, backend=backend, vision=vision, dtype=dtype, device=device)
+    for what, way in WAYS.items():
+        vla = load_quantized(folder, adapter, dtype=dtype, device=device, **way)
         ids = answers(vla.eval(), samples, processor.action_dim)
         rows.append(row(what, vla, ids, reference, demonstrated, processor))
         del vla

@@ -24,7 +24,7 @@ SHRINKS = (
     0.8,
     0.75,
     0.7,
-)  # of a group's range that are tried: cutting its ends off can cost less than coarse steps
+)  # of a group's range: cutting its ends off can cost less than coarse steps
 ROWS = 128  # worked out at a time: a CPU's caches hold the float32 steps in between
 SMALLEST = 1e-8  # scale of a row or group of zeros
 
@@ -36,21 +36,9 @@ def group_size(width: int) -> int | None:
     return next((size for size in GROUPS if width % size == 0), None)
 
 
-def layout(kind: str, out: int, width: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and number format of each part of an (out, width) weight; kind int8 or int4."""
-    if kind == "int8":
-        return {"weight_int8": ((out, width), torch.int8), "weight_scale": ((out,), torch.float32)}
-    groups = width // (group_size(width) or width)
-    return {
-        "weight_int4": ((out, width // 2), torch.uint8),
-        "weight_scale": ((out, groups), torch.bfloat16),
-        "weight_zero": ((out, groups), torch.bfloat16),
-    }
-
-
 def to_parts(kind: str, weight: torch.Tensor) -> Parts:
-    """(out, in) weight → its parts on the same device. ConfigError for NaN or infinity."""
-    if not torch.isfinite(weight).all():
+    """(out, in) weight → its parts on the same device, of an empty (meta) one empty; kind int8 or int4. ConfigError for NaN or infinity."""
+    if not weight.is_meta and not torch.isfinite(weight).all():
         raise ConfigError("weights that hold NaN or infinity can't be quantised: take another checkpoint")
     make = _to_int8 if kind == "int8" else _to_int4
     rows_at_once = ROWS if weight.device.type == "cpu" else len(weight)
@@ -72,7 +60,7 @@ def _to_int4(weight: torch.Tensor) -> Parts:
     least = torch.full_like(low, torch.inf)
     nibbles = torch.zeros_like(groups, dtype=torch.uint8)
     scale, zero = torch.zeros_like(low, dtype=torch.bfloat16), torch.zeros_like(low, dtype=torch.bfloat16)
-    for shrink in SHRINKS:
+    for shrink in SHRINKS[:1] if weight.is_meta else SHRINKS:
         step = ((high - low) * shrink / LARGEST_NIBBLE).clamp_min(SMALLEST).bfloat16()
         middle = ((high + low) / 2 + step.float() / 2).bfloat16()  # what nibble 8 stands for
         near = ((groups - middle.float()[..., None]) / step.float()[..., None]).round() + MIDDLE_NIBBLE
@@ -86,16 +74,11 @@ def _to_int4(weight: torch.Tensor) -> Parts:
     return {"weight_int4": nibbles[:, ::2] << 4 | nibbles[:, 1::2], "weight_scale": scale, "weight_zero": zero}
 
 
-def unpacked(parts: Parts) -> torch.Tensor:
-    """weight_int4 (out, in/2) → (out, in) uint8, 0 … 15."""
-    packed = parts["weight_int4"]
-    return torch.stack([packed >> 4, packed & LARGEST_NIBBLE], dim=-1).reshape(packed.shape[0], -1)
-
-
 def to_float(parts: Parts) -> torch.Tensor:
     """The (out, in) float32 weight that parts stand for."""
     if "weight_int8" in parts:
         return parts["weight_int8"].float() * parts["weight_scale"][:, None]
     scale, zero = parts["weight_scale"].float()[..., None], parts["weight_zero"].float()[..., None]
-    nibbles = unpacked(parts).float().reshape(*parts["weight_scale"].shape, -1)
-    return ((nibbles - MIDDLE_NIBBLE) * scale + zero).flatten(1)
+    packed = parts["weight_int4"]
+    nibbles = torch.stack([packed >> 4, packed & LARGEST_NIBBLE], dim=-1).reshape(*parts["weight_scale"].shape, -1)
+    return ((nibbles.float() - MIDDLE_NIBBLE) * scale + zero).flatten(1)

@@ -5,14 +5,14 @@ file into place, so host memory holds the model once.
 """
 
 import hashlib
-import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -29,7 +29,9 @@ SMALLEST_MATRIX = 256  # values: a smaller one, such as a class token's place, m
 ANOTHER_COPY = "copy the weights again, or take an earlier step's"
 LFS_POINTER = b"version https://git-lfs"
 FINGERPRINT_VALUES = 512  # of each tensor go into the fingerprint of a checkpoint
-NATIVE_NAMES = (  # native Prismatic prefix → published prefix, and the projector's Sequential indices
+FORMAT = {"format": "pt"}  # what transformers looks for
+NATIVE = "model."  # the part of a native Prismatic file that is read
+NATIVE_NAMES = (  # its prefix → published prefix, and the projector's Sequential indices
     ("vision_backbone.dino_featurizer.", "vision_backbone.featurizer."),
     ("vision_backbone.siglip_featurizer.", "vision_backbone.fused_featurizer."),
     ("projector.projector.0.", "projector.fc1."),
@@ -53,12 +55,17 @@ class StoredTensor:
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
 
-    def checked(self, name: str, *, may_be_zero: bool = False) -> torch.Tensor:
-        """Read it, and look at every value. ConfigError for NaN or infinity, whole numbers, or a matrix of zeros: any would act, badly."""
+    def checked(self, name: str, *, may_be_zero: bool = False, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Read it, and look at every value. ConfigError for NaN or infinity, whole numbers, or a matrix of zeros: any would act, badly.
+
+        dtype: of a quantised layer's part, which has exactly this one.
+        """
         tensor = self.read()
+        if not tensor.is_floating_point() if dtype is None else tensor.dtype != dtype:
+            wanted = dtype or "a floating one"
+            raise ConfigError(f"{self.file}: tensor {name} has dtype {tensor.dtype}, not {wanted}: {ANOTHER_COPY}")
         if not tensor.is_floating_point():
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise ConfigError(f"{self.file}: tensor {name} has dtype {kind}, not a floating one: {ANOTHER_COPY}")
+            return tensor
         # One cheap pass: a sum is finite where every value is. Float16 would overflow; bfloat16 and float32 add up in float32.
         total = tensor.sum(dtype=torch.float32 if tensor.dtype == torch.float16 else None)
         if not torch.isfinite(total) and not torch.isfinite(tensor).all():
@@ -86,7 +93,13 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     elif (folder / WEIGHTS).exists():
         files = [folder / WEIGHTS]
     elif native := sorted((folder / "checkpoints").glob("*.pt")):
-        return _native_tensors(next((path for path in native if path.name == NATIVE_WEIGHTS), native[-1]))
+        path = next((path for path in native if path.name == NATIVE_WEIGHTS), native[-1])
+        found = read_pickle(path, "Prismatic checkpoint")
+        return {
+            _published_name(name.removeprefix(NATIVE)): tensor
+            for name, tensor in found.items()
+            if name.startswith(NATIVE)
+        }
     else:
         raise ConfigError(
             f"{folder} holds no weights: expected {WEIGHTS}, {WEIGHTS_INDEX} with its shards, or checkpoints/*.pt"
@@ -115,46 +128,28 @@ def read_safetensors(path: Path) -> Iterable[tuple[str, StoredTensor]]:
         yield name, StoredTensor(path, shape, lambda name=name: handle.get_tensor(name))
 
 
-def adapter_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of an adapter folder under peft's name: adapter_model.safetensors, or the .bin of older versions, read without running code."""
-    if (folder / ADAPTER_WEIGHTS).exists() or not (folder / ADAPTER_WEIGHTS_BIN).is_file():
-        return dict(read_safetensors(folder / ADAPTER_WEIGHTS))
-    path = folder / ADAPTER_WEIGHTS_BIN
+def read_pickle(path: Path, what: str) -> dict[str, StoredTensor]:
+    """Every tensor of a pickle, the keys of nested ones joined by dots: mapped, and read with weights_only so that it can run no code."""
     check_sum(path)
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {name: StoredTensor(path, tuple(tensor.shape), lambda t=tensor: t) for name, tensor in tensors.items()}
+        return dict(_leaves(path, torch.load(path, map_location="cpu", weights_only=True, mmap=True)))
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
-        raise ConfigError(f"{path} is damaged ({str(error).splitlines()[0]}): copy it again") from None
+        raise ConfigError(f"{path} is no readable {what} ({str(error).splitlines()[0]}): copy it again") from None
 
 
-def check_equal(name: str, kept: torch.Tensor, there: torch.Tensor, adapter: Path) -> None:
-    """ConfigError unless a tensor of the base that an adapter's file holds is the one that the base has, but for rounding."""
-    kept, there = kept.cpu(), there.detach().cpu()
-    half = next((t.dtype for t in (kept, there) if t.dtype != torch.float32), torch.float32)
-    tolerated = 0.001 if kept.dtype == there.dtype else 0.1  # share of values: rounded twice, a few differ
-    if kept.shape != there.shape or (kept.to(half) != there.to(half)).float().mean() > tolerated:
-        raise ConfigError(
-            f"{adapter} was trained on another base: its file holds that one's {name}, which differs from this one's: give that base, "
-            "not one with the adapter merged into it already"
-        )
+def _leaves(path: Path, value: Any, name: str = "") -> Iterator[tuple[str, StoredTensor]]:
+    if isinstance(value, torch.Tensor):
+        yield name, StoredTensor(path, tuple(value.shape), lambda: value)
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(path, inner, f"{name}.{key}" if name else key)
 
 
-def _native_tensors(path: Path) -> dict[str, StoredTensor]:
-    """The native layout: a pickle, read with weights_only so that it can run no code."""
-    try:
-        parts = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["model"]
-    except Exception as error:  # torch raises half a dozen kinds for a damaged file
-        raise ConfigError(
-            f"{path} is no readable Prismatic checkpoint ({str(error).splitlines()[0]}): copy it again"
-        ) from None
-    found = {}
-    for part, tensors in parts.items():
-        for name, tensor in tensors.items():
-            found[_published_name(f"{part}.{name}")] = StoredTensor(
-                path, tuple(tensor.shape), lambda tensor=tensor: tensor
-            )
-    return found
+def adapter_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of an adapter folder under peft's name: adapter_model.safetensors, or the .bin of older versions."""
+    if (folder / ADAPTER_WEIGHTS).exists() or not (folder / ADAPTER_WEIGHTS_BIN).is_file():
+        return dict(read_safetensors(folder / ADAPTER_WEIGHTS))
+    return read_pickle(folder / ADAPTER_WEIGHTS_BIN, "adapter")
 
 
 def _published_name(native: str) -> str:
@@ -182,25 +177,27 @@ def check_names(expected: dict[str, tuple[int, ...]], stored: dict[str, StoredTe
 
 
 def fill(model: nn.Module, stored: dict[str, StoredTensor], *, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Replace every (meta) parameter of model by its stored tensor, cast to dtype on device, one at a time.
+    """Replace every (meta) parameter of model by its stored tensor, cast to dtype on device, one at a time; a quantised layer's parts as they are.
 
     A parameter that is sharded over processes has its place already: its own piece is copied in. One that is kept in 4 bits is packed.
     """
     for name, tensor in stored.items():
         parent, _, last = name.rpartition(".")
-        if nf4.is_packed(model.get_submodule(parent), last):
-            nf4.pack(model.get_submodule(parent), tensor.checked(name).to(dtype), device)
-            continue
-        sharded = getattr(model.get_submodule(parent), last)
-        if hasattr(sharded, "placements"):
+        module = model.get_submodule(parent)
+        place = getattr(module, last)
+        if last in module._buffers:
+            part = tensor.checked(name, may_be_zero=True, dtype=place.dtype)
+            setattr(module, last, part.to(device, copy=True))
+        elif nf4.is_packed(module, last):
+            nf4.pack(module, tensor.checked(name).to(dtype), device)
+        elif hasattr(place, "placements"):
             from torch.distributed.tensor import distribute_tensor  # here, because it is slow to import and few need it
 
             whole = tensor.checked(name).to(dtype)
             with torch.no_grad():
-                sharded.copy_(distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None))
-            continue
-        value = tensor.checked(name).to(device=device, dtype=dtype, copy=True)
-        setattr(model.get_submodule(parent), last, nn.Parameter(value))
+                place.copy_(distribute_tensor(whole, place.device_mesh, place.placements, src_data_rank=None))
+        else:
+            setattr(module, last, nn.Parameter(tensor.checked(name).to(device=device, dtype=dtype, copy=True)))
 
 
 def stored_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
@@ -219,29 +216,20 @@ def fingerprint(stored: dict[str, StoredTensor]) -> str:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write one safetensors file with the permissions that any new file gets: safetensors leaves it to its owner alone."""
-    save_file(tensors, path, metadata={"format": "pt"})
-    mask = os.umask(0)  # there is no other way to read it
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    """Write one safetensors file."""
+    save_file(tensors, path, metadata=FORMAT)
+    _open_to_others(path)
 
 
 def save_weights(state: dict[str, torch.Tensor], folder: Path) -> None:
     """Write model.safetensors, or shards of at most SHARD_BYTES with their index, as transformers does."""
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    size = 0
-    for name, tensor in state.items():
-        if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor.detach().contiguous().cpu()
-        size += tensor.nbytes
-    if len(shards) == 1:
-        save_tensors(shards[0], folder / WEIGHTS)
-        return
-    index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": {}}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_tensors(shard, folder / name)
-        index["weight_map"].update(dict.fromkeys(shard, name))
-    (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2))
+    save_torch_state_dict(state, folder, max_shard_size=SHARD_BYTES, metadata=dict(FORMAT))
+    for path in folder.glob("*.safetensors"):
+        _open_to_others(path)
+
+
+def _open_to_others(path: Path) -> None:
+    """Give a file the permissions that any new file gets: safetensors leaves it to its owner alone."""
+    mask = os.umask(0)  # there is no other way to read it
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
