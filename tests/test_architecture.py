@@ -152,7 +152,7 @@ def test_each_library_has_its_room(path: Path) -> None:
     assert not roots(path, top_level_only=True) & {"tensorflow", "tensorflow_datasets", "libero", "robosuite", "mujoco"}
     if path.name not in SIMULATOR_ROOMS:
         assert not found & {"libero", "robosuite", "mujoco"}
-    if path.parent.name == "models":
+    if path.parent == REPOSITORY / "prismatic" / "models":
         assert not any(name.startswith(("prismatic.data", "prismatic.simulator", "prismatic.policy")) for name in ours(path))  # fmt: skip
 
 
