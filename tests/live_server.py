@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from prismatic.serving.app import Server
 from prismatic.serving.observation import Limits
 from prismatic.serving.recording import Recorder
 from prismatic.serving.service import Service
+from serve import bind
 
 
 @dataclass
@@ -45,8 +45,7 @@ def live(
     record: Path | None = None,
     warm: bool = True,
 ) -> Iterator[Live]:
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
+    listener = bind("127.0.0.1", 0)
     recorder = None if record is None else Recorder(record)
     started: list[Live] = []
     up = threading.Event()
