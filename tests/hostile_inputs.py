@@ -30,7 +30,7 @@ from prismatic.episodes import actions
 from prismatic.episodes.result import read_run
 from prismatic.errors import ConfigError
 from prismatic.filenames import RESULTS, WEIGHTS
-from prismatic.models.config_file import read_model_config
+from prismatic.models.config_file import read_config
 from prismatic.models.weights import stored_tensors
 from prismatic.processor_files import load_tokenizer
 from prismatic.processor_json import read_processor
@@ -189,7 +189,7 @@ KINDS = (
     Kind("summary.json", lambda folder: folder_with(folder, ROWS), read_page),
     Kind("run.json", written("run.json", {"identity": {"a": 1}, "record": {"sessions": []}}), read_run),
     Kind("metrics.jsonl", written("metrics.jsonl", [{"step": s, "loss": 1 / s, "l1_loss": 0.1} for s in (1, 2, 3)]), curves.draw),
-    Kind("config.json", copied(TINY, "config.json"), lambda folder: read_model_config(folder / "config.json")),
+    Kind("config.json", copied(TINY, "config.json"), lambda folder: read_config(folder / "config.json")),
     Kind("processor.json", copied(TINY, "processor.json"), lambda folder: read_processor(folder / "processor.json")),
     Kind("dataset_statistics.json", copied(TINY, "dataset_statistics.json"), read_statistics),
     Kind("adapter_config.json", written("adapter_config.json", ADAPTER), lambda folder: read_adapter_config(folder, ["q_proj"])),

@@ -6,26 +6,29 @@ column at the same time, each with its own position, and a mask says what a row 
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from msgspec import Meta
 from torch import nn
 from torch.nn import functional as F
+
+Size, Few = Annotated[int, Meta(ge=1, le=2**20)], Annotated[int, Meta(ge=1, le=256)]  # what a config.json may say
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
     """Sizes of the decoder; the defaults are Llama-2-7B as OpenVLA exported it. Keys and defaults of its `text_config`."""
 
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 32
-    vocab_size: int = 32064  # rows of the embedding table: 32000 tokens, <PAD>, and filling up to a multiple of 64
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    max_position_embeddings: int = 2048
+    hidden_size: Size = 4096
+    intermediate_size: Size = 11008
+    num_hidden_layers: Few = 32
+    num_attention_heads: Size = 32
+    num_key_value_heads: Size = 32
+    vocab_size: Size = 32064  # rows of the embedding table: 32000 tokens, <PAD>, and filling up to a multiple of 64
+    rms_norm_eps: Annotated[float, Meta(gt=0, lt=1)] = 1e-6
+    rope_theta: Annotated[float, Meta(ge=1, le=1e9)] = 10000.0
+    max_position_embeddings: Size = 2048
 
 
 class CacheView(NamedTuple):

@@ -7,9 +7,10 @@ one, in all directions where a chunk of actions comes out of one forward pass (h
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from msgspec import Meta
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,9 +18,10 @@ from action_tokenizer import ActionTokenizer
 from prismatic.errors import ConfigError
 from prismatic.models.decode import ActionDecoder, best_tokens, with_empty_token
 from prismatic.models.heads import L1RegressionHead, ProprioProjector, before_blanks, bin_centers, with_blanks
-from prismatic.models.llama import Llama, LlamaConfig
+from prismatic.models.llama import Few, Llama, LlamaConfig, Size
 from prismatic.models.projector import Projector
 from prismatic.models.vision import DINO_ID, SIGLIP_ID, VisionBackbone
+from prismatic.ranges import Count
 
 IGNORE = -100  # a label that is not trained on
 PATCH_SIZE = 14  # pixels, of both published towers
@@ -31,23 +33,23 @@ class VLAConfig:
     """Sizes of everything; the defaults are openvla-7b. Field names are config.json's where it has them."""
 
     image_size: int = 224  # pixels a side
-    num_images_in_input: int = 1  # 2 adds the wrist camera (OpenVLA-OFT's name)
+    num_images_in_input: Few = 1  # 2 adds the wrist camera (OpenVLA-OFT's name)
     # how hidden states become actions: token by token (OpenVLA), all tokens of a chunk in one forward pass, or regressed (OpenVLA-OFT)
     action_head: ActionHead = "tokens"
-    num_actions_chunk: int = 1  # actions that one query answers with: 8 in OpenVLA-OFT's LIBERO recipe
-    action_dim: int = 7  # numbers of one action; a token head takes any number
-    proprio_dim: int = 0  # numbers of the robot's state that the model reads: 0 none, 8 in OpenVLA-OFT's LIBERO recipe
+    num_actions_chunk: Few = 1  # actions that one query answers with: 8 in OpenVLA-OFT's LIBERO recipe
+    action_dim: Few = 7  # numbers of one action; a token head takes any number
+    proprio_dim: Annotated[int, Meta(ge=0, le=1024)] = 0  # numbers of the robot's state: 0 none, 8 in OFT's recipe
     stop_token: bool = True  # whether the end token stands behind a chunk; some RL recipes leave it out
     timm_model_ids: tuple[str, str] = (DINO_ID, SIGLIP_ID)
     tiny_timm_kwargs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # sizes of small towers, by timm id
-    vision_stem: tuple[int, ...] = ()  # channels of a convolutional stem in front of small towers
+    vision_stem: Annotated[tuple[Size, ...], Meta(max_length=8)] = ()  # channels of small towers' convolutional stem
     text_config: LlamaConfig = field(default_factory=LlamaConfig)
-    pad_to_multiple_of: int = 64  # rows that the table has beyond the tokens
-    n_action_bins: int = 256
-    bos_token_id: int = 1
-    eos_token_id: int = 2
-    pad_token_id: int = 32000
-    empty_token_id: int = 29871  # "▁", which stands between the prompt and the action
+    pad_to_multiple_of: Count = 64  # rows that the table has beyond the tokens
+    n_action_bins: Annotated[int, Meta(ge=2)] = 256
+    bos_token_id: Count = 1
+    eos_token_id: Count = 2
+    pad_token_id: Count = 32000
+    empty_token_id: Count = 29871  # "▁", which stands between the prompt and the action
 
     def __post_init__(self) -> None:
         if self.action_head == "tokens" and (self.num_actions_chunk != 1 or self.proprio_dim):
