@@ -66,7 +66,7 @@ class BenchEvalConfig(BenchConfig):
     # Episodes of each row (at least one a process), and steps after which one is cut off.
     episodes: Positive = 4
     steps: Positive = 60
-    # fast: three times faster on a CPU. standard: LIBERO's own pixels.
+    # fast: seven times faster on a CPU. standard: LIBERO's own pixels.
     render_quality: Literal["standard", "fast"] = "standard"
     # Numbers of simulator processes, each against one process alone.
     workers: tuple[Positive, ...] = (2,)

@@ -185,7 +185,7 @@ class EvalOptions:
     num_workers: Annotated[Workers | Literal["auto"], tyro.conf.arg(aliases=("--workers",))] = "auto"
     # Ask the policy one row at a time, so that not even rounding depends on the number of workers; slower.
     deterministic: bool = False
-    # standard: LIBERO's pixels. fast: three times faster on a CPU, pixels differ by about 1.5 of 255, so not for scores to be compared.
+    # standard: LIBERO's pixels. fast: seven times faster on a CPU, pixels differ by about 2 of 255, so not for scores to be compared.
     render_quality: Literal["standard", "fast"] = "standard"
     # Write an mp4 of the episodes that video_every chooses. Without videos, a policy with chunks has its images rendered only when it looks.
     save_videos: bool = True

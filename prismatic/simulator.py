@@ -7,13 +7,15 @@ Non-obvious behaviors
 - `reset(i)` seeds NumPy's *global* generator with `env_seed` (LIBERO has no other), rebuilds the model, restores stored
   state i, then holds still for `settle` steps that count for nothing. The seed matters even with a stored state: it
   places the fixtures (cabinet, stove), which the stored state does not contain. Seeding before every reset, not once a
-  task, makes an episode independent of those before it.
+  task, makes an episode independent of those before it; so does taking LIBERO's samplers of opened drawers as a new
+  environment has them: every reset adds them once more, and each draws from the same generator before the fixtures.
 - Actions come in the policy's convention (gripper 1 open, 0 close); LIBERO's is -1 open, +1 close.
 - Success is LIBERO's `done`. It can hold for one step only (a bowl sliding across the plate), and it ends the episode.
-- `quality="fast"` (no anti-aliasing, no reflections) renders about three times faster on a CPU and changes pixels by
-  about 1.5 of 255: for demonstrations and demos, never for a score to be compared with others.
+- `quality="fast"` (no anti-aliasing, no reflections, fewer triangles) renders about seven times faster on a CPU and changes pixels by
+  about 2 of 255: for demonstrations and demos, never for a score to be compared with others.
 - Every reset builds the model anew (robosuite's hard reset, about 1 s). A soft one would place what belongs on a
-  fixture by where that fixture stood an episode ago: a bowl falls beside its cabinet.
+  fixture by where that fixture stood an episode ago: a bowl falls beside its cabinet. The renderer is kept: it holds
+  only meshes and textures, which are the same again, and takes another second to make.
 - The state's axis-angle is LIBERO's own: an angle from 0 to 2π, the quaternion's sign as MuJoCo gives it. Policies learnt with that.
 - scene/renderer.py chooses the renderer, and must have done so before the first simulator is built.
 """
@@ -30,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from prismatic.errors import ConfigError, PolicyError
+from prismatic.meshes import fewer_triangles
 
 SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)  # LIBERO's convention: hold still, fingers open
 RESOLUTION = 256  # pixels a side, as the data sets were rendered
@@ -73,7 +76,9 @@ class LiberoSimulator:
         self.env_seed, self.instruction = env_seed, task.instruction
         self.resolution, self.quality = resolution, quality
         self._seen_model: Any = None
+        self._context: Any = None
         self._env = self._make_env()
+        self._samplers = tuple(self.environment.object_property_initializers)
 
     def _make_env(self) -> Any:
         _quiet_robosuite()
@@ -122,6 +127,7 @@ class LiberoSimulator:
         state = self._stored_state(init_state) if isinstance(init_state, int) else init_state
         if state is None and seed is None:
             raise ValueError("a randomised reset needs a seed")
+        self.environment.object_property_initializers = [*self._samplers]
         self._env.seed(seed if state is None else self.env_seed)
         self._env.reset()
         if state is not None:
@@ -155,7 +161,10 @@ class LiberoSimulator:
 
     def _render(self, camera: str) -> np.ndarray:
         sim: Any = self.environment.sim
-        context = sim._render_context_offscreen or self._make_render_context(sim)
+        context = self._context = self._context or self._make_render_context(sim)
+        if sim._render_context_offscreen is not context:  # a reset has built another model since
+            context.sim, context.model = sim, sim.model
+            sim.add_render_context(context)
         context.gl_ctx.make_current()  # another simulator of this process may have rendered since
         context.data = SimpleNamespace(_data=self._seen)
         pixels = sim.render(camera_name=camera, width=self.resolution, height=self.resolution)
@@ -165,13 +174,14 @@ class LiberoSimulator:
         import mujoco
         from robosuite.utils.binding_utils import MjRenderContextOffscreen
 
-        if self.quality == "fast":
-            sim.model._model.vis.quality.offsamples = 0
-        with _without_cuda_numbers():
+        fast, model = self.quality == "fast", sim.model._model
+        if fast:
+            model.vis.quality.offsamples = 0
+        with _without_cuda_numbers(), fewer_triangles(model) if fast else contextlib.nullcontext():
             context = MjRenderContextOffscreen(sim, device_id=-1)
         context.vopt.geomgroup[0] = 0  # collision shapes
         context.vopt.geomgroup[1] = 1  # what is meant to be seen
-        if self.quality == "fast":
+        if fast:
             context.scn.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0  # pyright: ignore[reportAttributeAccessIssue]
         return context
 
@@ -195,6 +205,7 @@ class LiberoSimulator:
 
     def close(self) -> None:
         """Free the model and the renderer."""
+        self._context = None
         self._env.close()
 
 

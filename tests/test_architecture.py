@@ -31,6 +31,7 @@ LEAVES = (
     "prismatic.records",
     "prismatic.arrays",
     "prismatic.image",
+    "prismatic.meshes",
     "prismatic.policy_inputs",
 )
 CALLERS = ("finetune.py", "eval.py")

@@ -49,6 +49,14 @@ def libero_reference() -> dict[str, Any]:
     }
 
 
+def fixtures(environment: Any) -> np.ndarray:
+    """Where a task's fixtures stand; a stored state does not say it."""
+    model = environment.sim.model
+    return np.array(
+        [model.body_pos[model.body_name2id(fixture.root_body)] for fixture in environment.fixtures_dict.values()]
+    )
+
+
 def physics(sim: LiberoSimulator) -> np.ndarray:
     return sim.environment.sim.get_state().flatten()
 
@@ -106,6 +114,8 @@ def measure() -> dict[str, Any]:
         for _ in range(12):
             fast.step(np.array([0, 0, 0, 0, 0, 0, gripper]))
         found[f"fingers_{gripper:g}"] = float(np.abs(fast.state()[6:]).sum())
+    fast.reset(STATE)
+    found["kept"] = fast.frame()
     found["random"] = []
     for seed in (5, 6, 5):
         fast.reset(None, seed=seed)
@@ -117,6 +127,13 @@ def measure() -> dict[str, Any]:
     for seed in (7, 8):
         on_cabinet.reset(None, seed=seed)
         found["heights"].append(float(physics_of(on_cabinet, "akita_black_bowl_1")[2]))
+    in_drawer = suites.Libero().simulator(SUITE, 4)  # whose drawer is opened by a draw of its own
+    in_drawer._env.seed(0)
+    in_drawer._env.reset()
+    found["drawer"] = [fixtures(in_drawer.environment)]
+    for _ in range(2):
+        in_drawer.reset(STATE, settle=0)
+        found["drawer"].append(fixtures(in_drawer.environment))
     with pytest.raises(ConfigError, match="num_trials_per_task"):
         fast.reset(50)
     for bad in (np.zeros(6), np.full(7, np.nan)):
@@ -159,9 +176,21 @@ def test_frames_are_upright(found: dict[str, Any]) -> None:
     assert warmth[:40].mean() < 10 < 30 < warmth[-40:].mean()
 
 
+def test_a_kept_renderer_draws_what_a_new_one_draws(found: dict[str, Any]) -> None:
+    np.testing.assert_array_equal(found["kept"], found["fast"])
+
+
+def test_fixtures_stand_where_a_new_environment_puts_them_however_many_episodes_were_before(
+    found: dict[str, Any],
+) -> None:
+    new, first, second = found["drawer"]
+    np.testing.assert_array_equal(first, new)
+    np.testing.assert_array_equal(second, new)
+
+
 def test_fast_quality_is_close_but_not_equal(found: dict[str, Any]) -> None:
     difference = np.abs(found["fast"].astype(int) - found["again"])
-    assert 0 < difference.mean() < 4
+    assert 0 < difference.mean() < 3
 
 
 def test_gripper_convention(found: dict[str, Any]) -> None:

@@ -104,10 +104,12 @@ def draws_in_software(renderer: str, gl_renderer: str | None) -> bool:
 
 def render_options(quality: str) -> dict[str, Any]:
     """What a result must say about its images, beside the renderer's name."""
-    of_fast = "off" if quality == "fast" else "LIBERO's own"
+    fast = quality == "fast"
+    of_fast = "off" if fast else "LIBERO's own"
     return {
         "resolution": RESOLUTION,
         "anti_aliasing": of_fast,
         "reflections": of_fast,
+        "meshes": "fewer triangles" if fast else "LIBERO's own",
         "LP_NUM_THREADS": os.environ.get("LP_NUM_THREADS"),
     }
