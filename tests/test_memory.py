@@ -12,9 +12,9 @@ from prismatic.errors import ConfigError
 from prismatic.models.checkpointing import checkpoint_activations
 from prismatic.models.tiny import TINY
 from prismatic.models.vla import VLAConfig
-from prismatic.training.activations import LABELS, SHARDED, Precision, fake_vla
+from prismatic.training.activations import LABELS, SHARDED, Checkpointing, Precision, fake_vla
 from prismatic.training.live_bytes import LiveBytes
-from prismatic.training.memory import GIB, Checkpointing, Model, Settings, _smaller, choose, describe, lines, plan
+from prismatic.training.memory import GIB, Model, Settings, _smaller, choose, describe, lines, plan
 from prismatic.training.step import attention_kernel
 
 WORDS = 40
@@ -59,13 +59,17 @@ def counted_peak(config: VLAConfig, precision: Precision, batch: int, *, checkpo
 
 @pytest.mark.parametrize(
     ("batch", "checkpointing", "tolerance"),
-    [(1, False, 0.005), (4, "selective", 0.01), (4, True, 0.005)],  # selective: the plan is 0.7 % above what is kept
+    [(1, False, 0.002), (4, "selective", 0.002), (4, True, 0.005)],
 )
 def test_the_plan_is_what_the_full_sizes_own_code_keeps_alive(
-    model: Model, batch: int, checkpointing: Checkpointing, tolerance: float
+    batch: int, checkpointing: Checkpointing, tolerance: float
 ) -> None:
-    planned = plan(model, Settings(batch, 1, checkpointing))
-    counted = counted_peak(VLAConfig(), Precision(), batch, checkpointing=checkpointing)
+    """Of the full widths with fewer blocks, which take the same code: all of them take a minute."""
+    towers = {name: {"depth": 4} for name in VLAConfig().timm_model_ids}
+    text = dataclasses.replace(VLAConfig().text_config, num_hidden_layers=3)
+    config = VLAConfig(tiny_timm_kwargs=towers, text_config=text)
+    planned = plan(describe(config, Precision(), words=WORDS), Settings(batch, 1, checkpointing))
+    counted = counted_peak(config, Precision(), batch, checkpointing=checkpointing)
     assert planned.activations + planned.logits == pytest.approx(counted, rel=tolerance)
 
 
@@ -78,18 +82,18 @@ def test_the_plan_is_what_the_full_sizes_own_code_keeps_alive(
         Precision(lora_rank=0, base_dtype=torch.float32, autocast=True),
     ],
 )
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_and_in_other_formats_at_a_small_size(precision: Precision, checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", [False, "selective", True])
+def test_and_in_other_formats_at_a_small_size(precision: Precision, checkpointing: Checkpointing) -> None:
     planned = plan(describe(TINY, precision, words=WORDS, on_cpu=True), Settings(8, 1, checkpointing))
     counted = counted_peak(TINY, precision, 8, checkpointing=checkpointing)
-    assert planned.activations + planned.logits == pytest.approx(counted, rel=0.02)  # a block's output is 1 to 2 %
+    assert planned.activations + planned.logits == pytest.approx(counted, rel=0.015)
 
 
 def test_four_samples_fit_22_gib_without_computing_a_large_product_twice(model: Model) -> None:
     chosen = choose(model, Settings(4, 4), 22 * GIB, place="card")
     assert chosen.settings.gradient_checkpointing == "selective" and chosen.total < 21.5 * GIB
     assert plan(model, Settings(4, 4, False)).total < 23 * GIB
-    assert model.of_one["selective layer"].saved < 29.5 * 2**20 < 48 * 2**20
+    assert model.of_one["layer", "selective"].saved < 29.5 * 2**20 < 48 * 2**20
 
 
 def test_what_does_not_depend_on_the_batch_is_counted_exactly(model: Model) -> None:
@@ -192,4 +196,4 @@ def test_openvla_oft_with_two_images_and_a_state_is_counted() -> None:
     assert model.base == tokens.base and model.adapters == tokens.adapters + head + projector
     assert choose(model, Settings(2, 4), 22 * GIB, place="card").total < 22 * GIB
     assert plan(model, Settings(1, 8, "selective", True)).total < 12 * GIB
-    assert model.of_one["layer"].saved > 1.7 * tokens.of_one["layer"].saved
+    assert model.of_one["layer", False].saved > 1.7 * tokens.of_one["layer", False].saved

@@ -6,10 +6,9 @@ a CPU's (the towers' LayerNorms in float32) is left out: counted, it is 2 % of a
 """
 
 import dataclasses
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -26,6 +25,8 @@ from prismatic.training.live_bytes import LiveBytes
 from prismatic.training.step import attention_kernel
 
 SELECTIVE: Literal["selective"] = "selective"
+Checkpointing = bool | Literal["selective"]  # recomputed: nothing, all of a block, or what is cheap
+BLOCKS = ("dino", "siglip", "layer")
 LABELS = 8  # positions a row that have a label: 7 actions and </s>
 
 
@@ -46,12 +47,10 @@ SHARDED = Precision(lora_rank=0, shard_dtype=torch.float32)  # what distributed.
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes of one block: kept from forward to backward pass, the most at any moment of the two, its output, and its input if that is kept."""
+    """Bytes of one block: kept from forward to backward pass, and the most at any moment of the two."""
 
     saved: int
     peak: int
-    output: int
-    input: int
 
 
 def fake_vla(config: VLAConfig, precision: Precision, mode: FakeTensorMode) -> VLA:
@@ -79,22 +78,21 @@ def shallow(config: VLAConfig) -> VLAConfig:
 
 
 def pieces(
-    config: VLAConfig, precision: Precision, *, batch_sizes: Sequence[int], words: int, on_cpu: bool = False
-) -> list[dict[str, Piece]]:
-    """At each batch size a Piece of each kind: "dino", "siglip" (a block), their "… patches", "projector", "layer" (of the decoder), "head"
-    (norm, logits, loss); and of blocks that redo what is cheap (checkpointing.py) under "selective …".
+    config: VLAConfig, precision: Precision, *, batch_size: int, words: int, on_cpu: bool = False
+) -> dict[tuple[str, Checkpointing], Piece]:
+    """A Piece of each kind and way of recomputing: "dino", "siglip" (a block), "layer" (of the decoder) in all ways; "dino patches",
+    "siglip patches", "projector", "head" (norm, logits, loss), which are never recomputed.
     """
-    mode = FakeTensorMode()
-    vla = fake_vla(shallow(config), precision, mode)
-
-    def measured(size: int) -> dict[str, Piece]:
-        return {name: _measure(run, shape, precision=precision) for name, run, shape in _runs(vla, size, words)}
-
-    with mode, attention_kernel("cpu" if on_cpu else "cuda", precision.autocast):
-        whole = [measured(size) for size in batch_sizes]
-        checkpoint_activations(vla, selective=True)
-        selective = [{f"{SELECTIVE} {kind}": piece for kind, piece in measured(size).items()} for size in batch_sizes]
-    return [one | other for one, other in zip(whole, selective, strict=True)]
+    mode, found = FakeTensorMode(), {}
+    for way in (False, SELECTIVE, True):
+        vla = fake_vla(shallow(config), precision, mode)
+        if way:
+            checkpoint_activations(vla, selective=way == SELECTIVE)
+        with mode, attention_kernel("cpu" if on_cpu else "cuda", precision.autocast):
+            for name, run, shape in _runs(vla, batch_size, words):
+                if not way or name in BLOCKS:
+                    found[name, way] = _measure(run, shape, precision=precision)
+    return found
 
 
 def _runs(
@@ -110,13 +108,15 @@ def _runs(
     patches = config.num_patches * config.num_images_in_input
     yield "projector", vla.projector, (batch, patches, vla.vision_backbone.width)
     length = patches + words + (config.proprio_dim > 0)
-    positions = torch.arange(length).expand(batch, -1)
+    norm, positions = llama.model.norm.weight, torch.arange(length).expand(batch, -1)
+    cos_sin = rotary(
+        positions, text.hidden_size // text.num_attention_heads, text.rope_theta, norm.dtype
+    )  # all layers'
     chunked = config.action_head != "tokens"
     attn_mask = torch.ones(batch, 1, 1, length, dtype=torch.bool) if chunked else None
     labels = 1 + config.action_positions  # the end token's too
 
     def layer(x: torch.Tensor) -> torch.Tensor:
-        cos_sin = rotary(positions, text.hidden_size // text.num_attention_heads, text.rope_theta, x.dtype)
         return llama.model.layers[0](x, cos_sin, None, attn_mask)
 
     def head(x: torch.Tensor) -> torch.Tensor:
@@ -134,22 +134,19 @@ def _runs(
 def _measure(run: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...], *, precision: Precision) -> Piece:
     needs_gradient = shape[1] != CHANNELS  # pixels have none
     leaf = torch.empty(shape, dtype=precision.base_dtype, requires_grad=needs_gradient)
+    saved = []
 
-    inputs: list[weakref.ref[torch.UntypedStorage]] = []
-
-    def forward() -> Any:
+    def there_and_back() -> None:
         x = leaf.clone()  # freed where no backward pass needs it
-        inputs.append(weakref.ref(x.untyped_storage()))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision.autocast, cache_enabled=False):
-            return run(x)
+            out = run(x)
+        del x
+        saved.append(live.now - out.nbytes)
+        gradient, edge = torch.empty_like(out), torch.autograd.graph.get_gradient_edge(out)
+        del out  # the next block's input: counted there
+        torch.autograd.backward(edge, gradient)
 
-    out = forward()
-    torch.autograd.backward(
-        out, torch.empty_like(out)
-    )  # gradients are there from now on: they have a line of their own
-    with LiveBytes() as live:
-        out = forward()
-        saved = live.now - out.nbytes
-        kept = leaf.nbytes if inputs[-1]() is not None else 0
-        torch.autograd.backward(out, torch.empty_like(out))
-    return Piece(saved=saved, peak=live.peak, output=out.nbytes, input=kept)
+    for _ in range(2):  # in the second, gradients are there: they have a line of their own
+        with LiveBytes() as live:
+            there_and_back()
+    return Piece(saved[-1], live.peak)

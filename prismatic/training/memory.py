@@ -3,15 +3,11 @@ and the setting that was left to it (gradient_checkpointing None); what can't fi
 
 Weights, adapters, gradients and optimizer are counted from the model without memory (meta device), activations from its own code
 (activations.py). The plan is the steady state: gradients of earlier passes and the optimizer's state are there when activations peak.
-
-Adapters are float32 by default: bfloat16 would save 0.84 GiB of the 16.9 of openvla-7b at micro-batch 4, but it has 8 bits, so a change below
-1/512 to 1/256 of a value is rounded away. In a trained small adapter 50 to 66 % of the values of AdamW's next update at 5e-4 would be.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -21,7 +17,7 @@ from prismatic.models.lora import add_lora
 from prismatic.models.nf4 import BYTES_PER_VALUE, quantised_linears
 from prismatic.models.unused import unused_parameters
 from prismatic.models.vla import VLA, VLAConfig
-from prismatic.training.activations import SELECTIVE, Piece, Precision, pieces
+from prismatic.training.activations import SELECTIVE, Checkpointing, Piece, Precision, pieces
 
 GIB = 2**30
 EIGHT_BIT_STATE = 2 * (1 + 4 / 256)  # bytes a value: two moments, each with a float32 scale for 256 values
@@ -29,7 +25,6 @@ RESERVE_SHARE = 0.03  # of all else, for the allocator's rounding; an allowance,
 RESERVE_BYTES = 64 * 2**20  # for cuBLAS' workspaces, likewise
 PROCESSES_BYTES = 2**30  # of each card of several: NCCL's buffers, DDP's buckets while they are laid anew; likewise
 TOWERS = ("dino", "siglip")
-Checkpointing = bool | Literal["selective"]  # recomputed: nothing, all of a block, or what is cheap
 
 
 @dataclass(frozen=True)
@@ -44,14 +39,13 @@ class Model:
     depths: Mapping[str, int]  # blocks that are run, by kind
     block: int  # values of the largest of them
     outside: int  # values in none of them
-    of_one: Mapping[str, Piece]  # activations of each kind at batch 1
-    of_two: Mapping[str, Piece]  # and at batch 2: the rest lies on the line through both
-    # the same of blocks that redo what is cheap, under "selective …"
+    of_one: Mapping[tuple[str, Checkpointing], Piece]  # activations at batch 1
+    of_two: Mapping[tuple[str, Checkpointing], Piece]  # and at batch 2: the rest lies on the line through both
     precision: Precision
 
-    def piece(self, kind: str, batch_size: int) -> Piece:
+    def piece(self, kind: str, batch_size: int, way: Checkpointing = False) -> Piece:
         """Bytes of one block of a kind at a batch size."""
-        one, two = dataclasses.astuple(self.of_one[kind]), dataclasses.astuple(self.of_two[kind])
+        one, two = dataclasses.astuple(self.of_one[kind, way]), dataclasses.astuple(self.of_two[kind, way])
         return Piece(*(a + (batch_size - 1) * (b - a) for a, b in zip(one, two, strict=True)))
 
 
@@ -65,6 +59,10 @@ class Settings:
     use_quantization: bool = False
     optimizer: str = "adamw"
     shares: int = 1  # processes among which weights, gradients and optimizer are cut up (--shard)
+
+    def at(self, batch_size: int) -> "Settings":
+        """The same with another micro-batch."""
+        return dataclasses.replace(self, batch_size=batch_size)
 
     @property
     def flags(self) -> str:
@@ -109,7 +107,7 @@ def describe(config: VLAConfig, precision: Precision, *, words: int, on_cpu: boo
         linears = [module.weight.numel() for _, module in quantised_linears(vla, on_cpu=on_cpu)]
         if precision.lora_rank:
             add_lora(vla, rank=precision.lora_rank)
-    of_one, of_two = pieces(config, precision, batch_sizes=(1, 2), words=words, on_cpu=on_cpu)
+    of_one, of_two = (pieces(config, precision, batch_size=size, words=words, on_cpu=on_cpu) for size in (1, 2))
     vision = vla.vision_backbone
     towers = dict(zip(TOWERS, (vision.featurizer, vision.fused_featurizer), strict=True))
     unread = set(unused_parameters(vla))
@@ -162,24 +160,16 @@ def _gathered(model: Model, computing: int) -> int:
 
 def _activations(model: Model, settings: Settings) -> tuple[int, int]:
     """Bytes while the backward pass is where it takes most, and what the head adds to that."""
-    piece = {kind: model.piece(kind, settings.batch_size) for kind in model.of_one}
-    way = f"{SELECTIVE} " if settings.gradient_checkpointing == SELECTIVE else ""
-    blocks = {kind: piece[way + kind] for kind in model.depths}
-    edges = sum(piece[f"{tower} patches"].saved for tower in TOWERS)
-    if settings.gradient_checkpointing is True:  # a block's input is as large as its output
-        kept = {kind: depth * blocks[kind].output for kind, depth in model.depths.items()}
-        # of what one block takes when it is run again, its input is there already, and the output beside it while it was measured is gone;
-        # under autocast something of the input's size more is alive at that moment (counted, not explained)
-        again = {kind: 0 if model.precision.autocast else block.input for kind, block in blocks.items()}
-        working = {kind: block.peak - block.output - again[kind] for kind, block in blocks.items()}
-    else:
-        kept = {kind: depth * blocks[kind].saved for kind, depth in model.depths.items()}
-        working = {kind: block.peak - block.saved for kind, block in blocks.items()}
+    size, way = settings.batch_size, settings.gradient_checkpointing or False
+    blocks = {kind: model.piece(kind, size, way) for kind in model.depths}
+    kept = {kind: depth * blocks[kind].saved for kind, depth in model.depths.items()}
+    working = {kind: block.peak - block.saved for kind, block in blocks.items()}
+    projector, head = model.piece("projector", size), model.piece("head", size)
+    edges = sum(model.piece(f"{tower} patches", size).saved for tower in TOWERS)
     vision = edges + sum(kept[tower] for tower in TOWERS)
-    projector = piece["projector"]
     everything = vision + projector.saved + kept["layer"]
     body = max(everything + working["layer"], vision + projector.peak, *(vision + working[tower] for tower in TOWERS))
-    return body, max(everything + piece["head"].peak - body, 0)
+    return body, max(everything + head.peak - body, 0)
 
 
 def choose(model: Model, settings: Settings, card: int, *, place: str) -> Plan:
@@ -217,23 +207,17 @@ def _smaller(settings: Settings, *, quantisable: bool) -> Iterator[Settings]:
                 yield Settings(batch, effective // batch, *ways)
 
 
-def largest_batch(model: Model, settings: Settings, card: int) -> int:
-    """The largest micro-batch that divides the effective batch and fits; 0 if none does."""
-    effective = settings.batch_size * settings.grad_accumulation_steps
-    sizes = (size for size in range(effective, 0, -1) if effective % size == 0)
-    fits = (
-        size
-        for size in sizes
-        if plan(model, dataclasses.replace(settings, batch_size=size, grad_accumulation_steps=1)).total <= card
-    )
-    return next(fits, 0)
+def largest_batch(model: Model, settings: Settings, card: int, sizes: Iterable[int]) -> int:
+    """The first of these micro-batches that fits; 0 if none does."""
+    return next((size for size in sizes if plan(model, settings.at(size)).total <= card), 0)
 
 
 def lines(chosen: Plan, model: Model, card: int, *, place: str) -> Iterator[str]:
     """The plan as it is printed."""
     settings = chosen.settings
     effective = settings.batch_size * settings.grad_accumulation_steps
-    most = largest_batch(model, settings, card)
+    divisors = (size for size in range(effective, 0, -1) if effective % size == 0)
+    most = largest_batch(model, settings, card, divisors)
     unit, symbol, digits = (GIB, "GiB", 2) if chosen.total > GIB else (2**20, "MiB", 0)
     parts = ", ".join(f"{name} {size / unit:.{digits}f}" for name, size in chosen.parts.items())
     yield f"memory plan, {symbol}: {parts}"

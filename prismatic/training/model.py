@@ -15,7 +15,7 @@ from prismatic.models.lora import add_lora
 from prismatic.models.lora_dtype import compute_in_base_dtype
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.training import memory
-from prismatic.training.activations import SELECTIVE, SHARDED, Precision
+from prismatic.training.activations import SELECTIVE, SHARDED, Checkpointing, Precision
 from prismatic.training.distributed import Ranks, shard
 
 
@@ -93,7 +93,7 @@ def build_training_model(
     config: VLAConfig,
     options: ModelOptions,
     *,
-    checkpointing: memory.Checkpointing,
+    checkpointing: Checkpointing,
     ranks: Ranks,
 ) -> VLA:
     """Base with adapter and head, or all of a model; from the run's last checkpoint (resumed) if there is one. A new head and a new adapter
