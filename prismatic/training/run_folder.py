@@ -6,23 +6,23 @@
     <run>/metrics.jsonl  a line a logged step
     <run>/skipped.jsonl  a line a step that was skipped, as its loss or gradient was not finite, with the frames of its batch
 
-Surprising: on resuming, metrics.jsonl is cut back to the checkpoint, so that no step stands in it twice. A step folder is written under
-another name, flushed to the disk and then renamed: killed at any moment, a run finds its checkpoints whole. One that is damaged later is
-set aside as damaged-step-…, and the one before it takes its place.
+Surprising: on resuming, metrics.jsonl is cut back to the checkpoint, so that no step stands in it twice. A step folder that was damaged after
+it was written is set aside as damaged-step-…, and the one before it takes its place.
 """
 
+import errno
 import fcntl
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 import torch
-from safetensors import SafetensorError
 
-from prismatic.atomic import flush, write_json, write_whole
+from prismatic.atomic import flush, whole_folder, write_json, write_whole
 from prismatic.data.staging import writing_to
 from prismatic.errors import ConfigError
 from prismatic.filenames import (
@@ -42,17 +42,10 @@ from prismatic.records import read_object, read_record
 from prismatic.sums import read_sums, sha256, write_sums
 from prismatic.training.distributed import SINGLE_PROCESS, Ranks
 
-FULL = 2**20  # a disk with fewer free bytes is full: torch names a position in the file instead
 
-
-class Best(NamedTuple):
+class Best(TypedDict):
     """The checkpoint that validated best."""
 
-    step: int
-    value: float
-
-
-class _Best(TypedDict):
     step: Count
     value: float
 
@@ -105,33 +98,21 @@ class RunFolder:
     def save(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any]) -> Path:
         """Make step-<step> from what `write` puts into a folder, add the state, then link it and delete the oldest."""
         folder = self.folder(step)
-        unfinished = self.path / f"{UNFINISHED}{folder.name}"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        try:
+        with whole_folder(folder) as unfinished:
             write(unfinished)
-            torch.save(dict(state), unfinished / TRAINING_STATE)
+            try:
+                torch.save(dict(state), unfinished / TRAINING_STATE)
+            except RuntimeError as error:  # of a full disk torch says that its file's position is unexpected
+                if "inline_container" not in str(error):
+                    raise
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             for name in (METRICS, OPTIONS):
                 if (self.path / name).exists() and not (unfinished / name).exists():
                     shutil.copyfile(self.path / name, unfinished / name)
-            _seal(unfinished)
-            if folder.exists():
-                shutil.rmtree(folder)
-            unfinished.rename(folder)
-            self._link(LATEST, folder)
-            flush(self.path)
-            self._delete_old()
-        except (OSError, SafetensorError, RuntimeError) as error:  # the last two: safetensors and torch on a full disk
-            of_a_gpu = isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error)
-            if of_a_gpu and not isinstance(error, OSError):
-                raise
-            full = shutil.disk_usage(self.path).free < FULL
-            reason = "the disk is full" if full else getattr(error, "strerror", None) or error
-            raise ConfigError(
-                f"{folder} can't be saved ({reason}): free some space; what was saved before is whole"
-            ) from None
-        finally:
-            for left in self.path.glob(f"{unfinished.name}*"):
-                shutil.rmtree(left, ignore_errors=True)
+            write_sums(unfinished, list(unfinished.iterdir()))
+        self._link(LATEST, folder)
+        flush(self.path)
+        self._delete_old()
         return folder
 
     def _link(self, name: str, folder: Path) -> None:
@@ -143,7 +124,7 @@ class RunFolder:
     def _delete_old(self) -> None:
         best = self.best()
         for old in self.checkpoints()[: -self.keep]:
-            if best is None or old != self.folder(best.step):
+            if best is None or old != self.folder(best["step"]):
                 shutil.rmtree(old)
 
     def mark_best(self, step: int, value: float) -> None:
@@ -160,8 +141,8 @@ class RunFolder:
         path = self.path / BEST_VALUE
         if not path.exists():
             return None
-        best = Best(**read_record(path, _Best))
-        return best if self.folder(best.step).is_dir() else None
+        best: Best = read_record(path, Best)
+        return best if self.folder(best["step"]).is_dir() else None
 
     def folder(self, step: int) -> Path:
         """Where a step is saved."""
@@ -211,22 +192,15 @@ class RunFolder:
             stream.write(json.dumps(row) + "\n")
 
 
-def _seal(folder: Path) -> None:
-    """Add SHA256SUMS (which `sha256sum -c` reads), and wait until all of the folder is on the disk."""
-    files = sorted(folder.iterdir())
-    for path in (*files, write_sums(folder, files), folder):
-        flush(path)
-
-
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a step folder; None if every file is as it was sealed."""
+    """What is wrong with a step folder; None if every file is as it was written."""
     try:
         sums = read_sums(folder)
-        for name, digest in sums.items():
-            if sha256(folder / name) != digest:
-                return f"{name} is not as it was written"
+        changed = [name for name, digest in sums.items() if sha256(folder / name) != digest]
     except OSError as error:
         return f"{Path(error.filename or folder).name}: {error.strerror}"
     except ConfigError:
         return f"{SUMS} is missing or cut off"
+    if changed:
+        return f"{changed[0]} is not as it was written"
     return None if TRAINING_STATE in sums else f"{SUMS} is cut off"

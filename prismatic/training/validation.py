@@ -28,7 +28,7 @@ def is_best(run: RunFolder, validated: Mapping[str, Any], ranks: Ranks = SINGLE_
     if not validated:
         return False
     best = ranks.on_main_process(run.best)
-    return best is None or validated[BEST_BY] < best.value
+    return best is None or validated[BEST_BY] < best["value"]
 
 
 class Validation:
