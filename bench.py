@@ -12,7 +12,6 @@ python bench.py infer --plot latency.png          time and memory of an action: 
 python bench.py serve                             serve.py under load: latency, throughput, memory, and hostile requests
 """
 
-import os
 import sys
 
 if __name__ == "__main__" and sys.argv[1:2] == ["gpu"]:  # before the imports that a rented machine may lack
@@ -20,21 +19,22 @@ if __name__ == "__main__" and sys.argv[1:2] == ["gpu"]:  # before the imports th
 
     sys.exit(gpu.main(sys.argv[2:]))
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+import dataclasses
+import importlib
+import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 import tyro
+from msgspec import Meta
 
 from config import WORKSPACE
 from prismatic.atomic import write_json
 from prismatic.errors import ConfigError, exit_codes
-from prismatic.hub import resolve
 from prismatic.ranges import Count, Positive, checked
 
-Rows = list[dict[str, Any]]
-MAY_BE_ZERO = ("task_id", "num_workers")  # of the numbers below
+Size = Annotated[float, Meta(gt=0)]
 PICTURES = (".png", ".pdf", ".svg")
 
 
@@ -46,21 +46,21 @@ class BenchConfig:
 
 @dataclass(frozen=True)
 class BenchLoadConfig(BenchConfig):
-    # Checkpoint folder or hub id; none makes one of full size with random weights below WORKSPACE.
-    checkpoint: str | None = None
-
-
-def load(cfg: BenchLoadConfig) -> Rows:
     """Host memory while a checkpoint loads."""
-    from prismatic.bench import load
 
-    return load.run(resolve(cfg.checkpoint) if cfg.checkpoint else None, WORKSPACE)
+    # Checkpoint folder or hub id; none takes the folder named by --random.
+    checkpoint: str | None = None
+    # Folder of full size with random weights, made where it isn't there.
+    random: Path = WORKSPACE / "openvla-7b-random"
 
 
 @dataclass(frozen=True)
 class BenchEvalConfig(BenchConfig):
-    # Checkpoint folder, adapter folder or hub id that acts, and the suite and task that it acts in.
+    """Episodes an hour: one simulator alone against several side by side."""
+
+    # Checkpoint folder, adapter folder or hub id that acts.
     checkpoint: str = "checkpoints/openvla-tiny"
+    # Suite and task that it acts in.
     task_suite_name: str = "libero_spatial"
     task_id: Count = 0
     # Episodes of each row (at least one a process), and steps after which one is cut off.
@@ -72,27 +72,14 @@ class BenchEvalConfig(BenchConfig):
     workers: tuple[Positive, ...] = (2,)
 
 
-def evaluation(cfg: BenchEvalConfig) -> Rows:
-    """Episodes an hour: one simulator alone against several side by side."""
-    from prismatic.bench import eval
-
-    return eval.run(
-        cfg.checkpoint,
-        suite=cfg.task_suite_name,
-        task_id=cfg.task_id,
-        workers=cfg.workers,
-        episodes=cfg.episodes,
-        steps=cfg.steps,
-        quality=cfg.render_quality,
-    )
-
-
 @dataclass(frozen=True)
 class BenchTrainConfig(BenchConfig):
+    """Samples a second and memory of training steps, ours against the plain way."""
+
     # openvla-7b's size, or a small model's. None: full where there is a GPU.
     full_size: bool | None = None
     # GPU memory that tensors may take. Of a 24 GB card ECC and the driver leave about this much.
-    memory_cap_gib: float = 22.0
+    memory_cap_gib: Size = 22.0
     # Micro-batches to try, rising; a way that doesn't fit is not tried at larger ones. None: 1 to 32 on a GPU, 1 and 4 on a CPU.
     batch_sizes: tuple[Positive, ...] | None = None
     # Timed steps of each.
@@ -101,34 +88,18 @@ class BenchTrainConfig(BenchConfig):
     compile: bool = False
 
 
-def train(cfg: BenchTrainConfig) -> Rows:
-    """Samples a second and memory of training steps, ours against the plain way."""
-    from prismatic.bench import train
-
-    return train.run(
-        full_size=cfg.full_size,
-        memory_cap_gib=cfg.memory_cap_gib,
-        batch_sizes=cfg.batch_sizes,
-        steps=cfg.steps,
-        compiled=cfg.compile,
-    )
-
-
 @dataclass(frozen=True)
 class BenchMemoryConfig(BenchConfig):
-    # Sizes of cards in GiB.
-    cards: tuple[float, ...] = (12, 16, 24, 48, 80)
-
-
-def memory(cfg: BenchMemoryConfig) -> Rows:
     """What fits on which card, by finetune.py's plans."""
-    from prismatic.bench import memory
 
-    return memory.run(cfg.cards)
+    # Sizes of cards in GiB.
+    cards: tuple[Size, ...] = (12, 16, 24, 48, 80)
 
 
 @dataclass(frozen=True)
 class BenchDataConfig(BenchConfig):
+    """An RLDS set of LIBERO-Spatial's size: writing, reading into the cache, loading."""
+
     # Episodes of the set that is made: libero_spatial_no_noops has 432 …
     episodes: Positive = 432
     # … and 52,970 frames.
@@ -141,17 +112,10 @@ class BenchDataConfig(BenchConfig):
     folder: Path = WORKSPACE / "bench-data"
 
 
-def data(cfg: BenchDataConfig) -> Rows:
-    """An RLDS set of LIBERO-Spatial's size: writing, reading into the cache, loading."""
-    from prismatic.bench import data
-
-    return data.run(
-        cfg.folder, episodes=cfg.episodes, frames=cfg.frames, workers=cfg.num_workers, loaded=cfg.loaded_frames
-    )
-
-
 @dataclass(frozen=True)
 class BenchPrecisionConfig(BenchConfig):
+    """Action tokens of every precision beside those of the unquantised model."""
+
     # Checkpoint folder, adapter folder (it knows its base), or hub id.
     checkpoint: str
     # Adapter folder that goes on top.
@@ -168,69 +132,37 @@ class BenchPrecisionConfig(BenchConfig):
     held_out: Literal["validation", "all"] = "validation"
     # Frames that are asked about, evenly spread over them.
     num_frames: Positive = 1000
-    # Frames of one pass.
+    # Frames of one forward pass.
     batch_size: Positive = 16
-
-
-def precision(cfg: BenchPrecisionConfig) -> Rows:
-    """Action tokens of every precision beside those of the unquantised model."""
-    from prismatic.bench import precision
-    from prismatic.data.mixture import open_cache
-
-    cache = open_cache(cfg.data_root_dir, cfg.dataset_name, cache_dir=cfg.cache_dir)
-    return precision.run(
-        cfg.checkpoint,
-        cfg.adapter,
-        cache,
-        num_frames=cfg.num_frames,
-        every_episode=cfg.held_out == "all",
-        batch_size=cfg.batch_size,
-        unnorm_key=cfg.unnorm_key,
-    )
 
 
 @dataclass(frozen=True)
 class BenchInferConfig(BenchConfig):
+    """Ways of decoding: the plain one, the plain one at its best, ours, OpenVLA-OFT's chunks."""
+
     # Checkpoint folder or hub id, or random: weights of openvla-7b's size (16 GB). None: random on a GPU, checkpoints/openvla-tiny on a CPU.
     checkpoint: str | None = None
-    # Rows of a batch, number formats of the weights, and whether the plain way is also compiled (minutes a batch size on a CPU).
+    # Rows of a batch, precisions of the weights, and whether the plain way is also compiled (minutes a batch size on a CPU).
     batch_sizes: tuple[Positive, ...] = (1, 8, 32)
     quantize: tuple[Literal["none", "int8", "int4"], ...] = ("none", "int8", "int4")
     compiled: bool = True
+    # Images that random weights see: 2 is OpenVLA-OFT's recipe. A checkpoint sees as many as it learnt with.
+    num_images_in_input: Literal[1, 2] = 1
     # Timed actions of each way. At full size on a CPU one takes about 10 s: 2 are enough.
     rounds: Positive = 30
     # Draw latency against memory into this file (png, pdf, svg).
     plot: Path | None = None
 
 
-def infer(cfg: BenchInferConfig) -> Rows:
-    """Ways of decoding: the plain one, the plain one at its best, ours."""
-    import torch
-
-    from prismatic.bench import infer
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    checkpoint = cfg.checkpoint or ("checkpoints/openvla-tiny" if device == "cpu" else "random")
-    rows = infer.run(
-        None if checkpoint == "random" else resolve(checkpoint),
-        batch_sizes=cfg.batch_sizes,
-        precisions=cfg.quantize,
-        device=device,
-        rounds=cfg.rounds,
-        compiled=cfg.compiled,
-    )
-    if cfg.plot:
-        infer.plot(rows, cfg.plot)
-    return rows
-
-
 @dataclass(frozen=True)
 class BenchServeConfig(BenchConfig):
+    """A server under load, and under attack."""
+
     # Checkpoint folder, adapter folder or hub id that is served.
     checkpoint: str = "checkpoints/openvla-tiny"
     # Clients of mixed dialects at a time, and seconds that they ask.
     clients: Positive = 16
-    seconds: float = 60.0
+    seconds: Size = 60.0
     # Calls whose latency is compared with and without the server, in turns.
     pairs: Positive = 100
     # Hostile requests beside a good client, and refused ones while memory is watched.
@@ -238,78 +170,48 @@ class BenchServeConfig(BenchConfig):
     requests: Positive = 10_000
 
 
-def serve(cfg: BenchServeConfig) -> Rows:
-    """A server under load, and under attack."""
-    from prismatic.bench import serve
-
-    return serve.run(
-        cfg.checkpoint,
-        clients=cfg.clients,
-        seconds=cfg.seconds,
-        pairs=cfg.pairs,
-        hostile=cfg.hostile,
-        requests=cfg.requests,
-    )
-
-
-BENCHES: dict[type[BenchConfig], Callable[[Any], Rows]] = {
-    BenchLoadConfig: load,
-    BenchTrainConfig: train,
-    BenchMemoryConfig: memory,
-    BenchDataConfig: data,
-    BenchEvalConfig: evaluation,
-    BenchPrecisionConfig: precision,
-    BenchInferConfig: infer,
-    BenchServeConfig: serve,
+BENCHES: dict[str, type[BenchConfig]] = {  # each is prismatic/bench/NAME.py, whose `run` takes the flags by name
+    "load": BenchLoadConfig,
+    "train": BenchTrainConfig,
+    "memory": BenchMemoryConfig,
+    "data": BenchDataConfig,
+    "eval": BenchEvalConfig,
+    "precision": BenchPrecisionConfig,
+    "infer": BenchInferConfig,
+    "serve": BenchServeConfig,
 }
-Config = (
-    Annotated[BenchLoadConfig, tyro.conf.subcommand("load")]
-    | Annotated[BenchTrainConfig, tyro.conf.subcommand("train")]
-    | Annotated[BenchMemoryConfig, tyro.conf.subcommand("memory")]
-    | Annotated[BenchDataConfig, tyro.conf.subcommand("data")]
-    | Annotated[BenchEvalConfig, tyro.conf.subcommand("eval")]
-    | Annotated[BenchPrecisionConfig, tyro.conf.subcommand("precision")]
-    | Annotated[BenchInferConfig, tyro.conf.subcommand("infer")]
-    | Annotated[BenchServeConfig, tyro.conf.subcommand("serve")]  # one a bench, joined by |
-)
 
 
-def check(cfg: BenchConfig) -> None:
-    """ConfigError for what would fail only after minutes of measuring: a number that is too small, an empty list, a file that can't be written."""
-    for name in [field.name for field in fields(cfg)]:
-        value = getattr(cfg, name)
+def check_files(cfg: BenchConfig) -> None:
+    """ConfigError for what would fail only after minutes of measuring: an empty list, a file that can't be written."""
+    for name, value in vars(cfg).items():
         if value == ():
             raise ConfigError(f"--{name} is empty: give at least one, or leave it out")
-        for number in value if isinstance(value, tuple) else (value,):
-            least = 0 if name in MAY_BE_ZERO else 1
-            if type(number) is int and number < least:
-                raise ConfigError(f"--{name} {number} is too small: give {least} or more")
-            if type(number) is float and not 0 < number < float("inf"):
-                raise ConfigError(f"--{name} {number:g} is no size: give a number above 0")
-    for name in ("json", "plot"):
-        file: Path | None = getattr(cfg, name, None)
-        if file is None:
+        if name not in ("json", "plot") or value is None:
             continue
-        if not os.access(file.parent, os.W_OK) or (file.exists() and not file.is_file()):
-            raise ConfigError(f"--{name} {file} can't be written: give the name of a file in a folder of yours")
-        if name == "plot" and file.suffix.lower() not in PICTURES:
-            raise ConfigError(f"--plot {file} is no picture's name: let it end in {', '.join(PICTURES)}")
+        if not os.access(value.parent, os.W_OK) or (value.exists() and not value.is_file()):
+            raise ConfigError(f"--{name} {value} can't be written: give the name of a file in a folder of yours")
+        if name == "plot" and value.suffix.lower() not in PICTURES:
+            raise ConfigError(f"--plot {value} is no picture's name: let it end in {', '.join(PICTURES)}")
 
 
 def main(cfg: BenchConfig) -> None:
     """Measure, print one table, and write it as JSON where asked."""
     cfg = checked(cfg)
-    check(cfg)
-    rows = BENCHES[type(cfg)](cfg)
-    names = list(rows[0])
-    print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
+    check_files(cfg)
+    name = next(name for name, kind in BENCHES.items() if kind is type(cfg))
+    flags = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg) if field.name != "json"}
+    rows: list[dict[str, Any]] = importlib.import_module(f"prismatic.bench.{name}").run(**flags)
+    columns = list(rows[0])
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row in rows:
-        print("| " + " | ".join(str(row[name]) for name in names) + " |")
+        print("| " + " | ".join(str(row[column]) for column in columns) + " |")
     if cfg.json:
         write_json(cfg.json, rows)
 
 
 if __name__ == "__main__":
     with exit_codes():
-        flags = (tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes)
-        main(tyro.cli(Config, description=__doc__, config=flags, use_underscores=True))  # type: ignore[arg-type]
+        how = (tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes)
+        kinds = Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in BENCHES.items())]  # noqa: UP007
+        main(tyro.cli(kinds, description=__doc__, config=how, use_underscores=True))  # type: ignore[arg-type]

@@ -2,24 +2,30 @@
 
 import json
 import re
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import bench
+from prismatic.bench import memory
 from prismatic.errors import ConfigError
+from prismatic.models.tiny import TINY
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[bench.BenchConfig]:
-    """What was begun, in place of measuring."""
-    begun: list[bench.BenchConfig] = []
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The flags of what was begun, in place of measuring."""
+    begun: list[dict[str, Any]] = []
 
-    def measure(cfg: bench.BenchConfig) -> bench.Rows:
-        begun.append(cfg)
+    def run(**flags: object) -> list[dict[str, Any]]:
+        begun.append(flags)
         return [{"what": "all", "ms": 1.5}]
 
-    monkeypatch.setattr(bench, "BENCHES", dict.fromkeys(bench.BENCHES, measure))
+    monkeypatch.setattr(
+        bench, "importlib", types.SimpleNamespace(import_module=lambda name: types.SimpleNamespace(run=run))
+    )
     return begun
 
 
@@ -30,8 +36,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[bench.BenchConfig]:
         (bench.BenchEvalConfig(task_id=-1), "--task_id -1: expected a whole number >= 0"),
         (bench.BenchInferConfig(batch_sizes=(1, 0)), "--batch_sizes (1, 0): expected a whole number >= 1"),
         (bench.BenchInferConfig(quantize=()), "--quantize is empty"),
-        (bench.BenchMemoryConfig(cards=()), "--cards is empty"),
-        (bench.BenchTrainConfig(memory_cap_gib=-2.5), "--memory_cap_gib -2.5 is no size"),
+        (bench.BenchTrainConfig(memory_cap_gib=-2.5), "--memory_cap_gib -2.5: expected a number > 0"),
         (bench.BenchMemoryConfig(cards=(24.0, float("nan"))), "--cards nan: give a finite number"),
         (bench.BenchInferConfig(plot=Path("latency.txt")), "--plot latency.txt is no picture's name"),
         (bench.BenchInferConfig(plot=Path("nowhere/latency.png")), "--plot nowhere/latency.png can't be written"),
@@ -46,18 +51,26 @@ def test_nothing_is_measured_in_vain(cfg: bench.BenchConfig, sentence: str, meas
 
 
 def test_the_table_is_printed_and_kept(tmp_path: Path, measured: list, capsys: pytest.CaptureFixture[str]) -> None:
-    cfg = bench.BenchDataConfig(num_workers=(0, 2), loaded_frames=None, json=tmp_path / "table.json")
-    bench.main(cfg)
-    assert measured == [cfg]
+    bench.main(bench.BenchMemoryConfig(cards=(0.5, 2), json=tmp_path / "table.json"))
+    assert measured == [{"cards": (0.5, 2)}]
     assert capsys.readouterr().out.splitlines() == ["| what | ms |", "|---|---|", "| all | 1.5 |"]
     assert json.loads((tmp_path / "table.json").read_text()) == [{"what": "all", "ms": 1.5}]
 
 
-def test_small_sizes_are_sizes(measured: list) -> None:
-    for cfg in (
-        bench.BenchTrainConfig(memory_cap_gib=0.5),
-        bench.BenchMemoryConfig(cards=(0.5,)),
-        bench.BenchInferConfig(plot=Path("a.PNG")),
-    ):
-        bench.main(cfg)
-    assert len(measured) == 3
+@pytest.mark.parametrize("name", bench.BENCHES)
+def test_each_bench_takes_its_flags(name: str) -> None:
+    run = __import__(f"prismatic.bench.{name}", fromlist=["run"]).run
+    flags = {field.name for field in bench.dataclasses.fields(bench.BENCHES[name])} - {"json"}
+    assert flags == set(run.__code__.co_varnames[: run.__code__.co_argcount + run.__code__.co_kwonlyargcount]) - {
+        "config"
+    }
+
+
+def test_what_fits_on_which_card() -> None:
+    rows = memory.run((0.001, 0.4), TINY)
+    small, (kept, recomputed, _) = rows[:3], rows[3:6]
+    assert [row["base"] for row in small] == ["bfloat16", "bfloat16", "NF4"]
+    assert all(row["largest micro-batch"] == "doesn't fit" and row["planned GiB"].endswith(" at 1") for row in small)
+    assert 1 <= kept["largest micro-batch"] < memory.MOST and float(kept["planned GiB"]) <= 0.4
+    assert recomputed["largest micro-batch"] == f"{memory.MOST} and more"
+    assert [row["card"] for row in rows[6:]] == ["1 x 0.4 GB", "4 x 0.4 GB", "8 x 0.4 GB"]

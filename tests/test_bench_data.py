@@ -6,12 +6,12 @@ from prismatic.bench import data
 
 
 def test_it_writes_reads_and_loads_what_was_asked_for(tmp_path: Path) -> None:
-    rows = data.run(tmp_path / "new", episodes=5, frames=96, workers=(0,))
+    rows = data.run(tmp_path / "new", episodes=5, frames=96, num_workers=(0,))
     assert [row["what"] for row in rows] == [
         "write as RLDS", "read into the cache", "load with 0 processes", "an epoch, load with 0 processes",
     ]  # fmt: skip
     assert [row["frames"] for row in rows[:2]] == [96, 96] and all(row["frames/s"] > 0 for row in rows)
-    jpegs = sum(len(jpeg) for jpeg in data.drawn_pictures()) / data.PICTURES
+    jpegs = sum(len(jpeg) for jpeg in data.drawn_images()) / data.IMAGES
     assert 8_000 < jpegs < 30_000
     assert 0.5 < rows[1]["GB"] * 1e9 / (2 * 96 * jpegs) < 2 or rows[1]["GB"] == 0.0
     early, late = (rows[-1][f"RssAnon MiB at {part}"] for part in ("10%", "100%"))

@@ -41,14 +41,3 @@ def test_the_policy_is_busy_while_it_computes_and_the_simulator_while_it_does_no
     setup = Play(benchmark=FakeBenchmark(), max_steps=6)
     row = bench_eval.measure(TRIALS[:2], setup, Slow(), rendering=bench_eval.ONE_CORE, workers=1)
     assert row["policy busy"] > 0.5 > row["simulator busy"]  # the fake takes no time
-
-
-def test_rows_are_compared_with_one_simulator_alone() -> None:
-    rows = [
-        {"rendering": bench_eval.ONE_CORE, "workers": 1, "episodes an hour": 100.0},
-        {"rendering": bench_eval.THREADED, "workers": 1, "episodes an hour": 125.0},
-        {"rendering": bench_eval.ONE_CORE, "workers": 2, "episodes an hour": 180.0},
-    ]
-    compared = bench_eval.compare(rows)
-    assert [row["x one core"] for row in compared] == [1.0, 1.25, 1.8]
-    assert [row["x threads"] for row in compared] == [0.8, 1.0, 1.44]

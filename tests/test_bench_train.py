@@ -9,11 +9,12 @@ from prismatic.errors import ConfigError
 from prismatic.models.tiny import TINY
 from prismatic.models.vla import VLA
 
-BENCH = train.Bench(TINY, "cpu", torch.float32, steps=1)
+BENCH = train.Bench(TINY, torch.device("cpu"), torch.float32, steps=1)
+HOW = {"full_size": False, "memory_cap_gib": 24, "steps": 1, "compile": False}
 
 
 def test_both_ways_give_one_loss_and_the_same_gradients() -> None:
-    loss, gradient = train.check_equal(train.random_base(BENCH), BENCH)
+    loss, gradient = train.check_equal(BENCH)
     assert loss < 1e-5 and 0 < gradient < 1e-4
 
 
@@ -27,29 +28,35 @@ def test_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(PlainVLA, "share", different)
     with pytest.raises(ConfigError, match="the two ways differ: loss"):
-        train.check_equal(train.random_base(BENCH), BENCH)
+        train.check_equal(BENCH)
 
 
 def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "SMALL", TINY)
-    rows = train.run(full_size=False, memory_cap_gib=24, batch_sizes=(2,), steps=1, compiled=False)
+    rows = train.run(batch_sizes=(2,), **HOW)
     ways = [(row["way"], row["micro-batch"], row["recomputed"]) for row in rows]
-    assert ways == [("plain", 2, "no"), ("ours", 2, "no"), ("ours", 2, "yes"), ("ours, NF4 base", 1, "yes")]
-    plain, mine, recomputed, packed = (row["peak GiB"] for row in rows)
-    assert packed < recomputed < mine < plain
-    assert rows[0]["ratio"] == 1.0 and rows[1]["ratio"] == pytest.approx(
-        rows[1]["samples/s"] / rows[0]["samples/s"], abs=0.02
-    )
+    assert ways == [
+        ("plain", 2, "False"),
+        *(("ours", 2, way) for way in ("False", "selective", "True")),
+        ("NF4", 1, "True"),
+    ]
+    plain, ours, _, recomputed, packed = (row["peak GiB"] for row in rows)
+    assert packed < recomputed < ours < plain
+    speed = rows[1]["samples/s"] / rows[0]["samples/s"]
+    assert rows[0]["ratio"] == 1.0 and rows[1]["ratio"] == pytest.approx(speed, abs=0.02)
 
 
 def test_what_does_not_fit_is_not_tried_at_a_larger_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = {"plain": 1, "ours": 4}
-    monkeypatch.setattr(
-        train,
-        "tried",
-        lambda make, bench, size, *, way: (1.0, 1.0) if size <= limits[way] else train.TOO_LARGE,
-    )
-    rows = list(train._rows(train.random_base(BENCH), BENCH, (1, 2, 4, 8), compiled=False))
-    assert [row.size for row in rows if row.way == "plain"] == [1, 2] and rows[-1].size == 8
-    table = train._table(rows, BENCH, rate=1e9, flops=10**6)
-    assert [row["samples/s"] for row in table if row["way"] == "plain"] == [1.0, "doesn't fit"]
+    limits = {"plain": 1, "ours": 4, "NF4": 0}
+
+    def speed_and_peak(bench: object, way: str, size: int, recomputed: object) -> tuple[float, float]:
+        if size > limits[way]:
+            raise torch.OutOfMemoryError
+        return 2.0 * size, 1.0
+
+    monkeypatch.setattr(train, "SMALL", TINY)
+    monkeypatch.setattr(train, "speed_and_peak", speed_and_peak)
+    rows = train.run(batch_sizes=(1, 2, 4, 8), **HOW)
+    plain = [(row["micro-batch"], row["samples/s"]) for row in rows if row["way"] == "plain"]
+    assert plain == [(1, 2.0), (2, "doesn't fit")] and rows[-2]["micro-batch"] == 8
+    assert [row["ratio"] for row in rows if row["way"] == "ours" and row["recomputed"] == "True"] == [1, 2, 4, ""]

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from prismatic.atomic import append_line
 from prismatic.errors import ConfigError, exit_codes
 
 REPOSITORY = Path(__file__).parents[2]
@@ -27,8 +28,8 @@ ROWS = {  # name → seconds that it may take on an H100, a start of about 15 in
     "act plain": 60, "act eager": 60, "act compiled": 300, "act plain compiled": 240, "profile": 90,
     "train plain 1": 60, "train ours 1": 60, "train plain 4": 60, "train ours 4": 60, "train compiled 4": 150, "train plain 8": 60,
     "train ours 8": 60, "train compiled 1": 150, "train compiled 8": 150,
-    "act int8": 240, "act int4": 240, "act batch 8": 150, "act batch 16": 150, "act batch 32": 150,
-    "train NF4": 90, "finetune": 240,
+    "act int8": 240, "act int4": 240, "act batch 8": 150, "act batch 16": 150, "act batch 32": 150, "act OFT chunk": 60,
+    "train NF4 1": 90, "finetune": 240,
 }  # fmt: skip
 NEEDED = ("timm", "peft", "transformers", "safetensors", "msgspec", "tqdm", "PIL")  # modules, beside torch and numpy
 PACKAGES = {"PIL": "pillow"}  # where a package is not called as its module
@@ -40,21 +41,23 @@ def main(arguments: Sequence[str]) -> int:
     """Run the rows; 0 if all of them ran, 1 if one failed or was left out, 2 for wrong arguments."""
     with exit_codes():
         options = _parse(arguments)
-        for folder in (options.out, options.out / LOGS):
-            folder.mkdir(parents=True, exist_ok=True)
-        environment = _environment(options)
-        (options.out / LINES).unlink(missing_ok=True)
-        end, failed = time.monotonic() + 60 * options.minutes, 0
+        (options.out / LOGS).mkdir(parents=True, exist_ok=True)
+        environment, lines = _environment(options), options.out / LINES
+        lines.write_text("")
+        end, ran = time.monotonic() + 60 * options.minutes, []
         try:
             for name in options.rows or ROWS:
-                failed += not _run(name, options, environment, end)
+                ran.append(_run(name, options.out, environment, end))
         finally:
-            _write_table(options.out)
-        return int(failed > 0)
+            text = "\n".join(table([json.loads(line) for line in lines.read_text().splitlines()])) + "\n"
+            (options.out / TABLE).write_text(text)
+            print(text, end="")
+        return int(not all(ran))
     return 1
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Flags, without tyro, which a rented machine may lack."""
     parser = argparse.ArgumentParser(prog="bench.py gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for rows.jsonl, table.md and logs")
     parser.add_argument("--minutes", type=float, default=10.0, help="no row starts, and none goes on, after that")
@@ -80,7 +83,6 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _environment(options: argparse.Namespace) -> dict[str, str]:
     """What the rows' processes run with: packages out of the wheels, compiled code kept from row to row. ConfigError for a missing package."""
     installed = (options.out / INSTALLED).resolve()
-    paths = [str(REPOSITORY), str(installed), os.environ.get("PYTHONPATH", "")]
     for module in NEEDED:
         if importlib.util.find_spec(module) or (installed / module).exists():
             continue
@@ -95,7 +97,7 @@ def _environment(options: argparse.Namespace) -> dict[str, str]:
             raise ConfigError(f"{package} can't be installed from --wheels {options.wheels}: put its wheel there")
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), str(installed), os.environ.get("PYTHONPATH")))),
         "TORCHINDUCTOR_CACHE_DIR": str((options.out / COMPILED).resolve()),
         "MEMORY_CAP_GIB": str(options.memory_cap_gib),
         "DATASET_NAME": options.dataset_name,
@@ -103,27 +105,20 @@ def _environment(options: argparse.Namespace) -> dict[str, str]:
     }
 
 
-def _run(name: str, options: argparse.Namespace, environment: dict[str, str], end: float) -> bool:
+def _run(name: str, out: Path, environment: dict[str, str], end: float) -> bool:
     """One row in its own process group; whether it ended well. Its lines are kept as they come."""
-    lines, began = options.out / LINES, time.monotonic()
+    began = time.monotonic()
     seconds = min(ROWS[name], end - began)
     if seconds <= 0:
-        _keep(lines, {"row": name, "status": "left out", "reason": f"--minutes {options.minutes:g} were over"})
+        _keep(out, name, {"status": "left out", "reason": "--minutes were over"})
         return False
     print(f"{name}: at most {seconds:.0f} s", file=sys.stderr, flush=True)
-    log = options.out / LOGS / f"{name.replace(' ', '-')}.log"
+    log = out / LOGS / f"{name.replace(' ', '-')}.log"
     command = [sys.executable, "-m", "prismatic.bench.gpu_rows", name]
+    how: dict[str, Any] = {"cwd": REPOSITORY, "env": environment, "text": True, "start_new_session": True}
     with log.open("w") as errors:
-        process = subprocess.Popen(
-            command,
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            start_new_session=True,
-        )
-        reader = threading.Thread(target=_follow, args=(process, name, lines), daemon=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, **how)
+        reader = threading.Thread(target=_follow, args=(process, name, out), daemon=True)
         reader.start()
         try:
             code = process.wait(timeout=seconds)
@@ -134,43 +129,31 @@ def _run(name: str, options: argparse.Namespace, environment: dict[str, str], en
                 os.killpg(process.pid, signal.SIGKILL)  # what it started too: compilers
             process.wait()
             reader.join(GRACE_SECONDS)
-    status: dict[str, Any] = {"row": name, "status": "ok", "seconds": round(time.monotonic() - began, 1)}
+    status: dict[str, Any] = {"status": "ok", "seconds": round(time.monotonic() - began, 1)}
     if code is None:
         status |= {"status": "timeout", "reason": f"not done after {seconds:.0f} s"}
     elif code:
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
         status |= {"status": "failed", "reason": last[0] if last else f"exit code {code}"}
-    _keep(lines, status)
+    _keep(out, name, status)
     return code == 0
 
 
-def _follow(process: "subprocess.Popen[str]", name: str, lines: Path) -> None:
+def _follow(process: "subprocess.Popen[str]", name: str, out: Path) -> None:
     for line in process.stdout or ():
         with contextlib.suppress(ValueError):  # a library's own print
             if isinstance(measured := json.loads(line), dict):
-                _keep(lines, {"row": name, **measured})
+                _keep(out, name, measured)
 
 
-def _keep(lines: Path, row: dict[str, Any]) -> None:
-    with lines.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+def _keep(out: Path, name: str, facts: dict[str, Any]) -> None:
+    append_line(out / LINES, json.dumps({"row": name, **facts}).encode())
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """The rows as Markdown, a line each; of a row that ended well only what it measured."""
     yield "| row | measured |\n|---|---|"
     for row in rows:
-        facts = {key: value for key, value in row.items() if key != "row"}
-        if facts.get("status") == "ok":
-            continue
-        yield f"| {row['row']} | " + ", ".join(f"{k} {v}" for k, v in facts.items()).replace("|", "/") + " |"
-
-
-def _write_table(out: Path) -> None:
-    path = out / LINES
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    text = "\n".join(table(rows)) + "\n"
-    (out / TABLE).write_text(text)
-    print(text, end="")
+        if row.get("status") != "ok":
+            facts = (f"{name} {value}" for name, value in row.items() if name != "row" and value != "")
+            yield f"| {row['row']} | " + ", ".join(facts).replace("|", "/") + " |"

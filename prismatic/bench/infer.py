@@ -1,261 +1,249 @@
-"""How fast is an action, and what does it take? In: a checkpoint, or none (random weights of openvla-7b's size). Out: a row for each precision,
-batch size and way of decoding.
+"""How fast is an action, and what does it take? In: a checkpoint, or random weights of openvla-7b's size. Out: a row a precision, batch size and way.
 
-The ways of one precision and batch size take turns, call by call, so that whatever else the machine does falls on all of them. Before
-anything is timed each way's words are compared with the plain way's: in float32 they must be the same.
+    plain, plain compiled     transformers' Llama and its generate: eager; with a static cache and torch.compile
+    eager, compiled           ours (decode.py); compiled.py on a GPU
+    right draft, wrong draft  ours, with a draft of the whole action
+    OFT chunk                 the same weights as OpenVLA-OFT: a state, and 8 actions by regression in one forward pass
+
+The ways of one precision and batch size take turns. Each way's tokens are compared with the plain way's: in float32 they must be the same.
 """
 
-import functools
+import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from prismatic.bench import ceilings
-from prismatic.bench.load import Peak
+from prismatic.bench import instruments
+from prismatic.bench.instruments import HostMemory, Row, digits, random_model, seconds_in_turns
 from prismatic.bench.plain import PlainDecoder
-from prismatic.bench.random_model import random_model
 from prismatic.checkpoint import load_vla
+from prismatic.errors import ConfigError
 from prismatic.filenames import CONFIG
+from prismatic.hub import resolve
+from prismatic.models import quantize as quantisation
 from prismatic.models.compiled import decoder_for
 from prismatic.models.config_file import read_config
 from prismatic.models.decode import ActionDecoder
-from prismatic.models.quantize import quantize, stored_bytes
+from prismatic.models.quantize import stored_bytes
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.normalize import ACTION_DIMENSIONS
 
 ACTION_DIM = len(ACTION_DIMENSIONS)
-PROMPT_WORDS = 30  # of LIBERO's instructions with the prompt around them
-SEED = 0
+PROMPT_TOKENS = 30  # of LIBERO's instructions with the prompt around them
 DECISIVE = 8  # times the deviation of a random head's other rows
-
-PLAIN = "plain"
-Run = Callable[[int], torch.Tensor]  # number of words → ids (B, words)
-Row = dict[str, Any]
+CHUNK, STATE = 8, 8  # actions and numbers of OpenVLA-OFT in LIBERO
+WAYS = ("plain", "plain compiled", "eager", "compiled", "right draft", "wrong draft", "OFT chunk")
 COLUMNS = (
-    "precision", "batch", "way", "weights GB", "peak GB", "first word ms", "p50 ms", "p95 ms", "actions/s", "× plain", "of floor %",
-    "same words %", "note",
+    "precision", "batch", "way", "weights GB", "peak GB", "first call s", "forward passes", "first token ms", "p50 ms", "p95 ms",
+    "actions/s", "× plain", "of floor %", "same tokens %", "note",
 )  # fmt: skip
+Answer = tuple[torch.Tensor, int]  # ids (B, tokens) or a chunk, and forward passes through the language model
+Run = Callable[[int], Answer]  # of so many tokens
+Plain = dict[int, tuple[float, torch.Tensor]]  # batch size → median seconds and ids of the plain way
 
 
-def random_full_size(dtype: torch.dtype, device: torch.device) -> VLA:
-    """openvla-7b's shapes with random weights, made where they are used; the likeliest word is an action, as in a trained model."""
-    vla = random_model(VLAConfig(), dtype=dtype, device=device, seed=SEED)
-    first, last = vla.config.vocab_size - vla.config.n_action_bins, vla.config.vocab_size
-    with torch.no_grad():
-        vla.language_model.lm_head.weight[first:last] *= DECISIVE
-    return vla.eval()
+def random_actor(config: VLAConfig, *, dtype: torch.dtype, device: torch.device) -> VLA:
+    """A model of random weights whose likeliest token is an action, as a trained one's is."""
+    vla = random_model(config, dtype=dtype, device=device)
+    vla.language_model.lm_head.weight.data[config.vocab_size - config.n_action_bins : config.vocab_size] *= DECISIVE
+    return vla.eval().requires_grad_(False)
 
 
-def inputs(
-    config: VLAConfig, batch: int, device: torch.device, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random prompts (B, PROMPT_WORDS) that end in the empty token, and random pictures; the time doesn't depend on what they show."""
-    generator = torch.Generator().manual_seed(SEED)
-    words = config.vocab_size - config.n_action_bins
-    ids = torch.randint(4, words, (batch, PROMPT_WORDS), generator=generator)
+def inputs(vla: VLA, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random prompts (B, PROMPT_TOKENS) that end in the empty token, and pixels; the time doesn't depend on what they show."""
+    config, norm = vla.config, vla.language_model.model.norm.weight
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, config.vocab_size - config.n_action_bins, (batch, PROMPT_TOKENS), generator=generator)
     ids[:, 0], ids[:, -1] = config.bos_token_id, config.empty_token_id
     shape = (batch, 6 * config.num_images_in_input, config.image_size, config.image_size)
-    return ids.to(device), torch.randn(shape, generator=generator).to(device, dtype)
+    return ids.to(norm.device), torch.randn(shape, generator=generator).to(norm)
 
 
-def ways(
-    vla: VLA, precision: str, ids: torch.Tensor, pixels: torch.Tensor, compiled: Callable[[], ActionDecoder]
-) -> Iterator[tuple[str, Callable[[], Run]]]:
-    """(name, what makes its run) of every way of decoding this batch, the slowest first. Making one may run out of memory."""
+def as_oft(vla: VLA) -> VLA:
+    """OpenVLA-OFT on a model's own layers, quantised or not, with a random head and state projector."""
+    config = dataclasses.replace(vla.config, action_head="l1", num_actions_chunk=CHUNK, proprio_dim=STATE)
+    with torch.device("meta"):
+        oft = VLA(config)
+    oft.vision_backbone, oft.projector = vla.vision_backbone, vla.projector
+    for name, module in vla.language_model.named_modules():
+        if not list(module.children()):
+            oft.language_model.set_submodule(name, module)
+    for head in (oft.action_head, oft.proprio_projector):
+        instruments.fill_random(head, like=vla.language_model.model.norm.weight)  # type: ignore[arg-type]
+    return oft.eval().requires_grad_(False)
 
-    def stock(*, best: bool) -> Run:
-        decoder = PlainDecoder(vla, best=best)
-        return lambda words: decoder(ids, pixels, words)
 
-    eager = ActionDecoder(vla)
+def way_of(name: str, vla: VLA, batch: int, decoder: ActionDecoder) -> Run:
+    """A way of answering this batch; making it, or its first call, may run out of memory or find no compiler."""
+    ids, pixels = inputs(vla, batch)
+    first = vla.config.vocab_size - vla.config.n_action_bins
+    if name.startswith("plain"):
+        plain = PlainDecoder(vla, best=name != "plain")
+        return lambda tokens: (plain(ids, pixels, tokens), tokens)
+    if name == "OFT chunk":
+        oft, state = as_oft(vla), torch.zeros(batch, STATE, device=ids.device)
+        return lambda tokens: (oft.predict_chunk(ids, pixels, state), 1)
+    if name == "eager":
+        decoder = ActionDecoder(vla)
+    draft = None
+    if name.endswith("draft"):
+        answer = ActionDecoder(vla)(ids, pixels, ACTION_DIM).ids
+        draft = first + (answer - first + (name == "wrong draft")) % vla.config.n_action_bins
 
-    def drafted(*, wrong: int) -> Run:
-        first = vla.config.vocab_size - vla.config.n_action_bins
-        draft = first + (eager(ids, pixels, ACTION_DIM).ids - first + wrong) % vla.config.n_action_bins
-        return lambda words: compiled()(ids, pixels, words, draft=draft[:, :words]).ids
+    def run(tokens: int) -> Answer:
+        answer = decoder(ids, pixels, tokens, draft=None if draft is None else draft[:, :tokens])
+        return answer.ids, answer.forward_passes
 
-    if precision == "none":
-        yield PLAIN, lambda: stock(best=False)
-        yield "plain, static cache, compiled", lambda: stock(best=True)
-    yield "ours, eager", lambda: lambda words: eager(ids, pixels, words).ids
-    yield "ours, compiled", lambda: lambda words: compiled()(ids, pixels, words).ids
-    yield "ours, compiled + drafting, all right", lambda: drafted(wrong=0)
-    yield "ours, compiled + drafting, all wrong", lambda: drafted(wrong=1)
+    return run
+
+
+def compare(
+    vla: VLA, precision: str, batch: int, ways: Sequence[str], *, rounds: int, plain: Plain, decoder: ActionDecoder
+) -> list[Row]:
+    """A row a way, which is timed or says why not. plain is added to where that is one of the ways.
+
+    Peak memory is, on a GPU, all that the process has reserved by then; on a CPU the weights and what a call takes beside them.
+    """
+    norm, ready, rows = vla.language_model.model.norm.weight, {}, []
+    for name in ways:
+        print(f"{precision}, batch {batch}: {name}", file=sys.stderr, flush=True)
+        row: Row = dict.fromkeys(COLUMNS, "") | {"precision": precision, "batch": batch, "way": name}
+        rows.append(row)
+        try:
+            run = way_of(name, vla, batch, decoder)
+            began = time.perf_counter()
+            run(ACTION_DIM)[0].cpu()
+            row["first call s"] = digits(time.perf_counter() - began)
+            for tokens in (1, ACTION_DIM):
+                run(tokens)
+            with HostMemory() as memory:
+                answer, row["forward passes"] = run(ACTION_DIM)
+                answer = answer.clone()
+        except Exception as error:
+            row["note"] = sentence(error)
+            continue
+        weights = stored_bytes(vla)
+        on_gpu = norm.device.type == "cuda"
+        peak = torch.cuda.max_memory_reserved(norm.device) if on_gpu else weights + memory.bytes
+        row |= {"weights GB": digits(weights / 1e9), "peak GB": digits(peak / 1e9)}
+        if name == "plain":
+            plain[batch] = float("nan"), answer
+        if batch in plain and name != "OFT chunk":
+            same = (answer == plain[batch][1]).float().mean().item()
+            if precision == "none" and norm.dtype == torch.float32 and same < 1:
+                raise RuntimeError(f"{name}: {100 * (1 - same):.1f} % of its tokens are not the plain way's")
+            row["same tokens %"] = round(100 * same, 1)
+        if name == "compiled":
+            row["note"] = decoder.description
+        ready[name] = run, row
+    times = {
+        tokens: seconds_in_turns(
+            {name: lambda run=run, n=tokens: run(n) for name, (run, _) in ready.items()}, rounds, norm.device
+        )
+        for tokens in (1, ACTION_DIM)
+    }
+    if "plain" in ready:
+        plain[batch] = float(times[ACTION_DIM]["plain"].median()), plain[batch][1]
+    for name, (_, row) in ready.items():
+        p50, p95 = (float(times[ACTION_DIM][name].quantile(q)) for q in (0.5, 0.95))
+        if name != "OFT chunk":
+            row["first token ms"] = digits(1e3 * float(times[1][name].median()))
+        row |= {"p50 ms": digits(1e3 * p50), "p95 ms": digits(1e3 * p95)}
+        row["actions/s"] = digits(batch * (CHUNK if name == "OFT chunk" else 1) / p50)
+        if batch in plain:
+            row["× plain"] = digits(plain[batch][0] / p50)
+    return rows
+
+
+def sentence(error: Exception) -> str:
+    """An error as a cell of a table."""
+    return f"{type(error).__name__}: {error}".split("\n")[0].replace("|", "/")
+
+
+def prompt_flop(config: VLAConfig, tokens: int) -> int:
+    """FLOP of one row's first forward pass, counted without computing it."""
+    with torch.device("meta"), torch.inference_mode():
+        vla = VLA(config).eval()
+        pixels = torch.empty(1, 6 * config.num_images_in_input, config.image_size, config.image_size)
+        with FlopCounterMode(display=False) as counter:
+            ActionDecoder(vla)(torch.empty(1, tokens, dtype=torch.int64), pixels, 1)
+    return counter.get_total_flops()
+
+
+def floor_seconds(vla: VLA, rates: tuple[float, float]) -> Callable[[int], float]:
+    """batch → seconds that no decoder beats without drafts: the decoder's weights read once a further token, the prompt's arithmetic.
+
+    rates: bytes and FLOP a second, measured here.
+    """
+    layers: nn.Module = vla.language_model.model.layers
+    reading = (ACTION_DIM - 1) * stored_bytes(layers) / rates[0]
+    prompt = prompt_flop(vla.config, PROMPT_TOKENS - 1) / rates[1]
+    return lambda batch: reading + batch * prompt
 
 
 def run(
-    folder: Path | None,
+    checkpoint: str | None,
     *,
     batch_sizes: Sequence[int],
-    precisions: Sequence[str],
-    device: str,
-    rounds: int,
-    compiled: bool = True,
-) -> list[Row]:
-    """The table. folder None: random weights of full size. rounds: timed calls of each way. compiled: whether to include what takes a compiler
-    minutes to get ready on a CPU, the plain way at its best.
-    """
-    place = torch.device(device)
-    dtype = torch.bfloat16 if place.type == "cuda" or folder is None else torch.float32
-    rates = ceilings.bandwidth(place), ceilings.matrix_rate(place, dtype)
-    config = VLAConfig() if folder is None else read_config(folder / CONFIG)
-    prompt_seconds = ceilings.prompt_flop(config, PROMPT_WORDS - 1) / rates[1]
-    rows: list[Row] = []
-    plain: dict[int, tuple[float, torch.Tensor]] = {}  # batch → seconds and words of the plain way
-    for precision in precisions:
-        vla = random_full_size(dtype, place) if folder is None else load_vla(folder, dtype=dtype, device=device).eval()
-        vla.requires_grad_(False)
-        missing = _quantised(vla, precision)
-        for batch in batch_sizes:
-            floor = (ACTION_DIM - 1) * ceilings.step_bytes(vla) / rates[0] + batch * prompt_seconds
-            if missing:
-                rows.append(_skipped(precision, batch, "all", missing))
-            else:
-                rows += _batch(vla, precision, batch, plain, floor, rounds, compiled)
-        del vla  # before the next one is made
-        ceilings.release_memory()
-    for row in [row for row in rows if row["p50 ms"]][:1]:
-        ceiling = f"ceilings: {rates[0] / 1e9:.0f} GB/s, {rates[1] / 1e12:.3g} TFLOP/s ({dtype})"
-        row["note"] = ceiling.replace("torch.", "")
-    return rows
-
-
-def _quantised(vla: VLA, precision: str) -> str:
-    """Quantise it, in place; why not, where that fails: no such precision, a backend that isn't installed or has no kernel for this device."""
-    try:
-        if precision != "none":
-            quantize(vla, precision)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def _batch(
-    vla: VLA,
-    precision: str,
-    batch: int,
-    plain: dict[int, tuple[float, torch.Tensor]],
-    floor: float,
-    rounds: int,
+    quantize: Sequence[str],
     compiled: bool,
+    num_images_in_input: int,
+    rounds: int,
+    plot: Path | None,
 ) -> list[Row]:
-    """Rows of one precision and batch size. floor: seconds that an action takes at least."""
-    norm = vla.language_model.model.norm.weight
-    ids, pixels = inputs(vla.config, batch, norm.device, norm.dtype)
-    weights = stored_bytes(vla)
-    ready: dict[str, tuple[Run, Row]] = {}
-    rows = []
-    held = _reserved(norm.device)
-    decoder = functools.cache(lambda: decoder_for(vla))
-    for name, make in ways(vla, precision, ids, pixels, decoder):
-        if not compiled and name.startswith("plain, static"):
-            rows.append(_skipped(precision, batch, name, "left out: --compiled False"))
-            continue
-        print(f"{precision}, batch {batch}: {name}", file=sys.stderr, flush=True)
-        try:
-            call = make()
-            words, more = _prepared(call, held, norm.device)
-        except Exception as error:  # out of memory, or no compiler
-            rows.append(_skipped(precision, batch, name, error))
-            continue
-        if name == PLAIN:
-            plain[batch] = float("nan"), words
-        row = _skipped(precision, batch, name, "")
-        row |= {"weights GB": _digits(weights / 1e9), "peak GB": _digits((weights + more) / 1e9)}
-        if batch in plain:
-            same = (words == plain[batch][1]).float().mean().item()
-            if precision == "none" and norm.dtype == torch.float32 and same < 1:
-                raise RuntimeError(
-                    f"{name}, batch {batch}: {100 * (1 - same):.1f} % of its words are not the plain way's"
-                )
-            row["same words %"] = round(100 * same, 1)
-        if name.startswith("ours, compiled"):
-            row["note"] = decoder().description
-        ready[name] = call, row
-        rows.append(row)
-        if not name.startswith("ours, compiled"):  # what is drafted stands on the same graphs and cache
-            held = _reserved(norm.device)
-    print(f"{precision}, batch {batch}: {rounds} actions of each, in turns", file=sys.stderr, flush=True)
-    times = _take_turns({name: call for name, (call, _) in ready.items()}, rounds, norm.device)
-    if PLAIN in times:
-        plain[batch] = float(times[PLAIN][1].quantile(0.5)), plain[batch][1]
-    for name, (first, whole) in times.items():
-        p50, p95 = (float(whole.quantile(q)) for q in (0.5, 0.95))
-        ready[name][1].update(
-            {
-                "first word ms": _digits(1e3 * float(first.quantile(0.5))),
-                "p50 ms": _digits(1e3 * p50),
-                "p95 ms": _digits(1e3 * p95),
-                "actions/s": _digits(batch / p50),
-                "× plain": _digits(plain[batch][0] / p50) if batch in plain else "",
-                "of floor %": round(100 * floor / p50),
-            }
+    """The table. checkpoint None: random on a GPU, the small policy on a CPU. compiled: also what takes a CPU's compiler minutes."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint = checkpoint or ("checkpoints/openvla-tiny" if device.type == "cpu" else "random")
+    folder = None if checkpoint == "random" else resolve(checkpoint)
+    dtype = torch.bfloat16 if device.type == "cuda" or folder is None else torch.float32
+    config = read_config(folder / CONFIG) if folder else VLAConfig(num_images_in_input=num_images_in_input)
+    if config.action_head != "tokens":
+        raise ConfigError(
+            f"{checkpoint} answers with chunks: give one that answers with tokens, which also has an OFT row"
         )
+    rates = instruments.bandwidth(device), instruments.matrix_rate(device, dtype)
+    rows: list[Row] = []
+    plain: Plain = {}
+    for precision in quantize:
+        vla = (
+            load_vla(folder, dtype=dtype, device=str(device))
+            if folder
+            else random_actor(config, dtype=dtype, device=device)
+        )
+        try:
+            vla = quantisation.quantize(vla, precision) if precision != "none" else vla
+        except Exception as error:  # no kernel for this device
+            rows.append(dict.fromkeys(COLUMNS, "") | {"precision": precision, "note": sentence(error)})
+            continue
+        vla.eval().requires_grad_(False)
+        decoder, floor = decoder_for(vla), floor_seconds(vla, rates)
+        known = WAYS if precision == "none" else WAYS[2:]  # the plain way has no integers
+        ways = [name for name in known if compiled or name != "plain compiled"]
+        for batch in batch_sizes:
+            found = compare(vla, precision, batch, ways, rounds=rounds, plain=plain, decoder=decoder)
+            for row in found:
+                if row["p50 ms"]:
+                    row["of floor %"] = round(1e5 * floor(batch) / row["p50 ms"])
+            rows += found
+        del vla, decoder  # before the next one is made
+        instruments.release_memory()
+    rows[0]["note"] += f" ceilings: {rates[0] / 1e9:.0f} GB/s, {rates[1] / 1e12:.3g} TFLOP/s ({dtype})"
+    if plot:
+        draw(rows, plot)
     return rows
 
 
-def _reserved(device: torch.device) -> int:
-    """Bytes that torch holds on a GPU, the private memory of graphs included; 0 on a CPU."""
-    if device.type != "cuda":
-        return 0
-    ceilings.release_memory()
-    return torch.cuda.memory_reserved(device)
-
-
-def _prepared(call: Run, held: int, device: torch.device) -> tuple[torch.Tensor, int]:
-    """Run a way until it is warm. Returns its words, and the most bytes that it holds beside the weights; held: before the way was there."""
-    for words in (1, ACTION_DIM, ACTION_DIM):
-        call(words)
-    if device.type == "cuda":
-        _reserved(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        answer = call(ACTION_DIM).clone()
-        return answer, torch.cuda.max_memory_reserved(device) - held
-    with Peak() as peak:
-        answer = call(ACTION_DIM).clone()
-    return answer, peak.bytes
-
-
-def _take_turns(
-    calls: dict[str, Run], rounds: int, device: torch.device
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Seconds to the first word and of whole actions, `rounds` of each way, one after the other."""
-    taken: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            for words, times in zip((1, ACTION_DIM), taken[name], strict=True):
-                ceilings.wait(device)
-                start = time.perf_counter()
-                call(words)
-                ceilings.wait(device)
-                times.append(time.perf_counter() - start)
-    return {name: (torch.tensor(first), torch.tensor(whole)) for name, (first, whole) in taken.items()}
-
-
-def _skipped(precision: str, batch: int, way: str, reason: object) -> Row:
-    """A row without numbers, which says why; also the form of those with numbers."""
-    note = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else str(reason)
-    known = {"precision": precision, "batch": batch, "way": way, "note": note.split("\n")[0].replace("|", "/")}
-    return {name: known.get(name, "") for name in COLUMNS}
-
-
-def _digits(number: float) -> float:
-    """Three significant digits."""
-    return float(f"{number:.3g}")
-
-
-def plot(rows: Sequence[Row], file: Path) -> None:
+def draw(rows: Sequence[Row], file: Path) -> None:
     """Latency of an action against peak memory, a mark a row with numbers, a colour a precision."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 6))
+    figure = Figure(figsize=(9, 6))
+    axes = figure.subplots()
     measured = [row for row in rows if row["p50 ms"]]
     for number, precision in enumerate(dict.fromkeys(row["precision"] for row in measured)):
         chosen = [row for row in measured if row["precision"] == precision]
@@ -265,4 +253,3 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     axes.set(xlabel="peak memory, GB", ylabel="median latency of a batch of actions, ms", xscale="log", yscale="log")
     axes.legend(title="weights")
     figure.savefig(file, dpi=150, bbox_inches="tight")
-    pyplot.close(figure)

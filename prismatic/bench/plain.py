@@ -5,6 +5,7 @@ runs the last one for nothing), nothing recomputed, unfused AdamW. The module's 
 other by name.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -21,21 +22,12 @@ from prismatic.models.vla import IGNORE, VLA, VLAConfig
 
 def stock_llama(text: LlamaConfig) -> transformers.LlamaForCausalLM:
     """transformers' own model of these sizes, with random weights."""
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=text.hidden_size,
-            intermediate_size=text.intermediate_size,
-            num_hidden_layers=text.num_hidden_layers,
-            num_attention_heads=text.num_attention_heads,
-            num_key_value_heads=text.num_key_value_heads,
-            vocab_size=text.vocab_size,
-            rms_norm_eps=text.rms_norm_eps,
-            max_position_embeddings=text.max_position_embeddings,
-            rope_parameters={"rope_type": "default", "rope_theta": text.rope_theta},
-            tie_word_embeddings=False,
-            attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
-        )
+    sizes = dataclasses.asdict(text)
+    rope = {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")}
+    config = transformers.LlamaConfig(
+        **sizes, rope_parameters=rope, tie_word_embeddings=False, attn_implementation="sdpa"
     )
+    return transformers.LlamaForCausalLM(config)
 
 
 class PlainVLA(nn.Module):
@@ -60,7 +52,7 @@ class PlainVLA(nn.Module):
         with weights["language_model.lm_head.weight"].device:
             llama.model.rotary_emb = LlamaRotaryEmbedding(
                 llama.config
-            )  # its table is no weight: made anew, off the meta device
+            )  # its table is no weight: made off the meta device
         return plain
 
     def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -85,15 +77,11 @@ class PlainVLA(nn.Module):
         vision = self.vision_backbone
         images = pixel_values.reshape(-1, 2 * CHANNELS, *pixel_values.shape[-2:])
         features = []
-        for tower, pixels in (
-            (vision.featurizer, images[:, :CHANNELS]),
-            (vision.fused_featurizer, images[:, CHANNELS:]),
+        for tower, pixels in zip(
+            (vision.featurizer, vision.fused_featurizer), images.split(CHANNELS, dim=1), strict=True
         ):
             x = tower._pos_embed(tower.patch_embed(pixels))
-            outputs = []
-            for block in tower.blocks:
-                x = block(x)
-                outputs.append(x)
+            outputs = [x := block(x) for block in tower.blocks]
             features.append(outputs[-2][:, tower.num_prefix_tokens :])
         return torch.cat(features, dim=-1).reshape(pixel_values.shape[0], -1, vision.width)
 

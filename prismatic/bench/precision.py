@@ -1,33 +1,32 @@
 """Does quantising change what a policy does? In: a checkpoint and frames of demonstrations. Out: a row for each precision.
 
 Teacher-forced: every token is predicted behind the *demonstrated* ones, so that one early difference does not colour the six that follow.
-Pictures are cropped as when acting. Matches are with the unquantised model on the same frames (float32 on a CPU, bfloat16 on a GPU); of the
+Images are cropped as when acting. Matches are with the unquantised model on the same frames (float32 on a CPU, bfloat16 on a GPU); of the
 L1 distances in normalised units ([-1, 1]) one is to the unquantised model's action and one to the demonstrated action.
 This says how alike the answers are; whether the robot still succeeds is for `eval.py --compare` to say.
 """
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from prismatic.bench.ceilings import release_memory
+from prismatic.bench.instruments import Row, release_memory
 from prismatic.checkpoint import base_and_adapter, load_policy, load_quantized
 from prismatic.data.examples import example
 from prismatic.data.frames import FrameCache
+from prismatic.data.mixture import open_cache
 from prismatic.errors import ConfigError
 from prismatic.filenames import CONFIG
 from prismatic.models import quantize
-from prismatic.models.decode import action_logits
 from prismatic.models.quantize import stored_bytes
 from prismatic.models.vla import IGNORE, VLA
 from prismatic.normalize import normalize
 from prismatic.processor import Batch, Processor
 
 FLOAT32_BYTES = 4
-WAYS: dict[str, dict[str, Any]] = {  # arguments of load_quantized
+WAYS: dict[str, Row] = {  # arguments of load_quantized
     "int8": {"precision": "int8"},
     "int8, image towers too": {"precision": "int8", "vision": True},
     "int8, activations too (W8A8)": {"precision": "int8", "int8_activations": True},
@@ -37,13 +36,11 @@ WAYS: dict[str, dict[str, Any]] = {  # arguments of load_quantized
 }
 
 
-def held_out(cache: FrameCache, num_frames: int, *, every_episode: bool) -> np.ndarray:
+def spread(cache: FrameCache, num_frames: int, *, every_episode: bool) -> np.ndarray:
     """num_frames frame numbers, evenly spread over the validation episodes, or over all of them. ConfigError if there are fewer."""
-    frames = (
-        np.concatenate([cache.train_indices(), cache.validation_indices()])
-        if every_episode
-        else cache.validation_indices()
-    )
+    frames = cache.validation_indices()
+    if every_episode:
+        frames = np.concatenate([cache.train_indices(), frames])
     if len(frames) < num_frames:
         raise ConfigError(
             f"data set {cache.name} has {len(frames)} held-out frames, fewer than --num_frames {num_frames}: ask for fewer, or collect "
@@ -55,7 +52,7 @@ def held_out(cache: FrameCache, num_frames: int, *, every_episode: bool) -> np.n
 def batches(
     cache: FrameCache, frames: np.ndarray, processor: Processor, size: int
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Samples with pictures as when acting, and the (B, D) demonstrated actions, normalised."""
+    """Samples with images as when acting, and the (B, D) demonstrated actions, normalised."""
     for start in range(0, len(frames), size):
         steps = [cache[frame]._replace(dataset=processor.config.unnorm_key) for frame in frames[start : start + size]]
         actions = np.stack([normalize(step.actions[0], processor.action_statistics()) for step in steps])
@@ -64,17 +61,14 @@ def batches(
 
 @torch.inference_mode()
 def forced_ids(vla: VLA, batch: Batch, action_dim: int) -> np.ndarray:
-    """(B, D) ids: the likeliest action word at each place, behind the demonstrated ones."""
+    """(B, D) ids: the likeliest action token at each place, behind the demonstrated ones."""
     first = next(vla.parameters())
     batch = batch.to(first.device)
-    pixels = batch.pixel_values.to(first.dtype)
-    embeddings = vla.embed(batch.input_ids, pixels)
-    positions = torch.arange(embeddings.shape[1], device=first.device).expand(embeddings.shape[:2])
-    hidden = vla.language_model(embeddings, positions)[:, -batch.labels.shape[1] : -1]
-    counts = (batch.labels[:, 1:] != IGNORE) & (batch.labels[:, 1:] != vla.config.eos_token_id)
+    out = vla(batch.input_ids, batch.attention_mask, batch.pixel_values.to(first.dtype), batch.labels)
+    targets = batch.labels[batch.labels != IGNORE]
     low, high = vla.config.vocab_size - vla.config.n_action_bins, vla.config.vocab_size
-    logits = action_logits(vla.language_model.lm_head, hidden[counts], low, high)
-    return (low + logits.float().argmax(dim=-1)).reshape(-1, action_dim).cpu().numpy()
+    logits = out.logits[targets != vla.config.eos_token_id, low:high]
+    return (low + logits.argmax(dim=-1)).reshape(-1, action_dim).cpu().numpy()
 
 
 def answers(vla: VLA, samples: Sequence[tuple[Batch, np.ndarray]], action_dim: int) -> np.ndarray:
@@ -84,7 +78,7 @@ def answers(vla: VLA, samples: Sequence[tuple[Batch, np.ndarray]], action_dim: i
 
 def row(
     what: str, vla: VLA, ids: np.ndarray, reference: np.ndarray, demonstrated: np.ndarray, processor: Processor
-) -> dict[str, Any]:
+) -> Row:
     """One line of the table. Sizes: what the weights take on this device, against the model's (without an adapter) in float32."""
     tokenizer = processor.action_tokenizer
     with torch.device("meta"):
@@ -107,32 +101,35 @@ def row(
 
 def run(
     checkpoint: str,
-    adapter: Path | None,
-    cache: FrameCache,
     *,
-    num_frames: int,
-    every_episode: bool,
-    batch_size: int,
+    adapter: Path | None,
     unnorm_key: str | None,
-) -> list[dict[str, Any]]:
+    data_root_dir: Path,
+    dataset_name: str,
+    cache_dir: Path,
+    held_out: str,
+    num_frames: int,
+    batch_size: int,
+) -> list[Row]:
     """The unquantised model's row, then one for each of WAYS. ConfigError for a quantised folder, or too few frames.
 
-    Host memory holds the pictures of all frames meanwhile: 1 MB each at 224 pixels.
+    Host memory holds the images of all frames meanwhile: 1 MB each at 224 pixels.
     """
     folder, adapter = base_and_adapter(checkpoint, adapter)
     quantize.refuse(folder / CONFIG, "the comparison begins with the unquantised model")
     policy = load_policy(folder, adapter, unnorm_key=unnorm_key)
-    processor, device, dtype = policy.processor, str(policy.device), policy.dtype
-    samples = list(batches(cache, held_out(cache, num_frames, every_episode=every_episode), processor, batch_size))
+    cache = open_cache(data_root_dir, dataset_name, cache_dir=cache_dir)
+    frames = spread(cache, num_frames, every_episode=held_out == "all")
+    processor, vla, dtype, device = policy.processor, policy.vla, policy.dtype, str(policy.device)
+    samples = list(batches(cache, frames, processor, batch_size))
     demonstrated = np.concatenate([actions for _, actions in samples])
-    reference = answers(policy.vla, samples, processor.action_dim)
-    rows = [row("none", policy.vla, reference, reference, demonstrated, processor)]
-    del policy  # the device holds one model at a time
-    release_memory()
+    reference = answers(vla, samples, processor.action_dim)
+    rows = [row("none", vla, reference, reference, demonstrated, processor)]
+    del policy, vla  # the device holds one model at a time
     for what, way in WAYS.items():
+        release_memory()
         vla = load_quantized(folder, adapter, dtype=dtype, device=device, **way)
         ids = answers(vla.eval(), samples, processor.action_dim)
         rows.append(row(what, vla, ids, reference, demonstrated, processor))
         del vla
-        release_memory()
     return rows

@@ -11,7 +11,6 @@ import json
 import os
 import random
 import re
-import statistics
 import subprocess
 import sys
 import threading
@@ -23,86 +22,69 @@ from typing import Any
 
 import msgpack
 import numpy as np
+import torch
 from websockets.sync.client import connect
 
 from prismatic import machine
+from prismatic.bench.instruments import Row, seconds_in_turns
+from prismatic.checkpoint import load_policy
 from prismatic.policy import Policy
 from prismatic.serving.codec import bytes_keys, json_array, string_keys, write_msgpack
 from prismatic.serving.vla_eval import envelope
 
 SIDE = 256  # pixels of a frame, as LIBERO's
-WORDS = "pick up the black bowl next to the ramekin and place it on the plate"
+TASK = "pick up the black bowl next to the ramekin and place it on the plate"
 TIME_LIMIT = 30.0  # s that a client waits
-Ask = Callable[[], None]
+READY = re.compile(r"curl.*:(\d+)/")  # the line of serve.py's output that names its port
 
 
-def run(
-    checkpoint: str, *, clients: int, seconds: float, pairs: int, hostile: int, requests: int
-) -> list[dict[str, Any]]:
+def run(checkpoint: str, *, clients: int, seconds: float, pairs: int, hostile: int, requests: int) -> list[Row]:
     """pairs: calls compared one by one. hostile, requests: how many of each."""
-    import torch
-
-    from prismatic.checkpoint import load_policy
-
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     policy = load_policy(checkpoint)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
 
-    def add(question: str, value: float, unit: str, target: str) -> None:
+    def add(question: str, value: float, unit: str = "", target: str = "") -> None:
         rows.append({"what": question, "value": round(value, 2), "unit": unit, "target": target})
 
     with server(checkpoint) as (port, pid):
         alone, served = compare(policy, port, pairs)
-        add("policy(...), median", 1000 * alone, "ms", "")
+        add("policy(...), median", 1000 * alone, "ms")
         add("added by the server, median of one client", 1000 * (served - alone), "ms", "≤ 5")
-        single = load(policy, port, 1, seconds / 4)
-        before = batches(port)
-        together = load(policy, port, clients, seconds)
-        after = batches(port)
-        add("one request at a time", single["rate"], "1/s", "")
-        add(f"{clients} clients of mixed dialects", together["rate"], "1/s", "")
+        single, before = load(policy, port, 1, seconds / 4), batches(port)
+        together, after = load(policy, port, clients, seconds), batches(port)
+        add("one request at a time", single["rate"], "1/s")
+        add(f"{clients} clients of mixed dialects", together["rate"], "1/s")
         add("throughput against one at a time", together["rate"] / single["rate"], "x", "≥ 2")
         add("rows of a batch, mean", (after[1] - before[1]) / (after[0] - before[0]), "", "> 4")
-        add("slowest answer", together["slowest"], "s", "")
+        add("slowest answer", together["slowest"], "s")
         add("errors", together["errors"] + single["errors"], "", "0")
         held = machine.resident(pid=pid)
         flood(port, requests)
         add(f"memory after {requests:,} requests more", (machine.resident(pid=pid) - held) / 2**20, "MiB", "flat")
         waits = attack(policy, port, hostile)
         add(f"slowest answer beside {hostile:,} hostile requests", max(waits), "s", f"< {TIME_LIMIT:g}")
-        add("good answers meanwhile", len(waits), "", "")
+        add("good answers meanwhile", len(waits))
     return rows
 
 
 @contextlib.contextmanager
 def server(checkpoint: str) -> Iterator[tuple[int, int]]:
     """Port and process id of a warm serve.py."""
-    command = [
-        sys.executable,
-        str(Path(__file__).parents[2] / "serve.py"),
-        "--pretrained_checkpoint",
-        checkpoint,
-        "--port",
-        "0",
-    ]
+    script = str(Path(__file__).parents[2] / "serve.py")
     process = subprocess.Popen(
-        command,
+        [sys.executable, script, "--pretrained_checkpoint", checkpoint, "--port", "0"],
         env={"OMP_NUM_THREADS": "1"} | dict(os.environ),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    assert process.stdout is not None
     try:
-        for line in process.stdout:
-            if line.startswith("curl"):
-                found = re.search(r":(\d+)/", line)
-                assert found is not None
-                yield int(found[1]), process.pid
-                break
-        else:
+        found = next(filter(None, map(READY.match, process.stdout or ())), None)
+        if found is None:
             raise RuntimeError("serve.py ended before it was ready")
+        yield int(found[1]), process.pid
         if process.poll() is not None:
             raise RuntimeError(f"serve.py ended with {process.returncode} while it was measured")
     finally:
@@ -110,22 +92,25 @@ def server(checkpoint: str) -> Iterator[tuple[int, int]]:
         process.wait()
 
 
-def images(policy: Policy, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
-    """A frame, and a wrist's for policies that look at one."""
-    frames = generator.integers(0, 256, (2, SIDE, SIDE, 3), dtype=np.uint8)
-    return frames[0], frames[1] if policy.num_images > 1 else None
+def observation(policy: Policy, seed: int) -> dict[str, Any]:
+    """A frame, and a wrist's and a state for policies that look at one: what clients send, and `policy` takes."""
+    frames = np.random.default_rng(seed).integers(0, 256, (2, SIDE, SIDE, 3), dtype=np.uint8)
+    return {
+        "frame": frames[0],
+        "wrist": frames[1] if policy.num_images > 1 else None,
+        "state": np.zeros(8, np.float32) if policy.uses_state else None,
+    }
 
 
 @contextlib.contextmanager
-def client(policy: Policy, port: int, number: int) -> Iterator[Ask]:
-    """A client of one of the four kinds; each call is one request, and an error unless it is answered."""
-    frame, wrist = images(policy, np.random.default_rng(number))
-    state = np.zeros(8) if policy.uses_state else None
-    kind = number % 4
+def client(policy: Policy, port: int, number: int) -> Iterator[Callable[[], None]]:
+    """A client of one of the four dialects (OpenVLA, OpenVLA-OFT, openpi, vla-eval); each call is one request, and an error unless answered."""
+    seen, kind = observation(policy, number), number % 4
+    frame, wrist, state = seen.values()
     if kind < 2:
         fields = {"image" if kind == 0 else "full_image": frame, "wrist_image": wrist, "state": state}
         body = {name: json_array(array) for name, array in fields.items() if array is not None}
-        data = json.dumps(body | {"instruction": WORDS, "session": str(number)})
+        data = json.dumps(body | {"instruction": TASK, "session": str(number)})
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIME_LIMIT)
 
         def post() -> None:
@@ -138,24 +123,16 @@ def client(policy: Policy, port: int, number: int) -> Iterator[Ask]:
         yield post
         connection.close()
         return
+    if kind == 2:
+        given = {"image": frame, "wrist_image": wrist, "state": state}
+        message = write_msgpack({f"observation/{k}": v for k, v in given.items()} | {"prompt": TASK}, bytes_keys)
+    else:
+        images = {"agentview": frame} | ({} if wrist is None else {"wrist": wrist})
+        payload = {"images": images, "task_description": TASK, "states": state}
+        message = write_msgpack(envelope("observation", payload, 1), string_keys)
     with connect(f"ws://127.0.0.1:{port}/{'vla-eval' * (kind == 3)}", max_size=None) as socket:
         if kind == 2:
-            socket.recv()
-            given = {
-                "observation/image": frame,
-                "observation/wrist_image": wrist,
-                "observation/state": state,
-                "prompt": WORDS,
-            }
-            message = write_msgpack(given, bytes_keys)
-        else:
-            cameras = {"agentview": frame, "wrist": wrist}
-            payload = {
-                "images": {k: v for k, v in cameras.items() if v is not None},
-                "task_description": WORDS,
-                "states": state,
-            }
-            message = write_msgpack(envelope("observation", payload, 1), string_keys)
+            socket.recv()  # openpi's server speaks first
 
         def send() -> None:
             socket.send(message)
@@ -168,18 +145,11 @@ def client(policy: Policy, port: int, number: int) -> Iterator[Ask]:
 
 def compare(policy: Policy, port: int, pairs: int) -> tuple[float, float]:
     """Median seconds of a call here and of a request, asked in turns."""
-    frame, wrist = images(policy, np.random.default_rng(0))
-    state = np.zeros(8, np.float32) if policy.uses_state else None
-    times: tuple[list[float], list[float]] = ([], [])
+    seen = observation(policy, 0)
     with client(policy, port, 0) as ask:
-        for _ in range(pairs + 2):
-            for taken, call in zip(
-                times, (lambda: policy(frame, WORDS, wrist, state, episode="bench"), ask), strict=True
-            ):
-                start = time.perf_counter()
-                call()
-                taken.append(time.perf_counter() - start)
-    return statistics.median(times[0][2:]), statistics.median(times[1][2:])
+        calls = {"here": lambda: policy(**seen, instruction=TASK, episode="bench"), "served": ask}
+        times = seconds_in_turns(calls, pairs + 2, torch.device("cpu"))
+    return float(times["here"][2:].median()), float(times["served"][2:].median())
 
 
 def load(policy: Policy, port: int, clients: int, seconds: float) -> dict[str, float]:
@@ -199,33 +169,28 @@ def load(policy: Policy, port: int, clients: int, seconds: float) -> dict[str, f
         return answered, errors, slowest
 
     with ThreadPoolExecutor(clients) as pool:
-        found = list(pool.map(work, range(clients)))
-    answered, errors, slowest = zip(*found, strict=True)
+        answered, errors, slowest = zip(*pool.map(work, range(clients)), strict=True)
     return {"rate": sum(answered) / seconds, "errors": sum(errors), "slowest": max(slowest)}
 
 
 def batches(port: int) -> tuple[float, float]:
     """Batches so far, and their rows."""
-    text = fetch(port, "/metrics").decode()
-    found = [re.search(rf"^serve_batch_rows_{name} (\S+)", text, re.M) for name in ("count", "sum")]
-    count, rows = (float(one[1]) if one else 0.0 for one in found)
-    return count, rows
+    found = dict(re.findall(r"^serve_batch_rows_(count|sum) (\S+)", fetch(port, "/metrics").decode(), re.M))
+    return float(found.get("count", 0)), float(found.get("sum", 0))
 
 
 def fetch(port: int, path: str, body: bytes | None = None) -> bytes:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIME_LIMIT)
-    connection.request("GET" if body is None else "POST", path, body)
-    answer = connection.getresponse().read()
-    connection.close()
-    return answer
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=TIME_LIMIT)) as connection:
+        connection.request("GET" if body is None else "POST", path, body)
+        return connection.getresponse().read()
 
 
 def flood(port: int, requests: int) -> None:
     """Requests that are read and refused, each on a connection of its own: what is held for one would show."""
     frame = json_array(np.zeros((SIDE, SIDE, 3), np.uint8))
-    body = json.dumps({"image": frame, "wrist_image": frame, "instruction": WORDS, "unnorm_key": "another"}).encode()
+    body = {"image": frame, "wrist_image": frame, "instruction": TASK, "unnorm_key": "another"}
     for _ in range(requests):
-        fetch(port, "/act", body)
+        fetch(port, "/act", json.dumps(body).encode())
 
 
 def attack(policy: Policy, port: int, hostile: int) -> list[float]:
@@ -242,20 +207,18 @@ def attack(policy: Policy, port: int, hostile: int) -> list[float]:
 
     with ThreadPoolExecutor(1) as pool:
         good = pool.submit(behave)
-        try:
-            for number in range(hostile):
-                if good.done():
-                    break
-                noise = bytearray(body[: generator.randrange(1, len(body))] if number % 3 else generator.randbytes(300))
-                noise[generator.randrange(min(len(noise), 500))] = generator.randrange(256)
-                with contextlib.suppress(Exception):  # however the server answers
-                    if number % 2:
-                        fetch(port, "/act", bytes(noise))
-                    else:
-                        with connect(f"ws://127.0.0.1:{port}/{'vla-eval' * (number % 4 == 0)}") as socket:
-                            socket.send(bytes(noise[:5000]))
-                            socket.recv(1)
-        finally:
-            stop.set()
+        for number in range(hostile):
+            if good.done():
+                break
+            noise = bytearray(body[: generator.randrange(1, len(body))] if number % 3 else generator.randbytes(300))
+            noise[generator.randrange(min(len(noise), 500))] = generator.randrange(256)
+            with contextlib.suppress(Exception):  # however the server answers
+                if number % 2:
+                    fetch(port, "/act", bytes(noise))
+                else:
+                    with connect(f"ws://127.0.0.1:{port}/{'vla-eval' * (number % 4 == 0)}") as socket:
+                        socket.send(bytes(noise[:5000]))
+                        socket.recv(1)
+        stop.set()
         good.result()
     return waits
