@@ -100,33 +100,23 @@ def build_training_model(
     are drawn from torch's random numbers.
     """
     precision = options.precision(ranks)
+    # new heads where there are none yet
+    names = ("action_head", "num_actions_chunk", "num_images_in_input", "proprio_dim", "action_dim")
+    choice: dict[str, Any] = {"new_heads": True} | {name: getattr(config, name) for name in names}
+    how: dict[str, Any] = {"dtype": precision.base_dtype, "device": ranks.device} | choice
     if options.use_lora:
-        vla = _with_adapter(base, resumed, config, precision, nf4=options.use_quantization, device=ranks.device)
+        vla = load_vla(base, resumed, adapter_dtype=precision.lora_dtype, nf4=options.use_quantization, **how)
+        if resumed is None:
+            add_lora(vla, rank=precision.lora_rank, dropout=precision.lora_dropout)
+        for parameter in vla.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(precision.lora_dtype)
+        if precision.lora_dtype != precision.base_dtype:
+            compute_in_base_dtype(vla)
     else:
         cut = (lambda vla: shard(vla, ranks)) if options.shard and ranks.size > 1 else None
-        vla = load_vla(resumed or base, dtype=precision.base_dtype, device=ranks.device, shard=cut, **choice_of(config))
+        vla = load_vla(resumed or base, shard=cut, **how)
     lean_activations(vla)
     if checkpointing:
         checkpoint_activations(vla, selective=checkpointing == SELECTIVE)
     return compile_blocks(vla) if options.compile else vla
-
-
-def choice_of(config: VLAConfig) -> dict[str, Any]:
-    """load_vla's arguments for a model of this config, with new heads where there are none yet."""
-    names = ("action_head", "num_actions_chunk", "num_images_in_input", "proprio_dim", "action_dim")
-    return {"new_heads": True} | {name: getattr(config, name) for name in names}
-
-
-def _with_adapter(
-    base: Path, resumed: Path | None, config: VLAConfig, precision: Precision, *, nf4: bool, device: str
-) -> VLA:
-    dtype = precision.lora_dtype
-    vla = load_vla(
-        base, resumed, dtype=precision.base_dtype, device=device, adapter_dtype=dtype, nf4=nf4, **choice_of(config)
-    )
-    if resumed is None:
-        add_lora(vla, rank=precision.lora_rank, dropout=precision.lora_dropout)
-    for parameter in vla.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-    return vla if dtype == precision.base_dtype else compute_in_base_dtype(vla)
