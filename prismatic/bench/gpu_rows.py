@@ -116,7 +116,8 @@ def act(way: str) -> Iterator[Row]:
     ways = [way] if way in infer.WAYS and way != "compiled" else ["compiled", "right draft"]
     if not GPU and way == "plain compiled":  # minutes of a CPU's compiler
         ways = ["plain"]
-    yield from infer.compare(vla, precision, batch, ways, rounds=ROUNDS, plain={}, decoder=decoder)
+    how = {"rounds": ROUNDS, "plain": {}, "decoder": decoder, "first_token": False}
+    yield from infer.compare(vla, precision, batch, ways, **how)
 
 
 def profile() -> Iterator[Row]:

@@ -103,13 +103,23 @@ def way_of(name: str, vla: VLA, batch: int, decoder: ActionDecoder) -> Run:
 
 
 def compare(
-    vla: VLA, precision: str, batch: int, ways: Sequence[str], *, rounds: int, plain: Plain, decoder: ActionDecoder
+    vla: VLA,
+    precision: str,
+    batch: int,
+    ways: Sequence[str],
+    *,
+    rounds: int,
+    plain: Plain,
+    decoder: ActionDecoder,
+    first_token: bool = True,
 ) -> list[Row]:
-    """A row a way, which is timed or says why not. plain is added to where that is one of the ways.
+    """A row a way, which is timed or says why not. plain is added to where that is one of the ways. first_token: whether it is timed too, which
+    is a shape more to compile.
 
     Peak memory is, on a GPU, all that the process has reserved by then; on a CPU the weights and what a call takes beside them.
     """
     norm, ready, rows = vla.language_model.model.norm.weight, {}, []
+    lengths = (1, ACTION_DIM) if first_token else (ACTION_DIM,)
     for name in ways:
         print(f"{precision}, batch {batch}: {name}", file=sys.stderr, flush=True)
         row: Row = dict.fromkeys(COLUMNS, "") | {"precision": precision, "batch": batch, "way": name}
@@ -119,7 +129,7 @@ def compare(
             began = time.perf_counter()
             run(ACTION_DIM)[0].cpu()
             row["first call s"] = digits(time.perf_counter() - began)
-            for tokens in (1, ACTION_DIM):
+            for tokens in lengths:
                 run(tokens)
             with HostMemory() as memory:
                 answer, row["forward passes"] = run(ACTION_DIM)
@@ -145,13 +155,13 @@ def compare(
         tokens: seconds_in_turns(
             {name: lambda run=run, n=tokens: run(n) for name, (run, _) in ready.items()}, rounds, norm.device
         )
-        for tokens in (1, ACTION_DIM)
+        for tokens in lengths
     }
     if "plain" in ready:
         plain[batch] = float(times[ACTION_DIM]["plain"].median()), plain[batch][1]
     for name, (_, row) in ready.items():
         p50, p95 = (float(times[ACTION_DIM][name].quantile(q)) for q in (0.5, 0.95))
-        if name != "OFT chunk":
+        if first_token and name != "OFT chunk":
             row["first token ms"] = digits(1e3 * float(times[1][name].median()))
         row |= {"p50 ms": digits(1e3 * p50), "p95 ms": digits(1e3 * p95)}
         row["actions/s"] = digits(batch * (CHUNK if name == "OFT chunk" else 1) / p50)
