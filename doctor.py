@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ from prismatic.scene.renderer import choose_renderer, draws_in_software
 from prismatic.scene.suites import Libero
 from prismatic.versions import SIMULATOR_PINS, versions
 
-if TYPE_CHECKING:  # it imports transformers
+if TYPE_CHECKING:  # they cost seconds
+    from prismatic.data.frames import FrameCache
     from prismatic.processor import Processor
 
 RAMEKIN_TASK, BOWL, RAMEKIN = 5, "akita_black_bowl_1", "glazed_rim_porcelain_ramekin_1"
@@ -105,23 +106,13 @@ def checks(cfg: DoctorConfig) -> Iterator[Check]:
 
 def libraries() -> Iterator[Check]:
     known = versions()
-    yield Check(
-        None,
-        ", ".join(
-            f"{name} {known[name]}"
-            for name in ("python", "torch", "torchvision", "timm", "transformers", "peft", "numpy", "libero")
-        ),
-    )
+    named = ("python", "torch", "torchvision", "timm", "transformers", "peft", "numpy", "libero")
+    yield Check(None, ", ".join(f"{name} {known[name]}" for name in named))
     for name, pinned in SIMULATOR_PINS.items():
-        found = known[name]
-        yield Check(
-            found == pinned,
-            f"{name} {found}, pinned {pinned}",
-            f"scores differ with another version; pip install {name}=={pinned}",
-        )
-    paired = hasattr(
-        torch.ops.torchvision, "nms"
-    )  # a torchvision built for another torch imports without its operators, or not at all
+        remedy = f"scores differ with another version; pip install {name}=={pinned}"
+        yield Check(known[name] == pinned, f"{name} {known[name]}, pinned {pinned}", remedy)
+    # a torchvision built for another torch imports without its operators, or not at all
+    paired = hasattr(torch.ops.torchvision, "nms")
     yield Check(paired, "torch and torchvision belong together", "install both from the same index")
 
 
@@ -130,46 +121,43 @@ def gpus() -> Iterator[Check]:
     if not found:
         yield Check(None, "no GPU: training and acting run on the CPU (a small model only)")
         return
-    for gpu in found:
-        yield Check(None, f"GPU {gpu}")
+    yield from (Check(None, f"GPU {gpu}") for gpu in found)
     driver = str(found[0].get("driver", "0")).split(".")[0]
     cuda = torch.version.cuda or "none"
     old = cuda.startswith("13") and driver.isdigit() and int(driver) < OLDEST_CUDA_13_DRIVER
-    yield Check(
-        torch.cuda.is_available() and not old,
-        f"torch was built for CUDA {cuda}, driver {driver}",
-        "take torch and torchvision of a cu12x index, or a newer driver",
-    )
-    yield Check(
-        None,
-        "CUDA's and EGL's device numbers differ: MUJOCO_EGL_DEVICE_ID chooses where frames are drawn, CUDA_VISIBLE_DEVICES where the model runs",
-    )
+    remedy = "take torch and torchvision of a cu12x index, or a newer driver"
+    yield Check(torch.cuda.is_available() and not old, f"torch was built for CUDA {cuda}, driver {driver}", remedy)
+    numbers = "MUJOCO_EGL_DEVICE_ID chooses where frames are drawn, CUDA_VISIBLE_DEVICES where the model runs"
+    yield Check(None, f"CUDA's and EGL's device numbers differ: {numbers}")
+
+
+def opened(cfg: DoctorConfig) -> "FrameCache":
+    """The data set as training would read it."""
+    from prismatic.data.mixture import open_cache
+
+    how = {"data_keys": cfg.data_keys, "gripper": cfg.gripper, "rotate_images": cfg.rotate_images}
+    return open_cache(str(cfg.data_root_dir), cfg.dataset_name, cache_dir=cfg.cache_dir, **how)
 
 
 def data(cfg: DoctorConfig) -> Iterator[Check]:
     """What training would read, read: the page, and each finding as a line."""
     from prismatic.data.look import look
-    from prismatic.data.mixture import open_cache, sentences
+    from prismatic.data.mixture import sentences
     from prismatic.pages.dataset import write_page
 
-    how = {"data_keys": cfg.data_keys, "gripper": cfg.gripper, "rotate_images": cfg.rotate_images}
     try:
-        cache = open_cache(str(cfg.data_root_dir), cfg.dataset_name, cache_dir=cfg.cache_dir, **how)
+        cache = opened(cfg)
         found, reading = look(cache), sentences(cache, rotate_images=cfg.rotate_images)
         page, sheet = write_page(cache, found, reading, cfg.page_dir)
     except ConfigError as error:
         yield Check(False, str(error), about_data=True)
         return
-    for sentence in reading:
-        yield Check(None, sentence)
+    yield from (Check(None, sentence) for sentence in reading)
     for finding in found.findings:
-        wrong = finding.severity == "wrong"
-        yield Check(
-            False if wrong else None,
-            finding.text + f" ({finding.remedy})" * (not wrong),
-            finding.remedy,
-            about_data=True,
-        )
+        if finding.severity == "wrong":
+            yield Check(False, finding.text, finding.remedy, about_data=True)
+        else:
+            yield Check(None, f"{finding.text} ({finding.remedy})")
     yield Check(True, f"data set {cache.name} was read to its end; {page} and {sheet} show it")
 
 
@@ -195,56 +183,42 @@ def policy(cfg: DoctorConfig) -> Iterator[Check]:
     if cfg.data_root_dir:
         yield from fits(cfg, loaded.processor)
     ids = torch.tensor([loaded.processor.prompt_ids("pick up the black bowl")], device=loaded.device)
-    size, channels = loaded.processor.config.image_size, 6 * loaded.num_images
-    state = torch.zeros(1, acts.proprio_dim, device=loaded.device, dtype=loaded.dtype) if acts.proprio_dim else None
+    kind: dict[str, Any] = {"device": loaded.device, "dtype": loaded.dtype}
+    pixels = torch.ones(1, 6 * loaded.num_images, acts.image_size, acts.image_size, **kind)
+    state = torch.zeros(1, acts.proprio_dim, **kind) if acts.proprio_dim else None
     with torch.inference_mode():
-        black, white = (
-            loaded.vla(
-                ids,
-                None,
-                torch.full((1, channels, size, size), level, device=loaded.device, dtype=loaded.dtype),
-                proprio=state,
-            ).logits[0, -1]
-            for level in (-2.0, 2.0)
-        )
+        black, white = (loaded.vla(ids, None, level * pixels, proprio=state).logits[0, -1] for level in (-2.0, 2.0))
     change = (black - white).abs().max().item()
-    yield Check(
-        change > 1e-3,
-        f"a black and a white picture change the logits by up to {change:.3g}",
-        "the picture is ignored: the vision weights are wrong",
-    )
+    text = f"a black and a white picture change the logits by up to {change:.3g}"
+    yield Check(change > 1e-3, text, "the picture is ignored: the vision weights are wrong")
 
 
 def fits(cfg: DoctorConfig, processor: "Processor") -> Iterator[Check]:
     """Whether a data set has what a policy reads, and is one that it learnt from. Acting on it, as eval.py --open_loop does, would fail otherwise."""
-    from prismatic.data.mixture import open_cache
     from prismatic.dataset_statistics import NO_NOOPS
 
-    how = {"data_keys": cfg.data_keys, "gripper": cfg.gripper, "rotate_images": cfg.rotate_images}
     try:
-        cache = open_cache(str(cfg.data_root_dir), cfg.dataset_name, cache_dir=cfg.cache_dir, **how)
+        cache = opened(cfg)
     except ConfigError:  # said by data()
         return
-    reads = processor.config
-    has, dims = 0 if cache.state is None else cache.state.shape[1], cache.actions.shape[1]
+    reads, trained = processor.config, sorted(processor.statistics)
+    state, actions = 0 if cache.state is None else cache.state.shape[1], cache.actions.shape[1]
     if reads.num_images_in_input > 1 and not cache.has_wrist:
         text = f"{cache.name} has no wrist camera, and the checkpoint looks at {reads.num_images_in_input} images"
         yield Check(False, text, "--data_keys wrist=… names it, or take another checkpoint")
-    if reads.proprio_dim and has != reads.proprio_dim:
-        there = f"a state of {has} numbers" if has else "no state"
+    if reads.proprio_dim and state != reads.proprio_dim:
+        there = f"a state of {state} numbers" if state else "no state"
         text = f"{cache.name} has {there}, and the checkpoint reads one of {reads.proprio_dim}"
         yield Check(False, text, "--data_keys state=… names it, or take another checkpoint")
-    if dims != processor.action_dim:
-        text = f"{cache.name} has actions of {dims} numbers, and the checkpoint answers with {processor.action_dim}"
+    if actions != processor.action_dim:
+        text = f"{cache.name} has actions of {actions} numbers, and the checkpoint answers with {processor.action_dim}"
         yield Check(False, text, "--data_keys action=… names another field, or take another checkpoint")
-    keys = ", ".join(sorted(processor.statistics))
-    yield Check(
-        cache.name.removesuffix(NO_NOOPS) == str(reads.unnorm_key).removesuffix(NO_NOOPS),
-        f"the checkpoint acts with the statistics of {reads.unnorm_key}, the data set is {cache.name}",
-        f"--unnorm_key {cache.name}"
-        if cache.name in processor.statistics
-        else f"it has statistics of {keys} alone: fine-tune it on {cache.name} first",
-    )
+    same = cache.name.removesuffix(NO_NOOPS) == str(reads.unnorm_key).removesuffix(NO_NOOPS)
+    remedy = f"it has statistics of {', '.join(trained)} alone: fine-tune it on {cache.name} first"
+    if cache.name in trained:
+        remedy = f"--unnorm_key {cache.name}"
+    text = f"the checkpoint acts with the statistics of {reads.unnorm_key}, the data set is {cache.name}"
+    yield Check(same, text, remedy)
 
 
 def scenes() -> Iterator[Check]:
@@ -257,21 +231,15 @@ def scenes() -> Iterator[Check]:
     drawn = Libero().golden_frame()
     software = draws_in_software(renderer, drawn["gl_renderer"])
     yield Check(None, f"frames are drawn by {drawn['gl_renderer']}" + ", without a GPU: right, but slow" * software)
-    yield Check(
-        drawn["as_expected"],
-        f"golden frame differs by {drawn['differs_by']:.3f} of 255 (at most {drawn['at_most']})",
-        "another mujoco, driver or asset: do not compare scores",
-    )
+    text = f"golden frame differs by {drawn['differs_by']:.3f} of 255 (at most {drawn['at_most']})"
+    yield Check(drawn["as_expected"], text, "another mujoco, driver or asset: do not compare scores")
     sim = Libero().simulator("libero_spatial", RAMEKIN_TASK)
     sim.reset(0)
     bodies, positions = sim.environment.obj_body_id, sim.environment.sim.data.body_xpos
     bowl, ramekin = positions[bodies[BOWL]], positions[bodies[RAMEKIN]]
     on = bool(np.linalg.norm(bowl[:2] - ramekin[:2]) < RAMEKIN_RADIUS and bowl[2] > ramekin[2])
-    yield Check(
-        on,
-        f"LIBERO-Spatial task 5 settles with the bowl {'on' if on else 'beside'} the ramekin",
-        "mujoco's version: pip install mujoco==3.2.3",
-    )
+    text = f"LIBERO-Spatial task 5 settles with the bowl {'on' if on else 'beside'} the ramekin"
+    yield Check(on, text, "mujoco's version: pip install mujoco==3.2.3")
     sim.close()
 
 
@@ -283,16 +251,13 @@ def model_counts() -> Iterator[Check]:
         vla = VLA(VLAConfig())
         tensors, parameters = len(vla.state_dict()), sum(p.numel() for p in vla.parameters())
         add_lora(vla, rank=32)
+    text = f"{parameters:,} parameters in {tensors} tensors"
+    yield Check(parameters == 7_541_237_184, text, "openvla-7b has 7,541,237,184")
     trainable = sum(p.numel() for p in vla.parameters() if p.requires_grad)
-    every = sum(p.numel() for p in vla.parameters())
-    yield Check(
-        parameters == 7_541_237_184, f"{parameters:,} parameters in {tensors} tensors", "openvla-7b has 7,541,237,184"
-    )
-    yield Check(
-        (trainable, every) == (110_828_288, 7_652_065_472),
-        f"with LoRA r=32: {trainable:,} trainable of {every:,}, in {len(list(lora_layers(vla)))} modules",
-        "openvla-7b has 110,828,288 of 7,652,065,472",
-    )
+    every, modules = sum(p.numel() for p in vla.parameters()), len(list(lora_layers(vla)))
+    text = f"with LoRA r=32: {trainable:,} trainable of {every:,}, in {modules} modules"
+    right = (trainable, every) == (110_828_288, 7_652_065_472)
+    yield Check(right, text, "openvla-7b has 110,828,288 of 7,652,065,472")
 
 
 if __name__ == "__main__":

@@ -7,23 +7,26 @@
 An .npz holds `action` (T, D), `instruction`, and if you have it `state` (T, S); <name>.mp4 holds T frames, <name>_wrist.mp4 the wrist camera's.
 """
 
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import av
 import numpy as np
 import tyro
+from msgspec import Meta
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, wherever this is started
 
+from prismatic.arrays import read_arrays
 from prismatic.data import lerobot_writer, rlds
 from prismatic.data.staging import stage_episode
+from prismatic.data.writer import unfinished
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.image import encode_jpeg
+from prismatic.ranges import Positive, checked
 
 
 @dataclass(frozen=True)
@@ -37,28 +40,43 @@ class OwnDataConfig:
     # Format of the new data set.
     format: Literal["lerobot", "rlds"] = "lerobot"
     # Frames and actions a second (both at one rate).
-    fps: float = 10.0
+    fps: Annotated[float, Meta(gt=0, le=10000)] = 10.0
     # Of drawn demonstrations: how many numbers an action has. 7: one arm; 14: two.
-    action_dim: int = 7
+    action_dim: Positive = 7
     # Drawn demonstrations.
-    episodes: int = 12
+    episodes: Positive = 12
 
 
 def recorded(folder: Path) -> Iterator[dict[str, Any]]:
     """Your recordings: images as pixels, upright; gripper as it was recorded."""
-    for path in sorted(folder.glob("*.npz")):
-        with np.load(path, allow_pickle=False) as arrays:
-            numbers = {name: arrays[name] for name in ("action", "state") if name in arrays}
-            said = str(arrays["instruction"])
+    paths = sorted(folder.glob("*.npz"))
+    if not paths:
+        raise ConfigError(f"--recordings {folder} holds no <name>.npz: give the folder of your recordings")
+    for path in paths:
+        try:
+            arrays = read_arrays(path)
+        except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
+            raise ConfigError(f"{path} can't be read ({error}): save it again with numpy.savez") from None
+        for name in ("action", "instruction"):
+            if name not in arrays:
+                raise ConfigError(f"{path} has no {name}, only {', '.join(arrays)}: add it")
         wrist = path.with_name(f"{path.stem}_wrist.mp4")
         videos = {"images": path.with_suffix(".mp4"), **({"wrist_images": wrist} if wrist.is_file() else {})}
-        yield {name: frames(video) for name, video in videos.items()} | numbers | {"instruction": said}
+        numbers = {name: arrays[name] for name in ("action", "state") if name in arrays}
+        yield (
+            {name: frames(video) for name, video in videos.items()}
+            | numbers
+            | {"instruction": str(arrays["instruction"])}
+        )
 
 
 def frames(path: Path) -> list[np.ndarray]:
     """All frames (H, W, 3) uint8 of an mp4."""
-    with av.open(str(path)) as container:
-        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    try:
+        with av.open(str(path)) as container:
+            return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (av.FFmpegError, IndexError) as error:
+        raise ConfigError(f"{path} can't be decoded ({error}): each <name>.npz needs its video <name>.mp4") from None
 
 
 def drawn(episodes: int, action_dim: int) -> Iterator[dict[str, Any]]:
@@ -84,27 +102,23 @@ def drawn(episodes: int, action_dim: int) -> Iterator[dict[str, Any]]:
 
 def main(cfg: OwnDataConfig) -> Path:
     """Stage each episode, write the data set, say how to go on."""
+    cfg = checked(cfg)
     rlds.check_name(cfg.dataset_name)
-    staged = cfg.output / f"{cfg.dataset_name}_staged"
-    shutil.rmtree(staged, ignore_errors=True)
     episodes = recorded(cfg.recordings) if cfg.recordings else drawn(cfg.episodes, cfg.action_dim)
-    for number, episode in enumerate(episodes):
-        jpegs = {
-            view: [encode_jpeg(frame) for frame in episode[view]]
-            for view in ("images", "wrist_images")
-            if view in episode
-        }
-        if len(jpegs["images"]) != len(episode["action"]):
-            raise ConfigError(
-                f"recording {number} has {len(jpegs['images'])} frames and {len(episode['action'])} actions: cut it to one length"
-            )
-        numbers = {name: values for name, values in episode.items() if name not in jpegs}
-        stage_episode(staged / f"episode_{number:06d}.npz", **jpegs, **numbers)
-    if cfg.format == "rlds":
-        made = rlds.write_dataset(staged, cfg.output, cfg.dataset_name)
-    else:
-        made = lerobot_writer.write_dataset(staged, cfg.output, cfg.dataset_name, fps=cfg.fps)
-    shutil.rmtree(staged)
+    with unfinished(cfg.output) as staged:
+        for number, episode in enumerate(episodes):
+            views = [name for name in ("images", "wrist_images") if name in episode]
+            jpegs = {view: [encode_jpeg(frame) for frame in episode[view]] for view in views}
+            try:
+                stage_episode(staged / f"episode_{number:06d}.npz", **(episode | jpegs))
+            except ValueError as error:
+                raise ConfigError(
+                    f"recording {number + 1}: {error}: give a frame and an action (T, D) a step"
+                ) from None
+        if cfg.format == "rlds":
+            made = rlds.write_dataset(staged, cfg.output, cfg.dataset_name)
+        else:
+            made = lerobot_writer.write_dataset(staged, cfg.output, cfg.dataset_name, fps=cfg.fps)
     where = f"--data_root_dir {cfg.output} --dataset_name {cfg.dataset_name}"
     print(f"data set: {made}")
     print(f"look:    python doctor.py --simulator False {where}")

@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from prismatic import evaluation, report
 from prismatic.adapter_config import read_adapter_config
-from prismatic.data import dataset_folder, lerobot_meta
+from prismatic.data import dataset_folder, lerobot
 from prismatic.data.frames import FrameCache
+from prismatic.data.lerobot_meta import LeRobotFolder
 from prismatic.data.staging import load_episode, stage_episode
 from prismatic.dataset_statistics import check_entry, load_statistics
 from prismatic.episodes import actions
@@ -151,19 +154,35 @@ LEROBOT = {
 
 
 def read_lerobot(folder: Path) -> Any:
-    info = lerobot_meta.read_info(folder)
-    lerobot_meta.check_lengths(info, {0: 3, 1: 4})
-    return (
-        info._replace(source=Path()),
-        lerobot_meta.read_tasks(info),
-        lerobot_meta.dimension_names(info, list(info.features)),
-    )
+    dataset = LeRobotFolder(folder)
+    dataset.check_lengths({0: 3, 1: 4})
+    said = (dataset.version, dataset.fps, dataset.train_episodes(2), dataset.fields({}), dataset.tasks())
+    return said, dataset.dimension_names([*dataset.features])
+
+
+def read_rows(folder: Path) -> Any:
+    dataset = LeRobotFolder(folder)
+    rows = lerobot.read_rows(dataset, ["action"])
+    return rows._replace(files=[]), dataset.tasks(), dataset.video_places("camera", [0, 1])
 
 
 def make_lerobot(folder: Path) -> None:
     written("meta/info.json", LEROBOT)(folder)
     written("meta/tasks.jsonl", [{"task_index": 0, "task": "go"}, {"task_index": 1, "task": "stop"}])(folder)
     written("meta/episodes.jsonl", [{"episode_index": 0, "length": 3}, {"episode_index": 1, "length": 4}])(folder)
+
+
+def make_lerobot_3(folder: Path) -> None:
+    written("meta/info.json", LEROBOT | {"codebase_version": "v3.0"})(folder)
+    place = {f"videos/camera/{part}": [0, 0] for part in ("chunk_index", "file_index", "from_timestamp")}
+    tables = {
+        "meta/tasks.parquet": {"task_index": [0, 1], "task": ["go", "stop"]},
+        "meta/episodes/a.parquet": {"episode_index": [0, 1], "length": [1, 2], **place},
+        "data/a.parquet": {"action": [[1.0, 2.0]] * 3, "episode_index": [0, 1, 1], "frame_index": [0, 0, 1]},
+    }
+    for name, columns in tables.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(columns), folder / name)
 
 
 def make_rlds(folder: Path) -> None:
@@ -204,6 +223,9 @@ KINDS = (
     Kind("meta/info.json", make_lerobot, read_lerobot),
     Kind("meta/tasks.jsonl", make_lerobot, read_lerobot),
     Kind("meta/episodes.jsonl", make_lerobot, read_lerobot),
+    Kind("meta/tasks.parquet", make_lerobot_3, read_rows),
+    Kind("meta/episodes/a.parquet", make_lerobot_3, read_rows),
+    Kind("data/a.parquet", make_lerobot_3, read_rows),
     Kind("dataset_info.json", make_rlds, dataset_folder.check_whole),
 )  # fmt: skip
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from prismatic.data.gripper import choose_gripper, detect_gripper, gripper_dims
+from prismatic.data.gripper import choose_gripper, detect_gripper
 from prismatic.data.keys import find_keys, parse_data_keys
 from prismatic.errors import ConfigError
 from prismatic.normalize import Gripper, action_statistics, gripper_open_is_one, normalize, unnormalize
@@ -16,11 +16,7 @@ def found(told: str = "", camera: list[str] = CAMERAS, vector: tuple[str, ...] =
 
 
 def test_usual_names_in_full_or_by_their_last_part() -> None:
-    keys = found()
-    assert (keys.image, keys.wrist) == tuple(CAMERAS) and (keys.state, keys.action) == (
-        ("observation.state",),
-        ("action",),
-    )
+    assert found() == (*CAMERAS, ("observation.state",), ("action",), None)
     assert found("image=image2,wrist=none,state=none") == (CAMERAS[1], None, (), ("action",), None)
     assert found(camera=["observation/webcam"]).image == "observation/webcam"  # the only one there is
     assert found("action=action+observation.state").action == ("action", "observation.state")
@@ -35,9 +31,7 @@ def test_what_says_nothing_is_refused(text: str) -> None:
 def test_what_is_missing_is_named_with_what_is_there() -> None:
     with pytest.raises(ConfigError, match=r"image .*left_eye, right_eye.*--data_keys image="):
         found(camera=["left_eye", "right_eye"])
-    with pytest.raises(
-        ConfigError, match=r"action=torque: a set has 0 fields of that name \(there are: observation.state, action\)"
-    ):
+    with pytest.raises(ConfigError, match=r"action=torque: a set has 0 fields .*there are: observation.state, action"):
         found("action=torque")
     with pytest.raises(ConfigError, match="names 2 fields"):
         found("image=top+image2")
@@ -54,6 +48,7 @@ def columns(*grippers: float) -> np.ndarray:
     [
         (columns(-1, 1, 0.5), (), (6,), "minus_one_open"),
         (columns(0, 1), (), (6,), "one_open"),
+        (columns(-0.02, 1), (), (6,), "one_open"),  # noise below 0 proves nothing
         (columns(0, 80), (), (), "none"),  # degrees
         (columns(0, 1), [f"joint_{n}" for n in range(7)], (), "none"),
         (columns(0, 1), ["gripper", *"abcdef"], (0,), "one_open"),
@@ -92,10 +87,6 @@ def test_two_arms_are_normalised_and_back() -> None:
     gripper = detect_gripper(actions, [*"abcdef", "grip_left", *"ghijkl", "grip_right"])
     units = gripper_open_is_one(actions, gripper)
     stats = action_statistics(units, None, 1, gripper.dims)["action"]
-    assert (
-        [n for n, kept in enumerate(stats["mask"]) if not kept]
-        == [6, 13]
-        == list(gripper_dims(14, ["a"] * 6 + ["grip"] + ["b"] * 6 + ["grip"]))
-    )
+    assert [dim for dim, kept in enumerate(stats["mask"]) if not kept] == [6, 13]
     inside = (units >= stats["q01"]) & (units <= stats["q99"])
     np.testing.assert_allclose(unnormalize(normalize(units, stats), stats)[inside], units[inside], atol=1e-5)

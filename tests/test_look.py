@@ -1,9 +1,7 @@
 """What doctor.py finds in a data set, its page and its exit code; each fault is put into a cache that has none otherwise."""
 
 import json
-import os
-import subprocess
-import sys
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+import doctor
+from doctor import DoctorConfig
 from prismatic.data.frames import FrameCache
 from prismatic.data.look import look
 from prismatic.data.mixture import sentences
 from prismatic.errors import ConfigError
+from prismatic.filenames import LEROBOT_INFO
 from prismatic.image import encode_jpeg
 from prismatic.pages.dataset import write_page
 from tests.conftest import REPOSITORY
@@ -38,41 +39,38 @@ def episode(number: int) -> dict[str, Any]:
     }
 
 
-def change(field: str, to: Callable[[np.ndarray], None]) -> Callable[[list[dict[str, Any]]], None]:
-    def put(episodes: list[dict[str, Any]]) -> None:
-        for one in episodes:
-            to(one[field])
-
-    return put
-
-
 def absolute(episodes: list[dict[str, Any]]) -> None:
     for one in episodes:
         one["state"][1:, :3] = one["action"][:-1, :3]
 
 
-def every(field: str, value: Any) -> Callable[[list[dict[str, Any]]], None]:
+def action(place: Any, to: Callable[[np.ndarray], Any]) -> Callable[[list[dict[str, Any]]], None]:
+    """Steps and dimensions of all actions, changed."""
+
     def put(episodes: list[dict[str, Any]]) -> None:
         for one in episodes:
-            one[field] = value
+            one["action"][place] = to(one["action"][place])
 
     return put
 
 
+def every(field: str, value: Any) -> Callable[[list[dict[str, Any]]], Any]:
+    return lambda episodes: [one.update({field: value}) for one in episodes]
+
+
 def shorten(episodes: list[dict[str, Any]]) -> None:
-    first = episodes[0]
-    episodes[0] = {name: values if name == "instruction" else values[:1] for name, values in first.items()}
+    episodes[0] = {name: values if name == "instruction" else values[:1] for name, values in episodes[0].items()}
 
 
 FAULTS: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], str, str]] = {
-    "a dead dimension": (change("action", lambda a: a.__setitem__((slice(None), 4), 0.3)), "hurts", "pitch never change"),
-    "all dead": (change("action", lambda a: a.__setitem__((slice(None), slice(0, 6)), 0.3)), "wrong", "no dimension"),
-    "metres": (change("action", lambda a: a.__setitem__((slice(None), slice(0, 3)), a[:, :3] * 0.04)), "hurts", "metres"),
-    "radians": (change("action", lambda a: a.__setitem__((slice(None), 3), a[:, 3] * 3)), "hurts", "roll leave -1"),
+    "a dead dimension": (action(np.s_[:, 4], lambda a: 0.3), "hurts", "pitch never change"),
+    "all dead": (action(np.s_[:, :6], lambda a: 0.3), "wrong", "no dimension"),
+    "metres": (action(np.s_[:, :3], lambda a: a * 0.04), "hurts", "metres"),
+    "radians": (action(np.s_[:, 3], lambda a: a * 3), "hurts", "roll leave -1"),
     "absolute": (absolute, "hurts", "look absolute"),
-    "one sign": (change("action", lambda a: a.__setitem__((slice(None), slice(0, 3)), abs(a[:, :3]) + 0.2)), "hurts", "look absolute"),
-    "a weak proof": (change("action", lambda a: a.__setitem__((slice(None), 6), a[:, 6] * 0.5 + 0.45)), "wrong", "may be noise"),
-    "no-ops": (change("action", lambda a: a.__setitem__((slice(5, 9), slice(0, 6)), 0)), "hurts", "of the steps do nothing"),
+    "one sign": (action(np.s_[:, :3], lambda a: abs(a) + 0.2), "hurts", "look absolute"),
+    "a weak proof": (action(np.s_[:, 6], lambda a: a * 0.5 + 0.45), "wrong", "neither 0 nor -1"),
+    "no-ops": (action(np.s_[5:9, :6], lambda a: 0), "hurts", "of the steps do nothing"),
     "a duplicate": (lambda episodes: episodes.append(episodes[3]), "hurts", "1 episodes are another one again"),
     "no instruction": (every("instruction", ""), "wrong", "no training episode has an instruction"),
     "one silent": (lambda episodes: episodes[1].update(instruction=""), "hurts", "1 episodes begin without"),
@@ -103,9 +101,7 @@ def test_each_fault_is_found(tmp_path: Path, fault: str) -> None:
     episodes = [episode(number) for number in range(EPISODES)]
     put(episodes)
     findings = look(write_cache(tmp_path / "faulty", episodes)).findings
-    assert any(finding.severity == severity and text in finding.text and finding.remedy for finding in findings), (
-        findings
-    )
+    assert any(found.severity == severity and text in found.text and found.remedy for found in findings), findings
 
 
 def test_a_whole_episode_is_decoded(tmp_path: Path) -> None:
@@ -129,37 +125,13 @@ def test_the_page_is_whole_offline_and_escaped(healthy: FrameCache, tmp_path: Pa
     assert all(sentence.split(";")[0] in text for sentence in sentences(strange)[:1])
 
 
-def run_doctor(tmp_path: Path, root: Path, name: str, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "doctor.py",
-        "--simulator",
-        "False",
-        "--data_root_dir",
-        str(root),
-        "--dataset_name",
-        name,
-    ]
-    environment = os.environ | {"WORKSPACE": str(tmp_path / "workspace")}
-    return subprocess.run([*command, *options], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-
-
-def test_doctor_exits_2_where_training_would_be_wrong(tmp_path: Path) -> None:
+def test_doctor_exits_2_where_training_would_be_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder, *_) = sorted(path for path in EXCERPT.iterdir() if (path / "meta").is_dir())
-    good = run_doctor(tmp_path, EXCERPT, folder.name)
-    assert good.returncode == 0, good.stdout + good.stderr
-    assert (tmp_path / f"workspace/doctor/{folder.name}.html").is_file() and "gripper" in good.stdout
-    silent = tmp_path / "root" / folder.name
-    silent.mkdir(parents=True)
-    for part in ("data", "videos", "meta"):
-        if (folder / part).is_dir():
-            (silent / part).symlink_to(folder / part)
-    (silent / "meta").unlink()
-    (silent / "meta").mkdir()
-    for path in (folder / "meta").iterdir():
-        (silent / "meta" / path.name).symlink_to(path)
-    info = json.loads((folder / "meta/info.json").read_text())
-    (silent / "meta/info.json").unlink()
-    (silent / "meta/info.json").write_text(json.dumps(info | {"codebase_version": "v1.0"}))
-    wrong = run_doctor(tmp_path, silent.parent, folder.name)
-    assert wrong.returncode == 2 and "BAD" in wrong.stdout and "Traceback" not in wrong.stderr
+    where = {"dataset_name": folder.name, "cache_dir": tmp_path / "cache", "page_dir": tmp_path / "page"}
+    assert doctor.main(DoctorConfig(simulator=False, data_root_dir=str(EXCERPT), **where)) == 0
+    assert (tmp_path / f"page/{folder.name}.html").is_file() and "gripper" in capsys.readouterr().out
+    old = Path(shutil.copytree(folder, tmp_path / "root" / folder.name, copy_function=shutil.copyfile))
+    info = json.loads((old / LEROBOT_INFO).read_text())
+    (old / LEROBOT_INFO).write_text(json.dumps(info | {"codebase_version": "v1.0"}))
+    assert doctor.main(DoctorConfig(simulator=False, data_root_dir=str(old.parent), **where)) == 2
+    assert "BAD" in capsys.readouterr().out

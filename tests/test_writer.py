@@ -1,15 +1,18 @@
 """The one writer of caches: what goes in comes out, what would fail in training is refused, and a changed byte is noticed where it is read."""
 
+import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from prismatic.data.frames import FrameCache
-from prismatic.data.writer import CacheWriter, cached, unfinished
+from prismatic.data.frames import CACHE_FORMAT, OLD_FORMAT, FrameCache
+from prismatic.data.writer import CacheWriter, cached, made_of_staged, unfinished
 from prismatic.errors import ConfigError
+from prismatic.filenames import STAGED_NOTE
 from prismatic.normalize import Gripper
 from tests.conftest import REPOSITORY
 from tests.drawn_cache import write_cache
@@ -76,16 +79,50 @@ def test_another_convention_can_be_told(cache: FrameCache) -> None:
     assert (untouched.actions[:, 6] == raw).all() and untouched.statistics["action"]["mask"] == [True] * 7
 
 
-def test_the_same_identity_is_filled_once(tmp_path: Path) -> None:
-    made = []
+def test_the_same_identity_is_filled_once_and_an_older_format_s_cache_goes(tmp_path: Path) -> None:
+    made: list[Path] = []
+    for name, source in (("a-old", "here"), ("a-other", "elsewhere"), ("b-old", "here")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "meta.json").write_text(json.dumps({"format": OLD_FORMAT, "source": source}))
 
     def fill(folder: Path) -> None:
         made.append(folder)
-        (folder / "meta.json").write_text("{}")
+        (folder / "meta.json").write_text(json.dumps({"format": CACHE_FORMAT, "source": "here"}))
 
     first = cached(tmp_path, "a", ["x", 1], fill)
-    assert first == cached(tmp_path, "a", ["x", 1], fill) != cached(tmp_path, "a", ["x", 2], fill)
-    assert len(made) == 2 and sorted(tmp_path.glob(".*")) == []
+    second = cached(tmp_path, "a", ["x", 2], fill)
+    assert first == cached(tmp_path, "a", ["x", 1], fill) != second and len(made) == 2
+    assert {*tmp_path.iterdir()} == {first, second, tmp_path / "a-other", tmp_path / "b-old"}
+
+
+def test_a_data_set_is_made_once_of_the_same_episodes_and_replaces_only_its_own(tmp_path: Path) -> None:
+    stage, target, made = tmp_path / "stage", tmp_path / "out/set/1.0.0", []
+
+    def fill(folder: Path, paths: Sequence[Path]) -> Path:
+        made.append([path.name for path in paths])
+        (folder / "inner").mkdir()
+        (folder / "inner/content").write_text(str(len(made)))
+        return folder / "inner"
+
+    def full(folder: Path, paths: Sequence[Path]) -> Path:
+        raise OSError("no space")
+
+    with pytest.raises(ConfigError, match="no finished episode"):
+        made_of_staged(stage, target, fill)
+    stage.mkdir()
+    (stage / "b.npz").touch()
+    for _ in range(2):
+        assert made_of_staged(stage, target, fill) == target
+    (stage / "a.npz").touch()
+    with pytest.raises(ConfigError, match="can't write to"):  # what was there before is kept
+        made_of_staged(stage, target, full)
+    assert (target / "content").read_text() == "1"
+    made_of_staged(stage, target, fill)
+    assert made == [["b.npz"], ["a.npz", "b.npz"]] and (target / "content").read_text() == "2"
+    assert [*target.parent.iterdir()] == [target]
+    (target / STAGED_NOTE).unlink()
+    with pytest.raises(ConfigError, match="from elsewhere and is kept"):
+        made_of_staged(stage, target, fill)
 
 
 def test_what_a_killed_writer_left_goes_with_the_next_call(tmp_path: Path) -> None:

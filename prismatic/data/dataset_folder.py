@@ -45,25 +45,17 @@ def find_dataset(data_root_dir: Path, dataset_name: str) -> Path:
         if found:
             return found
     if dataset_in(root):
-        raise ConfigError(
-            f"data_root_dir {root} is itself a data set: give --data_root_dir {root.absolute().parent} --dataset_name {root.absolute().name}"
-        )
-    below = _names(root / dataset_name)
+        flags = f"--data_root_dir {root.absolute().parent} --dataset_name {root.absolute().name}"
+        raise ConfigError(f"data_root_dir {root} is itself a data set: give {flags}")
+    below = ", ".join(_names(root / dataset_name))
     if below:
-        raise ConfigError(
-            f"{root / dataset_name} is a folder of data sets ({', '.join(below)}): give it as data_root_dir, and one of them as dataset_name"
-        )
-    there = _names(root) or sorted(
-        f"{folder.parent.name}/{folder.name}" for folder in root.glob("*/*") if dataset_in(folder)
+        said = f"{root / dataset_name} is a folder of data sets ({below})"
+        raise ConfigError(f"{said}: give it as data_root_dir, and one of them as dataset_name")
+    there = _names(root) or sorted(f"{at.parent.name}/{at.name}" for at in root.glob("*/*") if dataset_in(at))
+    remedy = (
+        f"set dataset_name to one that it holds ({', '.join(there)})" if there else "nor any other: give their folder"
     )
-    raise ConfigError(
-        f"data_root_dir {root} holds no data set {dataset_name!r}, neither RLDS nor LeRobot: "
-        + (
-            f"set dataset_name to one that it holds ({', '.join(there)})"
-            if there
-            else "nor any other: give their folder"
-        )
-    )
+    raise ConfigError(f"data_root_dir {root} holds no data set {dataset_name!r}, neither RLDS nor LeRobot: {remedy}")
 
 
 def dataset_in(folder: Path) -> Path | None:
@@ -81,7 +73,9 @@ def _names(root: Path) -> list[str]:
 
 
 def check_no_pointer(path: Path) -> None:
-    """ConfigError for a file that isn't there, and for one whose content Git LFS has still to fetch."""
+    """ConfigError for a file that isn't there, for a pipe or a device, and for a file whose content Git LFS has still to fetch."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is no regular file: {AGAIN}")
     try:
         with path.open("rb") as file:
             start = file.read(len(LFS_POINTER))
@@ -117,12 +111,9 @@ def check_whole(source: Path) -> None:
         expected = sum(int(length) for split in info["splits"] for length in split["shardLengths"])
     except ValueError:
         raise ConfigError(f"{source / RLDS_INFO}: splits: a shard's length is no number: {AGAIN}") from None
-    found = 0
-    shards = sorted(
-        source.glob("*.array_record*")
-    )  # of this kind only the number of files is known without its library
-    if shards and len(shards) == sum(len(split["shardLengths"]) for split in info["splits"]):
-        return
+    found, shards = 0, len([*source.glob("*.array_record*")])
+    if shards and shards == sum(len(split["shardLengths"]) for split in info["splits"]):
+        return  # of this kind no more is known without its library
     for path in sorted(source.glob("*.tfrecord*")):
         check_no_pointer(path)
         size, position = path.stat().st_size, 0

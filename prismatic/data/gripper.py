@@ -1,7 +1,7 @@
 """Which dimensions of an action are grippers, and how a data set writes open and closed, told by names and by recorded values.
 
-Nothing is inverted on suspicion: a negative value proves the convention with -1 open, +1 close (LIBERO's own); values within 0 … 1
-are taken as 1 open, 0 closed, as published conversions have it; any other range is no gripper command and is normalised like the rest.
+Nothing is inverted on suspicion: a value near -1 proves the convention with -1 open, +1 close (LIBERO's own); values within 0 … 1, or noise
+below 0, are taken as 1 open, 0 closed, as published conversions have it; any other range is no gripper command and is normalised like the rest.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from prismatic.normalize import GRIPPER_CONVENTIONS, Gripper
 
 ACTION_DIM_OF_ONE_ARM = 7  # position 3, rotation 3, gripper: the last is the gripper also where no names say so
 SLACK = 1e-3  # by which a command may leave its range: rounding, not another convention
-WEAK_PROOF = -0.5  # a smallest value between this and zero may be noise of a sensor, not an order to open
+PROOF = -0.5  # a smallest value between this and zero is noise of a sensor, not an order to open
 FLAG = "--gripper"
 
 
@@ -31,19 +31,18 @@ def detect_gripper(actions: np.ndarray, names: Sequence[str] = ()) -> Gripper:
     """The convention that recorded actions (N, D), N ≥ 1, show."""
     dims = gripper_dims(actions.shape[1], names)
     if not dims:
-        return Gripper(
-            (), "none", f"no dimension of these {actions.shape[1]} is known as a gripper: all are normalised"
-        )
-    values = actions[:, dims]
-    low, high = float(values.min()), float(values.max())
+        text = f"no dimension of these {actions.shape[1]} is known as a gripper: all are normalised"
+        return Gripper((), "none", text)
+    low, high = float(actions[:, dims].min()), float(actions[:, dims].max())
     if low < -1 - SLACK or high > 1 + SLACK:
         text = (
             f"values from {low:.3g} to {high:.3g} are no gripper command: they are normalised like the other dimensions"
         )
         return Gripper((), "none", text)
-    if low < 0:
+    if low < PROOF:
         return Gripper(dims, "minus_one_open", f"-1 open, +1 close, as its smallest value is {low:.3g}")
-    return Gripper(dims, "one_open", f"1 open, 0 closed assumed, as no value is below 0; if not, give {FLAG} zero_open")
+    below = "no value is below 0" if low >= 0 else f"its smallest value, {low:.3g}, is nearer to 0 than to -1"
+    return Gripper(dims, "one_open", f"1 open, 0 closed assumed, as {below}; if not, give {FLAG} zero_open")
 
 
 def choose_gripper(told: str, found: Gripper, action_dim: int) -> Gripper:

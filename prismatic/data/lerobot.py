@@ -6,32 +6,20 @@ is decoded once, from its beginning to its end.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from prismatic.data.dataset_folder import AGAIN, is_lerobot, listing
 from prismatic.data.keys import DataKeys, find_keys, parse_data_keys, sentences
-from prismatic.data.lerobot_meta import (
-    COUNTERS,
-    DATA_FILES,
-    Info,
-    check_lengths,
-    dimension_names,
-    fields,
-    read_info,
-    read_table,
-    read_tasks,
-    train_episodes,
-    video_file,
-    video_places,
-)  # fmt: skip
+from prismatic.data.lerobot_meta import COUNTERS, DATA_FILES, LeRobotFolder, read_table
 from prismatic.data.pictures import to_jpeg
-from prismatic.data.video import VideoFrames
+from prismatic.data.video import frames_at
 from prismatic.data.writer import CacheWriter, cached
 from prismatic.errors import ConfigError
 from prismatic.filenames import LEROBOT_INFO
@@ -46,9 +34,15 @@ class Rows(NamedTuple):
     files: list[Path]
     file: np.ndarray  # (N,) number of the parquet file
     place: np.ndarray  # (N,) row in that file
-    episode: np.ndarray  # (N,) int64, the data set's own number
+    episode: np.ndarray  # (N,) the data set's own number
     time: np.ndarray  # (N,) float64, seconds since the episode's start
-    columns: dict[str, np.ndarray]
+    columns: dict[str, np.ndarray]  # (N, D) each
+
+    def spans(self) -> Iterator[tuple[int, slice]]:
+        """Of each episode its number and its rows."""
+        numbers, starts = np.unique(self.episode, return_index=True)
+        ends = [*starts[1:].tolist(), len(self.episode)]
+        yield from zip(numbers.tolist(), map(slice, starts.tolist(), ends), strict=True)
 
 
 def build_cache(
@@ -59,22 +53,15 @@ def build_cache(
     name: the data set's, if not its folder's. data_keys: which fields are meant, see keys.py. rotate_images: turn each image by 180°.
     ConfigError for a folder that is no whole LeRobot data set, or lacks an image or an action.
     """
-    source = Path(source).absolute()
-    told = parse_data_keys(data_keys)
-    info = read_info(source)
-    keys = find_keys(fields(info, told), told, str(source))
-    files = [
-        source / LEROBOT_INFO,
-        *source.glob("meta/**/*.parquet"),
-        *source.glob("meta/*.jsonl"),
-        *source.glob(DATA_FILES),
-    ]
-    for camera in filter(None, (keys.image, keys.wrist)):
-        files += source.glob(f"videos/**/{camera}/**/*.mp4")
-    identity = [listing(files), sorted(told.items()), rotate_images]
-    title = name or source.name
+    source, told = Path(source).absolute(), parse_data_keys(data_keys)
+    dataset = LeRobotFolder(source)
+    keys = find_keys(dataset.fields(told), told, str(source))
+    patterns = ["meta/**/*.parquet", "meta/*.jsonl", DATA_FILES]
+    patterns += [f"videos/**/{camera}/**/*.mp4" for camera in (keys.image, keys.wrist) if camera]
+    files = [source / LEROBOT_INFO, *(path for pattern in patterns for path in source.glob(pattern))]
+    identity, title = [listing(files), sorted(told.items()), rotate_images], name or source.name
     return cached(
-        cache_dir, title, identity, lambda folder: _read(info, keys, folder, name=title, rotate=rotate_images)
+        cache_dir, title, identity, lambda folder: _read(dataset, keys, folder, name=title, rotate=rotate_images)
     )
 
 
@@ -83,123 +70,122 @@ def fetch(repo_id: str, data_keys: str) -> Path | None:
     source = resolve(repo_id, kind="dataset", patterns=["meta/*"])
     if not is_lerobot(source):
         return None
-    info, told = read_info(source), parse_data_keys(data_keys)
-    keys = find_keys(fields(info, told), told, repo_id)
-    cameras = [view for view in (keys.image, keys.wrist) if view and info.cameras()[view] == "video"]
+    dataset, told = LeRobotFolder(source), parse_data_keys(data_keys)
+    keys = find_keys(dataset.fields(told), told, repo_id)
+    cameras = [view for view in (keys.image, keys.wrist) if view and dataset.cameras()[view] == "video"]
     videos = [f"videos/{place}{name}/*" for name in cameras for place in ("", "*/")]  # v3.0, v2.x
     return resolve(repo_id, kind="dataset", patterns=["meta/*", "data/*", *videos])
 
 
-def _read(info: Info, keys: DataKeys, folder: Path, *, name: str, rotate: bool) -> None:
+def _read(dataset: LeRobotFolder, keys: DataKeys, folder: Path, *, name: str, rotate: bool) -> None:
     """Rows first, without images; then frame after frame. In memory: numbers, a few rows' images, a video's decoder for each camera."""
     from tqdm import tqdm
 
-    rows = read_rows(info, [*keys.state, *keys.action, *([keys.instruction] if keys.instruction else [])])
-    numbers, starts = np.unique(rows.episode, return_index=True)
-    ends = [*starts[1:].tolist(), len(rows.episode)]
-    places = video_places(info, keys)
-    check_lengths(info, dict(zip(numbers.tolist(), np.diff([*starts, len(rows.episode)]).tolist(), strict=True)))
-    said = _instructions(info, rows, keys.instruction)
-    kinds = info.cameras()
+    rows = read_rows(dataset, [*keys.state, *keys.action], text=keys.instruction)
+    spans = dict(rows.spans())
+    dataset.check_lengths({number: rows_.stop - rows_.start for number, rows_ in spans.items()})
+    said = _instructions(dataset, rows, keys.instruction)
     views = [view for view in (keys.image, keys.wrist) if view]
-    streams = [
-        _parquet_frames(rows, view) if kinds[view] == "image" else _video_frames(info, rows, view, places[view])
-        for view in views
-    ]
-    writer = CacheWriter(folder, name=name, source=str(info.source), has_wrist=keys.wrist is not None)
-    vectors = [rows.columns[column] for column in keys.action], [rows.columns[column] for column in keys.state]
-    action, state = (np.concatenate(columns, axis=1) if columns else None for columns in vectors)
-    assert action is not None
-    with tqdm(total=len(numbers), desc=f"reading {name}", unit="episode") as bar:
-        for number, start, end in zip(numbers.tolist(), starts.tolist(), ends, strict=True):
-            where = f"episode {number} of {info.source}"
-            writer.add(
-                (
-                    [
-                        to_jpeg(next(stream), rotate=rotate, where=f"{view} of {where}")
-                        for view, stream in zip(views, streams, strict=True)
-                    ]
-                    for _ in range(start, end)
-                ),
-                action=action[start:end],
-                state=None if state is None else state[start:end],
-                instructions=said[start:end],
-                file_path=f"episode_{number:06d}",
-            )
-            bar.update()
-    notes = sentences(keys)
-    train, note = train_episodes(info, len(numbers))
-    names = dimension_names(info, keys.action)
-    writer.finish(train_episodes=train, action_names=names, fps=info.fps, notes=[*notes, *note])
+    streams = [frames(dataset, rows, view) for view in views]
+    writer = CacheWriter(folder, name=name, source=str(dataset.source), has_wrist=keys.wrist is not None)
+    action = np.concatenate([rows.columns[column] for column in keys.action], axis=1)
+    state = np.concatenate([rows.columns[column] for column in keys.state], axis=1) if keys.state else None
+    for number, span in tqdm(spans.items(), desc=f"reading {name}", unit="episode"):
+        where = [f"{view} of episode {number} of {dataset.source}" for view in views]
+        images = itertools.islice(zip(*streams, strict=True), span.stop - span.start)
+        writer.add(
+            ([to_jpeg(i, rotate=rotate, where=w) for i, w in zip(step, where, strict=True)] for step in images),
+            action=action[span],
+            state=None if state is None else state[span],
+            instructions=said[span],
+            file_path=f"episode_{number:06d}",
+        )
+    train, notes = dataset.train_episodes(len(spans))
+    writer.finish(
+        train_episodes=train,
+        action_names=dataset.dimension_names(keys.action),
+        fps=dataset.fps,
+        notes=[*sentences(keys), *notes],
+    )
 
 
-def read_rows(info: Info, columns: Sequence[str]) -> Rows:
-    """All rows but for their images. ConfigError for a missing column, and where an episode lacks a frame."""
-    files = sorted(info.source.glob(DATA_FILES))
-    if not files:
-        raise ConfigError(f"{info.source} has no {DATA_FILES}: {AGAIN}")
-    parts: dict[str, list[np.ndarray]] = {}
+def read_rows(dataset: LeRobotFolder, vectors: Sequence[str], *, text: str | None = None) -> Rows:
+    """All rows but for their images. text: a column of instructions. ConfigError for a missing column, and where an episode lacks a frame."""
+    files, columns = sorted(dataset.source.glob(DATA_FILES)), [*vectors, *([text] if text else [])]
+    parts: list[dict[str, np.ndarray]] = []
     for number, path in enumerate(files):
-        table = read_table(path, [*COUNTERS, *columns])
+        table = read_table(path, {*COUNTERS, *columns}.__contains__)
         for name in ("episode_index", "frame_index", *columns):
             if name not in table.column_names:
                 raise ConfigError(f"{path} has no column {name}, only {', '.join(table.column_names)}: {AGAIN}")
-        for name in table.column_names:
-            parts.setdefault(name, []).append(_array(table.column(name), f"{name} in {path}"))
-        parts.setdefault("file", []).append(np.full(len(table), number))
-        parts.setdefault("place", []).append(np.arange(len(table)))
-    joined = {name: np.concatenate(pieces) for name, pieces in parts.items()}
-    order = np.lexsort((joined["frame_index"], joined["episode_index"]))
-    joined = {name: values[order] for name, values in joined.items() if len(values) == len(order)}
-    episode, frame = joined["episode_index"], joined["frame_index"]
+        if len(table):
+            found = {n: _array(table.column(n), f"{n} in {path}", numbers=n != text) for n in table.column_names}
+            parts.append(found | {"file": np.full((len(table), 1), number), "place": np.arange(len(table))[:, None]})
+    if not parts:
+        raise ConfigError(f"{dataset.source} has no row in {DATA_FILES}: {AGAIN}")
+    joined = {}
+    for name in set.intersection(*map(set, parts)):
+        pieces = [part[name] for part in parts]
+        _check_widths({piece.shape[1] for piece in pieces}, f"{name} of {dataset.source}")
+        joined[name] = np.concatenate(pieces)
+    order = np.lexsort((joined["frame_index"][:, 0], joined["episode_index"][:, 0]))
+    joined = {name: values[order] for name, values in joined.items()}
+    episode, frame = joined["episode_index"][:, 0], joined["frame_index"][:, 0]
     first = np.r_[True, episode[1:] != episode[:-1]]
     expected = np.where(first, 0, np.r_[0, frame[:-1]] + 1)
     if (frame != expected).any():
         bad = int(np.argmax(frame != expected))
         raise ConfigError(
-            f"episode {episode[bad]} of {info.source} goes from frame {expected[bad] - 1} to frame {frame[bad]}: {AGAIN}"
+            f"episode {episode[bad]} of {dataset.source} goes from frame {expected[bad] - 1} to frame {frame[bad]}: {AGAIN}"
         )
-    time = joined["timestamp"].astype(np.float64) if "timestamp" in joined else frame / (info.fps or np.nan)
-    return Rows(files, joined["file"], joined["place"], episode, time, joined)
+    time = joined["timestamp"][:, 0].astype(np.float64) if "timestamp" in joined else frame / (dataset.fps or np.nan)
+    return Rows(files, joined["file"][:, 0], joined["place"][:, 0], episode, time, joined)
 
 
-def _array(column: pa.ChunkedArray, where: str) -> np.ndarray:
-    """Numbers (n,) or texts (n,) as they are, lists as (n, D), as is a number that is no counter."""
+def _array(column: pa.ChunkedArray, where: str, *, numbers: bool) -> np.ndarray:
+    """(n, D) of lists of numbers; (n, 1) of a number, or a text, each."""
     if column.null_count:
         raise ConfigError(f"{where} has {column.null_count} rows without a value: repair or drop those episodes")
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type):
-        pieces = [piece.flatten() for piece in column.chunks]  # unlike .values, flatten minds a slice's offset
-        flat = np.concatenate([piece.to_numpy(zero_copy_only=False) for piece in pieces]) if pieces else np.zeros(0)
-        lengths = {size for piece in column.chunks for size in _list_sizes(piece)}
-        if len(lengths) != 1:
-            raise ConfigError(f"{where} has vectors of several lengths ({sorted(lengths)}): give one whose rows agree")
-        return flat.reshape(len(column), -1)
-    values = column.to_numpy()
-    return values if where.split()[0] in COUNTERS or values.dtype == object else values[:, None]
+    rows, kind = len(column), column.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        _check_widths({*pc.list_value_length(column).unique().to_pylist()}, where)
+        column = pc.list_flatten(column)
+    values = column.to_numpy().reshape(rows, -1)
+    if numbers and values.dtype.kind not in "biuf":
+        raise ConfigError(f"{where} holds {kind} and no numbers: give --data_keys another column")
+    return values
 
 
-def _list_sizes(piece: pa.Array) -> set[int]:
-    if pa.types.is_fixed_size_list(piece.type):
-        return {piece.type.list_size}
-    return set(np.diff(piece.offsets.to_numpy()).tolist())
+def _check_widths(widths: set[int], where: str) -> None:
+    if len(widths) > 1:
+        raise ConfigError(f"{where} has vectors of several lengths ({sorted(widths)}): give one whose rows agree")
 
 
-def _instructions(info: Info, rows: Rows, column: str | None) -> list[str]:
+def _instructions(dataset: LeRobotFolder, rows: Rows, column: str | None) -> list[str]:
     """What is said at each row, verbatim."""
     if column:
-        return [str(text) for text in rows.columns[column]]
-    tasks = read_tasks(info)
+        return [str(text) for text in rows.columns[column][:, 0]]
+    tasks = dataset.tasks()
     if "task_index" not in rows.columns:
-        raise ConfigError(f"{info.source} has no column task_index: give --data_keys instruction=…")
-    numbers = rows.columns["task_index"].tolist()
+        raise ConfigError(f"{dataset.source} has no column task_index: give --data_keys instruction=…")
+    numbers = rows.columns["task_index"][:, 0].tolist()
     unknown = sorted(set(numbers) - set(tasks))
     if unknown:
-        raise ConfigError(f"task_index {unknown[0]} of {info.source} is none of its tasks {sorted(tasks)[:9]}: {AGAIN}")
+        raise ConfigError(
+            f"task_index {unknown[0]} of {dataset.source} is none of its tasks {sorted(tasks)[:9]}: {AGAIN}"
+        )
     return [tasks[number] for number in numbers]
 
 
+def frames(dataset: LeRobotFolder, rows: Rows, camera: str) -> Iterator[Any]:
+    """A camera's images in the order of the rows: encoded as the rows hold them, or pixels of its videos."""
+    return (
+        _parquet_frames(rows, camera) if dataset.cameras()[camera] == "image" else _video_frames(dataset, rows, camera)
+    )
+
+
 def _parquet_frames(rows: Rows, camera: str) -> Iterator[bytes]:
-    """The encoded images of a column, in the order of the rows; a few are in memory at a time where the file has that order."""
+    """A few are in memory at a time where a file has the order of the rows."""
     for number, group in itertools.groupby(range(len(rows.file)), key=rows.file.__getitem__):
         path, order = rows.files[number], rows.place[list(group)]
         with pq.ParquetFile(path, pre_buffer=False) as file:
@@ -219,23 +205,21 @@ def _parquet_frames(rows: Rows, camera: str) -> Iterator[bytes]:
                     yield image.as_py()
 
 
-def _video_frames(
-    info: Info, rows: Rows, camera: str, places: Mapping[int, tuple[Path, float]]
-) -> Iterator[np.ndarray]:
-    """The decoded frames of a camera, in the order of the rows."""
+def _video_frames(dataset: LeRobotFolder, rows: Rows, camera: str) -> Iterator[np.ndarray]:
+    """Episodes that lie one after the other in a file are decoded in one go."""
     if not np.isfinite(rows.time).all():  # no time is before or after NaN: the first frame would be that of every row
-        raise ConfigError(f"{info.source} has rows without a timestamp and no fps in {LEROBOT_INFO}: add the fps there")
+        raise ConfigError(
+            f"{dataset.source} has rows without a timestamp and no fps in {LEROBOT_INFO}: add the fps there"
+        )
     steps = np.diff(rows.time)
-    fps = info.fps or 1 / float(np.median(steps[steps > 0]))
-    with VideoFrames(fps) as video:
-        for episode, times in itertools.groupby(range(len(rows.episode)), key=rows.episode.__getitem__):
-            number = int(episode)
-            if info.version == 2:
-                chunk = number // info.chunks_size
-                place = (video_file(info, episode_chunk=chunk, video_key=camera, episode_index=number), 0.0)
-            elif number in places:
-                place = places[number]
-            else:
-                raise ConfigError(f"meta/episodes of {info.source} lacks episode {number}: {AGAIN}")
-            for row in times:
-                yield video.at(place[0], place[1] + float(rows.time[row]))
+    fps = dataset.fps or 1 / float(np.median(steps[steps > 0]))
+    spans = dict(rows.spans())
+    runs: list[tuple[Path, list[float]]] = []
+    for (path, begins), span in zip(dataset.video_places(camera, [*spans]), spans.values(), strict=True):
+        seconds = (begins + rows.time[span]).tolist()
+        if runs and runs[-1][0] == path and runs[-1][1][-1] < seconds[0]:
+            runs[-1][1].extend(seconds)
+        else:
+            runs.append((path, seconds))
+    for path, seconds in runs:
+        yield from frames_at(path, seconds, fps)

@@ -1,7 +1,7 @@
 """Staged episodes → a LeRobot data set (v3.0) that the real library reads; images in parquet, as the JPEG bytes that they were staged as."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +9,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prismatic.data.dataset_folder import listing
-from prismatic.data.staging import StagedEpisode, load_episode, writing_to
-from prismatic.data.writer import unfinished
+from prismatic.data.lerobot_meta import CHUNK_FILES, COUNTERS, NUMBERED
+from prismatic.data.staging import StagedEpisode, load_episode
+from prismatic.data.writer import made_of_staged
 from prismatic.errors import ConfigError
-from prismatic.filenames import LEROBOT_INFO, STAGED_NOTE
+from prismatic.filenames import LEROBOT_INFO
 from prismatic.image import decode_jpeg
 from prismatic.normalize import ACTION_DIMENSIONS
 
 IMAGE, WRIST, STATE, ACTION = "observation.images.image", "observation.images.image2", "observation.state", "action"
-COUNTERS = {
-    "timestamp": "float32",
-    "frame_index": "int64",
-    "episode_index": "int64",
-    "index": "int64",
-    "task_index": "int64",
-}
-FILE_BYTES = 100_000_000  # after which the next data file begins
-CHUNK_FILES = 1000
+EPISODES_A_FILE = 50  # about 100 MB, as the library writes them
 SAMPLED_FRAMES = 100  # of the images' statistics
 LIBERO_RATE = 20.0  # Hz, of LIBERO's controller
 
@@ -36,166 +28,133 @@ def write_dataset(episodes: Path, output: Path, name: str, *, fps: float = LIBER
 
     What an earlier call wrote is replaced. ConfigError where there is no episode, or a data set from elsewhere in the way.
     """
-    episodes, target = Path(episodes).absolute(), Path(output).absolute() / name
-    paths = sorted(episodes.glob("*.npz"))
-    note = json.dumps([fps, listing(paths)])
-    if not paths:
-        raise ConfigError(f"{episodes} holds no finished episode (*.npz): collect at least one first")
-    if target.exists():
-        if not (target / STAGED_NOTE).is_file():
-            raise ConfigError(f"{target} is a data set from elsewhere and is kept: give another output or name")
-        if (target / STAGED_NOTE).read_text() == note:
-            return target
-    with unfinished(target.parent) as folder, writing_to(target.parent):
-        _Writer(folder, load_episode(paths[0]), fps).write(paths)
-        (folder / STAGED_NOTE).write_text(note)
-        if target.exists():
-            target.rename(folder.parent / "replaced")
-        folder.rename(target)
-    return target
+
+    def fill(folder: Path, paths: Sequence[Path]) -> Path:
+        _write(folder, paths, fps)
+        return folder
+
+    return made_of_staged(episodes, Path(output).absolute() / name, fill, fps=fps)
 
 
-class _Writer:
-    """One data set. Memory holds an episode at a time."""
+def _write(folder: Path, paths: Sequence[Path], fps: float) -> None:
+    """All files of it. Memory holds an episode at a time, and the numbers of all."""
+    features = _features(load_episode(paths[0]))
+    schema = _schema(features)
+    tasks: dict[str, int] = {}
+    rows: list[dict[str, Any]] = []
+    samples: dict[str, list[np.ndarray]] = {name: [] for name in features if name not in COUNTERS}
+    for file, first in enumerate(range(0, len(paths), EPISODES_A_FILE)):
+        where = {"chunk_index": file // CHUNK_FILES, "file_index": file % CHUNK_FILES}
+        place = _made(folder, f"data/{NUMBERED}.parquet".format(**where))
+        with pq.ParquetWriter(place, schema, compression="snappy") as writer:  # a row group an episode
+            for path in paths[first : first + EPISODES_A_FILE]:
+                episode = load_episode(path)
+                values = _values(episode, features, path)
+                steps, start = len(episode.action), rows[-1]["dataset_to_index"] if rows else 0
+                task = tasks.setdefault(episode.instruction, len(tasks))
+                frame = np.arange(steps)
+                counters = (frame / fps, frame, np.full(steps, len(rows)), start + frame, np.full(steps, task))
+                writer.write_table(pa.table(values | dict(zip(COUNTERS, counters, strict=True)), schema=schema))
+                for name in samples:
+                    if features[name]["dtype"] == "float32":
+                        samples[name].append(np.stack(values[name]))
+                    elif len(samples[name]) < SAMPLED_FRAMES:
+                        samples[name].append(decode_jpeg(values[name][steps // 2]["bytes"])[None])
+                rows.append(
+                    {
+                        "episode_index": len(rows), "tasks": [episode.instruction], "length": steps,
+                        **{f"data/{key}": value for key, value in where.items()},
+                        "dataset_from_index": start, "dataset_to_index": start + steps,
+                        "meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0,
+                    }
+                )  # fmt: skip
+    episodes = _made(folder, f"meta/episodes/{NUMBERED}.parquet".format(chunk_index=0, file_index=0))
+    pq.write_table(pa.Table.from_pylist(rows), episodes)
+    texts = pa.table({"task_index": list(tasks.values()), "task": list(tasks)})
+    pq.write_table(texts.replace_schema_metadata({"pandas": json.dumps(_PANDAS)}), folder / "meta/tasks.parquet")
+    info = {
+        "codebase_version": "v3.0", "robot_type": None, "total_episodes": len(rows), "total_frames": rows[-1]["dataset_to_index"],
+        "total_tasks": len(tasks), "chunks_size": CHUNK_FILES, "data_files_size_in_mb": 100, "video_files_size_in_mb": 200,
+        "fps": int(fps) if fps == int(fps) else fps, "splits": {"train": f"0:{len(rows)}"},
+        "data_path": f"data/{NUMBERED}.parquet", "video_path": None, "features": features,
+    }  # fmt: skip
+    (folder / LEROBOT_INFO).write_text(json.dumps(info, indent=4))
+    stats = {name: _statistics(np.concatenate(parts)) for name, parts in samples.items()}
+    (folder / "meta/stats.json").write_text(json.dumps(stats, indent=4))
 
-    def __init__(self, folder: Path, first: StagedEpisode, fps: float) -> None:
-        self._folder, self._fps = folder, fps
-        self._views = {IMAGE: first.images, **({WRIST: first.wrist_images} if first.wrist_images else {})}
-        self._vectors = {ACTION: first.action, **({STATE: first.state} if first.state is not None else {})}
-        self._tasks: dict[str, int] = {}
-        self._episodes: list[dict[str, Any]] = []
-        self._numbers: dict[str, list[np.ndarray]] = {name: [] for name in self._vectors}
-        self._pixels: dict[str, list[np.ndarray]] = {name: [] for name in self._views}
 
-    def write(self, paths: Sequence[Path]) -> None:
-        """All files of it."""
-        file, writer = -1, None
-        for number, path in enumerate(paths):
-            if writer is None:
-                file += 1
-                place = self._path("data", file)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                writer = pq.ParquetWriter(place, self._schema(), compression="snappy")
-            writer.write_table(self._table(load_episode(path), path, number, file))  # a row group an episode
-            if self._path("data", file).stat().st_size > FILE_BYTES or number == len(paths) - 1:
-                writer.close()
-                writer = None
-        self._write_meta(frames=sum(row["length"] for row in self._episodes))
+def _made(folder: Path, name: str) -> Path:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    return folder / name
 
-    def _path(self, room: str, file: int) -> Path:
-        return self._folder / room / f"chunk-{file // CHUNK_FILES:03d}" / f"file-{file % CHUNK_FILES:03d}.parquet"
 
-    def _schema(self) -> pa.Schema:
-        image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-        columns: dict[str, pa.DataType] = dict.fromkeys(self._views, image)
-        features: dict[str, Any] = {name: {"_type": "Image"} for name in self._views}
-        for name, values in self._vectors.items():
-            columns[name] = pa.list_(pa.float32(), values.shape[1])
-            features[name] = {
-                "feature": {"dtype": "float32", "_type": "Value"},
-                "length": values.shape[1],
-                "_type": "List",
-            }
-        for name, dtype in COUNTERS.items():
-            columns[name] = pa.float32() if dtype == "float32" else pa.int64()
-            features[name] = {"dtype": dtype, "_type": "Value"}
-        huggingface = json.dumps({"info": {"features": features}})
-        return pa.schema(list(columns.items()), metadata={"huggingface": huggingface})
+def _features(first: StagedEpisode) -> dict[str, dict[str, Any]]:
+    """As info.json has them."""
+    views = {IMAGE: first.images, WRIST: first.wrist_images}
+    shapes = {name: decode_jpeg(jpegs[0]).shape for name, jpegs in views.items() if jpegs}
+    features: dict[str, dict[str, Any]] = {
+        name: {"dtype": "image", "shape": list(shape), "names": ["height", "width", "channel"]}
+        for name, shape in shapes.items()
+    }
+    for name, vectors in ((ACTION, first.action), (STATE, first.state)):
+        if vectors is not None:
+            seven = (name, vectors.shape[1]) == (ACTION, len(ACTION_DIMENSIONS))
+            names = list(ACTION_DIMENSIONS) if seven else [name]
+            features[name] = {"dtype": "float32", "shape": [vectors.shape[1]], "names": names}
+    return features | {name: {"dtype": dtype, "shape": [1], "names": None} for name, dtype in COUNTERS.items()}
 
-    def _table(self, episode: StagedEpisode, path: Path, number: int, file: int) -> pa.Table:
-        steps, start = len(episode.action), sum(row["length"] for row in self._episodes)
-        views = {IMAGE: episode.images, WRIST: episode.wrist_images}
-        vectors = {ACTION: episode.action, STATE: episode.state}
-        for name, first in self._vectors.items():
-            if np.shape(vectors[name])[1:] != first.shape[1:] or len(views[IMAGE]) != steps:
-                raise ConfigError(
-                    f"{name} of the staged episode {path} has another shape than the first's: delete it and go on"
-                )
-        task = self._tasks.setdefault(episode.instruction, len(self._tasks))
-        frame = np.arange(steps)
-        columns: dict[str, Any] = {
-            name: [{"bytes": jpeg, "path": f"frame-{t:06d}.jpg"} for t, jpeg in enumerate(views[name])]
-            for name in self._views
-        }
-        for name in self._vectors:
-            columns[name] = list(np.asarray(vectors[name], dtype=np.float32))
-            self._numbers[name].append(np.asarray(vectors[name], dtype=np.float32))
-        counters = (frame / self._fps, frame, np.full(steps, number), start + frame, np.full(steps, task))
-        columns |= dict(zip(COUNTERS, counters, strict=True))
-        for name in self._views:
-            if len(self._pixels[name]) < SAMPLED_FRAMES:
-                self._pixels[name].append(decode_jpeg(views[name][steps // 2]))
-        self._episodes.append(
-            {
-                "episode_index": number, "tasks": [episode.instruction], "length": steps, "data/chunk_index": file // CHUNK_FILES,
-                "data/file_index": file % CHUNK_FILES, "dataset_from_index": start, "dataset_to_index": start + steps,
-                "meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0,
-            }
-        )  # fmt: skip
-        return pa.table(columns, schema=self._schema())
 
-    def _write_meta(self, *, frames: int) -> None:
-        episodes = self._path("meta/episodes", 0)
-        episodes.parent.mkdir(parents=True)
-        pq.write_table(pa.Table.from_pylist(self._episodes), episodes)
-        tasks = pa.table({"task_index": list(self._tasks.values()), "task": list(self._tasks)})
-        pq.write_table(
-            tasks.replace_schema_metadata({"pandas": json.dumps(_PANDAS)}), self._folder / "meta/tasks.parquet"
-        )
-        features: dict[str, Any] = {}
-        for name in self._views:
-            shape = list(self._pixels[name][0].shape)
-            features[name] = {"dtype": "image", "shape": shape, "names": ["height", "width", "channel"]}
-        for name, values in self._vectors.items():
-            names = list(ACTION_DIMENSIONS) if (name, values.shape[1]) == (ACTION, len(ACTION_DIMENSIONS)) else None
-            features[name] = {"dtype": "float32", "shape": [values.shape[1]], "names": names or [name]}
-        features |= {name: {"dtype": dtype, "shape": [1], "names": None} for name, dtype in COUNTERS.items()}
-        info = {
-            "codebase_version": "v3.0", "robot_type": None, "total_episodes": len(self._episodes), "total_frames": frames,
-            "total_tasks": len(self._tasks), "chunks_size": CHUNK_FILES, "data_files_size_in_mb": FILE_BYTES // 10**6,
-            "video_files_size_in_mb": 200, "fps": int(self._fps) if self._fps == int(self._fps) else self._fps,
-            "splits": {"train": f"0:{len(self._episodes)}"},
-            "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet", "video_path": None, "features": features,
-        }  # fmt: skip
-        (self._folder / LEROBOT_INFO).write_text(json.dumps(info, indent=4))
-        (self._folder / "meta/stats.json").write_text(json.dumps(dict(self._statistics()), indent=4))
+def _schema(features: dict[str, dict[str, Any]]) -> pa.Schema:
+    """The columns, and how the library of data sets is told of them."""
+    columns: dict[str, pa.DataType] = {}
+    told: dict[str, Any] = {}
+    for name, feature in features.items():
+        value = {"dtype": feature["dtype"], "_type": "Value"}
+        if feature["dtype"] == "image":
+            columns[name], told[name] = pa.struct([("bytes", pa.binary()), ("path", pa.string())]), {"_type": "Image"}
+        elif name in COUNTERS:
+            columns[name], told[name] = getattr(pa, feature["dtype"])(), value
+        else:
+            columns[name] = pa.list_(pa.float32(), feature["shape"][0])
+            told[name] = {"feature": value, "length": feature["shape"][0], "_type": "List"}
+    return pa.schema(list(columns.items()), metadata={"huggingface": json.dumps({"info": {"features": told}})})
 
-    def _statistics(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Of vectors, from all rows; of images, 0 … 1 per channel, from one frame of each of the first episodes."""
-        for name, parts in self._numbers.items():
-            yield name, _summary(np.concatenate(parts).astype(np.float64), (0,))
-        for name, frames in self._pixels.items():
-            unit = np.stack(frames).astype(np.float64) / 255
-            found = _summary(unit, (0, 1, 2))
-            yield (
-                name,
-                {
-                    key: values if key == "count" else np.reshape(values, (3, 1, 1)).tolist()
-                    for key, values in found.items()
-                },
+
+def _values(episode: StagedEpisode, features: dict[str, dict[str, Any]], path: Path) -> dict[str, list[Any]]:
+    """Images and vectors, a value a row; ConfigError where they have another form than the first episode's."""
+    values: dict[str, list[Any]] = {}
+    for name, jpegs in ((IMAGE, episode.images), (WRIST, episode.wrist_images)):
+        values[name] = [{"bytes": jpeg, "path": f"frame-{t:06d}.jpg"} for t, jpeg in enumerate(jpegs)]
+    for name, vectors in ((ACTION, episode.action), (STATE, episode.state)):
+        values[name] = [] if vectors is None else list(np.asarray(vectors, dtype=np.float32))
+    values = {name: values[name] for name in values if name in features}
+    for name, rows in values.items():
+        wanted = features[name]["shape"] if features[name]["dtype"] == "float32" else None
+        if len(rows) != len(episode.action) or (wanted and [*rows[0].shape] != wanted):
+            raise ConfigError(
+                f"{name} of the staged episode {path} has another shape than the first's: delete it and go on"
             )
+    return values
 
 
-def _summary(values: np.ndarray, axes: tuple[int, ...]) -> dict[str, Any]:
+def _statistics(values: np.ndarray) -> dict[str, Any]:
+    """Of vectors (N, D), from all rows; of images (N, H, W, 3), 0 … 1 per channel (3, 1, 1), from a frame of each of the first episodes."""
+    is_image = values.ndim == 4
+    values = values.astype(np.float64) / (255 if is_image else 1)
+    axes = (0, 1, 2) if is_image else (0,)
     found = {"min": values.min(axes), "max": values.max(axes), "mean": values.mean(axes), "std": values.std(axes)}
-    return {key: value.tolist() for key, value in found.items()} | {"count": [len(values)]}
+    shape = (3, 1, 1) if is_image else (-1,)
+    return {key: value.reshape(shape).tolist() for key, value in found.items()} | {"count": [len(values)]}
+
+
+def _column(name: str, kind: str, dtype: str) -> dict[str, Any]:
+    return {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": dtype, "metadata": None}
 
 
 # tasks.parquet is read by pandas there, and the text is its index
 _PANDAS = {
     "index_columns": ["task"],
-    "column_indexes": [
-        {"name": None, "field_name": None, "pandas_type": "unicode", "numpy_type": "object", "metadata": None}
-    ],
-    "columns": [
-        {
-            "name": "task_index",
-            "field_name": "task_index",
-            "pandas_type": "int64",
-            "numpy_type": "int64",
-            "metadata": None,
-        },
-        {"name": "task", "field_name": "task", "pandas_type": "unicode", "numpy_type": "object", "metadata": None},
-    ],
+    "column_indexes": [_column("", "unicode", "object") | {"name": None, "field_name": None}],
+    "columns": [_column("task_index", "int64", "int64"), _column("task", "unicode", "object")],
     "pandas_version": "2.2.3",
 }

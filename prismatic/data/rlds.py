@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,17 +24,15 @@ import numpy as np
 from prismatic.data.dataset_folder import AGAIN, check_whole, dataset_name, find_dataset, listing
 from prismatic.data.keys import FLAG, DataKeys, find_keys, parse_data_keys, sentences
 from prismatic.data.pictures import to_jpeg
-from prismatic.data.staging import StagedEpisode, load_episode, stage_episode, writing_to
-from prismatic.data.writer import CacheWriter, cached, unfinished
+from prismatic.data.staging import StagedEpisode, load_episode, stage_episode
+from prismatic.data.writer import CacheWriter, cached, made_of_staged
 from prismatic.errors import ConfigError
-from prismatic.filenames import STAGED_NOTE
 from prismatic.image import decode_jpeg
 
 __all__ = ["build_cache", "find_dataset", "stage_episode", "write_dataset"]
 
 VERSION = "1.0.0"  # of every data set that we write
 REMEDIES = {"No space left": "free some space or give another folder", "DataLossError": AGAIN}
-STOPS = {signal.SIGINT, signal.SIGTERM}
 PARENT = "OPENVLA_PARENT_PID"
 PR_SET_PDEATHSIG = 1  # Linux prctl: be sent a signal when the parent dies
 CHILD_ENVIRONMENT = {
@@ -78,51 +76,29 @@ def write_dataset(episodes: Path, output: Path, name: str) -> Path:
     Their order on disk goes by a hash of the files' names, as always with tfds. What an earlier call wrote is
     replaced. ConfigError where there is no episode, or a data set from elsewhere in the way.
     """
-    episodes, target = Path(episodes).absolute(), Path(output).absolute() / name / VERSION
     check_name(name)
-    note = json.dumps(listing(episodes.glob("*.npz")))
-    if note == "[]":
-        raise ConfigError(f"{episodes} holds no finished episode (*.npz): collect at least one first")
-    if target.exists():
-        if not (target / STAGED_NOTE).is_file():
-            raise ConfigError(f"{target} is a data set from elsewhere and is kept: give another output or name")
-        if (target / STAGED_NOTE).read_text() == note:
-            return target
-    with unfinished(target.parent) as folder:
-        _in_child(f"writing {target}", "write", episodes, folder, name)
-        with writing_to(target.parent):
-            (folder / name / VERSION / STAGED_NOTE).write_text(note)
-            if target.exists():
-                target.rename(folder / "replaced")
-            (folder / name / VERSION).rename(target)
-    return target
+    target = Path(output).absolute() / name / VERSION
+
+    def fill(folder: Path, paths: Sequence[Path]) -> Path:
+        _in_child(f"writing {target}", "write", paths[0].parent, folder, name)
+        return folder / name / VERSION
+
+    return made_of_staged(episodes, target, fill)
 
 
 def _in_child(doing: str, *arguments: str | Path) -> None:
     """Run `main` below in a new process. It answers one JSON object; its progress bar goes to our stderr."""
-    mask = signal.pthread_sigmask(
-        signal.SIG_BLOCK, STOPS
-    )  # a stop between the child's start and the `try` would leave it alive
-    try:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "prismatic.data.rlds", *map(str, arguments)],
-            cwd=Path(__file__).resolve().parents[2],  # where it finds this package
-            env=os.environ | CHILD_ENVIRONMENT | {PARENT: str(os.getpid())},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            output, _ = child.communicate()
-        finally:
-            child.kill()
-            child.wait()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    if child.returncode != 0 or not output:
+    child = subprocess.run(
+        [sys.executable, "-m", "prismatic.data.rlds", *map(str, arguments)],
+        cwd=Path(__file__).resolve().parents[2],  # where it finds this package
+        env=os.environ | CHILD_ENVIRONMENT | {PARENT: str(os.getpid())},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if child.returncode != 0 or not child.stdout:
         hint = ", perhaps for want of memory" if child.returncode == -signal.SIGKILL else ""
         raise ConfigError(f"{doing} failed, its process ended with code {child.returncode}{hint}: start it again")
-    answer = json.loads(output)
+    answer = json.loads(child.stdout)
     if "config_error" in answer:
         raise ConfigError(answer["config_error"])
     if "failure" in answer:
@@ -185,7 +161,7 @@ def _add(
         ([to_jpeg(fields[view][t], rotate=rotate, where=f"{view} of {where}") for view in views] for t in range(steps)),
         action=_vector(fields, keys.action),
         state=_vector(fields, keys.state) if keys.state else None,
-        instructions=[_first_text(texts) for texts in said],
+        instructions=[next(filter(None, map(_decoded, np.ravel(texts))), "") for texts in said],  # the first not empty
         file_path=_decoded(file_path),
     )
 
@@ -193,11 +169,6 @@ def _add(
 def _vector(fields: Mapping[str, np.ndarray], names: tuple[str, ...]) -> np.ndarray:
     """(T, D): one field, or several beside each other."""
     return np.concatenate([np.asarray(fields[name]).reshape(len(fields[name]), -1) for name in names], axis=1)
-
-
-def _first_text(texts: Any) -> str:
-    """Of a step's instruction, or instructions, the first that is not empty."""
-    return next(filter(None, (_decoded(text) for text in np.ravel(texts))), "")
 
 
 def _decoded(text: Any) -> str:
@@ -263,16 +234,13 @@ def _write(episodes: Path, folder: Path, name: str) -> None:
 
 def _features(tfds: Any, first: StagedEpisode) -> Any:
     """The features of modified_libero_rlds, their descriptions included, as far as a staged episode has them, in its sizes."""
-    feature = tfds.features
+    feature, scalar = tfds.features, tfds.features.Scalar
 
     def image(jpeg: bytes, doc: str) -> Any:
         return feature.Image(shape=decode_jpeg(jpeg).shape, dtype=np.uint8, encoding_format="jpeg", doc=doc)
 
     def vector(values: np.ndarray, doc: str) -> Any:
         return feature.Tensor(shape=values.shape[1:], dtype=np.float32, doc=doc)
-
-    def scalar(dtype: type, doc: str) -> Any:
-        return feature.Scalar(dtype=dtype, doc=doc)
 
     observation = {"image": image(first.images[0], "Main camera RGB observation.")}
     if first.wrist_images:
@@ -285,11 +253,11 @@ def _features(tfds: Any, first: StagedEpisode) -> Any:
     step = {
         "observation": feature.FeaturesDict(observation),
         "action": vector(first.action, "Robot EEF action."),
-        "discount": scalar(np.float32, "Discount if provided, default to 1."),
-        "reward": scalar(np.float32, "Reward if provided, 1 on final step for demos."),
-        "is_first": scalar(np.bool_, "True on first step of the episode."),
-        "is_last": scalar(np.bool_, "True on last step of the episode."),
-        "is_terminal": scalar(np.bool_, terminal),
+        "discount": scalar(np.float32, doc="Discount if provided, default to 1."),
+        "reward": scalar(np.float32, doc="Reward if provided, 1 on final step for demos."),
+        "is_first": scalar(np.bool_, doc="True on first step of the episode."),
+        "is_last": scalar(np.bool_, doc="True on last step of the episode."),
+        "is_terminal": scalar(np.bool_, doc=terminal),
         "language_instruction": feature.Text(doc="Language Instruction."),
     }
     metadata = feature.FeaturesDict({"file_path": feature.Text(doc="Path to the original data file.")})
@@ -300,9 +268,13 @@ def _example(path: Path) -> dict[str, Any]:
     """A staged episode as tfds takes it: images as file objects, whose bytes it stores as they are."""
     episode = load_episode(path)
     last = len(episode.action) - 1
+    views = {"image": episode.images, "wrist_image": episode.wrist_images}
+    fields: dict[str, Any] = {name: [io.BytesIO(jpeg) for jpeg in jpegs] for name, jpegs in views.items() if jpegs}
+    vectors = {"state": episode.state, "joint_state": episode.joint_state}
+    fields |= {name: values for name, values in vectors.items() if values is not None}
     steps = [
         {
-            "observation": _observation(episode, t),
+            "observation": {name: values[t] for name, values in fields.items()},
             "action": episode.action[t],
             "discount": 1.0,
             "reward": float(t == last),
@@ -316,19 +288,11 @@ def _example(path: Path) -> dict[str, Any]:
     return {"steps": steps, "episode_metadata": {"file_path": episode.file_path}}
 
 
-def _observation(episode: StagedEpisode, t: int) -> dict[str, Any]:
-    wrist = {"wrist_image": io.BytesIO(episode.wrist_images[t])} if episode.wrist_images else {}
-    vectors = {"state": episode.state, "joint_state": episode.joint_state}
-    there = {name: values[t] for name, values in vectors.items() if values is not None}
-    return {"image": io.BytesIO(episode.images[t]), **wrist, **there}
-
-
 def main() -> None:
     """The child: `read SOURCE FOLDER OPTIONS` or `write EPISODES FOLDER NAME`; answers one JSON object on stdout."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(os.environ[PARENT]):  # it died before we asked
         return
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both: the parent ends us and tidies up
     answer_to = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # tfds prints there that it is "downloading"

@@ -7,6 +7,7 @@ beside it, locked by its writer, so that the next call can tell it from one whos
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import shutil
@@ -18,11 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from prismatic.data.frames import CACHE_FORMAT, meta_digest
+from prismatic.data.dataset_folder import listing
+from prismatic.data.frames import CACHE_FORMAT, OLD_FORMAT, meta_digest
 from prismatic.data.gripper import detect_gripper
 from prismatic.data.staging import writing_to
 from prismatic.errors import ConfigError
-from prismatic.filenames import CACHE_FRAMES, CACHE_META, CACHE_STEPS, UNFINISHED
+from prismatic.filenames import CACHE_FRAMES, CACHE_META, CACHE_STEPS, STAGED_NOTE, UNFINISHED
+from prismatic.records import read_object
 
 VIEWS = ("image", "wrist_image")  # their order in frames.bin; the second may be missing
 LOCK = "writer.lock"
@@ -142,7 +145,43 @@ def cached(
             except OSError:
                 if not (cache / CACHE_META).is_file():  # else another process was quicker: its is as good
                     raise
+    _delete_older(cache, name)
     return cache
+
+
+def _delete_older(cache: Path, name: str) -> None:
+    """Delete what an earlier format made of the same source: nothing opens it any more."""
+    source = read_object(cache / CACHE_META).get("source")
+    for meta in cache.parent.glob(f"{glob.escape(name)}-*/{CACHE_META}"):
+        with contextlib.suppress(ConfigError):
+            found = read_object(meta)
+            if source and found.get("source") == source and found.get("format") == OLD_FORMAT:
+                shutil.rmtree(meta.parent, ignore_errors=True)
+
+
+def made_of_staged(
+    episodes: Path, target: Path, fill: Callable[[Path, Sequence[Path]], Path], *, fps: float | None = None
+) -> Path:
+    """The data set `target` of a folder's staged episodes, made by `fill` (folder to write in, episodes → what it made) unless it holds just these.
+
+    What an earlier call wrote is replaced. ConfigError where there is no episode, or a data set from elsewhere in the way.
+    """
+    paths = sorted(Path(episodes).absolute().glob("*.npz"))
+    if not paths:
+        raise ConfigError(f"{episodes} holds no finished episode (*.npz): collect at least one first")
+    note = json.dumps(listing(paths) if fps is None else [fps, listing(paths)])
+    if target.exists():
+        if not (target / STAGED_NOTE).is_file():
+            raise ConfigError(f"{target} is a data set from elsewhere and is kept: give another output or name")
+        if (target / STAGED_NOTE).read_text() == note:
+            return target
+    with unfinished(target.parent) as folder, writing_to(target.parent):
+        made = fill(folder, paths)
+        (made / STAGED_NOTE).write_text(note)
+        if target.exists():
+            target.rename(folder.parent / "replaced")
+        made.rename(target)
+    return target
 
 
 @contextlib.contextmanager

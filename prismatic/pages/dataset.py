@@ -2,9 +2,8 @@
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -21,29 +20,22 @@ IMAGE_SIZE = 224  # pixels a side, of what OpenVLA sees
 WIDTH, HEIGHT = 200, 40  # of a histogram, in its own units
 CAPTION = 14  # pixels under an image of the contact sheet
 
-
-class Shot(NamedTuple):
-    """An image as the policy will see it."""
-
-    name: str
-    pixels: np.ndarray  # (S, S, 3) uint8
+Shots = dict[str, np.ndarray]  # name → (S, S, 3) uint8: images of an episode as the policy will see them
 
 
-def write_page(
-    cache: FrameCache, look: Look, reading: Sequence[str], folder: Path, *, crop: bool = True
-) -> tuple[Path, Path]:
-    """`folder/<data set>.html` and its contact sheet `.png`. reading: sentences about how it was read. crop: whether the policy crops the centre."""
+def write_page(cache: FrameCache, look: Look, reading: Sequence[str], folder: Path) -> tuple[Path, Path]:
+    """`folder/<data set>.html` and its contact sheet `.png`. reading: sentences about how it was read."""
     folder.mkdir(parents=True, exist_ok=True)
     picked = np.unique(np.linspace(0, len(look.lengths) - 1, EPISODES_SHOWN).round().astype(int))
-    shots = {number: list(_shots(cache, number, crop=crop)) for number in picked.tolist() if look.lengths[number]}
+    episodes = {number: _shots(cache, number) for number in picked.tolist() if look.lengths[number]}
     page, sheet = folder / f"{cache.name}.html", folder / f"{cache.name}.png"
     cards = [
         {
             "title": f"episode {number}, {look.lengths[number]} steps",
             "instruction": cache.instructions[number],
-            "shots": [{"name": s.name, "data": base64.b64encode(encode_jpeg(s.pixels)).decode()} for s in found],
+            "shots": {name: base64.b64encode(encode_jpeg(pixels)).decode() for name, pixels in shots.items()},
         }
-        for number, found in shots.items()
+        for number, shots in episodes.items()
     ]
     content = render(
         "dataset.html.jinja",
@@ -52,8 +44,7 @@ def write_page(
         reading=reading,
         rate=f", {cache.fps:g} Hz" if cache.fps else ", rate not recorded",
         median=f"{np.median(look.lengths):g}",
-        seen=f"resized to {IMAGE_SIZE} pixels"
-        + (", the centre cropped (90 % of the area, as with --image_aug)" if crop else ""),
+        seen=f"resized to {IMAGE_SIZE} pixels, the centre cropped (90 % of the area, as with --image_aug)",
         cards=cards,
         paths=[_path(dimension.counts) for dimension in look.dimensions],
         bands=[_band(d.low, d.high, d.q01, d.q99) for d in look.dimensions],
@@ -61,16 +52,18 @@ def write_page(
         most=INSTRUCTIONS_SHOWN,
     )
     write_whole(page, content)
-    write_whole(sheet, _contact_sheet(shots))
+    write_whole(sheet, _contact_sheet(episodes))
     return page, sheet
 
 
-def _shots(cache: FrameCache, episode: int, *, crop: bool) -> Iterator[Shot]:
+def _shots(cache: FrameCache, episode: int) -> Shots:
     frames = np.flatnonzero(cache.episode == episode)
-    for step, frame in (("first", int(frames[0])), ("last", int(frames[-1]))):
-        for view, read in (("image", cache.image_bytes), ("wrist", cache.wrist_bytes))[: 1 + cache.has_wrist]:
-            pixels = resize_lanczos3(decode_jpeg(read(frame)), IMAGE_SIZE)
-            yield Shot(f"{step} {view}", center_crop(pixels) if crop else pixels)
+    views = (("image", cache.image_bytes), ("wrist", cache.wrist_bytes))[: 1 + cache.has_wrist]
+    return {
+        f"{step} {view}": center_crop(resize_lanczos3(decode_jpeg(read(int(frame))), IMAGE_SIZE))
+        for step, frame in (("first", frames[0]), ("last", frames[-1]))
+        for view, read in views
+    }
 
 
 def _path(counts: Sequence[int]) -> str:
@@ -89,17 +82,16 @@ def _band(low: float, high: float, q01: float, q99: float) -> tuple[float, float
     return round((q01 - low) * scale, 1), round((q99 - q01) * scale, 1) if scale else WIDTH
 
 
-def _contact_sheet(shots: dict[int, list[Shot]]) -> bytes:
+def _contact_sheet(episodes: dict[int, Shots]) -> bytes:
     """A row an episode: PNG."""
-    columns = max(len(found) for found in shots.values())
-    side = IMAGE_SIZE // 2
-    sheet = Image.new("RGB", (columns * side, len(shots) * (side + CAPTION)), "white")
+    columns, side = max(map(len, episodes.values())), IMAGE_SIZE // 2
+    sheet = Image.new("RGB", (columns * side, len(episodes) * (side + CAPTION)), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, (number, found) in enumerate(shots.items()):
-        for column, shot in enumerate(found):
-            place = column * side, row * (side + CAPTION)
-            sheet.paste(Image.fromarray(shot.pixels).resize((side, side)), place)
-            draw.text((place[0] + 2, place[1] + side + 1), f"{number} {shot.name}", fill="black")
+    for row, (number, shots) in enumerate(episodes.items()):
+        for column, (name, pixels) in enumerate(shots.items()):
+            left, top = column * side, row * (side + CAPTION)
+            sheet.paste(Image.fromarray(pixels).resize((side, side)), (left, top))
+            draw.text((left + 2, top + side + 1), f"{number} {name}", fill="black")
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG")
     return buffer.getvalue()
