@@ -41,32 +41,28 @@ def kinds(f: Any) -> dict[str, dict[str, Any]]:
     def vector(n: int, dtype: Any = np.float32) -> Any:
         return f.Tensor(shape=(n,), dtype=dtype)
 
-    three = f.FeaturesDict(
-        {"gripper_closedness_action": vector(1), "rotation_delta": vector(3), "world_vector": vector(3)}
-    )
-    strange = f.FeaturesDict({"a": vector(4), "b": vector(3)})
-    two = {"left": (png, picture), "right": (png, lambda t: picture(t + 9))}
+    three = {"gripper_closedness_action": vector(1), "rotation_delta": vector(3), "world_vector": vector(3)}
+    two = f.FeaturesDict({"a": vector(4), "b": vector(3)})
+    texts = f.Tensor(shape=(3,), dtype=np.str_)
     return {
         "png": {"image": (png, picture), "wrist_image": (png, lambda t: picture(t + 9))},
         "noformat": {"image": (image, picture)},
         "raw": {"image": (raw, picture)},
         "array_record": {"image": (png, picture)},
         "instruction_in_observation": {"language_instruction": None, "natural_language_instruction": (text, lambda t: INSTRUCTION)},
-        "many_words": {"language_instruction": (f.Tensor(shape=(3,), dtype=np.str_), lambda t: ["", INSTRUCTION, "take it"])},
+        "many_words": {"language_instruction": (texts, lambda t: ["", INSTRUCTION, "take it"])},
         "latin1": {"language_instruction": (f.Tensor(shape=(), dtype=np.str_), lambda t: "déplace le bol à gauche".encode("latin-1"))},
         "float64": {"action": (vector(7, np.float64), lambda t: action(t).astype(np.float64))},
-        "dict_action": {"action": (three, parts)},
-        "strange_action": {"action": (strange, lambda t: {"a": action(t)[:4], "b": action(t)[4:]})},
-        "told_action": {"action": (strange, lambda t: {"a": action(t)[:4], "b": action(t)[4:]}), "keys": {"action": "action/a+action/b"}},
-        "other_cameras": {"image": None, **two},
-        "told_cameras": {"image": None, **two, "keys": {"image": "right", "wrist": "left"}},
-        "one_camera": {"image": None, "webcam": (png, picture)},
-        "no_state": {"state": None},
+        "dict_action": {"action": (f.FeaturesDict(three), parts)},
+        "told": {
+            "action": (two, lambda t: {"a": action(t)[:4], "b": action(t)[4:]}),
+            "image": None, "left": (png, lambda t: picture(t + 9)), "right": (png, picture),
+            "keys": {"action": "action/a+action/b", "image": "right", "wrist": "left"},
+        },
         "long_state": {"state": (vector(10), lambda t: state(t, 10))},
         "gripper_one_open": {"action": (vector(7), lambda t: action(t, gripper=(1.0, 0.0)))},
-        "two_arms": {"action": (vector(14), lambda t: np.r_[action(t), action(t)])},
-        "nan": {"action": (vector(7), lambda t: action(t) * np.float32("nan"))},
-        "rotated": {"image": (png, picture), "rotate": True},
+        "rotated": {"image": (png, lambda t: picture(t)[::-1, ::-1].copy()), "rotate": True},
+        "other_cameras": {"image": None, "left": (png, picture), "right": (png, picture)},
     }  # fmt: skip
 
 

@@ -35,6 +35,8 @@ def test_what_is_missing_is_named_with_what_is_there() -> None:
         found("action=torque")
     with pytest.raises(ConfigError, match="names 2 fields"):
         found("image=top+image2")
+    with pytest.raises(ConfigError, match=r"action .*action/a, action/b.*--data_keys action="):
+        found(vector=("action/a", "action/b"))
 
 
 def columns(*grippers: float) -> np.ndarray:

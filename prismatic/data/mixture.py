@@ -1,6 +1,7 @@
 """What --dataset_name means: a data set by name, or several, each with a weight if it has one, opened as one Mixture, whatever their formats."""
 
 from pathlib import Path
+from typing import Any
 
 from prismatic.data import lerobot, rlds
 from prismatic.data.dataset_folder import find_dataset, is_lerobot
@@ -44,42 +45,30 @@ def open_mixture(
     root: str | Path,
     dataset_name: str,
     *,
-    cache_dir: Path,
     seed: int,
     val_share: float = VAL_SHARE,
     num_actions_chunk: int = 1,
-    data_keys: str = "",
-    gripper: str = "auto",
-    rotate_images: bool = False,
+    **how: Any,
 ) -> Mixture:
-    """The frame caches of dataset_name (a name, or name:weight,name:weight), each built where it isn't there yet; see open_cache."""
+    """The frame caches of dataset_name (a name, or name:weight,name:weight), each opened by open_cache, which takes `how`."""
     caches, shares = [], []
     for part in dataset_name.split(","):
         name, _, share = part.strip().partition(":")
         try:
             shares.append(float(share or 1.0))
         except ValueError:
-            raise ConfigError(
-                f"--dataset_name {part!r}: {share!r} is no weight, write it like libero_spatial_no_noops:0.5"
-            ) from None
-        caches.append(
-            open_cache(
-                root, name, cache_dir=cache_dir, data_keys=data_keys, gripper=gripper, rotate_images=rotate_images
-            )
-        )
+            said = f"--dataset_name {part!r}: {share!r} is no weight"
+            raise ConfigError(f"{said}, write it like libero_spatial_no_noops:0.5") from None
+        caches.append(open_cache(root, name, **how))
     return Mixture(caches, seed=seed, weights=shares, val_share=val_share, num_actions_chunk=num_actions_chunk)
 
 
 def sentences(cache: FrameCache, *, rotate_images: bool = False) -> list[str]:
     """What a person should know of how a data set is read, before it costs a day."""
-    turned = (
-        "turned by 180°"
-        if rotate_images
-        else "as recorded, not turned (they should be upright; --rotate_images True turns them)"
-    )
+    turned = "as recorded, not turned (they should be upright; --rotate_images True turns them)"
     dims = ", ".join(str(dim) for dim in cache.gripper.dims)
     return [
         f"data set {cache.name}: {len(cache):,} frames, {len(cache.file_paths):,} episodes; " + "; ".join(cache.notes),
-        f"images {turned}",
+        f"images {'turned by 180°' if rotate_images else turned}",
         f"gripper{f' (dimension {dims})' if dims else ''}: {cache.gripper.evidence}",
     ]

@@ -54,27 +54,25 @@ def build_cache(rlds_dir: Path, cache_dir: Path, *, data_keys: str = "", rotate_
     told = parse_data_keys(data_keys)
 
     def fill(folder: Path) -> None:
+        check_whole(source)
         options = json.dumps({"told": told, "rotate": rotate_images})
         _in_child(f"reading {source}", "read", source, folder, options)
 
     identity = [listing(source.iterdir()), sorted(told.items()), rotate_images]
-    return cached(cache_dir, dataset_name(source), identity, fill, check=lambda: check_whole(source))
+    return cached(cache_dir, dataset_name(source), identity, fill)
 
 
 def check_name(name: str) -> None:
     """ConfigError where tfds would not take it as a data set's name."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise ConfigError(
-            f"{name!r} can't name a data set (dataset_name): use small letters, digits and _, a letter first"
-        )
+        rule = "use small letters, digits and _, a letter first"
+        raise ConfigError(f"{name!r} can't name a data set (dataset_name): {rule}")
 
 
 def write_dataset(episodes: Path, output: Path, name: str) -> Path:
-    """The staged episodes (`*.npz` in a folder) as RLDS data set `output/name/1.0.0`, unless it holds just
-    these.
+    """The staged episodes (`*.npz` in a folder) as RLDS data set `output/name/1.0.0`, unless it holds just these.
 
-    Their order on disk goes by a hash of the files' names, as always with tfds. What an earlier call wrote is
-    replaced. ConfigError where there is no episode, or a data set from elsewhere in the way.
+    Their order on disk goes by a hash of the files' names, as always with tfds. See made_of_staged for what is replaced or kept.
     """
     check_name(name)
     target = Path(output).absolute() / name / VERSION

@@ -123,20 +123,13 @@ class CacheWriter:
         np.savez(self._folder / CACHE_STEPS, allow_pickle=False, offsets=offsets, **checks, **arrays)
 
 
-def cached(
-    cache_dir: Path, name: str, identity: Any, fill: Callable[[Path], None], *, check: Callable[[], None] | None = None
-) -> Path:
-    """The folder `cache_dir/name-<key of identity>`, filled by `fill` where it isn't there yet, after `check`.
-
-    identity: JSON-ready, what the content depends on.
-    """
+def cached(cache_dir: Path, name: str, identity: Any, fill: Callable[[Path], None]) -> Path:
+    """The folder `cache_dir/name-<key of identity>`, filled by `fill` where it isn't there yet. identity: JSON-ready, what the content depends on."""
     cache_dir = Path(cache_dir).absolute()
     key = hashlib.sha256(json.dumps([CACHE_FORMAT, identity]).encode()).hexdigest()
     cache = cache_dir / f"{name}-{key[:12]}"
     if (cache / CACHE_META).is_file():
         return cache
-    if check:
-        check()
     with unfinished(cache_dir) as folder:
         fill(folder)
         with writing_to(cache_dir):
