@@ -10,7 +10,6 @@ added to what is there. Without a GPU the policy computes on one thread, unless 
 import os
 import shlex
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,18 @@ import tyro
 
 from config import EvalConfig
 from prismatic import evaluation, foreign_flags, report
-from prismatic.episodes import flags, setup
+from prismatic.episodes import setup
 from prismatic.episodes.player import Play
+from prismatic.episodes.result import Facts
 from prismatic.episodes.trials import list_trials
 from prismatic.errors import ConfigError, exit_codes
-from prismatic.evaluation import Facts, RolloutFolder
+from prismatic.evaluation import RolloutFolder
 from prismatic.pages import comparison
 from prismatic.progress import Progress, print_result
 from prismatic.ranges import checked
 from prismatic.scene.renderer import choose_renderer, render_options
 from prismatic.scene.suites import Benchmark, Libero
-from prismatic.suite_mean import mean_over_suites
+from prismatic.summary import mean_over_suites
 from prismatic.versions import check_simulator, unpinned_simulator, versions
 
 # Nothing here may import torch at the top: each simulator process imports this file once more.
@@ -43,7 +43,7 @@ def main(cfg: EvalConfig, benchmark: Benchmark | None = None) -> None:
         print(*(pairs if cfg.compare else mean_over_suites(cfg.mean_of)), sep="\n")
         return
     check_simulator(allow_unpinned=cfg.allow_unpinned_simulator)
-    flags.check(flags.Flags(**{field.name: getattr(cfg, field.name) for field in fields(flags.Flags)}))
+    setup.check(vars(cfg))
     trials = plan(cfg, benchmark)
     facts, path = identity(cfg, benchmark, choose_renderer(setup.LOCAL_RANK)), cfg.local_log_dir / run_name(cfg)
     with RolloutFolder(path, identity=facts, record=record(cfg), rank=RANK) as folder, report.at_the_end(folder):
@@ -131,7 +131,7 @@ def load_policy(cfg: EvalConfig) -> evaluation.Loaded:
         drafting=None if cfg.drafting == "auto" else cfg.drafting,
         unnorm_key=cfg.unnorm_key,
         center_crop=cfg.center_crop,
-        **{name: getattr(cfg, name) for name in flags.SAID_OF_FOREIGN if getattr(cfg, name) is not None},
+        **{name: getattr(cfg, name) for name in setup.SAID_OF_FOREIGN if getattr(cfg, name) is not None},
     )
 
 
@@ -151,7 +151,7 @@ def run_name(cfg: EvalConfig) -> str:
 
 def identity(cfg: EvalConfig, benchmark: Benchmark, renderer: str) -> Facts:
     dataset = open_data(cfg).fingerprint if cfg.policy == "replay" else None
-    return flags.identity(vars(cfg), vars(EvalConfig()), benchmark, renderer=renderer, dataset=dataset)
+    return setup.identity(vars(cfg), vars(EvalConfig()), benchmark, renderer=renderer, dataset=dataset)
 
 
 def record(cfg: EvalConfig) -> Facts:

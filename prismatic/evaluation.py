@@ -7,7 +7,6 @@ and no rate counts them. A run that differs in what the numbers depend on (run.j
 
 import contextlib
 import fcntl
-import hashlib
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,13 +20,11 @@ from prismatic.atomic import append_line, write_json
 from prismatic.episodes import actions, pool
 from prismatic.episodes.controls import KNOWN_LATER, beside
 from prismatic.episodes.player import Outcome, Play
-from prismatic.episodes.result import EpisodeResult, Run, read_run
+from prismatic.episodes.result import EpisodeResult, Facts, Run, read_rows, read_run
 from prismatic.episodes.session import Session
-from prismatic.episodes.trials import Trial, TrialQueue, video_number
+from prismatic.episodes.trials import Trial, TrialQueue
 from prismatic.errors import ConfigError
 from prismatic.filenames import REPORT, RESULTS, RUN, SUMMARY, UNFINISHED, VERSIONS
-from prismatic.records import read_lines
-from prismatic.scene.diagnosis import Diagnosis
 from prismatic.summary import summarise
 
 if TYPE_CHECKING:  # it needs torch, which an evaluation of the expert does not
@@ -36,11 +33,9 @@ if TYPE_CHECKING:  # it needs torch, which an evaluation of the expert does not
 POSTERS = "posters"  # folder of the videos' last frames
 TASK_CHARACTERS = 50  # of the instruction in a video's name, as OpenVLA has it
 
-Facts = dict[str, Any]  # of run.json and summary.json: JSON values
-
 
 class RolloutFolder:
-    """A run's folder, held by this process (one process a rank) until `close`; use with `with`.
+    """A run's folder, held by this process (one process a rank) until the end of its `with`.
 
     identity: what the numbers depend on (JSON values); it must equal that of the run already there. record:
     what should merely be known (versions, command line, …); the latest counts. ConfigError when the folder
@@ -103,54 +98,25 @@ class RolloutFolder:
         with self.locked():
             return read_rows(self.path)
 
-    def note(self, **facts: Any) -> None:
-        """Add to the record what became known only now, such as the policy's metadata."""
+    def note(self, *, session: Facts | None = None, **facts: Any) -> None:
+        """Add to the record what became known only now. session: what one call measured of itself (session.py); those before it stay."""
         with self.locked():
             run = read_run(self.path)
+            if session:
+                facts["sessions"] = [*run.record.get("sessions", []), session]
             write_json(self.path / RUN, {"identity": run.identity, "record": {**run.record, **facts}})
 
-    def add_session(self, session: Facts) -> None:
-        """Add to the record what one call measured of itself (session.py); those before it stay."""
-        with self.locked():
-            run = read_run(self.path)
-            sessions = [*run.record.get("sessions", []), session]
-            write_json(self.path / RUN, {"identity": run.identity, "record": {**run.record, "sessions": sessions}})
-
-    def add(self, outcome: Outcome, *, instruction: str, number: int) -> EpisodeResult:
-        """Give the video its name and append the episode's line, safe on disk when this returns.
+    def add(self, outcome: Outcome, *, number: int) -> EpisodeResult:
+        """Give the video its name, save the actions, and append the episode's line, safe on disk when this returns.
 
         number: the video's, unique within the folder. ConfigError when the disk is full.
         """
-        video = None
-        if outcome.video and outcome.success is not None:
-            video = self._keep_video(outcome.video, video_name(number, outcome.success, instruction))
-        trial, acted = outcome.trial, outcome.actions
-        error = outcome.error and outcome.error.encode(errors="replace").decode()  # a path in it may hold any byte
-        left_out = outcome.replay is not None and outcome.replay.left_out
-        why = "Left out: it does not begin as it was recorded." if left_out else f"The episode crashed: {error}"
-        diagnosis = outcome.diagnosis or Diagnosis(reason=why)
-        row = EpisodeResult(
-            episode_id=trial.id,
-            suite=trial.suite,
-            task_id=trial.task_id,
-            init_state=trial.init_state,
-            env_seed=trial.env_seed,
-            instruction=instruction,
-            success=outcome.success,
-            error=error,
-            steps=outcome.steps,
-            seconds=round(outcome.seconds, 2),
-            video=video,
-            actions_sha256=None if acted is None else hashlib.sha256(acted.tobytes()).hexdigest()[:16],
-            stages=diagnosis.stages,
-            verdict=diagnosis.verdict,
-            reason=diagnosis.reason,
-            actions=None if acted is None else actions.save(self.path, trial.id, acted),
-            near_ties=outcome.near_ties,
-            instruction_given=outcome.instruction_given,
-            moved_by_env_seed_mm=outcome.moved_by_env_seed_mm,
-            replay=outcome.replay,
-        )
+        row = outcome.row
+        row.seconds = round(row.seconds, 2)
+        if outcome.video:
+            row.video = self._keep_video(outcome.video, video_name(number, bool(row.success), row.instruction))
+        if outcome.actions is not None:
+            row.actions = actions.save(self.path, row.episode_id, outcome.actions)
         with self.locked():
             append_line(self.path / RESULTS, msgspec.json.encode(row))
         return row
@@ -163,14 +129,11 @@ class RolloutFolder:
         while name in self._videos:
             name, again = base.removesuffix(".mp4") + f"--{again}.mp4", again + 1
         self._videos.add(name)
-        for suffix, place in (
-            (".jpg", self.path / poster_name(name)),
-            (".gif", (self.path / name).with_suffix(".gif")),
-        ):
+        (self.path / POSTERS).mkdir(exist_ok=True)
+        names = {".jpg": poster_name(name), ".gif": name.removesuffix(".mp4") + ".gif", ".mp4": name}
+        for suffix, place in names.items():
             if unfinished.with_suffix(suffix).is_file():
-                place.parent.mkdir(exist_ok=True)
-                unfinished.with_suffix(suffix).replace(place)
-        unfinished.replace(self.path / name)
+                unfinished.with_suffix(suffix).replace(self.path / place)
         return name
 
     def summarise(self) -> Facts:
@@ -182,32 +145,17 @@ class RolloutFolder:
             write_json(self.path / SUMMARY, summary)
         return summary
 
-    def close(self) -> None:
-        """Let another process have the folder."""
-        shutil.rmtree(self.unfinished, ignore_errors=True)
-        self._lock.close()
-
     def __enter__(self) -> "RolloutFolder":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        self.close()
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        self._lock.close()
         if kind and not (self.path / RESULTS).exists():  # it failed before anything came of it: leave no trace
             for name in (RUN, SUMMARY, REPORT, VERSIONS, ".lock", f".lock-{self.rank}"):
                 (self.path / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # something else lies there
                 self.path.rmdir()
-
-
-def read_rows(folder: Path) -> list[EpisodeResult]:
-    """The lines of results.jsonl, the last one of each episode; [] without the file. ConfigError if it is damaged."""
-    path = folder / RESULTS
-    way_out = "remove that line, its episode is played again"
-    rows: dict[str, EpisodeResult] = {}
-    for row in read_lines(path, EpisodeResult, way_out=way_out) if path.exists() else ():
-        rows.pop(row.episode_id, None)
-        rows[row.episode_id] = row
-    return list(rows.values())
 
 
 def video_name(number: int, success: bool, instruction: str) -> str:
@@ -241,7 +189,6 @@ def evaluate(
     one_by_one: bool = False,
     retry_errors: bool = False,
     ranks: int = 1,
-    hang_limit: float = pool.HANG_LIMIT,
     on_row: Callable[[EpisodeResult], None] = lambda row: None,
 ) -> Facts:
     """Play the trials that have no line yet, of those that are this rank's; returns the summary of the whole folder.
@@ -274,17 +221,16 @@ def evaluate(
         num_workers=workers,
         answer=session.answer,
         window=loaded.window if loaded and not one_by_one else 0.0,
-        hang_limit=hang_limit,
         on_message=session.hear,
     )
     try:
         with contextlib.closing(ends):
             for ended in ends:
-                outcome = ended.result or Outcome(ended.job, None, 0, ended.seconds, error=ended.error)
+                trial: Trial = ended.job
+                outcome = ended.result or Outcome(play.row(trial, seconds=ended.seconds, error=ended.error))
                 session.note(outcome)
-                trial = outcome.trial
-                instruction = play.benchmark.instruction(trial.suite, trial.task_id)
-                on_row(folder.add(outcome, instruction=instruction, number=video_number(play.benchmark, trial)))
+                stored = play.benchmark.num_init_states(trial.suite, trial.task_id)
+                on_row(folder.add(outcome, number=trial.task_id * stored + trial.init_state + 1))  # as OpenVLA counts
     except BaseException:
         with contextlib.suppress(ConfigError, OSError):  # what broke first says more
             _finish(folder, session)
@@ -294,7 +240,7 @@ def evaluate(
 
 def _finish(folder: RolloutFolder, session: Session) -> Facts:
     if session.episodes:
-        folder.add_session(session.record())
+        folder.note(session=session.record())
     return folder.summarise()
 
 

@@ -131,11 +131,9 @@ class VLAPolicy(Policy):
         check_batch(instructions, frames=frames, wrists=wrists, states=states, episodes=episodes)
         frames = as_frames(frames, "frames")
         wrists = as_frames(wrists, "wrists") if self.num_images == 2 and wrists is not None else None
-        processor = self.processor
-        if processor.config.action_head == "tokens":
-            actions = processor.actions(self.action_ids(frames, instructions, wrists, episodes=episodes))[:, None]
-        else:
-            actions = processor.unnormalize(self._normalized_chunks(frames, instructions, wrists, states))
+        answers = self.raw_chunks(frames, instructions, wrists, states, episodes=episodes)
+        tokens = self.processor.config.action_head != "l1"
+        actions = self.processor.actions(answers) if tokens else self.processor.unnormalize(answers)
         if not np.isfinite(actions).all() or np.isnan(self.last_margins).any():
             raise PolicyError("the policy answered with NaN or infinity: its weights or statistics are damaged")
         return actions.astype(np.float32)  # (B, K, 7)
@@ -163,14 +161,18 @@ class VLAPolicy(Policy):
             self._remember(names, ids)
         return ids.numpy()
 
-    def _normalized_chunks(
+    def raw_chunks(
         self,
         frames: Sequence[np.ndarray],
         instructions: Sequence[str],
-        wrists: Sequence[np.ndarray] | None,
-        states: Sequence[np.ndarray] | None,
+        wrists: Sequence[np.ndarray] | None = None,
+        states: Sequence[np.ndarray] | None = None,
+        *,
+        episodes: Sequence[Hashable] | None = None,
     ) -> np.ndarray:
-        """(B, K, 7) of a head that answers with chunks; there is nothing to draft: it is one forward pass."""
+        """(B, K, 7) as the head answers: token ids, or of a regression normalised numbers. A head of chunks has nothing to draft."""
+        if self.processor.config.action_head == "tokens":
+            return self.action_ids(frames, instructions, wrists, episodes=episodes)[:, None]
         input_ids, mask, pixels = self._inputs(frames, instructions, wrists)
         proprio = self.processor.proprio(states)
         inputs = (input_ids, pixels, None if proprio is None else proprio.to(self.device), mask)
@@ -180,7 +182,7 @@ class VLAPolicy(Policy):
             return self.vla.predict_chunk(*inputs).cpu().numpy()
         ids, margins = self.vla.predict_chunk_ids(*inputs)
         self.last_margins = margins.amin(dim=(1, 2)).cpu().numpy()
-        return self.processor.action_tokenizer.decode(ids.cpu().numpy())
+        return ids.cpu().numpy()
 
     def _inputs(
         self, frames: Sequence[np.ndarray], instructions: Sequence[str], wrists: Sequence[np.ndarray] | None

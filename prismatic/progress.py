@@ -6,9 +6,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from prismatic.episodes.result import EpisodeResult
+from prismatic.episodes.result import EpisodeResult, Facts, read_rows
 from prismatic.episodes.trials import Trial
-from prismatic.evaluation import Facts, read_rows
 from prismatic.filenames import REPORT, RESULTS
 from prismatic.pages.gallery import filmed
 from prismatic.summary import crashed, sentences

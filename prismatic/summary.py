@@ -1,15 +1,16 @@
-"""Lines of results.jsonl in; summary.json's content, and the sentences that eval.py prints of it, out."""
+"""Lines of results.jsonl in; summary.json's content, the sentences that eval.py prints of it, and the mean over suites, out."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from prismatic.episodes.player import TIE_TOLERANCE
-from prismatic.episodes.result import EpisodeResult
-from prismatic.scene.trajectory import OPENED, PLACE_STAGES
+from prismatic.episodes.result import EpisodeResult, Facts, read_rows
+from prismatic.errors import ConfigError
+from prismatic.filenames import RESULTS
+from prismatic.scene.trajectory import STAGES
 from prismatic.statistics import clustered_bootstrap, needed, wilson_interval
 
-Facts = dict[str, Any]  # of summary.json: JSON values
 FEWEST_TASKS = 2  # fewer clusters than that have no bootstrap
 MOST_NAMED = 3  # things that a sentence names
 
@@ -23,17 +24,19 @@ def summarise(rows: Sequence[EpisodeResult], *, protocol: Facts, controls: Facts
     for row in rows:
         tasks.setdefault((row.suite, row.task_id), []).append(row)
     per_task = [
-        {"suite": suite, "task_id": task_id, "instruction": tasks[suite, task_id][0].instruction}
-        | _count(tasks[suite, task_id])
-        for suite, task_id in sorted(tasks)
+        {"suite": suite, "task_id": task_id, "instruction": found[0].instruction} | _count(found)
+        for (suite, task_id), found in sorted(tasks.items(), key=lambda item: item[0])
     ]
     counts = _count(rows)
+    outcomes = by_suite_and_task(rows)
+    spread = bool(outcomes) and min(map(len, outcomes.values())) >= FEWEST_TASKS
+    moved = {str(row.task_id): row.moved_by_env_seed_mm for row in rows if row.moved_by_env_seed_mm is not None}
     return {
         **counts,
-        "interval_95_by_task": _interval_by_task(rows),
+        "interval_95_by_task": list(clustered_bootstrap(outcomes)[1:]) if spread else None,
         "episodes_needed": needed(counts["success_rate"], protocol.get("difference_asked")),
-        "near_ties": _near_ties(rows),
-        "moved_by_env_seed_mm": _moved(rows),
+        "moved_by_env_seed_mm": moved
+        or None,  # task → what stands elsewhere than with the protocol's seed; None with that
         "replay": _replay(rows),
         "per_task": per_task,
         "controls": {"open_loop": protocol.get("open_loop"), **(controls or {})},
@@ -60,8 +63,7 @@ def _count(rows: Sequence[EpisodeResult]) -> Facts:
 def funnel(rows: Sequence[EpisodeResult]) -> dict[str, dict[str, float]]:
     """Of rows with `stages`, for each stage that some have: {"episodes": that have it, "reached": of them, "share"}.
 
-    An episode with several goals counts as reaching a stage when each goal that has it reached it. Rows without stages
-    (crashed, or of an older version) don't count.
+    An episode with several goals counts as reaching a stage when each goal that has it reached it.
     """
     counts: dict[str, list[bool]] = {}
     for row in rows:
@@ -71,14 +73,9 @@ def funnel(rows: Sequence[EpisodeResult]) -> dict[str, dict[str, float]]:
             bare[stage] = bare.get(stage, True) and step is not None
         for stage, there in bare.items():
             counts.setdefault(stage, []).append(there)
-    order = (OPENED, *PLACE_STAGES[:-1], "moved", "predicate_held")
     return {
-        stage: {
-            "episodes": len(counts[stage]),
-            "reached": sum(counts[stage]),
-            "share": sum(counts[stage]) / len(counts[stage]),
-        }
-        for stage in sorted(counts, key=order.index)
+        stage: {"episodes": len(found), "reached": sum(found), "share": sum(found) / len(found)}
+        for stage, found in sorted(counts.items(), key=lambda item: STAGES.index(item[0]))
     }
 
 
@@ -91,34 +88,17 @@ def by_suite_and_task(rows: Sequence[EpisodeResult]) -> dict[str, dict[int, list
     return outcomes
 
 
-def _interval_by_task(rows: Sequence[EpisodeResult]) -> list[float] | None:
-    outcomes = by_suite_and_task(rows)
-    if not outcomes or min(map(len, outcomes.values())) < FEWEST_TASKS:
-        return None
-    return list(clustered_bootstrap({suite: dict(tasks) for suite, tasks in outcomes.items()})[1:])
-
-
-def _near_ties(rows: Sequence[EpisodeResult]) -> Facts:
-    """Steps at which the two best logits of an id differed by less than player.TIE_TOLERANCE; each row lists its own."""
-    per_episode = [len(row.near_ties) for row in rows]
-    return {"steps": sum(per_episode), "episodes": sum(count > 0 for count in per_episode)}
-
-
-def _moved(rows: Sequence[EpisodeResult]) -> dict[str, dict[str, float]] | None:
-    """Task → what stands elsewhere than with the protocol's env seed, and by how many mm; None with that seed."""
-    moved = {str(row.task_id): row.moved_by_env_seed_mm for row in rows if row.moved_by_env_seed_mm is not None}
-    return moved or None
-
-
 def _replay(rows: Sequence[EpisodeResult]) -> Facts | None:
     """Of a replay: episodes that began as recorded, that followed the recorded path to the end, and that were left out."""
     replays = [row.replay for row in rows if row.replay]
     if not replays:
         return None
-    left_out = sum(replay.left_out for replay in replays)
     judged = [row.replay for row in rows if row.replay and row.success is not None]
-    followed = [replay.followed_steps == replay.recorded_steps for replay in judged]
-    return {"started_as_recorded": len(judged), "followed_to_the_end": sum(followed), "left_out": left_out}
+    return {
+        "started_as_recorded": len(judged),
+        "followed_to_the_end": sum(replay.followed_steps == replay.recorded_steps for replay in judged),
+        "left_out": sum(replay.left_out for replay in replays),
+    }
 
 
 def crashed(summary: Facts) -> int:
@@ -126,36 +106,36 @@ def crashed(summary: Facts) -> int:
     return summary["errors"] - ((summary.get("replay") or {}).get("left_out") or 0)
 
 
-def sentences(summary: Facts) -> list[str]:
+def sentences(summary: Facts) -> Iterator[str]:
     """What stands beside the success rate."""
-    lines = []
-    if summary["interval_95_by_task"]:
-        low, high = summary["interval_95_by_task"]
-        lines.append(
-            f"{_points(low)} to {_points(high)} % when whole tasks are drawn (their episodes resemble each other)"
-        )
+    if interval := summary["interval_95_by_task"]:
+        yield f"{percent(interval)} when whole tasks are drawn (their episodes resemble each other)"
     if summary["episodes_needed"]:
-        lines.append(summary["episodes_needed"]["sentence"])
-    ties = summary["near_ties"]
-    if ties["steps"]:
-        lines.append(
-            f"near ties: at {ties['steps']} steps of {ties['episodes']} episodes the two best logits differ by less than {TIE_TOLERANCE:g}, "
-            "so that rounding may choose: --deterministic True makes them repeatable"
-        )
-    if summary["replay"]:
-        replay = summary["replay"]
-        lines.append(
+        yield summary["episodes_needed"]["sentence"]
+    if replay := summary["replay"]:
+        yield (
             f"replay: {replay['started_as_recorded']} began as recorded, {replay['followed_to_the_end']} of them "
             "followed the recorded path to its end (a pushed or differently rendered one may leave it)"
         )
         if replay.get("left_out"):
-            lines.append(
+            yield (
                 f"left out, as it does not begin as it was recorded: {replay['left_out']}; "
                 "is it the recording's --render_quality, and its version of the simulator?"
             )
     if summary["moved_by_env_seed_mm"] is not None:
-        lines += [_moved_sentence(summary["moved_by_env_seed_mm"], summary["protocol"].get("env_seed"))]
-    return lines + _controls_sentences(summary["controls"])
+        yield _moved_sentence(summary["moved_by_env_seed_mm"], summary["protocol"].get("env_seed"))
+    for name, result in summary["controls"].items():
+        if name != "open_loop" and result:
+            told = f"{result['successes']} of {result['judged']} episodes on these tasks"
+            yield f"control {name}: {told}, 95 % interval {percent(result['interval_95'])}"
+    for split, part in (summary["controls"].get("open_loop") or {}).get("splits", {}).items():
+        acted, forced = _metrics(part["policy"]), _metrics(part["teacher_forced"])
+        yield f"control open loop, {part['frames']} {split} frames: {acted} (teacher-forced {forced})"
+
+
+def _metrics(found: Facts) -> str:
+    tokens = f"action accuracy {found['action_accuracy']:.3f}, " if "action_accuracy" in found else ""
+    return f"{tokens}L1 {found['l1_loss']:.3f}"
 
 
 def _moved_sentence(moved: Mapping[str, Mapping[str, float]], seed: Any) -> str:
@@ -168,23 +148,37 @@ def _moved_sentence(moved: Mapping[str, Mapping[str, float]], seed: Any) -> str:
     return f"env_seed {seed} moved, against seed 0: " + "; ".join(parts)
 
 
-def _controls_sentences(controls: Facts) -> list[str]:
-    lines = []
-    for name, result in controls.items():
-        if name == "open_loop" or result is None:
-            continue
-        low, high = map(_points, result["interval_95"])
-        lines.append(
-            f"control {name}: {result['successes']} of {result['judged']} episodes on these tasks, 95 % interval {low} to {high} %"
-        )
-    for split, part in (controls.get("open_loop") or {}).get("splits", {}).items():
-        policy, forced = part["policy"], part["teacher_forced"]
-        lines.append(
-            f"control open loop, {part['frames']} {split} frames: action accuracy {policy['action_accuracy']:.3f}, "
-            f"L1 {policy['l1_loss']:.3f} (teacher-forced {forced['action_accuracy']:.3f}, {forced['l1_loss']:.3f})"
-        )
-    return lines
+def percent(interval: Sequence[float]) -> str:
+    """Both ends of an interval of a rate."""
+    return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f} %"
 
 
-def _points(rate: float) -> str:
-    return f"{100 * rate:.1f}"
+def mean_over_suites(folders: Sequence[Path]) -> Iterator[str]:
+    """The number that papers give for LIBERO: a sentence a suite, and one for their mean with a bootstrap clustered by task.
+
+    Folders of one suite are taken together, errors left out. ConfigError for a folder without an episode that ended, and for
+    an episode that stands in two folders.
+    """
+    rows, where = [], {}
+    for folder in folders:
+        found = [row for row in read_rows(folder) if row.success is not None]
+        if not found:
+            raise ConfigError(f"--mean_of: {folder} has no episode in its {RESULTS}: give rollout folders")
+        for row in found:
+            other = where.setdefault(row.episode_id, folder)
+            if other is not folder:
+                raise ConfigError(f"--mean_of: {row.episode_id} stands in {other} and in {folder}: give one of the two")
+        rows += found
+    outcomes = by_suite_and_task(rows)
+    for suite, tasks in outcomes.items():
+        flat = [outcome for task in tasks.values() for outcome in task]
+        wins, count = sum(flat), len(flat)
+        yield (
+            f"{suite}: {100 * wins / count:.1f} %, 95 % interval {percent(wilson_interval(wins, count))} "
+            f"({wins} of {count} episodes, {len(tasks)} tasks)"
+        )
+    mean, *interval = clustered_bootstrap(outcomes)
+    told = f"95 % interval {percent(interval)} (bootstrap of whole tasks)"
+    if min(map(len, outcomes.values())) == 1:
+        told = "no interval: a suite with one task played has no spread over tasks"
+    yield f"mean over {len(outcomes)} suites: {100 * mean:.1f} %, {told}"

@@ -14,9 +14,7 @@ from prismatic.summary import summarise
 
 
 class Reader(html.parser.HTMLParser):
-    """Collects the texts, the videos with their attributes, and every tag that could reach outside the
-    folder.
-    """
+    """Collects the texts, the videos with their attributes, and every tag that could reach outside the folder."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -52,21 +50,23 @@ def row(
     **facts: Any,
 ) -> EpisodeResult:
     """An episode as it would stand in results.jsonl."""
-    name = evaluation.video_name(50 * task_id + state + 1, bool(success), f"pick up bowl {task_id} & <place> it")
+    instruction = f"pick up bowl {task_id} & <place> it"
+    name = evaluation.video_name(50 * task_id + state + 1, bool(success), instruction)
+    known = {
+        "instruction": instruction,
+        "init_state": state,
+        "env_seed": 0,
+        "steps": 87 + state,
+        "seconds": 1.0,
+        "video": None if error else name,
+    }
     return EpisodeResult(
         episode_id=f"{suite}/task{task_id}/state{state}/seed0",
         suite=suite,
         task_id=task_id,
-        init_state=state,
-        env_seed=0,
-        instruction=f"pick up bowl {task_id} & <place> it",
         success=success,
         error=error,
-        steps=87 + state,
-        seconds=1.0,
-        video=None if error else name,
-        actions_sha256="0",
-        **facts,
+        **known | facts,
     )
 
 

@@ -1,46 +1,39 @@
 """Trajectory of an episode for tests: a made-up scene of straight motions, changed at one point in each case."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from prismatic.scene.trajectory import Goal, Part, Target, Trajectory
+from prismatic.scene.trajectory import Goal, Part, Place, Trajectory
 
 T = 120
 CUP, JUG, PLATE = 0, 1, 2
-ON_PLATE = Goal("on", "cup_1", "plate_1")
+ON_PLATE = Goal("on", "cup_1", "plate_1", Place("plate_1", outline=np.array([0.07, 0.07, 0.01]), room=np.full(3, 0.03)))
 DRAWER = Part(name="chest_1_top_level", fixture="chest_1", hinge=False, span=0.17)
 DOOR = Part(name="oven_1_door", fixture="oven_1", hinge=True, span=2.0)
 
 
 def scene(**changes: Any) -> Trajectory:
     """A cup, a jug, a plate, a drawer and a door; the hand 50 cm away. It stands still, and nothing happens."""
-    places = np.tile([[0.0, 0.0, 0.0], [0.3, 0.3, 0.0], [0.4, 0.0, 0.0]], (T + 1, 1, 1))
-    defaults: dict[str, Any] = {
+    values: dict[str, Any] = {
         "goals": [ON_PLATE],
         "objects": ["cup_1", "jug_1", "plate_1"],
         "parts": [DRAWER, DOOR],
-        "targets": [Target(owner="plate_1", outline=np.array([0.07, 0.07, 0.01]), room=np.full(3, 0.03))],
-        "joint_goals": [None],
         "centre": np.zeros((3, 3)),
         "half": np.full((3, 3), 0.04),
         "hand": np.tile([0.0, 0.0, 0.5], (T + 1, 1)),
         "opening": np.full(T + 1, 0.08),
         "closing": np.zeros(T + 1, bool),
-        "places": places,
+        "places": np.tile([[0.0, 0.0, 0.0], [0.3, 0.3, 0.0], [0.4, 0.0, 0.0]], (T + 1, 1, 1)),
         "upright": np.tile([0.0, 0.0, 1.0], (T + 1, 3, 1)),
         "touch": np.zeros((T + 1, 5, 3), bool),
-        "offset": np.zeros((T + 1, 1, 3)),
         "values": np.zeros((T + 1, 2)),
         "part_gap": np.full((T + 1, 2), 0.5),
         "held": np.zeros((T + 1, 1), bool),
         "supports": [[]],
-    }
-    trajectory = Trajectory(**(defaults | changes))
-    if "offset" not in changes and trajectory.targets[0] is not None:
-        trajectory = replace(trajectory, offset=(trajectory.places[:, CUP] - trajectory.places[:, PLATE])[:, None])
-    return trajectory
+    } | changes
+    values.setdefault("offset", (values["places"][:, CUP] - values["places"][:, PLATE])[:, None])
+    return Trajectory(**values)
 
 
 def hand_at(place: Any, start: int = 10) -> np.ndarray:

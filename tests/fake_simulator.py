@@ -16,7 +16,7 @@ import numpy as np
 
 from prismatic.errors import ConfigError
 from prismatic.scene import golden
-from prismatic.scene.trajectory import Goal, Target, Trajectory
+from prismatic.scene.trajectory import Goal, Place, Trajectory
 
 STATES, TASKS, LIMIT, SIDE = 8, 3, 12, 32
 GOAL = 200.0
@@ -55,14 +55,7 @@ class FakeBenchmark:
 
 
 class FakeSimulator:
-    def __init__(
-        self,
-        suite: str,
-        task_id: int,
-        *,
-        env_seed: int = 0,
-        quality: str = "standard",
-    ) -> None:
+    def __init__(self, suite: str, task_id: int, *, env_seed: int = 0, quality: str = "standard") -> None:
         self.suite, self.task_id = suite, task_id
         self.instruction, self.env_seed, self.quality = FakeBenchmark().instruction(suite, task_id), env_seed, quality
         log = os.environ.get("FAKE_LOG")
@@ -118,12 +111,11 @@ class FakeRecorder:
         places[:, 0, 0] = np.array(self.places) / 1000
         touch = np.zeros((count, 1, 3), dtype=bool)
         touch[1:, 0, 2] = True
+        zone = Place(owner=None, outline=np.full(3, 0.01), room=np.full(3, 0.01))
         return Trajectory(
-            goals=[Goal("on", "point_1", "goal_region")],
+            goals=[Goal("on", "point_1", "goal_region", zone)],
             objects=["point_1"],
             parts=[],
-            targets=[Target(owner=None, outline=np.full(3, 0.01), room=np.full(3, 0.01))],
-            joint_goals=[None],
             centre=np.zeros((1, 3)),
             half=np.zeros((1, 3)),
             hand=places[:, 0] + np.array([0, 0, 0.1]),

@@ -18,8 +18,10 @@ def test_actions_come_back_to_the_bit(tmp_path: Path) -> None:
     assert loaded is not None and loaded.tobytes() == actions.tobytes()
     assert (tmp_path / name).stat().st_size < 8_000  # 500 episodes: 4 MB
     assert traces.save(tmp_path, "libero_goal/task3/state9/seed0", actions[:5]) == name  # played again
-    assert [path.name for path in (tmp_path / "actions").iterdir()] == [Path(name).name]
     assert np.load(tmp_path / name, allow_pickle=False)["actions"].shape == (5, 7)
+    (tmp_path / "actions" / "a.npz").mkdir()
+    with pytest.raises(ConfigError, match=r"cannot write .*a\.npz"):
+        traces.save(tmp_path, "a", np.zeros((3, 7)))
 
 
 def test_a_missing_or_damaged_file_is_no_reason_to_fail(tmp_path: Path) -> None:
@@ -34,13 +36,6 @@ def test_a_missing_or_damaged_file_is_no_reason_to_fail(tmp_path: Path) -> None:
     assert traces.load(tmp_path, "a.npz") is None
 
 
-def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / "actions").mkdir()
-    (tmp_path / "actions" / "a.npz").mkdir()
-    with pytest.raises(ConfigError, match=r"cannot write .*a\.npz"):
-        traces.save(tmp_path, "a", np.zeros((3, 7)))
-
-
 def points(path: str) -> np.ndarray:
     numbers = [[int(number) for number in pair.split()] for pair in re.split("[Ml]", path)[1:]]
     return np.cumsum(numbers, axis=0)
@@ -52,10 +47,6 @@ def test_a_line_goes_from_left_to_right_and_up_for_more() -> None:
     clipped = points(traces.line(np.array([9.0, np.nan, -9.0]), width=200, height=100, limit=0.5))
     assert clipped[:, 1].tolist() == [0, 50, 100]
     assert points(traces.line(np.array([1.0]), width=200, height=100, limit=1.0)).tolist() == [[0, 0]]
-
-
-def test_a_long_line_is_thinned_and_keeps_its_ends() -> None:
-    values = np.linspace(-1, 1, 520)
-    line = points(traces.line(values, width=2000, height=180, limit=1.0))
-    assert len(line) == traces.MOST_POINTS
-    assert line[0].tolist() == [0, 180] and line[-1].tolist() == [2000, 0]
+    long = points(traces.line(np.linspace(-1, 1, 520), width=2000, height=180, limit=1.0))
+    assert len(long) == traces.MOST_POINTS
+    assert long[0].tolist() == [0, 180] and long[-1].tolist() == [2000, 0]

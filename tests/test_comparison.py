@@ -24,11 +24,9 @@ def run(path: Path, outcomes: list[bool | None], **identity: Any) -> Path:
     for line in [line for line in rows if line.success is not None]:
         line.verdict, line.reason = VERDICTS[bool(line.success)]
         line.actions = traces.save(path, line.episode_id, np.zeros((5, 7)))
-    folder_with(path, rows)
-    (path / "run.json").write_text(
-        json.dumps({"identity": {"policy": path.name, "env_seed": 0} | identity, "record": {}})
-    )
-    return path
+    identity = {"policy": path.name, "env_seed": 0} | identity
+    (path / "run.json").write_text(json.dumps({"identity": identity, "record": {}}))
+    return folder_with(path, rows)
 
 
 def build(before: Path, after: Path) -> str:
@@ -40,19 +38,19 @@ def build(before: Path, after: Path) -> str:
 
 def test_pairs_test_and_margin(tmp_path: Path) -> None:
     before = run(tmp_path / "before", [True, True, False, False, False, None])
-    after = run(tmp_path / "after", [True, False, True, True, True, True])
-    page = build(before, after)
-    read = Reader(page)
+    read = Reader(build(before, run(tmp_path / "after", [True, False, True, True, True, True])))
     assert not read.unclosed
     text = re.sub(r"\s+", " ", " ".join(read.texts))
-    assert "+40.0 points" in text and "A minus B over the 5 episodes" in text  # the error is no outcome
-    assert "3 and 1: p = 0.62" in text
-    assert "Nothing may be concluded" in text
-    assert "Non-inferiority, that A loses less than the margin of 5 points to B, is not shown" in text
-    assert re.search(r"A succeeded 1 3 A failed 1 0", text)  # the four cells
-    assert "A 2, B 2 of 3" in text and "A 2, B 0 of 2" in text  # by task
-    assert "closed beside 1 3" in text  # verdicts of A and B
-    assert "policy after before" in text  # what differs in the protocol
+    for said in (
+        "+40.0 points", "A minus B over the 5 episodes",  # the error is no outcome
+        "3 and 1: p = 0.62", "Nothing may be concluded",
+        "Non-inferiority, that A loses less than the margin of 5 points to B, is not shown",
+        "A succeeded 1 3 A failed 1 0",  # the four cells
+        "A 2, B 2 of 3", "A 2, B 0 of 2",  # by task
+        "closed beside 1 3",  # verdicts of A and B
+        "policy after before",  # what differs in the protocol
+    ):  # fmt: skip
+        assert said in text, said
 
 
 def test_the_episodes_that_differ_stand_side_by_side(tmp_path: Path) -> None:
@@ -64,21 +62,16 @@ def test_the_episodes_that_differ_stand_side_by_side(tmp_path: Path) -> None:
     assert [source.startswith("../before #1/episode=") for source in sources] == [False, True] * 2
     names = [Path(source).name.split("--")[0] for source in sources]
     assert names[0] == names[1] and names[2] == names[3]
-    for source in sources:
-        assert (after / source).parent.resolve() in (before, after)
+    assert all((after / source).parent.resolve() in (before, after) for source in sources)
     assert not [link for link in read.links if ":" in link or link.startswith("/")]
 
 
 def test_another_protocol_is_named(tmp_path: Path) -> None:
     page = build(run(tmp_path / "before", [True, False]), run(tmp_path / "after", [True, True], env_seed=3))
     assert "Not only the policies differ: env_seed is 0 in the first and 3 in the second." in page
-
-
-def test_what_older_runs_did_not_record_is_no_difference(tmp_path: Path) -> None:
-    before = run(tmp_path / "before", [True, False])
-    known = build(before, run(tmp_path / "after", [True, True], benchmark_files="0123"))
-    assert "benchmark_files is" not in known
-    other = build(run(tmp_path / "other", [True, False], benchmark_files="4567"), tmp_path / "after")
+    known = build(tmp_path / "before", run(tmp_path / "known", [True, True], benchmark_files="0123"))
+    assert "benchmark_files is" not in known  # what older runs did not record is no difference
+    other = build(run(tmp_path / "other", [True, False], benchmark_files="4567"), tmp_path / "known")
     assert "benchmark_files is 4567 in the first and 0123 in the second" in other
 
 

@@ -65,15 +65,12 @@ def test_a_gif_with_every_second_frame_that_repeats(tmp_path: Path) -> None:
     assert shades == sorted(shades) and shades[-1] - shades[0] > 100
 
 
-def test_an_exception_leaves_no_file(tmp_path: Path) -> None:
+def test_an_exception_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError), Film(tmp_path / "7.mp4", gif=True) as recorded:
         recorded.add(frame(0))
         recorded.end(frame(1), "failure")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_gif_that_cannot_be_made_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "GIF_FRAMES_PER_SECOND", -1)
     with pytest.raises(ConfigError, match=r"cannot write the video .*7\.gif \(.*\): make room"):
         film(tmp_path / "7.mp4", gif=True)
@@ -110,18 +107,5 @@ def test_the_frame_stays_whole_and_the_sentence_fits_under_it() -> None:
     rows, columns = ink.any(axis=1), ink.any(axis=0)
     assert rows[MARGIN:-MARGIN].sum() > 20 and not rows[-2:].any()
     assert columns.sum() > 150 and not columns[-2:].any()  # wrapped before the edge
-
-
-def test_instruction_and_outcome_are_what_is_drawn() -> None:
-    image = np.zeros((64, 256, 3), np.uint8)
-    strips = {
-        draw_caption(image, sentence, status)[64:].tobytes()
-        for sentence in ("open the drawer", "open the door")
-        for status in ("success after 9 steps", "failure after 9 steps", "step 9")
-    }
-    assert len(strips) == 6
-
-
-@pytest.mark.parametrize("sentence", ["", "ö 蛋 \x00 ☂", "a" * 300])
-def test_any_instruction_can_be_drawn(sentence: str) -> None:
-    assert draw_caption(np.zeros((32, 128, 3), np.uint8), sentence, "step 0").shape[1:] == (128, 3)
+    for sentence in ("", "ö 蛋 \x00 ☂", "a" * 300):
+        assert draw_caption(image, sentence, "step 0").shape[1:] == (256, 3)

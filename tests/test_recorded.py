@@ -11,6 +11,8 @@ from prismatic.data.frames import FrameCache
 from prismatic.episodes import recorded
 from prismatic.episodes.demonstration import Pushes, beginning
 from prismatic.episodes.player import Play
+from prismatic.episodes.result import read_rows
+from prismatic.episodes.trials import Recording, Trial
 from prismatic.errors import ConfigError
 from prismatic.image import encode_jpeg
 from prismatic.scene.suites import init_states, instruction, task_name
@@ -55,19 +57,17 @@ def test_a_replay_follows_leaves_or_is_left_out(
     demos, sentence = recorded.recorded_episodes(cache, "fake", task_ids=(), limit=9, from_hdf5=None)
     assert sentence == "drawn: the beginning of 3 of 4 episodes is known, 3 are replayed"
     with evaluation.RolloutFolder(tmp_path / "run", identity={"policy": "replay"}, record={}) as folder:
-        play = Play(policy="replay", benchmark=FakeBenchmark())
-        summary = evaluation.evaluate(demos, folder, play=play)
-    rows: dict[int, Any] = {row.init_state: row for row in evaluation.read_rows(tmp_path / "run")}
-    assert rows[0].episode_id == "fake/task1/demo0/seed0"
-    assert rows[0].success is True
-    steps = rows[0].replay.recorded_steps
-    assert (rows[0].steps, rows[0].replay.followed_steps) == (steps, steps)
-    assert rows[0].replay.file_path == "fake/task1/seed0/attempt0"
-    assert rows[1].success is None and rows[1].steps == 0
-    assert rows[1].reason == "Left out: it does not begin as it was recorded."
-    assert rows[1].error.startswith("OtherStart: the hand is 0 mm off, the image 40")
+        summary = evaluation.evaluate(demos, folder, play=Play(policy="replay", benchmark=FakeBenchmark()))
+    whole, moved, slipped = sorted(read_rows(tmp_path / "run"), key=lambda row: row.init_state)
+    assert whole.replay and slipped.replay
+    assert (whole.episode_id, whole.success) == ("fake/task1/demo0/seed0", True)
+    assert whole.steps == whole.replay.recorded_steps == whole.replay.followed_steps
+    assert whole.replay.file_path == "fake/task1/seed0/attempt0"
+    assert (moved.success, moved.steps, moved.video) == (None, 0, None)
+    assert moved.reason == "Left out: it does not begin as it was recorded."
+    assert (moved.error or "").startswith("OtherStart: the hand is 0 mm off, the image 40")
     # without the push the point is ahead of its recording from there on
-    assert (rows[2].success, rows[2].replay.followed_steps) == (True, 3)
+    assert (slipped.success, slipped.replay.followed_steps) == (True, 3)
     assert summary["replay"] == {"started_as_recorded": 2, "followed_to_the_end": 1, "left_out": 1}
     assert (summary["successes"], summary["errors"]) == (2, 1)
     assert crashed(summary) == 0  # so nobody is told that playing it again may help
@@ -78,11 +78,15 @@ def started(*numbers: int, perturbation: float = 0.0) -> tuple[int, Pushes]:
     return beginning(np.random.default_rng(numbers), perturbation)
 
 
+def recordings(trials: list[Trial]) -> list[Recording]:
+    return [trial.recording for trial in trials if trial.recording]
+
+
 def test_which_episodes(cache: FrameCache) -> None:
     demos, _ = recorded.recorded_episodes(cache, "fake", task_ids=(1,), limit=2, from_hdf5=None)
     assert [demo.init_state for demo in demos] == [0, 1]
-    assert [demo.reset_seed for demo in demos] == [started(0, 1, attempt)[0] for attempt in (0, 1)]
-    assert demos[0].actions[:, 6].tolist() == [1.0] * demos[0].max_steps  # the policy's convention
+    assert [found.seed for found in recordings(demos)] == [started(0, 1, attempt)[0] for attempt in (0, 1)]
+    assert set(recordings(demos)[0].actions[:, 6]) == {1.0}  # the policy's convention
     with pytest.raises(ConfigError, match=r"no episode of other in data set drawn .*--from_hdf5 FOLDER"):
         recorded.recorded_episodes(cache, "other", task_ids=(), limit=9, from_hdf5=None)
 
@@ -118,9 +122,10 @@ def test_liberos_own_demonstrations_are_found_by_their_actions(tmp_path: Path) -
         write_cache(tmp_path / "cache", [*episodes, stranger]), suite, task_ids=(), limit=9, from_hdf5=files
     )
     assert sentence == "drawn: the beginning of 2 of 3 episodes is known, 2 are replayed"
-    assert [(demo.task_id, demo.init_state, demo.reset_seed) for demo in found] == [(task, 0, None), (task, 1, None)]
-    for demo, number in zip(found, (2, 0), strict=True):
-        np.testing.assert_array_equal(demo.start, stored[number])
+    assert [(demo.task_id, demo.init_state) for demo in found] == [(task, 0), (task, 1)]
+    for recording, number in zip(recordings(found), (2, 0), strict=True):
+        assert recording.seed is None
+        np.testing.assert_array_equal(recording.start, stored[number])
 
 
 def test_block_difference_sees_a_moved_thing_and_no_grain() -> None:

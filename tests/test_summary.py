@@ -1,16 +1,27 @@
-"""summary.py: what summary.json says beside the rates, and the sentences of it."""
+"""summary.py: what summary.json says beside the rates, the sentences of it, and the mean over several rollout folders."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prismatic.episodes.result import EpisodeResult, ReplayResult
-from prismatic.summary import sentences, summarise
+from prismatic.errors import ConfigError
+from prismatic.summary import mean_over_suites, sentences, summarise
 from tests import drawn_results
 
 
 def row(task: int, success: bool | None, **facts: Any) -> EpisodeResult:
     return drawn_results.row(task, 0, success, **facts)
+
+
+def test_rates_leave_errors_out() -> None:
+    rows = [row(0, success) for success in (True, True, False, None)]
+    summary = summarise(rows, protocol={})
+    assert (summary["episodes"], summary["successes"], summary["failures"], summary["errors"]) == (4, 2, 1, 1)
+    assert summary["success_rate"] == pytest.approx(2 / 3)
+    assert summary["interval_95"] == pytest.approx([0.2077, 0.9385], abs=1e-4)
+    assert summarise(rows[3:], protocol={})["success_rate"] is None
 
 
 def test_rates_of_tasks_and_the_interval_over_tasks() -> None:
@@ -27,20 +38,10 @@ def test_rates_of_tasks_and_the_interval_over_tasks() -> None:
 def test_episodes_needed_for_the_difference_asked() -> None:
     rows = [row(0, number < 15) for number in range(20)]
     summary = summarise(rows, protocol={"difference_asked": 0.25})
-    assert (
-        summary["episodes_needed"]["separate_runs"] == 58
-    )  # R: power.prop.test(p1 = .75, p2 = .5, power = .8), n = 57.7
+    assert summary["episodes_needed"]["separate_runs"] == 58  # R: power.prop.test(p1 = .75, p2 = .5, power = .8), 57.7
     assert any("a difference of 25 points from 75.0 % shows in 58 episodes" in line for line in sentences(summary))
     assert summarise(rows, protocol={})["episodes_needed"] is None
     assert summarise([row(0, None)], protocol={"difference_asked": 0.25})["episodes_needed"] is None
-
-
-def test_near_ties_are_counted() -> None:
-    rows = [row(0, True, near_ties=[3, 4]), row(0, False, near_ties=[]), row(0, True)]
-    summary = summarise(rows, protocol={})
-    assert summary["near_ties"] == {"steps": 2, "episodes": 1}
-    assert any("at 2 steps of 1 episodes" in line for line in sentences(summary))
-    assert not any("near ties" in line for line in sentences(summarise(rows[1:], protocol={})))
 
 
 def test_it_says_what_the_env_seed_varied() -> None:
@@ -48,10 +49,8 @@ def test_it_says_what_the_env_seed_varied() -> None:
     rows = [row(0, True, moved_by_env_seed_mm=moved), row(3, True, moved_by_env_seed_mm={})]
     summary = summarise(rows, protocol={"env_seed": 5})
     assert summary["moved_by_env_seed_mm"] == {"0": moved, "3": {}}
-    (line,) = [line for line in sentences(summary) if line.startswith("env_seed")]
-    assert line == (
-        "env_seed 5 moved, against seed 0: task 0 cabinet 12 mm, stove 4 mm, bowl 1 mm and 1 more; task 3 nothing"
-    )
+    line = "env_seed 5 moved, against seed 0: task 0 cabinet 12 mm, stove 4 mm, bowl 1 mm and 1 more; task 3 nothing"
+    assert line in sentences(summary)
     assert summarise([row(0, True)], protocol={})["moved_by_env_seed_mm"] is None
 
 
@@ -60,10 +59,47 @@ def test_replays_and_controls_are_told() -> None:
     rows = [row(0, True, replay=whole), row(0, False, replay=left), row(0, None, replay=left)]
     controls = {"zero": {"successes": 1, "judged": 4, "interval_95": [0.0456, 0.6994]}}
     metrics = {"action_accuracy": 0.5, "l1_loss": 0.25}
-    split = {"frames": 9, "policy": metrics, "teacher_forced": metrics, "same_first_id": 1.0}
-    summary = summarise(rows, protocol={"open_loop": {"splits": {"train": split}}}, controls=controls)
+    splits = {
+        "train": {"frames": 9, "policy": metrics, "teacher_forced": metrics},
+        "validation": {"frames": 8, "policy": {"l1_loss": 0.5}, "teacher_forced": {"l1_loss": 0.5}},
+    }
+    summary = summarise(rows, protocol={"open_loop": {"splits": splits}}, controls=controls)
     assert summary["replay"] == {"started_as_recorded": 2, "followed_to_the_end": 1, "left_out": 0}
     text = "\n".join(sentences(summary))
     assert "2 began as recorded, 1 of them followed" in text
     assert "control zero: 1 of 4 episodes on these tasks, 95 % interval 4.6 to 69.9 %" in text
     assert "control open loop, 9 train frames: action accuracy 0.500, L1 0.250" in text
+    assert "8 validation frames: L1 0.500 (teacher-forced L1 0.500)" in text  # a regression has no tokens
+
+
+# --- the number that papers give --------------------------------------------------------------------------------------
+
+
+def write(folder: Path, suite: str, tasks: dict[int, list[bool | None]]) -> Path:
+    rows = [
+        drawn_results.row(task, number, success, suite=suite)
+        for task, outcomes in tasks.items()
+        for number, success in enumerate(outcomes)
+    ]
+    return drawn_results.folder_with(folder, rows)
+
+
+def test_each_suite_and_their_mean(tmp_path: Path) -> None:
+    one = write(tmp_path / "a", "one", {0: [True] * 40, 1: [True] * 40 + [None]})
+    two = write(tmp_path / "b", "two", {0: [False] * 10, 1: [True] * 10})
+    assert list(mean_over_suites([one, two])) == [
+        "one: 100.0 %, 95 % interval 95.4 to 100.0 % (80 of 80 episodes, 2 tasks)",
+        "two: 50.0 %, 95 % interval 29.9 to 70.1 % (10 of 20 episodes, 2 tasks)",
+        "mean over 2 suites: 75.0 %, 95 % interval 50.0 to 100.0 % (bootstrap of whole tasks)",
+    ]
+    *_, alone = mean_over_suites([write(tmp_path / "c", "three", {0: [True, False]})])
+    assert alone.startswith("mean over 1 suites: 50.0 %, no interval")
+
+
+def test_what_cannot_be_averaged(tmp_path: Path) -> None:
+    one, twice = (write(tmp_path / name, "one", {0: [True]}) for name in ("a", "b"))
+    with pytest.raises(ConfigError, match=r"one/task0/state0/seed0 stands in .*a and in .*b"):
+        list(mean_over_suites([one, twice]))
+    for empty in (tmp_path / "nothing", write(tmp_path / "c", "two", {0: [None]})):
+        with pytest.raises(ConfigError, match=r"has no episode in its results\.jsonl"):
+            list(mean_over_suites([one, empty]))

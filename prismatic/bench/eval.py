@@ -77,13 +77,13 @@ def measure(trials: Sequence[Trial], play: Play, policy: Any, *, rendering: str,
             if end.error:
                 raise RuntimeError(f"{end.job.id}: {end.error}")
             ended.append((time.monotonic(), end.result))
-    span = max(end for end, _ in ended) - min(end - outcome.seconds for end, outcome in ended)
-    simulating = sum(outcome.seconds - outcome.waited for _, outcome in ended)
+    span = max(end for end, _ in ended) - min(end - outcome.row.seconds for end, outcome in ended)
+    simulating = sum(outcome.row.seconds - outcome.waited for _, outcome in ended)
     return {
         "rendering": rendering,
         "workers": workers,
         "episodes": len(ended),
-        "steps": sum(outcome.steps for _, outcome in ended),
+        "steps": sum(outcome.row.steps for _, outcome in ended),
         "seconds": round(span, 3),
         "episodes an hour": round(3600 * len(ended) / span, 1),
         "policy busy": round(sum(session.seconds) / span, 3),

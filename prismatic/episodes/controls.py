@@ -6,11 +6,11 @@ tasks, who don't look, or know everything (`beside`)?
 
 import re
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 
-from prismatic.episodes.result import TaskCounts, read_run
+from prismatic.episodes.result import Facts, TaskCounts, read_run
 from prismatic.errors import ConfigError
 from prismatic.filenames import SUMMARY
 from prismatic.records import read_record
@@ -36,7 +36,6 @@ FLOORS_AND_CEILINGS = ("zero", "random", "replay", "expert")
 SAME_EPISODES = ("task_suite_name", "env_seed", "num_steps_wait", "step_limit")
 
 KNOWN_LATER = ("benchmark_files",)  # facts of a run that those of before did not record: they go on without
-Facts = dict[str, Any]  # a part of summary.json or run.json
 
 
 class _Counts(TypedDict):
@@ -48,27 +47,23 @@ class _Counts(TypedDict):
 def instruction_given(benchmark: Benchmark, suite: str, task_id: int, kind: str) -> str:
     """What a policy is given instead of a task's own sentence.
 
-    keep: the sentence. swap: that of the next task of the suite whose sentence is another. empty: "". paraphrase:
-    LIBERO-PRO's (suite `<suite>_lan`), and where it has none, the sentence with other verbs. ConfigError where a suite has
-    one sentence only.
+    swap: that of the next task of the suite whose sentence is another. empty: "". paraphrase: LIBERO-PRO's (suite
+    `<suite>_lan`), and where it has none, the sentence with other verbs. ConfigError where a suite has one sentence only.
     """
     own = benchmark.instruction(suite, task_id)
     if kind == "empty":
         return ""
     if kind == "swap":
         count = benchmark.num_tasks(suite)
-        others = [benchmark.instruction(suite, (task_id + step) % count) for step in range(1, count)]
-        other = next((sentence for sentence in others if sentence != own), None)
-        if other is None:
-            raise ConfigError(f"all tasks of {suite} have one sentence: --instruction swap has no other to give")
-        return other
-    if kind == "paraphrase":
-        try:
-            return benchmark.instruction(f"{suite}_lan", task_id)
-        except ConfigError:  # no such suite
-            verbs = re.compile(rf"\b({'|'.join(VERBS)})\b", re.IGNORECASE)
-            return verbs.sub(lambda found: VERBS[found[0].lower()], own)
-    return own
+        for step in range(1, count):
+            if (other := benchmark.instruction(suite, (task_id + step) % count)) != own:
+                return other
+        raise ConfigError(f"all tasks of {suite} have one sentence: --instruction swap has no other to give")
+    try:
+        return benchmark.instruction(f"{suite}_lan", task_id)
+    except ConfigError:  # no such suite
+        verbs = re.compile(rf"\b({'|'.join(VERBS)})\b", re.IGNORECASE)
+        return verbs.sub(lambda found: VERBS[found[0].lower()], own)
 
 
 def moved_by_seed(sim: Simulator, *, settle: int) -> dict[str, float]:
@@ -104,12 +99,20 @@ def beside(folder: Path, identity: Facts, *, task_ids: set[int]) -> Facts:
         try:
             counts, other = read_record(path, _Counts), read_run(path.parent).identity
             name = _control(other, identity)
-            tasks = [task for task in counts["per_task"] if task["task_id"] in task_ids]
-            result = _result(tasks) | {"folder": path.parent.name}
-        except (ConfigError, KeyError, TypeError):  # someone else's file
+        except (ConfigError, KeyError):  # someone else's file
             continue
-        if name and result["judged"] > found.get(name, {"judged": 0})["judged"]:
-            found[name] = result
+        tasks = [task for task in counts["per_task"] if task["task_id"] in task_ids]
+        successes, failures = (sum(task[kind] for task in tasks) for kind in ("successes", "failures"))
+        judged = successes + failures
+        if name and judged > found.get(name, {"judged": 0})["judged"]:
+            found[name] = {
+                "successes": successes,
+                "judged": judged,
+                "tasks": [task["task_id"] for task in tasks],
+                "success_rate": successes / judged,
+                "interval_95": list(wilson_interval(successes, judged)),
+                "folder": path.parent.name,
+            }
     return found
 
 
@@ -121,18 +124,4 @@ def _control(other: Facts, own: Facts) -> str | None:
         return other["policy"] if other["policy"] != own["policy"] else None
     reworded = other.get("instruction")
     apart = dict.fromkeys(["instruction", *(name for name in KNOWN_LATER if name not in other or name not in own)])
-    if reworded and {**other, **apart} == {**own, **apart}:
-        return f"instruction {reworded}"
-    return None
-
-
-def _result(per_task: list[TaskCounts]) -> Facts:
-    successes, failures = (sum(task[name] for task in per_task) for name in ("successes", "failures"))
-    judged = successes + failures
-    return {
-        "successes": successes,
-        "judged": judged,
-        "tasks": [task["task_id"] for task in per_task],
-        "success_rate": successes / judged if judged else None,
-        "interval_95": list(wilson_interval(successes, judged)),
-    }
+    return f"instruction {reworded}" if reworded and {**other, **apart} == {**own, **apart} else None

@@ -55,20 +55,6 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Demonstration(Job):
-    """What decides an episode of the expert."""
-
-    attempt: int
-    seed: int
-    perturbation: float  # largest push, in units of the full command
-    policy: str = ""  # checkpoint or adapter folder that acts first; none if empty
-
-    def record(self, sim: LiberoSimulator, alive: Callable[[], None]) -> int:
-        """As Job says; 0 where the expert failed."""
-        return demonstrate(sim, self, alive)
-
-
-@dataclass(frozen=True)
 class Record:
     """The pool's Work of a collection: jobs in, their number of recorded steps out. policy: folder of the one that acts first."""
 
@@ -123,39 +109,33 @@ class EpisodeWriter:
 
     def __init__(self, sim: LiberoSimulator) -> None:
         self._sim = sim
-        self._images: list[bytes] = []
-        self._wrist_images: list[bytes] = []
-        self._states: list[np.ndarray] = []
-        self._joints: list[np.ndarray] = []
-        self._actions: list[np.ndarray] = []
+        self._steps: list[tuple[bytes, bytes, np.ndarray, np.ndarray, np.ndarray]] = []
 
     def __len__(self) -> int:
-        return len(self._actions)
+        return len(self._steps)
 
     def note(self, action: np.ndarray, frames: tuple[np.ndarray, np.ndarray] | None = None) -> bool:
         """Keep the present moment with an action (7,) in LIBERO's convention; False, and nothing kept, for a no-op.
 
         frames: the camera's in front and the wrist's, where they have been rendered already.
         """
-        if is_no_op(action, self._actions[-1] if self._actions else None):
+        if is_no_op(action, self._steps[-1][-1] if self._steps else None):
             return False
         frame, wrist = frames or (self._sim.frame(), self._sim.wrist())
-        self._images.append(encode_jpeg(frame))
-        self._wrist_images.append(encode_jpeg(wrist))
-        self._states.append(self._sim.state())
-        self._joints.append(self._sim.joint_angles())
-        self._actions.append(action)
+        images = encode_jpeg(frame), encode_jpeg(wrist)
+        self._steps.append((*images, self._sim.state(), self._sim.joint_angles(), action))
         return True
 
     def stage(self, path: Path, *, file_path: str) -> None:
         """Write what was kept as a staged episode."""
+        images, wrist_images, state, joint_state, action = zip(*self._steps, strict=True)
         stage_episode(
             path,
-            images=self._images,
-            wrist_images=self._wrist_images,
-            state=np.array(self._states),
-            joint_state=np.array(self._joints),
-            action=np.array(self._actions, dtype=np.float32),
+            images=images,
+            wrist_images=wrist_images,
+            state=np.array(state),
+            joint_state=np.array(joint_state),
+            action=np.array(action, dtype=np.float32),
             instruction=self._sim.instruction,
             file_path=file_path,
         )
@@ -178,43 +158,45 @@ def beginning(generator: np.random.Generator, perturbation: float) -> tuple[int,
     return int(generator.integers(FIRST_ENV_SEED, 2**31)), pushes
 
 
-def lifts(action: np.ndarray) -> bool:
-    """Whether an expert's action (7,) raises what the fingers hold."""
-    return bool(action[6] < 0.5 and action[2] > 0)
+@dataclass(frozen=True)
+class Demonstration(Job):
+    """What decides an episode of the expert."""
 
+    attempt: int
+    seed: int
+    perturbation: float  # largest push, in units of the full command
+    policy: str = ""  # checkpoint or adapter folder that acts first; none if empty
 
-def demonstrate(sim: LiberoSimulator, job: Demonstration, alive: Callable[[], None]) -> int:
-    """Record one episode into `job.path`; the number of recorded steps, or 0 (and no file) where the expert failed."""
-    generator = np.random.default_rng([job.seed, job.task_id, job.attempt, *([1] if job.policy else [])])
-    reset_seed, pushes = beginning(generator, job.perturbation)
-    sim.reset(None, seed=reset_seed)
-    expert = Expert(sim)
-    policy = learnt_policy(job.policy) if job.policy else None
-    policy_steps = int(generator.integers(*POLICY_STEPS)) if policy else 0
-    hesitation = int(generator.integers(*HESITATION_STEPS)) if job.perturbation else 0
-    writer = EpisodeWriter(sim)
-    for step in range(step_limit(job.suite)):
-        alive()
-        action = expert.chunk(None, sim.instruction)[0]
-        recorded = action.copy()
-        recorded[6] = 1.0 - 2.0 * action[6]  # LIBERO's convention: -1 open, +1 close
-        if policy and step < policy_steps:
-            frame, wrist = sim.frame(), sim.wrist()
-            writer.note(recorded, (frame, wrist))
-            second = wrist if policy.num_images == 2 else None
-            state = sim.state() if policy.uses_state else None
-            executed = policy(frame, sim.instruction, second, state, episode=job.path)
-        else:
-            writer.note(recorded)
-            executed = action.copy()
-            executed[:3] = np.clip(action[:3] + pushes(), -1, 1)
-            if hesitation and lifts(action):
-                executed[:6] = 0.0
-                hesitation -= 1
-        if sim.step(executed):
-            begun_by = "/policy" if job.policy else ""
-            writer.stage(
-                job.path, file_path=f"{job.suite}/task{job.task_id}/seed{job.seed}/attempt{job.attempt}{begun_by}"
-            )
-            return len(writer)
-    return 0
+    def record(self, sim: LiberoSimulator, alive: Callable[[], None]) -> int:
+        """As Job says; 0 where the expert failed."""
+        generator = np.random.default_rng([self.seed, self.task_id, self.attempt, *([1] if self.policy else [])])
+        reset_seed, pushes = beginning(generator, self.perturbation)
+        sim.reset(None, seed=reset_seed)
+        expert = Expert(sim)
+        policy = learnt_policy(self.policy) if self.policy else None
+        policy_steps = int(generator.integers(*POLICY_STEPS)) if policy else 0
+        hesitation = int(generator.integers(*HESITATION_STEPS)) if self.perturbation else 0
+        writer = EpisodeWriter(sim)
+        for step in range(step_limit(self.suite)):
+            alive()
+            action = expert.chunk(None, sim.instruction)[0]
+            recorded = action.copy()
+            recorded[6] = 1.0 - 2.0 * action[6]  # LIBERO's convention: -1 open, +1 close
+            if policy and step < policy_steps:
+                frame, wrist = sim.frame(), sim.wrist()
+                writer.note(recorded, (frame, wrist))
+                second = wrist if policy.num_images == 2 else None
+                state = sim.state() if policy.uses_state else None
+                executed = policy(frame, sim.instruction, second, state, episode=self.path)
+            else:
+                writer.note(recorded)
+                executed = action.copy()
+                executed[:3] = np.clip(action[:3] + pushes(), -1, 1)
+                if hesitation and action[6] < 0.5 and action[2] > 0:  # it raises what the fingers hold
+                    executed[:6] = 0.0
+                    hesitation -= 1
+            if sim.step(executed):
+                name = f"{self.suite}/task{self.task_id}/seed{self.seed}/attempt{self.attempt}"
+                writer.stage(self.path, file_path=name + ("/policy" if self.policy else ""))
+                return len(writer)
+        return 0

@@ -6,7 +6,6 @@ import contextlib
 import shutil
 import subprocess
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -31,26 +30,16 @@ class Film:
     """
 
     def __init__(self, path: Path, *, caption: str | None = None, gif: bool = False) -> None:
-        self.path, self.poster, self.gif = path, path.with_suffix(".jpg"), path.with_suffix(".gif")
+        self.path, self._poster, self._gif = path, path.with_suffix(".jpg"), path.with_suffix(".gif")
         self._caption, self._wants_gif = caption, gif
         self._writer: Any = None
-        self.gif.unlink(missing_ok=True)  # of an earlier episode, should it have been left
+        self._gif.unlink(missing_ok=True)  # of an earlier episode, should it have been left
 
-    def add(self, frame: np.ndarray, status: str = "") -> None:
-        """frame: (H, W, 3) uint8. status: what stands under the instruction."""
-        self._append(frame if self._caption is None else draw_caption(frame, self._caption, status))
-
-    def end(self, frame: np.ndarray, status: str) -> None:
-        """The last frame, and how it ended."""
-        drawn = frame if self._caption is None else draw_caption(frame, self._caption, status)
-        for _ in range(1 if self._caption is None else HOLD):
-            self._append(drawn)
-        with _written(self.poster):
-            Image.fromarray(drawn).save(self.poster, quality=POSTER_QUALITY)
-
-    def _append(self, frame: np.ndarray) -> None:
+    def add(self, frame: np.ndarray, status: str = "", *, times: int = 1) -> np.ndarray:
+        """frame: (H, W, 3) uint8. status: what stands under the instruction. Returns the frame as it was drawn."""
         import imageio.v2 as imageio
 
+        drawn = frame if self._caption is None else draw_caption(frame, self._caption, status)
         with _written(self.path):
             if self._writer is None:
                 self._writer = imageio.get_writer(
@@ -65,20 +54,28 @@ class Film:
                     quality=7,  # of 10, about 0.1 MB for 50 frames: failures are looked at closely
                     output_params=["-preset", "veryfast", "-threads", "1", "-movflags", "+faststart"],
                 )
-            self._writer.append_data(frame)
+            for _ in range(times):
+                self._writer.append_data(drawn)
+        return drawn
+
+    def end(self, frame: np.ndarray, status: str) -> None:
+        """The last frame, and how it ended."""
+        drawn = self.add(frame, status, times=1 if self._caption is None else HOLD)
+        with _written(self._poster):
+            Image.fromarray(drawn).save(self._poster, quality=POSTER_QUALITY)
 
     def _close(self) -> None:
         from imageio_ffmpeg import count_frames_and_secs
 
-        writer, self._writer = self._writer, None
-        if writer is None:
-            return
-        with _written(self.path):
-            try:
-                writer.close()
-                count_frames_and_secs(str(self.path))  # ffmpeg runs on its own, and imageio doesn't ask how it ended
-            except RuntimeError:
-                raise OSError("ffmpeg left it unfinished") from None
+        if self._writer is not None:
+            with _written(self.path):
+                try:
+                    self._writer.close()
+                    count_frames_and_secs(
+                        str(self.path)
+                    )  # ffmpeg runs on its own, and imageio doesn't ask how it ended
+                except RuntimeError:
+                    raise OSError("ffmpeg left it unfinished") from None
 
     def _make_gif(self) -> None:
         from imageio_ffmpeg import get_ffmpeg_exe
@@ -86,17 +83,15 @@ class Film:
         # a palette of its own for every film: GIF's usual one bands the table
         palette = f"fps={GIF_FRAMES_PER_SECOND},split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=none"
         command = [get_ffmpeg_exe(), "-loglevel", "error", "-y", "-threads", "1", "-i", str(self.path)]
-        done = subprocess.run([*command, "-filter_complex", palette, str(self.gif)], capture_output=True, text=True)
-        with _written(self.gif):
+        done = subprocess.run([*command, "-filter_complex", palette, str(self._gif)], capture_output=True, text=True)
+        with _written(self._gif):
             if done.returncode:
                 raise OSError(done.stderr.strip() or "ffmpeg failed")
 
     def __enter__(self) -> "Film":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if kind is None:
             self._close()
             if self._wants_gif:
@@ -104,7 +99,7 @@ class Film:
             return
         with contextlib.suppress(ConfigError):  # what is already under way says more
             self._close()
-        for path in (self.path, self.poster, self.gif):
+        for path in (self.path, self._poster, self._gif):
             path.unlink(missing_ok=True)
 
 

@@ -1,12 +1,12 @@
 """Is the inference path right? Frames of a data set go through the whole policy; its answers are compared with what was recorded.
 
-Beside it stands the training path on the same frames: the Processor's examples and one teacher-forced pass. Without
-augmentation the two differ in two things only: a live frame goes through JPEG once more, and from the second number on
-training reads the recorded numbers before it where the policy reads its own. So the first number's accuracy must be the same
-to within a frame or two, and neither may be far from what fine-tuning logged.
+Beside it stands the training path on the same frames: the Processor's examples and one teacher-forced pass. Without augmentation the two differ
+in two things only: a live frame goes through JPEG once more, and a head that decodes token by token reads, from the second number on, its own
+numbers where training reads the recorded ones. So the first number's accuracy must be the same to within a frame or two, of a head that answers
+with chunks all numbers must be nearly the same, and neither path may be far from what fine-tuning logged.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,81 +18,84 @@ from prismatic.errors import ConfigError
 from prismatic.image import decode_jpeg
 from prismatic.models.vla import IGNORE
 from prismatic.policy import Policy, VLAPolicy
+from prismatic.processor import Batch
 
 BATCH = 8  # frames of one pass
+SAME = 0.01  # between two numbers that are called alike: a second JPEG moves a regression a little, a token not at all or by 1
 
 
 def open_loop(policy: Policy, cache: FrameCache, *, frames: int) -> dict[str, Any]:
     """Metrics over at most `frames` frames of the training episodes, and as many of the others, evenly spread.
 
-    splits: train, validation → frames; policy and teacher_forced: action_accuracy (share of the tokens), l1_loss (mean
-    difference of bin centres, normalised units), both also per_dimension; same_first_id: share of frames in which both paths
-    answer alike with the first number. Recorded actions are normalised by the statistics that the policy acts with.
+    splits: train, validation → frames; policy and teacher_forced: action_accuracy (share of the tokens, of a head that has some), l1_loss (mean
+    difference in normalised units, of tokens that of bin centres), both also per_dimension; same_first_id: share of frames in which both
+    paths answer alike with the first number. Recorded actions are normalised by the statistics that the policy acts with.
     """
     if not isinstance(policy, VLAPolicy):
         raise ConfigError("--open_loop asks a model that learnt from such data, and this policy is none")
-    head = policy.processor.config.action_head
-    if head != "tokens":
-        raise ConfigError(
-            f"--open_loop reads tokens one by one, and this policy's head is {head}: finetune.py validates it"
-        )
     if policy.num_images > 1 and not cache.has_wrist:
         raise ConfigError(f"{cache.name} has no wrist_image, which this policy looks at: give another --dataset_name")
-    splits = {"train": cache.train_indices(), "validation": cache.validation_indices()}
+    count = policy.num_actions_chunk
+    splits = {
+        "train": cache.train_indices(num_actions_chunk=count),
+        "validation": cache.validation_indices(num_actions_chunk=count),
+    }
     found = {}
     for name, indices in splits.items():
         chosen = indices[np.unique(np.linspace(0, len(indices) - 1, min(frames, len(indices))).astype(int))]
         if len(chosen):
-            found[name] = _split(policy, [cache[int(frame)] for frame in chosen])
+            found[name] = _split(policy, [cache.step(int(frame), count) for frame in chosen])
     return {"dataset": cache.name, "dataset_fingerprint": cache.fingerprint, "splits": found}
 
 
 def _split(policy: VLAPolicy, steps: Sequence[Step]) -> dict[str, Any]:
+    processor = policy.processor
     true, acted, forced = [], [], []
     for part in (steps[start : start + BATCH] for start in range(0, len(steps), BATCH)):
-        pictures = list(zip(*(_pictures(step, policy.num_images) for step in part), strict=True))
-        wrists = list(pictures[1]) if policy.num_images > 1 else None
-        # the ids, not the actions made of them: a number that is constant in the data hides which id it came from
-        acted.append(policy.action_ids(list(pictures[0]), [step.instruction for step in part], wrists))
-        true.append(policy.processor.action_ids(np.stack([step.actions[0] for step in part])))
-        forced.append(teacher_forced_ids(policy, part))
+        part = [step._replace(dataset=processor.config.unnorm_key) for step in part]  # the statistics that it acts with
+        batch = processor.collate([example(step, processor, as_acting=True) for step in part])
+        assert batch.actions is not None
+        true.append(batch.actions.numpy())
+        forced.append(teacher_forced(policy, batch.to(policy.device)))
+        wrists = [decode_jpeg(step.wrist or b"") for step in part] if policy.num_images > 1 else None
+        states = [np.asarray(step.state) for step in part] if policy.uses_state else None
+        views = [decode_jpeg(step.image) for step in part], [step.instruction for step in part], wrists
+        # not the actions made of it: a number that is constant in the data hides what was answered
+        acted.append(policy.raw_chunks(*views, states))
     target, answers, told = map(np.concatenate, (true, acted, forced))
     return {
         "frames": len(steps),
         "policy": _metrics(policy, answers, target),
         "teacher_forced": _metrics(policy, told, target),
-        "same_first_id": float(np.mean(answers[:, 0] == told[:, 0])),
+        "same_first_id": float(np.mean(np.isclose(answers[:, 0, 0], told[:, 0, 0], rtol=0, atol=SAME))),
     }
 
 
-def _pictures(step: Step, num_images: int) -> Iterator[np.ndarray]:
-    yield decode_jpeg(step.image)
-    if num_images > 1:
-        assert step.wrist is not None
-        yield decode_jpeg(step.wrist)
-
-
 @torch.inference_mode()
-def teacher_forced_ids(policy: VLAPolicy, steps: Sequence[Step]) -> np.ndarray:
-    """(B, 7) ids as in training: the recorded frames as they are, the recorded numbers before each one given."""
-    processor = policy.processor
-    steps = [step._replace(dataset=processor.config.unnorm_key) for step in steps]  # the statistics that it acts with
-    batch = processor.collate([example(step, processor, as_acting=True) for step in steps]).to(policy.device)
+def teacher_forced(policy: VLAPolicy, batch: Batch) -> np.ndarray:
+    """(B, K, D) ids or numbers, as policy.raw_chunks: the recorded frames as they are, the recorded numbers before each one given."""
     pixels = batch.pixel_values.to(policy.dtype)
-    logits = policy.vla(batch.input_ids, batch.attention_mask, pixels, batch.labels).logits  # (labels that count, rows)
-    targets = batch.labels[:, 1:][batch.labels[:, 1:] != IGNORE]
-    tokenizer = processor.action_tokenizer
-    actions = targets >= tokenizer.first_id
-    # the policy chooses among the action ids only
-    ids = tokenizer.first_id + logits[actions][:, tokenizer.first_id : processor.config.vocab_size].argmax(dim=-1)
-    return ids.reshape(len(steps), -1).cpu().numpy()
+    out = policy.vla(
+        batch.input_ids, batch.attention_mask, pixels, batch.labels, actions=batch.actions, proprio=batch.proprio
+    )
+    if out.logits is None:
+        assert out.actions is not None
+        return out.actions.float().cpu().numpy()
+    tokenizer, targets = policy.processor.action_tokenizer, batch.labels[:, 1:][batch.labels[:, 1:] != IGNORE]
+    logits = out.logits[
+        targets >= tokenizer.first_id
+    ]  # of the labels that count; the policy chooses among the action ids
+    ids = tokenizer.first_id + logits[:, tokenizer.first_id : policy.processor.config.vocab_size].argmax(dim=-1)
+    return ids.cpu().numpy().reshape(len(batch.labels), policy.num_actions_chunk, -1)
 
 
-def _metrics(policy: VLAPolicy, ids: np.ndarray, target: np.ndarray) -> dict[str, Any]:
-    decode = policy.processor.action_tokenizer.decode
-    right, distance = ids == target, np.abs(decode(ids) - decode(target))
-    return {
-        "action_accuracy": float(right.mean()),
-        "l1_loss": float(distance.mean()),
-        "per_dimension": {"action_accuracy": right.mean(axis=0).tolist(), "l1_loss": distance.mean(axis=0).tolist()},
+def _metrics(policy: VLAPolicy, answers: np.ndarray, target: np.ndarray) -> dict[str, Any]:
+    found, tokenizer = {}, policy.processor.action_tokenizer
+    if policy.processor.config.action_head != "l1":
+        ids = tokenizer.encode(target)
+        found["action_accuracy"] = answers == ids
+        answers, target = tokenizer.decode(answers), tokenizer.decode(ids)
+    found["l1_loss"] = np.abs(answers - target)
+    return {name: float(values.mean()) for name, values in found.items()} | {
+        "per_dimension": {name: values.mean(axis=(0, 1)).tolist() for name, values in found.items()}
     }

@@ -5,6 +5,7 @@ asked over the pipe; the expert, recorded actions and the controls ("zero", "ran
 """
 
 import contextlib
+import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -18,14 +19,12 @@ from prismatic import machine
 from prismatic.episodes.controls import PROTOCOL_SEED, instruction_given, moved_by_seed
 from prismatic.episodes.film import Film
 from prismatic.episodes.pool import Crashed, Parent
-from prismatic.episodes.recorded import RecordedActions, RecordedEpisode
-from prismatic.episodes.result import ReplayResult
+from prismatic.episodes.recorded import RecordedActions
+from prismatic.episodes.result import EpisodeResult
 from prismatic.episodes.trials import Trial
 from prismatic.rollout import Actor, Simulator, rollout
-from prismatic.scene.diagnosis import Diagnosis, diagnose
+from prismatic.scene.diagnosis import diagnose
 from prismatic.scene.suites import Benchmark, Libero
-
-TIE_TOLERANCE = 1e-4  # top-1 margin that rounding can turn: a matrix product's last digits go by the batch size
 
 
 @dataclass(frozen=True)
@@ -40,21 +39,12 @@ class Observation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a trial. success is None when there is an error: a crash says nothing about the policy."""
+    """What came of a trial: its row of results.jsonl, but for the names of files, and what goes into the files."""
 
-    trial: Trial
-    success: bool | None
-    steps: int
-    seconds: float
-    error: str | None = None
-    waited: float = 0.0  # of the seconds, those spent waiting for the parent's policy
+    row: EpisodeResult
     actions: np.ndarray | None = None  # (steps, 7) float32
     video: Path | None = None  # under its temporary name
-    diagnosis: Diagnosis | None = None  # why it ended so; None: an error
-    near_ties: list[int] = field(default_factory=list)  # steps at which the policy's margin was below TIE_TOLERANCE
-    instruction_given: str | None = None
-    moved_by_env_seed_mm: dict[str, float] | None = None
-    replay: ReplayResult | None = None
+    waited: float = 0.0  # of the row's seconds, those spent waiting for the parent's policy
     process: int = 0  # that played it
     peak_memory: int = 0  # bytes, of that process so far
 
@@ -64,8 +54,7 @@ class _ParentsPolicy:
 
     def __init__(self, play: "Play", parent: Parent) -> None:
         self.num_images, self.uses_state = play.num_images, play.uses_state
-        self._play, self._parent, self._step = play, parent, 0
-        self.near_ties: list[int] = []
+        self._prepare, self._parent = play.prepare or (lambda image: image), parent
 
     def chunk(
         self,
@@ -74,16 +63,11 @@ class _ParentsPolicy:
         wrist: np.ndarray | None = None,
         state: np.ndarray | None = None,
     ) -> np.ndarray:
-        prepare = self._play.prepare or (lambda image: image)
-        images = [None if image is None else prepare(image) for image in (frame, wrist)]
-        answer = self._parent.ask(Observation(images[0], instruction, images[1], state))
+        image, second = (None if one is None else self._prepare(one) for one in (frame, wrist))
+        answer = self._parent.ask(Observation(image, instruction, second, state))
         if isinstance(answer, Exception):
             raise answer
-        chunk, margin = answer
-        if margin < TIE_TOLERANCE:
-            self.near_ties.append(self._step)
-        self._step += len(chunk[: self._play.num_open_loop_steps])
-        return chunk
+        return answer
 
 
 class _Control:
@@ -143,11 +127,11 @@ class Play:
 
     def play(self, sim: Simulator, job: Trial, parent: Parent) -> Outcome:
         """Play one trial. Crashed: it may go better when it is played again."""
-        start, trial = time.monotonic(), job
+        start, recording = time.monotonic(), job.recording
         moved = None
-        if sim.env_seed != PROTOCOL_SEED and self.policy != "replay":
+        if sim.env_seed != PROTOCOL_SEED and not recording:
             moved = moved_by_seed(sim, settle=self.settle)
-        actor, film = self._actor(sim, trial, parent), self._film(sim, trial)
+        actor, film = self._actor(sim, job, parent), self._film(sim, job)
 
         def on_step(step: int, frame: np.ndarray | None) -> None:
             parent.alive()
@@ -158,9 +142,11 @@ class Play:
             episode = rollout(
                 sim,
                 actor,
-                init_state=trial.start,
-                seed=trial.reset_seed,
-                max_steps=trial.max_steps or self.max_steps or self.benchmark.step_limit(trial.suite),
+                init_state=recording.start if recording else job.init_state,
+                seed=recording and recording.seed,
+                max_steps=len(recording.actions)
+                if recording
+                else self.max_steps or self.benchmark.step_limit(job.suite),
                 settle=self.settle,
                 num_open_loop_steps=self.num_open_loop_steps,
                 recorder=lambda: self.benchmark.recorder(sim),
@@ -170,22 +156,42 @@ class Play:
                 raise Crashed(episode.error)
             if film and episode.error is None:
                 film.end(sim.frame(), f"{'success' if episode.success else 'failure'} after {episode.steps} steps")
+        actions = np.array(episode.actions, dtype=np.float32).reshape(-1, 7)
+        facts: dict[str, Any] = {
+            "steps": episode.steps,
+            "actions_sha256": hashlib.sha256(actions.tobytes()).hexdigest()[:16],
+            "instruction_given": None if self.instruction == "keep" else sim.instruction,
+            "moved_by_env_seed_mm": moved,
+            "replay": actor.result if isinstance(actor, RecordedActions) else None,
+        }
+        if episode.error is None:
+            diagnosis = diagnose(episode.trajectory, success=episode.success)
+            facts |= {"success": episode.success, **vars(diagnosis)}
         return Outcome(
-            trial=trial,
-            success=None if episode.error else episode.success,
-            steps=episode.steps,
-            seconds=time.monotonic() - start,
-            error=episode.error,
+            self.row(job, seconds=time.monotonic() - start, error=episode.error, **facts),
+            actions=actions,
+            video=film.path if film and episode.error is None else None,
             waited=parent.waited,
-            actions=np.array(episode.actions, dtype=np.float32).reshape(-1, 7),
-            video=film.path if film else None,
-            diagnosis=diagnose(episode.trajectory, success=episode.success) if episode.error is None else None,
-            near_ties=actor.near_ties if isinstance(actor, _ParentsPolicy) else [],
-            instruction_given=None if self.instruction == "keep" else sim.instruction,
-            moved_by_env_seed_mm=moved,
-            replay=actor.result if isinstance(actor, RecordedActions) else None,
             process=os.getpid(),
             peak_memory=machine.peak_memory(),
+        )
+
+    def row(self, trial: Trial, *, seconds: float, error: str | None, **facts: Any) -> EpisodeResult:
+        """A trial's row of results.jsonl; without more facts, that of an episode which crashed."""
+        error = error and error.encode(errors="replace").decode()  # a path in it may hold any byte
+        left_out = facts.get("replay") and facts["replay"].left_out
+        why = "Left out: it does not begin as it was recorded." if left_out else f"The episode crashed: {error}"
+        crashed = {"success": None, "steps": 0, "verdict": "error", "reason": why}
+        return EpisodeResult(
+            episode_id=trial.id,
+            suite=trial.suite,
+            task_id=trial.task_id,
+            init_state=trial.init_state,
+            env_seed=trial.env_seed,
+            instruction=self.benchmark.instruction(trial.suite, trial.task_id),
+            seconds=seconds,
+            error=error,
+            **crashed | facts,
         )
 
     def _actor(self, sim: Simulator, trial: Trial, parent: Parent) -> Actor:
@@ -196,8 +202,8 @@ class Play:
 
             return Expert(sim)
         if self.policy == "replay":
-            assert isinstance(trial, RecordedEpisode)
-            return RecordedActions(sim, trial)
+            assert trial.recording
+            return RecordedActions(sim, trial.recording)
         return _Control(self.policy, self.seed, trial)
 
     def _film(self, sim: Simulator, trial: Trial) -> Film | None:

@@ -7,13 +7,14 @@ again; after three attempts the job has failed.
 
 import contextlib
 import ctypes
+import math
 import multiprocessing
 import os
 import signal
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
@@ -28,18 +29,12 @@ ONE_THREAD = {
     "LP_NUM_THREADS": "0",
     "OMP_NUM_THREADS": "1",
 }  # llvmpipe and BLAS, a process a core; the caller's own win
+GONE = (EOFError, BrokenPipeError, ConnectionResetError)  # of a pipe's other end
 _context = multiprocessing.get_context("spawn")  # a forked child would inherit torch's and the renderer's threads
 
 
-class Job(Protocol):
-    """Hashable, and says which simulator it needs."""
-
-    @property
-    def scene(self) -> Hashable: ...
-
-
 class Source(Protocol):
-    """Gives out jobs. None: nothing now, perhaps more when a running job has ended."""
+    """Gives out jobs: hashable, with a `scene`, for which a simulator is built. None: nothing now, perhaps more when a running job has ended."""
 
     def next_job(self, scene: Hashable, busy: Counter[Hashable]) -> Any: ...
 
@@ -109,7 +104,7 @@ def serve(connection: Connection, work: Work, first: bool, parent_id: int) -> No
     if os.getppid() != parent_id:  # it died before the signal was asked for
         return
     parent, sim, scene = Parent(connection), None, None
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
+    with contextlib.suppress(*GONE):
         try:
             work.start(parent, first=first)
             while True:
@@ -121,10 +116,10 @@ def serve(connection: Connection, work: Work, first: bool, parent_id: int) -> No
                     sim, scene = work.build(job.scene), job.scene
                     parent.send("built")
                 parent.send("result", work.play(sim, job, parent))
+        except GONE:
+            raise
         except ConfigError as error:
             parent.send("refused", str(error))
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            raise
         except Exception as error:
             parent.send("crashed", str(error) if isinstance(error, Crashed) else f"{type(error).__name__}: {error}")
 
@@ -138,8 +133,8 @@ class _Worker:
     def __init__(self, work: Work, *, first: bool) -> None:
         self.connection, theirs = _context.Pipe()
         self.process = _context.Process(target=serve, args=(theirs, work, first, os.getpid()), daemon=True)
-        inherited = {name: os.environ.get(name) for name in ONE_THREAD}
-        os.environ.update({name: value for name, value in ONE_THREAD.items() if inherited[name] is None})
+        added = {name: value for name, value in ONE_THREAD.items() if name not in os.environ}
+        os.environ.update(added)
         # Ctrl-C reaches every process of the terminal. The mask is inherited: the child never sees the signal,
         # the parent a moment later, so that the parent alone decides what stops.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -147,7 +142,7 @@ class _Worker:
             self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            for name in [name for name, value in inherited.items() if value is None]:
+            for name in added:
                 del os.environ[name]
         theirs.close()
         self.job: Any = None
@@ -167,9 +162,6 @@ class _Worker:
         with contextlib.suppress(OSError):  # it has died: its end of the pipe says so next
             self.connection.send(message)
 
-    def limit(self, hang_limit: float) -> float:
-        return hang_limit if self.built else START_LIMIT
-
     def stop(self) -> None:
         """Kill it: a simulator process has nothing to save, and a hung one would not listen."""
         self.process.kill()
@@ -186,24 +178,21 @@ def answer_at(asked: Sequence[float], *, playing: int, window: float, free: floa
     return max(min(asked), free) + (window if len(asked) < playing else 0.0)
 
 
+@dataclass
 class _Pool:
-    def __init__(
-        self,
-        source: Source,
-        work: Work,
-        num_workers: int,
-        answer: Callable[[Sequence[Question]], Sequence[Any]] | None,
-        window: float,
-        hang_limit: float,
-        on_message: Callable[[str, Any], None],
-    ) -> None:
-        self.source, self.work, self.num_workers = source, work, num_workers
-        self.answer, self.window, self.hang_limit, self.on_message = answer, window, hang_limit, on_message
-        self.again: deque[Any] = deque()  # jobs of processes that broke
-        self.workers: list[_Worker] = []
-        self.attempts: Counter[Any] = Counter()
-        self.any_started = self.any_built = False
-        self.free = 0.0  # when the last answer had been given
+    source: Source
+    work: Work
+    num_workers: int
+    answer: Callable[[Sequence[Question]], Sequence[Any]] | None
+    window: float
+    hang_limit: float
+    on_message: Callable[[str, Any], None]
+    again: deque[Any] = field(default_factory=deque)  # jobs of processes that broke
+    workers: list[_Worker] = field(default_factory=list)
+    attempts: Counter[Any] = field(default_factory=Counter)
+    any_started: bool = False
+    any_built: bool = False
+    free: float = 0.0  # when the last answer had been given
 
     def run(self) -> Generator[Ended, None, None]:
         try:
@@ -233,19 +222,20 @@ class _Pool:
     def _listen(self) -> Iterator[Ended]:
         """Hear whoever has something to say, until an answer is due."""
         busy: dict[Any, _Worker] = {w.connection: w for w in self.workers if w.job and w.asked is None}
-        deadlines = [worker.heard + worker.limit(self.hang_limit) for worker in busy.values()]
-        if asked := self._asked():
-            playing = len(asked) + sum(worker.built for worker in busy.values())
-            deadlines.append(answer_at(asked, playing=playing, window=self.window, free=self.free))
-        for connection in wait(list(busy), timeout=max(min(deadlines) - time.monotonic(), 0)):
+        silent_until = {w: w.heard + (self.hang_limit if w.built else START_LIMIT) for w in busy.values()}
+        deadline = min([*silent_until.values(), self._answer_at()])
+        for connection in wait(list(busy), timeout=max(deadline - time.monotonic(), 0)):
             yield from self._hear(busy.pop(connection))
         for worker in busy.values():
-            limit = worker.limit(self.hang_limit)
-            if time.monotonic() - worker.heard > limit:
+            if time.monotonic() > silent_until[worker]:
+                limit = silent_until[worker] - worker.heard
                 yield from self._replace(worker, f"the simulator hung: no sign of life for {limit:g} s")
 
-    def _asked(self) -> list[float]:
-        return [worker.asked for worker in self.workers if worker.asked is not None]
+    def _answer_at(self) -> float:
+        """When an answer is due: never where nobody waits for one."""
+        asked = [worker.asked for worker in self.workers if worker.asked is not None]
+        playing = sum(worker.built and worker.job is not None for worker in self.workers)
+        return answer_at(asked, playing=playing, window=self.window, free=self.free) if asked else math.inf
 
     def _hear(self, worker: _Worker) -> Iterator[Ended]:
         try:
@@ -283,12 +273,9 @@ class _Pool:
             yield Ended(job, None, reason, seconds)
 
     def _answer(self) -> None:
+        if self.answer is None or time.monotonic() < self._answer_at():
+            return
         waiting = [worker for worker in self.workers if worker.asked is not None]
-        playing = sum(worker.built and worker.job is not None for worker in self.workers)
-        if not waiting or self.answer is None:
-            return
-        if time.monotonic() < answer_at(self._asked(), playing=playing, window=self.window, free=self.free):
-            return
         questions = [Question(worker.job, self.attempts[worker.job], worker.question) for worker in waiting]
         for worker, answer in zip(waiting, self.answer(questions), strict=True):
             worker.asked, worker.heard = None, time.monotonic()

@@ -153,9 +153,15 @@ def _lengths(path: Path, *, state_size: int) -> list[tuple[int, int]]:
             )
         lengths = []
         for number in numbers:
-            actions = _array(data, f"demo_{number}", "actions", len(ACTION_DIMENSIONS), path)
-            _array(data, f"demo_{number}", "states", state_size, path)
-            lengths.append((number, len(actions)))
+            for name, size in (("states", state_size), ("actions", len(ACTION_DIMENSIONS))):
+                array = data.get(f"demo_{number}/{name}")
+                shape = array.shape if isinstance(array, h5py.Dataset) else ()
+                if len(shape) != 2 or shape[0] == 0 or shape[1] != size:
+                    raise ConfigError(
+                        f"data/demo_{number}/{name} of {path} (from_hdf5) should be (steps, {size}) and is "
+                        f"{shape or 'missing'}: is the file of this suite and task?"
+                    )
+            lengths.append((number, shape[0]))
     return lengths
 
 
@@ -182,15 +188,3 @@ def _data(path: Path) -> Iterator[h5py.Group]:
             yield data
     except (OSError, RuntimeError, KeyError) as error:  # truncated, damaged inside, or changed since it was listed
         raise ConfigError(f"{path} (from_hdf5) can't be read ({error}): download it again") from None
-
-
-def _array(data: h5py.Group, demo: str, name: str, size: int, path: Path) -> h5py.Dataset:
-    """An array of a demonstration, which must be (steps, size) with at least one step."""
-    array = data.get(f"{demo}/{name}")
-    shape = array.shape if isinstance(array, h5py.Dataset) else ()
-    if not isinstance(array, h5py.Dataset) or len(shape) != 2 or shape[0] == 0 or shape[1] != size:
-        raise ConfigError(
-            f"data/{demo}/{name} of {path} (from_hdf5) should be (steps, {size}) and is {shape or 'missing'}: "
-            "is the file of this suite and task?"
-        )
-    return array

@@ -7,10 +7,12 @@ import msgspec
 from msgspec import Meta, Struct
 
 from prismatic.errors import ConfigError
-from prismatic.filenames import RUN
-from prismatic.records import read_record
+from prismatic.filenames import RESULTS, RUN
+from prismatic.records import read_lines, read_record
 
 AGAIN = "copy it again, or delete its folder and play again"
+REPLAY = "remove that line, its episode is played again"
+Facts = dict[str, Any]  # of run.json and summary.json: JSON values
 Count = Annotated[int, Meta(ge=0)]
 FileName = Annotated[str, Meta(pattern=r"^[^/\x00]+$")]  # within the rollout folder
 
@@ -25,7 +27,9 @@ class ReplayResult(Struct, kw_only=True):
 
 
 class EpisodeResult(Struct, kw_only=True):
-    """One episode. `success` is None for an error: a crash says nothing about the policy. Fields with a default are missing in older runs."""
+    """One episode. `success` is None for an error: a crash says nothing about the policy. Fields with a default are missing in older runs;
+    what older runs said besides (near_ties) is passed over.
+    """
 
     episode_id: str
     suite: str
@@ -43,7 +47,6 @@ class EpisodeResult(Struct, kw_only=True):
     verdict: str | None = None  # a code of scene/diagnosis.py
     reason: str | None = None
     actions: Annotated[str, Meta(pattern=r"^actions/[^/\x00]+$")] | None = None  # file of them
-    near_ties: list[int] = msgspec.field(default_factory=list)  # steps at which rounding may have chosen
     instruction_given: str | None = None  # where it is another than the task's; may be ""
     moved_by_env_seed_mm: dict[str, float] | None = None  # against env seed 0
     replay: ReplayResult | None = None
@@ -60,8 +63,8 @@ class TaskCounts(TypedDict):
 class Run(Struct, kw_only=True):
     """run.json: what a run's numbers depend on, and what is merely known of it (versions, the policy, each call)."""
 
-    identity: dict[str, Any] = msgspec.field(default_factory=dict)
-    record: dict[str, Any] = msgspec.field(default_factory=dict)
+    identity: Facts = msgspec.field(default_factory=dict)
+    record: Facts = msgspec.field(default_factory=dict)
 
 
 def read_run(folder: Path) -> Run:
@@ -70,3 +73,13 @@ def read_run(folder: Path) -> Run:
     if not isinstance(run.record.get("sessions", []), list):
         raise ConfigError(f"{folder / RUN}: record.sessions is no list: {AGAIN}")
     return run
+
+
+def read_rows(folder: Path) -> list[EpisodeResult]:
+    """The lines of results.jsonl, the last one of each episode; [] without the file. ConfigError if it is damaged."""
+    path = folder / RESULTS
+    rows: dict[str, EpisodeResult] = {}
+    for row in read_lines(path, EpisodeResult, way_out=REPLAY) if path.exists() else ():
+        rows.pop(row.episode_id, None)
+        rows[row.episode_id] = row
+    return list(rows.values())

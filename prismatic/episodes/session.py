@@ -46,7 +46,7 @@ class Session:
         self._golden: dict[str, Any] | None = None
 
     def answer(self, questions: Sequence[Question]) -> list[Any]:
-        """For each simulator process that waits: (chunk (K, 7) float32, top-1 margin), or the PolicyError to be raised there."""
+        """For each simulator process that waits: a chunk (K, 7) float32, or the PolicyError to be raised there."""
         if self._one_by_one and len(questions) > 1:
             return [answer for question in questions for answer in self.answer([question])]
         assert self._policy is not None
@@ -66,7 +66,7 @@ class Session:
             )
         self.seconds.append(time.perf_counter() - start)
         self.rows += len(rows)
-        return list(zip(np.asarray(chunks, dtype=np.float32), self._policy.last_margins, strict=True))
+        return list(np.asarray(chunks, dtype=np.float32))
 
     def hear(self, kind: str, content: Any) -> None:
         """What a simulator process says unasked."""

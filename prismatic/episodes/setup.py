@@ -1,4 +1,4 @@
-"""What stands before an evaluation's first episode: the policy loaded onto this rank's device, the run's name, what its numbers depend on."""
+"""What stands before an evaluation's first episode: its flags checked, the policy loaded, the run's name, what its numbers depend on."""
 
 import os
 import re
@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from prismatic import machine
+from prismatic.episodes.result import Facts
 from prismatic.errors import ConfigError
-from prismatic.evaluation import Facts, Loaded
+from prismatic.evaluation import Loaded
 from prismatic.filenames import STEP_FOLDER
 from prismatic.hub import newest_step
 from prismatic.ranges import check_folder_name
-from prismatic.versions import folder_fingerprint
+from prismatic.scene.suites import Benchmark
+from prismatic.versions import SIMULATOR_PACKAGES, folder_fingerprint, versions
 
 ACTION_DIM = 7  # numbers of LIBERO's actions
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # set by torchrun
@@ -20,6 +22,34 @@ LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, w
 GATHERING = (
     0.03  # s for which a GPU's answer waits for other simulators to ask: a batch costs it little more than a row
 )
+# What the numbers depend on: always, of a checkpoint, and where it is not at its default.
+IDENTITY = ("task_suite_name", "policy", "num_steps_wait", "env_seed", "seed", "render_quality")
+OF_A_CHECKPOINT = ("unnorm_key", "center_crop", "load_in_8bit", "load_in_4bit", "deterministic")
+SAID_OF_FOREIGN = ("action_head", "num_actions_chunk", "num_images_in_input")
+QUANTISATION = 2  # is raised where the same flag makes other weights: 2 leaves the image towers whole, and INT4 is this project's own
+WHERE_CHANGED = ("quantize", "instruction", "num_open_loop_steps", *SAID_OF_FOREIGN)
+
+
+def check(values: Mapping[str, Any]) -> None:
+    """What of eval.py's flags can't go together, before anything is loaded. ConfigError."""
+    given = [name for name in ("load_in_8bit", "load_in_4bit") if values[name]]
+    given += [f"quantize {values['quantize']}"] * (values["quantize"] != "none")
+    policy, adapter = f"--policy {values['policy']}", values["lora_checkpoint"]
+    asks, replays = values["policy"] == "checkpoint", values["policy"] == "replay"
+    unset = "pretrained_checkpoint is not set: --pretrained_checkpoint FOLDER_OR_HUB_ID, or --policy expert"
+    told = f"--instruction {values['instruction']}: only a checkpoint reads, {policy} doesn't"
+    start = f"{policy} begins where each episode was recorded: leave out env_seed and first_init_state"
+    for sentence, wrong in {
+        unset: asks and not values["pretrained_checkpoint"],
+        f"lora_checkpoint {adapter} is not a folder: --lora_checkpoint FOLDER": adapter and not adapter.is_dir(),
+        "save_gifs needs the videos: leave out --save_videos False": values["save_gifs"] and not values["save_videos"],
+        f"{' and '.join(given)} exclude each other: set one of them": len(given) > 1,
+        told: values["instruction"] != "keep" and not asks,
+        f"--open_loop asks a checkpoint: leave out {policy}": values["open_loop"] and not asks,
+        start: replays and (values["env_seed"] or values["first_init_state"]),
+    }.items():
+        if wrong:
+            raise ConfigError(sentence)
 
 
 def load_policy(checkpoint: str, *, seed: int, to_act: bool = True, **options: Any) -> Loaded:
@@ -84,6 +114,22 @@ def weights(checkpoint: str | Path | None) -> str | None:
     return str(checkpoint) if checkpoint else None
 
 
-def changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Facts:
-    """Of these, what is not at its default: named only then, so that runs of before it was there go on."""
-    return {name: value for name, value in values.items() if value != defaults[name]}
+def identity(
+    values: Mapping[str, Any], defaults: Mapping[str, Any], benchmark: Benchmark, *, renderer: str, dataset: str | None
+) -> Facts:
+    """What the numbers depend on, of all flags' values. Weights count by their content: a folder trained anew is another policy.
+
+    dataset: fingerprint of what is replayed.
+    """
+    known, suite = versions(), values["task_suite_name"]
+    facts: Facts = {name: values[name] for name in IDENTITY}
+    if values["policy"] == "checkpoint":
+        facts |= {name: weights(values[name]) for name in ("pretrained_checkpoint", "lora_checkpoint")}
+        facts |= {name: values[name] for name in OF_A_CHECKPOINT}
+        if values["quantize"] != "none" or values["load_in_4bit"]:
+            facts["quantisation"] = QUANTISATION  # a folder of before is another policy's
+    if values["policy"] == "replay":
+        facts["dataset"] = f"{values['dataset_name']}, fingerprint {dataset}"
+    facts |= {name: values[name] for name in WHERE_CHANGED if values[name] != defaults[name]}
+    facts |= {"step_limit": benchmark.step_limit(suite), "benchmark_files": benchmark.files_fingerprint(suite)}
+    return facts | {"renderer": renderer} | {name: known[name] for name in SIMULATOR_PACKAGES}

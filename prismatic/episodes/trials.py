@@ -2,7 +2,7 @@
 
 from collections import Counter, deque
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -11,32 +11,31 @@ from prismatic.scene.suites import Benchmark
 
 
 @dataclass(frozen=True)
+class Recording:
+    """A data set's episode: it began in `start` (a state as Task.init_states has them) or, where that is None, at random from `seed`."""
+
+    file_path: str
+    start: np.ndarray | None
+    seed: int | None
+    actions: np.ndarray  # (T, 7) float32, gripper 1 open … 0 close
+    states: np.ndarray | None  # (T, 8) float32 as Simulator.state, where they were recorded
+    first_frame: bytes  # JPEG
+
+
+@dataclass(frozen=True)
 class Trial:
-    """One episode to be played: what it is, never its place in a queue."""
+    """One episode to be played: what it is, never its place in a queue. init_state: of a recorded one, its number in the data set."""
 
     suite: str
     task_id: int
     init_state: int
     env_seed: int
+    recording: Recording | None = field(default=None, compare=False)
 
     @property
     def id(self) -> str:
-        return f"{self.suite}/task{self.task_id}/state{self.init_state}/seed{self.env_seed}"
-
-    @property
-    def start(self) -> int | np.ndarray | None:
-        """The initial state, as Simulator.reset takes it."""
-        return self.init_state
-
-    @property
-    def reset_seed(self) -> int | None:
-        """Seed of a randomised start, where `start` is None."""
-        return None
-
-    @property
-    def max_steps(self) -> int | None:
-        """Steps after which it has failed; None: the suite's limit."""
-        return None
+        kind = "demo" if self.recording else "state"
+        return f"{self.suite}/task{self.task_id}/{kind}{self.init_state}/seed{self.env_seed}"
 
     @property
     def scene(self) -> tuple[str, int, int]:
@@ -57,11 +56,8 @@ def list_trials(
 
     ConfigError for an unknown suite or task, or for more trials than stored states.
     """
-    tasks = sorted(set(task_ids)) or range(benchmark.num_tasks(suite))
-    if num_trials < 1 or first_init_state < 0:
-        raise ConfigError("num_trials_per_task must be at least 1 and first_init_state at least 0")
     trials = []
-    for task_id in tasks:
+    for task_id in sorted(set(task_ids)) or range(benchmark.num_tasks(suite)):
         stored = benchmark.num_init_states(suite, task_id)
         if first_init_state + num_trials > stored:
             raise ConfigError(
@@ -71,11 +67,6 @@ def list_trials(
         states = range(first_init_state, first_init_state + num_trials)
         trials += [Trial(suite=suite, task_id=task_id, init_state=state, env_seed=env_seed) for state in states]
     return trials
-
-
-def video_number(benchmark: Benchmark, trial: Trial) -> int:
-    """OpenVLA's count of episodes when all stored states are played."""
-    return trial.task_id * benchmark.num_init_states(trial.suite, trial.task_id) + trial.init_state + 1
 
 
 class TrialQueue:

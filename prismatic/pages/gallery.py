@@ -12,7 +12,7 @@ import numpy as np
 
 from prismatic.episodes import actions as traces
 from prismatic.episodes.film import FRAMES_PER_SECOND
-from prismatic.episodes.result import EpisodeResult
+from prismatic.episodes.result import EpisodeResult, Facts
 from prismatic.evaluation import poster_name
 
 PAGES = Path(__file__).parent
@@ -37,7 +37,7 @@ def render(template: str, **values: Any) -> bytes:
     return page.encode("utf-8", "replace")
 
 
-def cards(folder: Path, rows: Sequence[EpisodeResult], limits: Sequence[float]) -> list[dict[str, Any]]:
+def cards(folder: Path, rows: Sequence[EpisodeResult], limits: Sequence[float]) -> list[Facts]:
     """One card a row. limits: what `scales` gave, so that all cards of a page are drawn to one scale."""
     return [_card(folder, row, limits) for row in rows]
 
@@ -58,14 +58,12 @@ def scales(folders: Mapping[Path, Sequence[EpisodeResult]]) -> list[float]:
     return [float(limit) or 1.0 for limit in limits]
 
 
-def _card(folder: Path, row: EpisodeResult, limits: Sequence[float]) -> dict[str, Any]:
+def _card(folder: Path, row: EpisodeResult, limits: Sequence[float]) -> Facts:
     outcome = OUTCOMES[row.success]
     poster = poster_name(row.video) if row.video else None
-    wanted = ("suite", "task_id", "init_state", "env_seed", "instruction", "steps", "error", "video")
-    return {name: getattr(row, name) for name in wanted} | {
+    return {name: getattr(row, name) for name in row.__struct_fields__} | {
         "outcome": outcome,
         "verdict": row.verdict or "",
-        "instruction_given": row.instruction_given,  # where it is another than the task's; may be ""
         # a success and an error say all with their outcome
         "reason": row.reason if outcome == "failure" else None,
         "poster": poster if poster and (folder / poster).is_file() else None,
@@ -73,24 +71,17 @@ def _card(folder: Path, row: EpisodeResult, limits: Sequence[float]) -> dict[str
     }
 
 
-def _trace(
-    actions: np.ndarray | None, stages: Mapping[str, int | None], limits: Sequence[float]
-) -> dict[str, Any] | None:
+def _trace(actions: np.ndarray | None, stages: Mapping[str, int | None], limits: Sequence[float]) -> Facts | None:
     if actions is None or not len(actions):
         return None
-    steps = len(actions)
-    values = actions.copy()
+    steps, values = len(actions), actions.copy()
     values[:, traces.GRIPPER] = 2 * values[:, traces.GRIPPER] - 1  # 1 open … 0 close fills its strip
     width, height = round(BOX["width"] / BOX["scale"]), round((BOX["strip"] - 6) / BOX["scale"])
     return {
         "steps": steps,
         "lines": [
-            {
-                "name": name,
-                "limit": limit,
-                "path": traces.line(values[:, column], width=width, height=height, limit=limit),
-            }
-            for column, (name, limit) in enumerate(zip(traces.DIMENSIONS, limits, strict=True))
+            {"name": name, "limit": limit, "path": traces.line(column, width=width, height=height, limit=limit)}
+            for name, limit, column in zip(traces.DIMENSIONS, limits, values.T, strict=True)
         ],
         "stages": [
             {"name": plain(name), "step": step, "x": round(BOX["left"] + BOX["width"] * min(step / steps, 1), 1)}

@@ -36,12 +36,12 @@ predicate never held (beside_target, never_held, wrong_target say by what).
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from prismatic.scene.stages import MOVED, named, progress, reached
-from prismatic.scene.trajectory import OPENED, JointGoal, Target, Trajectory, miss, runs
+from prismatic.scene.trajectory import OPENED, JointGoal, Place, Trajectory, miss, runs
 
 SHUT = 0.004  # m between the fingers, below which they have shut: on nothing, or on a bowl's rim (3.6 to 4.6 mm)
 FALL = 0.05  # m
@@ -64,149 +64,116 @@ NOT_ENOUGH = {
 class Diagnosis:
     """What results.jsonl says of an episode: each stage's first step (None: never), a code, a sentence."""
 
-    stages: dict[str, int | None] = field(default_factory=dict)
-    verdict: str = "error"
-    reason: str = ""
+    stages: dict[str, int | None]
+    verdict: str
+    reason: str
 
 
 def diagnose(trajectory: Trajectory, *, success: bool) -> Diagnosis:
     """The diagnosis of an episode that ended without a crash."""
-    stages = named(trajectory)
+    stages, goals = named(trajectory), len(trajectory.goals)
     if success:
         return Diagnosis(stages, "success", f"Solved in {trajectory.steps} steps.")
-    verdict, sentence = judge(trajectory)
-    return Diagnosis(stages, verdict, sentence)
-
-
-def judge(trajectory: Trajectory) -> tuple[str, str]:
-    """(code, sentence) of an episode without success."""
-    unmet = [goal for goal in range(len(trajectory.goals)) if not trajectory.held[-1, goal]]
+    unmet = [goal for goal in range(goals) if not trajectory.held[-1, goal]]
     if not unmet:
-        return "never_held", "Each predicate held at the end, but LIBERO did not end the episode."
+        return Diagnosis(stages, "never_held", "Each predicate held at the end, but LIBERO did not end the episode.")
     case = max((_Case(trajectory, goal) for goal in unmet), key=lambda case: case.share)
-    verdict, sentence = case.verdict()
-    if len(trajectory.goals) > 1:
-        met = len(trajectory.goals) - len(unmet)
-        sentence = f"{met} of {len(trajectory.goals)} goals held at the end. {sentence}"
-    return verdict, sentence
+    verdict, reason = case.verdict()
+    if case.still >= IDLE_STEPS and verdict != "idle":
+        reason += f"; the hand stood still for the last {case.still} steps"
+    if goals > 1:
+        reason = f"{goals - len(unmet)} of {goals} goals held at the end. {reason}"
+    return Diagnosis(stages, verdict, f"{reason}.")
 
 
 class _Case:
-    """One goal that does not hold at the end."""
+    """One goal that does not hold at the end. Each method but `verdict` knows some of the table's lines, and answers with code and sentence."""
 
-    def __init__(self, trajectory: Trajectory, goal: int) -> None:
-        self.trajectory, self.number, self.goal = trajectory, goal, trajectory.goals[goal]
-        self.stages = reached(trajectory, goal)
+    def __init__(self, trajectory: Trajectory, number: int) -> None:
+        self.trajectory, self.number, self.goal = trajectory, number, trajectory.goals[number]
+        self.stages = reached(trajectory, number)
         self.share = sum(step is not None for step in self.stages.values()) / len(self.stages)
-        self.name = _plain(self.goal.subject, trajectory)
+        self.name, self.aim = (_plain(name or "", trajectory) for name in (self.goal.subject, self.goal.target))
+        self.offset = trajectory.offset[-1, number]
+        self.distance = _cm(float(np.linalg.norm(self.offset[:2])))
         self.still = _still(trajectory)
 
     def verdict(self) -> tuple[str, str]:
-        target, joint_goal = self.trajectory.targets[self.number], self.trajectory.joint_goals[self.number]
         held = np.flatnonzero(self.trajectory.held[:, self.number])
         if held.size:
-            return "undone", self._sentence(
-                f"{self._wish()} at step {held[0]}, but no longer from step {held[-1] + 1} on"
-            )
-        if target is not None:
-            return self._placing(target)
-        if joint_goal is not None:
-            return self._moving(joint_goal)
-        return "never_held", f"The predicate ({' '.join(self.goal.state)}) never held."
-
-    def _wish(self) -> str:
-        if self.goal.target:
-            return f"The {self.name} was {self.goal.predicate} the {_plain(self.goal.target, self.trajectory)}"
-        return f"The {self.name} was {SENTENCES[self.goal.predicate]}"
-
-    def _sentence(self, text: str, *, tail: bool = True) -> str:
-        """With what the hand did at the end, where it stood still for long."""
-        if tail and self.still >= IDLE_STEPS:
-            text += f"; the hand stood still for the last {self.still} steps"
-        return text + "."
+            wish = f"{self.goal.predicate} the {self.aim}" if self.goal.target else SENTENCES[self.goal.predicate]
+            since = f"at step {held[0]}, but no longer from step {held[-1] + 1} on"
+            return "undone", f"The {self.name} was {wish} {since}"
+        if self.goal.place:
+            return self._placing(self.goal.place)
+        if self.goal.joint:
+            return self._moving(self.goal.joint)
+        return "never_held", f"The predicate ({self.goal.predicate} {self.name}) never held"
 
     # --- an object --------------------------------------------------------------------------------------------------
 
-    def _placing(self, target: Target) -> tuple[str, str]:
+    def _placing(self, place: Place) -> tuple[str, str]:
         trajectory, thing = self.trajectory, self.trajectory.objects.index(self.goal.subject)
         lifts = trajectory.lifts(thing)
-        if shut := self._not_open(target, lifted=bool(lifts)):
-            return "not_open_enough", self._sentence(shut)
+        if self.goal.joint and self.stages[OPENED] is None:  # in what is shut it cannot be
+            tried = not lifts and (np.abs(progress(self.goal.joint, trajectory.values)) >= MOVED).any()
+            if tried or self.stages["released"] is not None:
+                part = trajectory.parts[self.goal.joint.part].name
+                return "not_open_enough", self._how_far(self.goal.joint, "open", part)
         if lifts:
-            return self._after_lift(target, thing, *lifts[-1])
+            return self._after_lift(place, thing, *lifts[-1])
         if other := self._other_lift():
-            return "wrong_object", self._sentence(f"Lifted the {other} instead of the {self.name}")
-        if target.owner is None and self._moved(thing) >= PUSHED:
-            return "beside_target", self._sentence(f"Pushed the {self.name}; {self._where(target)}")
+            return "wrong_object", f"Lifted the {other} instead of the {self.name}"
+        moved = float(np.linalg.norm(trajectory.places[-1, thing] - trajectory.places[0, thing]))
+        tipped = bool(trajectory.upright[-1, thing] @ trajectory.upright[0, thing] < TIPPED)
+        if place.owner is None and moved >= PUSHED:
+            return "beside_target", f"Pushed the {self.name}; {self._where(place)}"
         if self.stages["grasped"] is not None:
             text = f"Grasped the {self.name} at step {self.stages['grasped']}, but never lifted it by 2 cm"
-            if self._moved(thing) >= PUSHED:
-                text += f"; it ended {_cm(self._moved(thing))} from where it stood"
-            return "not_lifted", self._sentence(text)
+            dragged = f"; it ended {_cm(moved)} from where it stood" if moved >= PUSHED else ""
+            return "not_lifted", text + dragged
         empty = self._empty_grasps(thing)
-        if self.stages["touched"] is not None and (pushed := self._pushed(thing)):
-            return "pushed_away", self._sentence(pushed + ("" if empty is None else "; " + empty))
-        if empty is not None:
-            return "closed_beside", self._sentence(empty[0].upper() + empty[1:])
+        if self.stages["touched"] is not None and (moved >= PUSHED or tipped):
+            text = f"Pushed the {self.name} {_cm(moved)} away without grasping it"
+            return "pushed_away", text + ", and tipped it over" * tipped + (empty and f"; {empty}")
+        if empty:
+            return "closed_beside", empty[0].upper() + empty[1:]
         return self._nothing(trajectory.gap(thing), "never_grasped")
 
-    def _not_open(self, target: Target, *, lifted: bool) -> str | None:
-        """What is wrong with the target's drawer or door, where that is why the object cannot be in it."""
-        joint_goal = target.joint_goal
-        if joint_goal is None or self.stages[OPENED] is not None:
-            return None
-        at_it = self.stages["released"] is not None
-        tried = not lifted and bool(
-            (np.abs(progress(joint_goal, self.trajectory.values[:, joint_goal.part])) >= MOVED).any()
-        )
-        return (
-            self._how_far(joint_goal, "open", self.trajectory.parts[joint_goal.part].name) if at_it or tried else None
-        )
-
-    def _after_lift(self, target: Target, thing: int, start: int, stop: int) -> tuple[str, str]:
+    def _after_lift(self, place: Place, thing: int, start: int, stop: int) -> tuple[str, str]:
         trajectory, over = self.trajectory, self.trajectory.over(self.number)
-        aim = _plain(self.goal.target or "", trajectory)
         if stop > trajectory.steps:
-            if over[-1]:
-                since = [begin for begin, _ in runs(over)][-1]
-                text = f"Held the {self.name} over the {aim} from step {max(since, start)} on and never let go of it"
-                return "never_released", self._sentence(text)
-            return "not_carried", self._sentence(
-                f"Still held the {self.name} at the end, {self._distance()} from the {aim}"
-            )
+            if not over[-1]:
+                return "not_carried", f"Still held the {self.name} at the end, {self.distance} from the {self.aim}"
+            since = max([begin for begin, _ in runs(over)][-1], start)
+            held = f"Held the {self.name} over the {self.aim} from step {since} on"
+            return "never_released", f"{held} and never let go of it"
         fall = trajectory.places[stop - 1, thing, 2] - trajectory.places[-1, thing, 2]
-        slipped = bool(trajectory.closing[stop])
         if not over[stop - 1] and fall > FALL:
-            how = "it slipped out of the closed gripper" if slipped else "the gripper opened"
-            away = float(np.linalg.norm(trajectory.offset[stop - 1, self.number, :2]))
-            text = f"Dropped the {self.name} at step {stop}, {_cm(away)} from the {aim}: {how}"
-            return "dropped", self._sentence(f"{text}; it fell {_cm(fall)}")
-        wrong = [name for name in trajectory.supports[self.number] if name != target.owner]
-        if wrong:
+            how = "it slipped out of the closed gripper" if trajectory.closing[stop] else "the gripper opened"
+            away = _cm(float(np.linalg.norm(trajectory.offset[stop - 1, self.number, :2])))
+            dropped = f"Dropped the {self.name} at step {stop}, {away} from the {self.aim}"
+            return "dropped", f"{dropped}: {how}; it fell {_cm(fall)}"
+        text = f"Let go of the {self.name} at step {stop}"
+        if wrong := [name for name in trajectory.supports[self.number] if name != place.owner]:
             other = _plain(wrong[0], trajectory)
-            text = f"Let go of the {self.name} at step {stop}; it rests on the {other}, not on the {aim}"
-            return "wrong_target", self._sentence(text)
-        text = f"Let go of the {self.name} at step {stop}; {self._where(target)}"
-        return ("beside_target" if self._miss(target) > 0 else "never_held"), self._sentence(text)
+            return "wrong_target", f"{text}; it rests on the {other}, not on the {self.aim}"
+        return "beside_target" if self._miss(place) > 0 else "never_held", f"{text}; {self._where(place)}"
 
-    def _miss(self, target: Target) -> float:
+    def _miss(self, place: Place) -> float:
         """m beyond what the predicate allows horizontally, at the end."""
-        offset = self.trajectory.offset[-1, self.number]
         if self.goal.target in self.trajectory.objects:  # a disc around the other object's origin
-            return max(float(np.linalg.norm(offset[:2]) - target.room[0]), 0.0)
-        return float(miss(offset, target.room))
+            return max(float(np.linalg.norm(self.offset[:2]) - place.room[0]), 0.0)
+        return float(miss(self.offset, place.room))
 
-    def _where(self, target: Target) -> str:
-        offset, aim = self.trajectory.offset[-1, self.number], _plain(self.goal.target or "", self.trajectory)
-        beyond = self._miss(target)
+    def _where(self, place: Place) -> str:
+        beyond = self._miss(place)
         if beyond > 0:
-            text = f"it ended {self._distance()} from the middle of the {aim}, {_cm(beyond)} more than LIBERO allows"
+            ended = f"it ended {self.distance} from the middle of the {self.aim}"
+            text = f"{ended}, {_cm(beyond)} more than LIBERO allows"
             return text + (", and was never grasped" if self.stages["grasped"] is None else "")
-        side = "above" if offset[2] >= 0 else "below"
-        return f"it ended at the {aim}, {_cm(abs(offset[2]))} {side} its middle, but the predicate never held"
-
-    def _distance(self) -> str:
-        return _cm(float(np.linalg.norm(self.trajectory.offset[-1, self.number, :2])))
+        height = f"{_cm(abs(self.offset[2]))} {'above' if self.offset[2] >= 0 else 'below'} its middle"
+        return f"it ended at the {self.aim}, {height}, but the predicate never held"
 
     def _other_lift(self) -> str | None:
         """An object that was lifted though it is no goal's."""
@@ -216,64 +183,44 @@ class _Case:
                 return _plain(name, self.trajectory)
         return None
 
-    def _moved(self, thing: int) -> float:
-        return float(np.linalg.norm(self.trajectory.places[-1, thing] - self.trajectory.places[0, thing]))
-
-    def _pushed(self, thing: int) -> str | None:
-        upright = self.trajectory.upright[:, thing]
-        tipped = float(upright[-1] @ upright[0]) < TIPPED
-        if self._moved(thing) < PUSHED and not tipped:
-            return None
-        text = f"Pushed the {self.name} {_cm(self._moved(thing))} away without grasping it"
-        return text + (", and tipped it over" if tipped else "")
-
-    def _empty_grasps(self, thing: int) -> str | None:
-        """How often, and how near, the fingers shut on nothing beside the object."""
+    def _empty_grasps(self, thing: int) -> str:
+        """How often, and how near, the fingers shut on nothing beside the object; empty where they did not."""
         gap = self.trajectory.gap(thing)
         between = np.any(np.all(self.trajectory.touch[:, : len(self.trajectory.objects), :2], axis=2), axis=1)
         shut = (self.trajectory.opening < SHUT) & self.trajectory.closing & ~between
         near = [start for start, _ in runs(shut) if gap[start] < BESIDE]
         if not near:
-            return None
+            return ""
         times = "once" if len(near) == 1 else f"{len(near)} times"
         best = min(near, key=lambda step: gap[step])
         return f"closed the gripper on nothing {times}, {_cm(gap[best])} from the {self.name} at step {best}"
 
     # --- a part -----------------------------------------------------------------------------------------------------
 
-    def _moving(self, joint_goal: JointGoal) -> tuple[str, str]:
+    def _moving(self, goal: JointGoal) -> tuple[str, str]:
         trajectory = self.trajectory
         if self.stages["moved"] is not None:
-            return NOT_ENOUGH[self.goal.predicate], self._sentence(
-                self._how_far(joint_goal, self.goal.predicate, self.goal.subject)
-            )
-        asked = {other.part for other in trajectory.joint_goals if other}
+            return NOT_ENOUGH[self.goal.predicate], self._how_far(goal, self.goal.predicate, self.goal.subject)
+        asked = {other.joint.part for other in trajectory.goals if other.joint and not other.place}
         for number, part in enumerate(trajectory.parts):
             travel = np.abs(trajectory.values[:, number] - trajectory.values[0, number]).max()
             if number not in asked and travel >= MOVED * part.span:
-                text = (
-                    f"Moved the {_plain(part.name, trajectory)} by {_amount(travel, part.hinge)}, not the {self.name}"
-                )
-                return "wrong_part", self._sentence(text)
+                way = _amount(travel, part.hinge)
+                return "wrong_part", f"Moved the {_plain(part.name, trajectory)} by {way}, not the {self.name}"
         if self.stages["touched"] is not None:
-            best = progress(joint_goal, trajectory.values[:, joint_goal.part]).max()
-            text = f"Touched the {self.name} at step {self.stages['touched']}, but moved it only {100 * best:.0f} % of the way"
-            return "not_moved", self._sentence(text)
+            best = f"moved it only {100 * progress(goal, trajectory.values).max():.0f} % of the way"
+            return "not_moved", f"Touched the {self.name} at step {self.stages['touched']}, but {best}"
         if other := self._other_lift():
-            return "wrong_object", self._sentence(f"Lifted the {other} and never touched the {self.name}")
-        return self._nothing(trajectory.part_gap[:, joint_goal.part], "never_touched")
+            return "wrong_object", f"Lifted the {other} and never touched the {self.name}"
+        return self._nothing(trajectory.part_gap[:, goal.part], "never_touched")
 
-    def _how_far(self, joint_goal: JointGoal, predicate: str, name: str) -> str:
-        part, values = self.trajectory.parts[joint_goal.part], self.trajectory.values[:, joint_goal.part]
-        left = joint_goal.left(values)
-        best, needed = left[0] - left.min(), left[0]
-        text = (
-            f"The {_plain(name, self.trajectory)} was to be {SENTENCES[predicate]}, by {_amount(needed, part.hinge)}; "
+    def _how_far(self, goal: JointGoal, predicate: str, name: str) -> str:
+        hinge, left = self.trajectory.parts[goal.part].hinge, goal.left(self.trajectory.values[:, goal.part])
+        best, needed, last = (
+            _amount(way, hinge) for way in (left[0] - left.min(), left[0], max(left[0] - left[-1], 0))
         )
-        text += f"it got {_amount(best, part.hinge)} far"
-        if left[-1] > left.min() + MOVED * needed:
-            text += f" and ended at {_amount(max(left[0] - left[-1], 0), part.hinge)}"
-        return text
+        text = f"The {_plain(name, self.trajectory)} was to be {SENTENCES[predicate]}, by {needed}; it got {best} far"
+        return text + (f" and ended at {last}" if left[-1] > left.min() + MOVED * left[0] else "")
 
     # --- either -----------------------------------------------------------------------------------------------------
 
@@ -282,15 +229,13 @@ class _Case:
         if self.still >= IDLE_STEPS:
             state = "shut" if self.trajectory.opening[-1] < SHUT else "open"
             text = f"Stood still for the last {self.still} of {self.trajectory.steps} steps, {_cm(gap[-1])} from the {self.name}"
-            return "idle", self._sentence(f"{text}, the gripper {state}", tail=False)
-        closest = f"{_cm(gap.min())} from the {self.name} at step {int(gap.argmin())}"
+            return "idle", f"{text}, the gripper {state}"
+        closest = f"at best {_cm(gap.min())} from the {self.name} at step {int(gap.argmin())}"
         if self.stages.get("approached") is None:
-            return "never_near", self._sentence(f"Never came near: at best {closest}")
-        what = "grasped" if near == "never_grasped" else "touched"
-        text = f"Came near (at best {closest}), but never {what} it"
-        if self.stages.get("touched") is not None:
-            text += f", only touched it at step {self.stages['touched']}"
-        return near, self._sentence(text)
+            return "never_near", f"Never came near: {closest}"
+        text = f"Came near ({closest}), but never {near.removeprefix('never_')} it"
+        touched = self.stages["touched"]
+        return near, text + ("" if touched is None else f", only touched it at step {touched}")
 
 
 def _still(trajectory: Trajectory) -> int:
@@ -302,15 +247,12 @@ def _still(trajectory: Trajectory) -> int:
 
 def _plain(name: str, trajectory: Trajectory) -> str:
     """A name of the BDDL file for people: without the number where there is only one of its kind."""
-    names = {
-        *trajectory.objects,
-        *(part.fixture for part in trajectory.parts),
-        *(goal.target for goal in trajectory.goals),
-    }
+    names = {*trajectory.objects, *(part.fixture for part in trajectory.parts)}
+    names |= {goal.target for goal in trajectory.goals if goal.target}
 
     def bare(match: re.Match[str]) -> str:
-        twins = [f"{match[1]}_{number}" for number in range(1, 10)]
-        return match[1] if sum(twin in names for twin in twins) < 2 else match[0]
+        twins = sum(f"{match[1]}_{number}" in names for number in range(1, 10))
+        return match[1] if twins < 2 else match[0]
 
     name = re.sub(r"^(.*?)_1(?=_|$)", bare, name)
     return re.sub(r"(_contain|_heating|_cook)?_region$", "", name).replace("_", " ")

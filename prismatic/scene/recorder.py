@@ -1,7 +1,7 @@
 """Reads from MuJoCo's state, at each step, what the stages and the verdict of an episode are made of.
 
 A few array reads and the contacts, about 0.05 ms a step; nothing is rendered. LIBERO's predicates are not evaluated
-again: the witness listens to the environment, which evaluates all of them after every step.
+again: the recorder listens to the environment, which evaluates all of them after every step.
 """
 
 import functools
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from prismatic.scene.shapes import ROBOT_PARTS, Shapes
-from prismatic.scene.trajectory import MOVING, PLACING, Goal, JointGoal, Part, Target, Trajectory
+from prismatic.scene.trajectory import MOVING, PLACING, Goal, JointGoal, Part, Place, Trajectory
 
 HINGE, SLIDE = 3, 2  # MuJoCo's joint types
 ON_RADIUS = 0.03  # m, LIBERO's own: between the origins of an object and of what it shall be on
@@ -28,14 +28,15 @@ class SceneRecorder:
         self._shapes = Shapes(self._model)
         self._objects = list(environment.objects_dict)
         self._bodies = np.array([environment.obj_body_id[name] for name in self._objects], dtype=int)
-        self._goals = [Goal(*state) for state in environment.parsed_problem["goal_state"]]
         self._find_parts()
-        self._joint_goals = [self._joint_goal(goal.predicate, goal.subject) for goal in self._goals]
         self._find_robot()
-        self._targets = [self._target(goal) for goal in self._goals]
+        states = environment.parsed_problem["goal_state"]
+        self._goals = [self._goal(*state) for state in states]
+        self._asked_parts = sorted({goal.joint.part for goal in self._goals if goal.joint and not goal.place})
         self._boxes = np.array([self._box(body) for body in self._bodies]).reshape(-1, 2, 3)
-        self._rows: list[tuple[Any, ...]] = []
+        self._rows: list[dict[str, Any]] = []
         self._held: dict[tuple[str, ...], bool] = {}
+        self._states = [tuple(state) for state in states]
         self._listen()
         environment._check_success()
         self._note(closing=False)
@@ -44,26 +45,26 @@ class SceneRecorder:
 
     def _find_parts(self) -> None:
         """Slides and hinges of all fixtures, and which geoms each of them moves."""
-        environment, model = self._environment, self._model
+        model = self._model
         self._parts: list[Part] = []
-        bodies = []
-        for fixture, thing in environment.fixtures_dict.items():
+        joints: list[int] = []
+        for fixture, thing in self._environment.fixtures_dict.items():
             for name in thing.joints:
                 joint = model.joint(name).id
                 if model.jnt_type[joint] in (SLIDE, HINGE):
                     low, high = model.jnt_range[joint]
                     hinge = bool(model.jnt_type[joint] == HINGE)
                     self._parts.append(Part(name=name, fixture=fixture, hinge=hinge, span=float(high - low)))
-                    bodies.append(int(model.jnt_bodyid[joint]))
-        self._addresses = np.array([model.jnt_qposadr[model.joint(part.name).id] for part in self._parts], dtype=int)
+                    joints.append(joint)
+        found = np.array(joints, dtype=int)
+        self._addresses = model.jnt_qposadr[found]
         # A thing's number for each geom: an object's, len(objects) + a part's, or one past the last.
+        numbers: dict[int, int] = {}
+        for number, body in enumerate([*self._bodies.tolist(), *model.jnt_bodyid[found].tolist()]):
+            numbers.setdefault(body, number)
         thing_of_body = np.full(model.nbody, len(self._objects) + len(self._parts))
         for body in range(1, model.nbody):  # a parent's id is smaller than its children's
-            thing_of_body[body] = thing_of_body[model.body_parentid[body]]
-            if body in bodies:
-                thing_of_body[body] = len(self._objects) + bodies.index(body)
-            elif body in self._bodies:
-                thing_of_body[body] = list(self._bodies).index(body)
+            thing_of_body[body] = numbers.get(body, thing_of_body[model.body_parentid[body]])
         self._thing = thing_of_body[model.geom_bodyid]
         solid = (model.geom_contype > 0) | (model.geom_conaffinity > 0)
         self._part_geoms = [(self._thing == len(self._objects) + n) & solid for n in range(len(self._parts))]
@@ -76,19 +77,29 @@ class SceneRecorder:
             self._side[[model.geom(name).id for name in robot.gripper.important_geoms[part]]] = side
         self._grip = robot.eef_site_id
         self._fingers = np.array(robot._ref_gripper_joint_pos_indexes)
-        self._asked_parts = sorted({joint_goal.part for joint_goal in self._joint_goals if joint_goal})
 
-    def _part_of(self, name: str) -> int | None:
-        """The part that a fixture's or region's name stands for. All goals of LIBERO name one drawer, door or knob."""
-        region = self._environment.object_sites_dict.get(name)
-        joints = (region.joints or []) if region is not None else [part.name for part in self._of_fixture(name)]
-        return next((n for n, part in enumerate(self._parts) if part.name in joints), None)
-
-    def _of_fixture(self, name: str | None) -> list[Part]:
-        return [part for part in self._parts if part.fixture == name]
+    def _goal(self, predicate: str, subject: str, target: str | None = None) -> Goal:
+        if predicate in MOVING:
+            return Goal(predicate, subject, target, joint=self._joint_goal(predicate, subject))
+        if predicate not in PLACING or target is None or subject not in self._objects:
+            return Goal(predicate, subject, target)
+        region = self._environment.object_sites_dict.get(target)
+        if region is None:
+            _, half = self._box(self._environment.obj_body_id[target])
+            return Goal(predicate, subject, target, Place(owner=target, outline=half, room=np.full(3, ON_RADIUS)))
+        turn = self._data.site_xmat[self._model.site(target).id].reshape(3, 3)
+        half = np.abs(turn @ np.asarray(region.size, dtype=np.float64))  # as LIBERO's own in_box
+        joint = None
+        if predicate == "in":  # into a drawer, or into what has one door
+            only = not region.joints and sum(part.fixture == region.parent_name for part in self._parts) == 1
+            joint = self._joint_goal("open", region.parent_name if only else target)
+        return Goal(predicate, subject, target, Place(owner=region.parent_name, outline=half, room=half), joint)
 
     def _joint_goal(self, predicate: str, name: str) -> JointGoal | None:
-        part = self._part_of(name) if predicate in MOVING else None
+        """Of the part that a fixture's or region's name stands for. All goals of LIBERO name one drawer, door or knob."""
+        region = self._environment.object_sites_dict.get(name)
+        joints = [part.name for part in self._parts if part.fixture == name] if region is None else region.joints or []
+        part = next((number for number, part in enumerate(self._parts) if part.name in joints), None)
         if part is None:
             return None
         ranges = self._environment.fixtures_dict[self._parts[part].fixture].object_properties["articulation"]
@@ -98,24 +109,6 @@ class SceneRecorder:
         # LIBERO's objects all take the end of the wanted range that is nearest to the opposite one as the threshold.
         sign = float(np.sign(np.mean(wanted) - np.mean(other)))
         return JointGoal(part=part, end=float(min(wanted) if sign > 0 else max(wanted)), sign=sign)
-
-    def _target(self, goal: Goal) -> Target | None:
-        if goal.predicate not in PLACING or goal.target is None or goal.subject not in self._objects:
-            return None
-        environment = self._environment
-        region = environment.object_sites_dict.get(goal.target)
-        if region is None:
-            _, half = self._box(environment.obj_body_id[goal.target])
-            return Target(owner=goal.target, outline=half, room=np.full(3, ON_RADIUS))
-        turn = self._data.site_xmat[self._model.site(goal.target).id].reshape(3, 3)
-        half = np.abs(turn @ np.asarray(region.size, dtype=np.float64))  # as LIBERO's own in_box
-        joint_goal = None
-        if goal.predicate == "in":  # into a drawer, or into what has one door
-            whole = self._of_fixture(region.parent_name)
-            joint_goal = self._joint_goal(
-                "open", goal.target if region.joints or len(whole) != 1 else region.parent_name
-            )
-        return Target(owner=region.parent_name, outline=half, room=half, joint_goal=joint_goal)
 
     def _box(self, body: int) -> tuple[np.ndarray, np.ndarray]:
         """Middle, from the body's origin, and half sizes (3,) of the body's box as it stands now."""
@@ -148,18 +141,18 @@ class SceneRecorder:
         data = self._data
         fingers = data.qpos[self._fingers]
         self._rows.append(
-            (
-                data.site_xpos[self._grip].copy(),
-                fingers[0] - fingers[1],
-                closing,
-                data.xpos[self._bodies],
-                data.xmat[self._bodies, 6:],
-                self._touch(),
-                [self._offset(number) for number in range(len(self._goals))],
-                data.qpos[self._addresses],
-                self._part_gaps(),
-                [self._held[goal.state] for goal in self._goals],
-            )
+            {
+                "hand": data.site_xpos[self._grip].copy(),
+                "opening": fingers[0] - fingers[1],
+                "closing": closing,
+                "places": data.xpos[self._bodies],
+                "upright": data.xmat[self._bodies, 6:],
+                "touch": self._touch(),
+                "offset": [self._offset(goal) for goal in self._goals],
+                "values": data.qpos[self._addresses],
+                "part_gap": self._part_gaps(),
+                "held": [self._held[state] for state in self._states],
+            }
         )
 
     def _touch(self) -> np.ndarray:
@@ -172,14 +165,13 @@ class SceneRecorder:
                 touch[self._thing[pairs[other, 1 - robot]], side[other, robot] - 1] = True
         return touch[:-1]
 
-    def _offset(self, number: int) -> np.ndarray:
-        goal, environment = self._goals[number], self._environment
-        if self._targets[number] is None:
+    def _offset(self, goal: Goal) -> np.ndarray:
+        if not goal.place:
             return np.zeros(3)
-        place = self._data.xpos[environment.obj_body_id[goal.subject]]
-        if goal.target in environment.object_sites_dict:
-            return place - self._data.site_xpos[self._model.site(goal.target).id]
-        return place - self._data.xpos[environment.obj_body_id[goal.target]]
+        bodies, data = self._environment.obj_body_id, self._data
+        if goal.target in self._environment.object_sites_dict:
+            return data.xpos[bodies[goal.subject]] - data.site_xpos[self._model.site(goal.target).id]
+        return data.xpos[bodies[goal.subject]] - data.xpos[bodies[goal.target]]
 
     def _part_gaps(self) -> np.ndarray:
         gaps = np.full(len(self._parts), np.inf)
@@ -189,32 +181,16 @@ class SceneRecorder:
             gaps[part] = np.linalg.norm(np.maximum(np.abs(centre - hand) - half, 0), axis=1).min(initial=np.inf)
         return gaps
 
-    # --- the trajectory ------------------------------------------------------------------------------------------------
-
     def trajectory(self) -> Trajectory:
         """Everything noted since the reset."""
-        hand, opening, closing, places, upright, touch, offset, values, gap, held = (
-            np.array(column) for column in zip(*self._rows, strict=True)
-        )
         return Trajectory(
             goals=self._goals,
             objects=self._objects,
             parts=self._parts,
-            targets=self._targets,
-            joint_goals=self._joint_goals,
             centre=self._boxes[:, 0],
             half=self._boxes[:, 1],
-            hand=hand,
-            opening=opening,
-            closing=closing,
-            places=places,
-            upright=upright,
-            touch=touch,
-            offset=offset,
-            values=values,
-            part_gap=gap,
-            held=held,
             supports=[self._supports(goal) for goal in self._goals],
+            **{name: np.array([row[name] for row in self._rows]) for name in self._rows[0]},
         )
 
     def _supports(self, goal: Goal) -> list[str]:

@@ -1,4 +1,4 @@
-"""What an episode's trajectory say was reached, goal by goal: {stage: first step}. Arrays in, no simulator.
+"""What an episode's trajectory says was reached, goal by goal: {stage: first step}. Arrays in, no simulator.
 
 A goal is a predicate of the task's BDDL file. Its stages, in order, and what must hold:
 
@@ -26,62 +26,52 @@ predicates hold, often before the fingers open: a success may have no `released`
 
 import numpy as np
 
-from prismatic.scene.trajectory import OPENED, JointGoal, Trajectory, first
+from prismatic.scene.trajectory import OPENED, Goal, JointGoal, Trajectory, first
 
 NEAR = 0.05  # m between the grip site and a box
 MOVED = 0.1  # share of the way
 
 
-def reached(trajectory: Trajectory, goal: int) -> dict[str, int | None]:
+def reached(trajectory: Trajectory, number: int) -> dict[str, int | None]:
     """A goal's stages in order, each with the step at which it was first reached, or None."""
-    stages = dict.fromkeys(trajectory.goals[goal].stage_names())
-    stages["predicate_held"] = first(trajectory.held[:, goal])
-    if trajectory.targets[goal] is not None:
-        return _placing(trajectory, goal, stages)
-    if trajectory.joint_goals[goal] is not None:
-        return _moving(trajectory, goal, stages)
-    return stages
+    goal = trajectory.goals[number]
+    found = {"predicate_held": first(trajectory.held[:, number])}
+    if goal.place:
+        found |= _placing(trajectory, number, goal, zone=goal.place.owner is None)
+    elif goal.joint:
+        part = goal.joint.part
+        found |= _contact(trajectory.touch[:, len(trajectory.objects) + part], trajectory.part_gap[:, part])
+        found["moved"] = first(progress(goal.joint, trajectory.values) >= MOVED)
+    return dict.fromkeys(goal.stage_names()) | found
 
 
-def _placing(trajectory: Trajectory, goal: int, stages: dict[str, int | None]) -> dict[str, int | None]:
-    thing, target, over = (
-        trajectory.objects.index(trajectory.goals[goal].subject),
-        trajectory.targets[goal],
-        trajectory.over(goal),
-    )
-    assert target is not None
-    if target.joint_goal is not None:
-        stages = {OPENED: first(target.joint_goal.left(trajectory.values[:, target.joint_goal.part]) < 0), **stages}
-    touched = np.any(trajectory.touch[:, thing], axis=1)
-    stages["approached"] = first(np.logical_or(trajectory.gap(thing) < NEAR, touched))
-    stages["touched"] = first(touched)
-    grasps, lifts = trajectory.grasps(thing), trajectory.lifts(thing)
-    stages["grasped"] = grasps[0][0] if grasps else None
-    stages["lifted"] = lifts[0][0] if lifts else None
+def _placing(trajectory: Trajectory, number: int, goal: Goal, *, zone: bool) -> dict[str, int | None]:
+    thing, over = trajectory.objects.index(goal.subject), trajectory.over(number)
+    touch, lifts = trajectory.touch[:, thing], trajectory.lifts(thing)
     carried = np.zeros_like(over)
     for start, stop in lifts:
         carried[start:stop] = over[start:stop]
-    if target.owner is None:
-        carried |= over & np.maximum.accumulate(touched)
-    stages["carried"] = first(carried)
-    let_go = [stop for _, stop in lifts if stop <= trajectory.steps and over[stop - 1]]
-    stages["released"] = let_go[0] if let_go else None
-    return stages
+    if zone:
+        carried |= over & np.maximum.accumulate(touch.any(axis=1))
+    found = _contact(touch, trajectory.gap(thing)) | {
+        "grasped": next((start for start, _ in trajectory.grasps(thing)), None),
+        "lifted": next((start for start, _ in lifts), None),
+        "carried": first(carried),
+        "released": next((stop for _, stop in lifts if stop <= trajectory.steps and over[stop - 1]), None),
+    }
+    if goal.joint:
+        found[OPENED] = first(goal.joint.left(trajectory.values[:, goal.joint.part]) < 0)
+    return found
 
 
-def _moving(trajectory: Trajectory, goal: int, stages: dict[str, int | None]) -> dict[str, int | None]:
-    joint_goal = trajectory.joint_goals[goal]
-    assert joint_goal is not None
-    touched = np.any(trajectory.touch[:, len(trajectory.objects) + joint_goal.part], axis=1)
-    stages["approached"] = first(np.logical_or(trajectory.part_gap[:, joint_goal.part] < NEAR, touched))
-    stages["touched"] = first(touched)
-    stages["moved"] = first(progress(joint_goal, trajectory.values[:, joint_goal.part]) >= MOVED)
-    return stages
+def _contact(touch: np.ndarray, gap: np.ndarray) -> dict[str, int | None]:
+    touched = touch.any(axis=1)
+    return {"approached": first((gap < NEAR) | touched), "touched": first(touched)}
 
 
-def progress(joint_goal: JointGoal, values: np.ndarray) -> np.ndarray:
-    """(T + 1,) share of the way from the first value to the end; zeros where it was there from the start."""
-    left = joint_goal.left(values)
+def progress(goal: JointGoal, values: np.ndarray) -> np.ndarray:
+    """(T + 1,) share of the way that a part has gone from its first value to the end; zeros where it was there from the start. values: (T + 1, J)."""
+    left = goal.left(values[:, goal.part])
     return 1 - left / left[0] if left[0] > 0 else np.zeros_like(left)
 
 

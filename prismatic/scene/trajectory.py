@@ -13,6 +13,7 @@ MOVING = ("open", "close", "turnon", "turnoff")
 OPENED = "opened"
 PLACE_STAGES = ("approached", "touched", "grasped", "lifted", "carried", "released", "predicate_held")
 MOVE_STAGES = ("approached", "touched", "moved", "predicate_held")
+STAGES = (OPENED, *PLACE_STAGES[:-1], "moved", "predicate_held")  # all of them, in order
 LIFTED = 0.02  # m
 OVER = 0.01  # m beyond the target's outline that still count as over it
 EMPTY = 0.003  # m between the fingers, at which nothing can be between them
@@ -23,33 +24,13 @@ CLOSING_STEPS = 10  # before a grasp, in which the hand may lift what its finger
 
 
 @dataclass(frozen=True)
-class Goal:
-    """A predicate as the BDDL file has it, in lower case."""
-
-    predicate: str
-    subject: str
-    target: str | None = None
-
-    @property
-    def state(self) -> tuple[str, ...]:
-        """As LIBERO's environment has it."""
-        return (self.predicate, self.subject) + ((self.target,) if self.target else ())
-
-    def stage_names(self) -> tuple[str, ...]:
-        """Its stages in order, but for `opened`, which depends on the scene."""
-        if self.predicate in PLACING:
-            return PLACE_STAGES
-        return MOVE_STAGES if self.predicate in MOVING else ("predicate_held",)
-
-
-@dataclass(frozen=True)
 class Part:
-    """A drawer, door or knob: the joint's name, its fixture, and the end of its way (m or rad)."""
+    """A drawer, door or knob: the joint's name, its fixture, and the length of its whole way (m or rad)."""
 
     name: str
     fixture: str
     hinge: bool
-    span: float  # length of the whole way
+    span: float
 
 
 @dataclass(frozen=True)
@@ -66,7 +47,7 @@ class JointGoal:
 
 
 @dataclass(frozen=True)
-class Target:
+class Place:
     """Where an object goes. `outline` and `room` are half sizes (3,), m: of the whole target, and of where the
     object's origin must be horizontally for LIBERO's predicate (its height has other rules).
     """
@@ -74,18 +55,34 @@ class Target:
     owner: str | None  # the thing that it is or belongs to; None: a zone of the table
     outline: np.ndarray
     room: np.ndarray
-    joint_goal: JointGoal | None = None  # of the drawer or door that must be open
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A predicate as the BDDL file has it, in lower case, and what it means in this scene."""
+
+    predicate: str
+    subject: str
+    target: str | None = None
+    place: Place | None = None  # where it puts an object
+    joint: JointGoal | None = (
+        None  # of the part that it moves, or of the drawer or door that must be open for what it puts
+    )
+
+    def stage_names(self) -> tuple[str, ...]:
+        """Its stages in order."""
+        if self.predicate in PLACING:
+            return (OPENED, *PLACE_STAGES) if self.joint else PLACE_STAGES
+        return MOVE_STAGES if self.predicate in MOVING else ("predicate_held",)
 
 
 @dataclass
 class Trajectory:
     """An episode as the simulator's state told it; T + 1 moments, the first before any action. m, rad, world axes."""
 
-    goals: Sequence[Goal]
+    goals: Sequence[Goal]  # G
     objects: Sequence[str]  # N movable ones
     parts: Sequence[Part]  # J
-    targets: Sequence[Target | None]  # a goal, where it places something
-    joint_goals: Sequence[JointGoal | None]  # a goal, where it moves a part
     centre: np.ndarray  # (N, 3) of an object's box, from the object's origin, at the start
     half: np.ndarray  # (N, 3) half sizes of that box
     hand: np.ndarray  # (T + 1, 3) grip site
@@ -135,9 +132,9 @@ class Trajectory:
 
     def over(self, goal: int) -> np.ndarray:
         """(T + 1,) bool: the object is over its target's outline."""
-        target = self.targets[goal]
-        assert target is not None
-        return miss(self.offset[:, goal], target.outline) <= OVER
+        place = self.goals[goal].place
+        assert place is not None
+        return miss(self.offset[:, goal], place.outline) <= OVER
 
 
 def miss(offset: np.ndarray, half: np.ndarray) -> np.ndarray:
