@@ -9,6 +9,7 @@ simulator is being built).
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,35 @@ class FakeSimulator:
 
     def close(self) -> None:
         pass
+
+
+class ScriptedSimulator:
+    """What collecting asks of a simulator. It keeps the commands; solved: whether the task is solved after so many of them."""
+
+    suite, task_id, instruction = "libero_spatial", 0, "wait"
+
+    def __init__(self, solved: Callable[[int], bool]) -> None:
+        self.solved, self.commands, self.rendered = solved, [], 0
+        self.started_from: Any = None
+
+    def reset(self, state: np.ndarray | None, *, seed: int | None = None) -> None:
+        self.started_from = seed if state is None else state
+
+    def step(self, action: np.ndarray) -> bool:
+        self.commands.append(np.asarray(action))
+        return self.solved(len(self.commands))
+
+    def frame(self) -> np.ndarray:
+        self.rendered += 1
+        return np.full((16, 16, 3), 20 * len(self.commands) % 256, np.uint8)
+
+    wrist = frame
+
+    def state(self) -> np.ndarray:
+        return np.zeros(8, np.float32)
+
+    def joint_angles(self) -> np.ndarray:
+        return np.zeros(7, np.float32)
 
 
 class FakeRecorder:

@@ -1,4 +1,4 @@
-"""collect.py and demonstration.py: which attempts are made, what is kept, and the script in the real simulator."""
+"""collect.py: which attempts are made, what is kept, and the script in the real simulator."""
 
 import contextlib
 import json
@@ -20,7 +20,6 @@ from collect import ATTEMPTS_PER_DEMO, SPARE_ATTEMPTS, CollectConfig, Schedule, 
 from prismatic.data.lerobot_writer import LIBERO_RATE
 from prismatic.data.mixture import open_cache
 from prismatic.data.staging import load_episode, stage_episode
-from prismatic.episodes.demonstration import Pushes, is_no_op
 from prismatic.errors import ConfigError
 from prismatic.filenames import LEROBOT_INFO
 from prismatic.image import decode_jpeg
@@ -82,27 +81,6 @@ def test_two_collections_are_not_mixed(tmp_path: Path) -> None:
     open_stage(config(tmp_path, num_demos_per_task=7, task_ids=(2,)))  # more of the same is welcome
     with pytest.raises(ConfigError, match=r"perturbation 0.5, not 0.1"):
         open_stage(config(tmp_path, perturbation=0.1))
-
-
-def test_no_ops() -> None:
-    still, closing, moving = np.zeros(7), np.array([0, 0, 0, 0, 0, 0, 1.0]), np.array([0.1, 0, 0, 0, 0, 0, 0])
-    assert is_no_op(still, None) and is_no_op(closing, None)
-    assert is_no_op(still, still) and not is_no_op(closing, still)
-    assert not is_no_op(moving, None) and not is_no_op(moving, moving)
-
-
-def test_pushes_come_in_bursts_and_repeat_with_the_seed() -> None:
-    first, again = ([Pushes(np.random.default_rng(3), 0.5)() for _ in range(1)] for _ in range(2))
-    np.testing.assert_array_equal(first, again)
-    pushes = Pushes(np.random.default_rng(4), 0.5)
-    drawn = np.stack([pushes() for _ in range(2000)])
-    pushed = np.abs(drawn).max(axis=1) > 0
-    assert 0.2 < pushed.mean() < 0.6
-    assert np.abs(drawn).max() <= 0.5
-    same = np.ptp(np.stack([drawn[1:], drawn[:-1]]), axis=0).sum(axis=1) == 0
-    assert np.mean(same & pushed[1:]) > 0.7 * np.mean(pushed[1:])
-    calm = Pushes(np.random.default_rng(4), 0.0)
-    assert not np.any([calm() for _ in range(200)])
 
 
 def command(folder: Path, *options: str) -> list[str]:

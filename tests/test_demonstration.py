@@ -8,72 +8,36 @@ import pytest
 
 from prismatic.data.staging import load_episode
 from prismatic.episodes import demonstration
-from prismatic.episodes.demonstration import POLICY_STEPS, Demonstration, demonstrate
+from prismatic.episodes.demonstration import POLICY_STEPS, Demonstration, Pushes, is_no_op
+from tests.fake_simulator import ScriptedSimulator
 
 EXPERT = np.array([0.5, 0, 0, 0, 0, 0, 1], np.float32)  # the gripper is open
 POLICY = np.array([0, -0.5, 0, 0, 0, 0, 0], np.float32)
 STEPS = 100
 
 
-class Counter:
-    """A simulator that is solved after STEPS steps."""
-
-    suite, task_id, instruction = "libero_spatial", 0, "count to a hundred"
-
-    def __init__(self) -> None:
-        self.executed: list[np.ndarray] = []
-        self.rendered = 0
-
-    def reset(self, _: None, *, seed: int) -> None:
-        self.seed = seed
-
-    def step(self, action: np.ndarray) -> bool:
-        self.executed.append(np.asarray(action))
-        return len(self.executed) == STEPS
-
-    def frame(self) -> np.ndarray:
-        self.rendered += 1
-        return np.zeros((8, 8, 3), np.uint8)
-
-    wrist = frame
-
-    def state(self) -> np.ndarray:
-        return np.zeros(8, np.float32)
-
-    def joint_angles(self) -> np.ndarray:
-        return np.zeros(7, np.float32)
-
-
 class Learnt:
     num_images, uses_state = 2, True
 
-    def __call__(
-        self, frame: np.ndarray, instruction: str, wrist: np.ndarray, state: np.ndarray, *, episode: Path
-    ) -> np.ndarray:
-        assert state.shape == (8,)
+    def __call__(self, frame: Any, instruction: str, wrist: Any, state: np.ndarray, *, episode: Path) -> np.ndarray:
+        assert wrist is not None and state.shape == (8,)
         return POLICY
 
 
 class Still:
+    def __init__(self, sim: Any) -> None:
+        pass
+
     def chunk(self, frame: None, instruction: str) -> np.ndarray:
         return EXPERT[None]
 
 
-def record(path: Path, monkeypatch: pytest.MonkeyPatch, *, policy: str, attempt: int = 0) -> Counter:
-    sim: Any = Counter()
-    monkeypatch.setattr(demonstration, "Expert", lambda sim: Still())
+def record(path: Path, monkeypatch: pytest.MonkeyPatch, *, policy: str, attempt: int = 0) -> ScriptedSimulator:
+    sim: Any = ScriptedSimulator(lambda count: count == STEPS)
+    monkeypatch.setattr(demonstration, "Expert", Still)
     monkeypatch.setattr(demonstration, "learnt_policy", lambda folder: Learnt())
-    job = Demonstration(
-        suite="libero_spatial",
-        task_id=0,
-        quality="fast",
-        path=path,
-        attempt=attempt,
-        seed=0,
-        perturbation=0.0,
-        policy=policy,
-    )
-    assert demonstrate(sim, job, lambda: None) == STEPS
+    job = Demonstration("libero_spatial", 0, "fast", path, attempt=attempt, seed=0, perturbation=0.0, policy=policy)
+    assert job.record(sim, lambda: None) == STEPS
     return sim
 
 
@@ -83,7 +47,7 @@ def test_the_policy_acts_first_and_the_experts_answers_are_recorded(
     lengths = set()
     for attempt in range(6):
         sim = record(tmp_path / "a.npz", monkeypatch, policy="somewhere", attempt=attempt)
-        by_policy = [np.array_equal(action, POLICY) for action in sim.executed]
+        by_policy = [np.array_equal(action, POLICY) for action in sim.commands]
         first = by_policy.index(False)
         assert POLICY_STEPS[0] <= first < POLICY_STEPS[1] and not any(by_policy[first:])
         lengths.add(first)
@@ -96,6 +60,29 @@ def test_the_policy_acts_first_and_the_experts_answers_are_recorded(
 
 def test_without_a_policy_the_expert_acts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = record(tmp_path / "a.npz", monkeypatch, policy="")
-    np.testing.assert_array_equal(alone.executed, np.tile(EXPERT, (STEPS, 1)))
+    np.testing.assert_array_equal(alone.commands, np.tile(EXPERT, (STEPS, 1)))
     assert not load_episode(tmp_path / "a.npz").file_path.endswith("/policy")
-    assert record(tmp_path / "b.npz", monkeypatch, policy="somewhere").seed != alone.seed  # other states
+    other = record(tmp_path / "b.npz", monkeypatch, policy="somewhere")
+    assert other.started_from != alone.started_from
+
+
+def test_no_ops() -> None:
+    still, closing, moving = np.zeros(7), np.array([0, 0, 0, 0, 0, 0, 1.0]), np.array([0.1, 0, 0, 0, 0, 0, 0])
+    assert is_no_op(still, None) and is_no_op(closing, None)
+    assert is_no_op(still, still) and not is_no_op(closing, still)
+    assert not is_no_op(moving, None) and not is_no_op(moving, moving)
+
+
+def test_pushes_come_in_bursts_and_repeat_with_the_seed() -> None:
+    def drawn(size: float) -> np.ndarray:
+        pushes = Pushes(np.random.default_rng(4), size)
+        return np.stack([pushes() for _ in range(2000)])
+
+    pushes = drawn(0.5)
+    np.testing.assert_array_equal(pushes, drawn(0.5))
+    pushed = np.abs(pushes).max(axis=1) > 0
+    assert 0.2 < pushed.mean() < 0.6
+    assert np.abs(pushes).max() <= 0.5
+    same = np.ptp(np.stack([pushes[1:], pushes[:-1]]), axis=0).sum(axis=1) == 0
+    assert np.mean(same & pushed[1:]) > 0.7 * np.mean(pushed[1:])
+    assert not drawn(0.0).any()

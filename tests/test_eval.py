@@ -16,25 +16,20 @@ import eval as script
 from config import EvalConfig, EvalOptions
 from prismatic import machine, versions
 from prismatic.episodes import setup
+from prismatic.episodes.result import read_rows
 from prismatic.errors import ConfigError
-from prismatic.evaluation import read_rows
 from tests.drawn_cache import write_cache
 from tests.drawn_episodes import drawn_episode
 from tests.fake_simulator import LIMIT, FakeBenchmark
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-
-
 FAKE = FakeBenchmark()
+TINY = str(REPOSITORY / "checkpoints" / "openvla-tiny")
 
 
 @pytest.fixture(autouse=True)
 def no_renderer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "choose_renderer", lambda local_rank: "none")
-
-
-def run(cfg: EvalConfig) -> None:
-    script.main(cfg, FAKE)
 
 
 def parse(*arguments: str) -> EvalConfig:
@@ -43,7 +38,19 @@ def parse(*arguments: str) -> EvalConfig:
 
 def config(folder: Path, **changes: Any) -> EvalConfig:
     base = EvalConfig(policy="zero", task_suite_name="fake", num_trials_per_task=1, local_log_dir=folder)
-    return dataclasses.replace(base, **{"num_workers": 1, **changes})
+    return dataclasses.replace(base, **{"num_workers": 1, "save_videos": False, **changes})
+
+
+def run(folder: Path, **changes: Any) -> None:
+    script.main(config(folder, **changes), FAKE)
+
+
+def identity(cfg: EvalConfig, renderer: str = "osmesa", **changes: Any) -> dict[str, Any]:
+    return script.identity(dataclasses.replace(cfg, **changes), FAKE, renderer)
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
 
 
 def test_flags_as_people_type_them() -> None:
@@ -81,87 +88,76 @@ def test_run_names(tmp_path: Path) -> None:
     assert script.run_name(EvalConfig(policy="expert")) == "EVAL-libero_spatial-expert"
     hub = EvalConfig(pretrained_checkpoint="openvla/openvla-7b", task_suite_name="libero_10", run_id_note="mine 2")
     assert script.run_name(hub) == "EVAL-libero_10-openvla-7b--mine_2"
-    run = tmp_path / "openvla-7b+libero_spatial_no_noops+b16"
-    (run / "step-000200").mkdir(parents=True)
-    (run / "latest").symlink_to("step-000200")
-    lora = EvalConfig(pretrained_checkpoint="base", lora_checkpoint=run / "latest")
-    assert script.run_name(lora) == f"EVAL-libero_spatial-{run.name}-step-000200"
-    assert script.run_name(dataclasses.replace(lora, lora_checkpoint=run)) == script.run_name(
-        lora
-    )  # it stands for its newest
+    step = tmp_path / "openvla-7b+libero_spatial_no_noops+b16" / "step-000200"
+    step.mkdir(parents=True)
+    (step.parent / "latest").symlink_to("step-000200")
+    for adapter in (step.parent / "latest", step.parent):  # a run stands for its newest
+        lora = EvalConfig(pretrained_checkpoint="base", lora_checkpoint=adapter)
+        assert script.run_name(lora) == f"EVAL-libero_spatial-{step.parent.name}-step-000200"
 
 
-def test_a_quantised_run_has_its_own_folder_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What is asked of load_policy, which gives a policy of 7 numbers (14 of the checkpoint "arms")."""
     from prismatic import checkpoint
 
-    asked: list[tuple[str, str | None]] = []
+    asked: list[dict[str, Any]] = []
 
-    def load(*args: Any, quantize: str, backend: str | None, **rest: Any) -> Any:
-        asked.append((quantize, backend))
-        return SimpleNamespace(processor=SimpleNamespace(image_path=None, action_dim=7), counts={})
+    def load(name: str, **options: Any) -> Any:
+        asked.append(options)
+        numbers = 14 if name == "arms" else 7
+        return SimpleNamespace(processor=SimpleNamespace(image_path=None, action_dim=numbers), counts={})
 
     monkeypatch.setattr(checkpoint, "load_policy", load)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    plain = EvalConfig(pretrained_checkpoint=str(tmp_path / "policy"))
+    return asked
+
+
+def test_a_quantised_run_has_its_own_folder_and_says_so(tmp_path: Path, loaded: list[dict[str, Any]]) -> None:
+    plain = EvalConfig(pretrained_checkpoint=str(tmp_path / "policy"), task_suite_name="fake")
     runs = [
         dataclasses.replace(plain, **changes)
         for changes in ({}, {"quantize": "int8"}, {"quantize": "int4"}, {"load_in_8bit": True}, {"load_in_4bit": True})
     ]
-    assert [script.run_name(cfg).removeprefix("EVAL-libero_spatial-policy") for cfg in runs] == [
+    assert [script.run_name(cfg).removeprefix("EVAL-fake-policy") for cfg in runs] == [
         *("", "-int8", "-int4", "-int8-bitsandbytes", "-int4-bitsandbytes")
     ]
-    assert len({json.dumps(script.identity(cfg, FAKE, "osmesa")) for cfg in runs}) == 5
-    assert not {"quantize", "quantisation"} & {
-        *script.identity(dataclasses.replace(plain, task_suite_name="fake"), FAKE, "osmesa")
-    }  # runs begun before the flag was there go on
+    assert len({json.dumps(identity(cfg)) for cfg in runs}) == 5
+    assert not {"quantize", "quantisation"} & {*identity(plain)}  # runs begun before the flag was there go on
     # the towers are whole since version 2, and a folder of before must not be continued
-    assert ["quantisation" in script.identity(cfg, FAKE, "osmesa") for cfg in runs] == [False, True, True, False, True]
+    assert ["quantisation" in identity(cfg) for cfg in runs] == [False, True, True, False, True]
     for cfg in runs:
         script.load_policy(cfg)
+    asked = [(options["quantize"], options["backend"]) for options in loaded]
     assert asked == [("none", None), ("int8", None), ("int4", None), ("int8", "bitsandbytes"), ("int4", "bitsandbytes")]
 
 
-def test_a_policy_of_another_width_ends_before_the_first_episode(monkeypatch: pytest.MonkeyPatch) -> None:
-    from prismatic import checkpoint
-
-    arms = SimpleNamespace(processor=SimpleNamespace(image_path=None, action_dim=14), counts={})
-    monkeypatch.setattr(checkpoint, "load_policy", lambda *_, **__: arms)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+@pytest.mark.usefixtures("loaded")
+def test_a_policy_of_another_width_ends_before_the_first_episode() -> None:
     cfg = EvalConfig(pretrained_checkpoint="arms")
     with pytest.raises(ConfigError, match="arms answers with 14 numbers and LIBERO takes 7"):
         script.load_policy(cfg)
-    assert script.load_policy(dataclasses.replace(cfg, open_loop=True)).policy is arms
+    script.load_policy(dataclasses.replace(cfg, open_loop=True))
 
 
 def test_identity_follows_the_weights_and_not_the_workers(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("1")
     cfg = config(tmp_path, policy="checkpoint", pretrained_checkpoint=str(tmp_path))
-    before = script.identity(cfg, FAKE, "osmesa")
-    assert (
-        script.identity(dataclasses.replace(cfg, num_workers=9, task_ids=(1,), save_videos=False), FAKE, "osmesa")
-        == before
-    )
-    for change in (
-        {"center_crop": True},
-        {"env_seed": 1},
-        {"render_quality": "fast"},
-        {"deterministic": True},
-    ):
-        assert script.identity(dataclasses.replace(cfg, **change), FAKE, "osmesa") != before
-    assert script.identity(cfg, FAKE, "egl") != before
+    before = identity(cfg)
+    assert identity(cfg, num_workers=9, task_ids=(1,), save_videos=True) == before
+    for change in ({"center_crop": True}, {"env_seed": 1}, {"render_quality": "fast"}, {"deterministic": True}):
+        assert identity(cfg, **change) != before
+    assert identity(cfg, "egl") != before
     (tmp_path / "config.json").write_text("2")
-    assert script.identity(cfg, FAKE, "osmesa") != before
+    assert identity(cfg) != before
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"policy": "checkpoint"}, "pretrained_checkpoint is not set"),
-        (
-            {"policy": "checkpoint", "pretrained_checkpoint": "x", "lora_checkpoint": Path("no")},
-            "no is not a folder",
-        ),
-        ({"save_gifs": True, "save_videos": False}, "save_gifs needs the videos"),
+        ({"policy": "checkpoint", "pretrained_checkpoint": "x", "lora_checkpoint": Path("no")}, "no is not a folder"),
+        ({"save_gifs": True}, "save_gifs needs the videos"),
         ({"load_in_8bit": True, "load_in_4bit": True}, "load_in_8bit and load_in_4bit exclude each other"),
         ({"load_in_8bit": True, "quantize": "int4"}, "load_in_8bit and quantize int4 exclude each other"),
         ({"env_seed": -1}, "--env_seed -1"),
@@ -178,18 +174,18 @@ def test_identity_follows_the_weights_and_not_the_workers(tmp_path: Path) -> Non
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        run(config(tmp_path / "rollouts", **changes))
+        run(tmp_path / "rollouts", **changes)
     assert not (tmp_path / "rollouts").exists()
 
 
 def test_the_default_folder_of_data_sets_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="isn't there"):
-        run(config(tmp_path / "rollouts", policy="replay"))
+        run(tmp_path / "rollouts", policy="replay")
 
 
 def test_a_run_and_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(config(tmp_path, task_ids=(0, 2)))
+    run(tmp_path, task_ids=(0, 2), save_videos=True)
     folder = tmp_path / "EVAL-fake-zero"
     rows = read_rows(folder)
     assert len(rows) == 2
@@ -198,48 +194,65 @@ def test_a_run_and_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "0.0 % success, 95 % interval 0.0 to 65.8 % (0 of 2 episodes)" in printed
     assert str(folder / "report.html") in printed
     assert f"a failure: {folder / str(rows[0].video)}" in printed
-    protocol = json.loads((folder / "summary.json").read_text())["protocol"]
-    assert (protocol["policy"], protocol["env_seed"], protocol["step_limit"]) == (
-        "zero",
-        0,
-        LIMIT,
-    )
+    protocol = summary_of(folder)["protocol"]
+    assert (protocol["policy"], protocol["env_seed"], protocol["step_limit"]) == ("zero", 0, LIMIT)
     assert protocol["versions"]["mujoco"]
     # More tasks join what is there; another configuration is refused.
-    run(config(tmp_path))
+    run(tmp_path)
     assert read_rows(folder)[:2] == rows
     assert len(read_rows(folder)) == 3
     assert "2 of 3 episodes are already in" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="holds a run with num_steps_wait 10, this one has 5"):
-        run(config(tmp_path, num_steps_wait=5))
+        run(tmp_path, num_steps_wait=5)
 
 
 def test_controls_stand_beside_the_score(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny = str(REPOSITORY / "checkpoints" / "openvla-tiny")
-    run(config(tmp_path, save_videos=False))
-    run(config(tmp_path, policy="random", save_videos=False))
-    acting = config(tmp_path, policy="checkpoint", pretrained_checkpoint=tiny, save_videos=False)
+    run(tmp_path)
+    run(tmp_path, policy="random")
+    acting: dict[str, Any] = {"policy": "checkpoint", "pretrained_checkpoint": TINY}
     cache = write_cache(tmp_path / "cache", [drawn_episode(number) for number in range(3)])
     monkeypatch.setattr(script, "open_data", lambda cfg: cache)
-    run(dataclasses.replace(acting, open_loop=True, open_loop_frames=5))
-    printed = capsys.readouterr().out
+    run(tmp_path, **acting, open_loop=True, open_loop_frames=5)
+    printed, folder = capsys.readouterr().out, tmp_path / "EVAL-fake-openvla-tiny"
     assert "control open loop, 5 train frames: action accuracy" in printed
-    assert str(tmp_path / "EVAL-fake-openvla-tiny" / "report.html") not in printed  # nothing was played: there is none
-    assert json.loads((tmp_path / "EVAL-fake-openvla-tiny" / "summary.json").read_text())["episodes"] == 0
-    run(dataclasses.replace(acting, instruction="swap"))
+    assert str(folder / "report.html") not in printed  # nothing was played: there is none
+    assert summary_of(folder)["episodes"] == 0
+    run(tmp_path, **acting, instruction="swap")
     told = read_rows(tmp_path / "EVAL-fake-openvla-tiny--instruction-swap")
     assert [str(row.instruction_given)[-2] for row in told] == ["1", "2", "0"]
     assert [row.instruction[-2] for row in told] == ["0", "1", "2"]
-    run(acting)
-    summary = json.loads((tmp_path / "EVAL-fake-openvla-tiny" / "summary.json").read_text())
+    run(tmp_path, **acting)
+    summary = summary_of(folder)
     assert summary["episodes"] == 3
     assert set(summary["controls"]) == {"open_loop", "zero", "random", "instruction swap"}
     assert summary["controls"]["open_loop"]["splits"]["train"]["frames"] == 5
     printed = capsys.readouterr().out
     assert "control zero: 0 of 3 episodes on these tasks" in printed
     assert "control instruction swap: " in printed
+    # what must be known of how it was measured
+    protocol = summary["protocol"]
+    assert protocol.keys() >= {
+        *("policy", "num_steps_wait", "step_limit", "env_seed", "seed", "renderer", "render_quality", "render_options"),
+        *("mujoco", "robosuite", "libero", "unpinned_simulator", "command", "num_workers", "versions", "sessions"),
+    }
+    card, (session,) = protocol["policy_card"], protocol["sessions"]
+    assert card.keys() >= {
+        *("checkpoint", "checkpoint_fingerprint", "adapter", "adapter_fingerprint", "unnorm_key", "center_crop"),
+        *("picture", "num_images_in_input", "decode", "device", "dtype", "backend"),
+    }
+    assert (card["dtype"], card["device"], card["adapter"]) == ("float32", "cpu", None)
+    assert "JPEG quality 95" in card["picture"] and "256 action tokens" in card["decode"]
+    assert card["backend"].startswith(f"torch {protocol['versions']['torch']}") and ", cpu, " in card["backend"]
+    assert len(protocol["versions"]["git_commit"]) >= 40
+    assert 0 < session["policy_latency_ms"]["p50"] <= session["policy_latency_ms"]["p95"]
+    memory = session["host_memory_peak_bytes"]
+    assert memory["sum"] == memory["parent"] + sum(memory["workers"]) and len(memory["workers"]) == 1
+    assert session["gpu_memory_peak_bytes"] is None  # the CPU computed
+    page = (folder / "report.html").read_text()
+    for fact in (card["checkpoint_fingerprint"], card["picture"], card["decode"], session["golden_frame"]["sha256"]):
+        assert fact in page
 
 
 def test_ranks_of_one_machine_share_it_and_its_episodes(
@@ -249,60 +262,13 @@ def test_ranks_of_one_machine_share_it_and_its_episodes(
     monkeypatch.setattr(machine, "simulators_that_fit", lambda shares: asked.append(shares) or 1)
     monkeypatch.setattr(script, "RANKS", 2)
     monkeypatch.setattr(setup, "LOCAL_RANKS", 2)
-    cfg = config(tmp_path, num_workers="auto", save_videos=False)
     for rank in (1, 0):
         monkeypatch.setattr(script, "RANK", rank)
-        run(cfg)
+        run(tmp_path, num_workers="auto")
     assert asked == [2, 2]
     assert len(read_rows(tmp_path / "EVAL-fake-zero")) == 3
     assert capsys.readouterr().out.count("% success") == 1  # the last one prints the whole result
-    assert json.loads((tmp_path / "EVAL-fake-zero" / "summary.json").read_text())["episodes"] == 3
-
-
-def test_compare_asks_for_margin_and_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for note in ("a", "b"):
-        run(config(tmp_path, run_id_note=note, save_videos=False))
-    capsys.readouterr()
-    runs = (tmp_path / "EVAL-fake-zero--a", tmp_path / "EVAL-fake-zero--b")
-    run(EvalConfig(compare=runs, margin=0.9, difference=0.5))
-    printed = capsys.readouterr().out
-    assert "A is not worse than B by 90 points or more; no difference is shown" in printed
-    assert "to show a difference of 50 points takes 14 shared episodes" in printed
-    run(EvalConfig(mean_of=runs[:1]))
-    assert "mean over 1 suites: 0.0 %" in capsys.readouterr().out
-
-
-CARD = {
-    *("policy", "num_steps_wait", "step_limit", "env_seed", "seed", "renderer", "render_quality", "render_options"),
-    *("mujoco", "robosuite", "libero", "unpinned_simulator", "command", "num_workers", "versions", "sessions"),
-}
-POLICY_CARD = {
-    *("checkpoint", "checkpoint_fingerprint", "adapter", "adapter_fingerprint", "unnorm_key", "center_crop", "picture"),
-    *("num_images_in_input", "decode", "device", "dtype", "backend"),
-}
-
-
-def test_the_protocol_card_is_complete(tmp_path: Path) -> None:
-    base = REPOSITORY / "checkpoints" / "openvla-tiny"
-    run(config(tmp_path, policy="checkpoint", pretrained_checkpoint=str(base), task_ids=(0,)))
-    (folder,) = tmp_path.iterdir()
-    protocol = json.loads((folder / "summary.json").read_text())["protocol"]
-    assert protocol.keys() >= CARD
-    card = protocol["policy_card"]
-    assert card.keys() >= POLICY_CARD
-    assert (card["dtype"], card["device"], card["adapter"]) == ("float32", "cpu", None)
-    assert "JPEG quality 95" in card["picture"] and "256 action tokens" in card["decode"]
-    assert card["backend"].startswith(f"torch {protocol['versions']['torch']}") and ", cpu, " in card["backend"]
-    assert len(protocol["versions"]["git_commit"]) >= 40
-    (session,) = protocol["sessions"]
-    assert 0 < session["policy_latency_ms"]["p50"] <= session["policy_latency_ms"]["p95"]
-    memory = session["host_memory_peak_bytes"]
-    assert memory["sum"] == memory["parent"] + sum(memory["workers"]) and len(memory["workers"]) == 1
-    assert session["gpu_memory_peak_bytes"] is None  # the CPU computed
-    assert len(session["golden_frame"]["sha256"]) == 16
-    page = (folder / "report.html").read_text()
-    for fact in (card["checkpoint_fingerprint"], card["picture"], card["decode"], session["golden_frame"]["sha256"]):
-        assert fact in page
+    assert summary_of(tmp_path / "EVAL-fake-zero")["episodes"] == 3
 
 
 def test_another_simulator_is_refused_or_named(
@@ -311,49 +277,46 @@ def test_another_simulator_is_refused_or_named(
     known = versions.versions()
     monkeypatch.setattr(versions, "versions", lambda: known | {"mujoco": "3.17.0"})
     with pytest.raises(ConfigError, match=r"mujoco 3\.17\.0, pinned 3\.2\.3.*--allow_unpinned_simulator"):
-        run(config(tmp_path))
+        run(tmp_path)
     assert not list(tmp_path.iterdir())
-    run(config(tmp_path, task_ids=(0,), allow_unpinned_simulator=True))
+    run(tmp_path, task_ids=(0,), allow_unpinned_simulator=True)
     assert "beware: mujoco 3.17.0, pinned 3.2.3" in capsys.readouterr().out
     folder = tmp_path / "EVAL-fake-zero"
-    assert json.loads((folder / "summary.json").read_text())["protocol"]["unpinned_simulator"] == [
-        "mujoco 3.17.0, pinned 3.2.3"
-    ]
+    assert summary_of(folder)["protocol"]["unpinned_simulator"] == ["mujoco 3.17.0, pinned 3.2.3"]
     assert "mujoco 3.17.0, pinned 3.2.3: another simulator" in (folder / "report.html").read_text()
 
 
-def test_two_runs_are_compared_on_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(config(tmp_path, num_trials_per_task=2))
-    run(config(tmp_path, num_trials_per_task=2, policy="random"))
+def test_runs_are_compared_on_a_page_and_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, num_trials_per_task=2)
+    run(tmp_path, num_trials_per_task=2, policy="random")
     before, after = tmp_path / "EVAL-fake-zero", tmp_path / "EVAL-fake-random"
-    run(config(tmp_path, compare=(before, after)))
-    page = after / "compared-with-EVAL-fake-zero.html"
-    assert f"side by side: {page}" in capsys.readouterr().out
+    capsys.readouterr()
+    run(tmp_path, compare=(before, after), margin=0.9, difference=0.5)
+    page, printed = after / "compared-with-EVAL-fake-zero.html", capsys.readouterr().out
+    assert "A is not worse than B by 90 points or more; no difference is shown" in printed
+    assert "to show a difference of 50 points takes 14 shared episodes" in printed
+    assert f"side by side: {page}" in printed
     assert "A minus B over the 6 episodes" in page.read_text()
-    with pytest.raises(ConfigError, match=r"nowhere has no results\.jsonl"):
-        run(config(tmp_path, compare=(before, tmp_path / "nowhere")))
-    with pytest.raises(ConfigError, match="in twos, before and after, not 3"):
-        run(config(tmp_path, compare=(before, after, before)))
-    with pytest.raises(ConfigError, match="EVAL-fake-zero is given more than once"):
-        run(config(tmp_path, compare=(before, after, before, after)))
+    for wrong, sentence in (
+        ((before, tmp_path / "nowhere"), r"nowhere has no results\.jsonl"),
+        ((before, after, before), "in twos, before and after, not 3"),
+        ((before, after, before, after), "EVAL-fake-zero is given more than once"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            run(tmp_path, compare=wrong)
     more = [after.with_name(name) for name in ("EVAL-fake-zero--more", "EVAL-fake-random--more")]
     for folder, copied in zip(more, (before, after), strict=True):
         shutil.copytree(copied, folder)
     capsys.readouterr()
-    run(config(tmp_path, compare=(before, after, *more)))
+    run(tmp_path, compare=(before, after, *more))
     printed = capsys.readouterr().out
     assert "12 shared episodes" in printed and printed.count("side by side: ") == 2
+    run(tmp_path, mean_of=(before,))
+    assert "mean over 1 suites: 0.0 %" in capsys.readouterr().out
 
 
 def test_a_mistyped_flag_or_value_exits_2(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(REPOSITORY / "eval.py"),
-        "--local_log_dir",
-        str(tmp_path),
-        "--policy",
-        "expert",
-    ]
+    command = [sys.executable, str(REPOSITORY / "eval.py"), "--local_log_dir", str(tmp_path), "--policy", "expert"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     mistyped = subprocess.run([*command, "--task_suit_name", "x"], env=environment, capture_output=True, text=True)
     assert mistyped.returncode == 2

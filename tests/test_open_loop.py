@@ -1,6 +1,8 @@
 """open_loop.py: the whole policy on recorded frames against what was recorded, beside the training path on the same frames."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ from prismatic.checkpoint import load_policy
 from prismatic.data.frames import FrameCache, Step
 from prismatic.episodes.open_loop import open_loop
 from prismatic.image import center_crop, decode_jpeg, encode_jpeg
-from prismatic.models.vla import VLAOutput
+from prismatic.models.vla import VLA, VLAOutput
 from prismatic.policy import VLAPolicy
+from prismatic.processor import Processor
 from prismatic.training.metrics import action_errors, measure
 from tests.conftest import REPOSITORY
 from tests.drawn_cache import write_cache
@@ -27,14 +30,18 @@ def policy() -> VLAPolicy:
 @pytest.fixture
 def cache(tmp_path: Path) -> FrameCache:
     """The golden frame, pushed a little to the side at each step."""
+    return drawn(tmp_path / "cache", (0, 1, 2, 4))
+
+
+def drawn(folder: Path, numbers: tuple[int, ...]) -> FrameCache:
     frame = np.asarray(Image.open(REPOSITORY / "prismatic" / "scene" / "golden_frame.png").convert("RGB"))
-    episodes = [drawn_episode(number) for number in (0, 1, 2, 4)]
+    episodes = [drawn_episode(number) for number in numbers]
     for number, episode in enumerate(episodes):
         steps = range(len(episode["images"]))
         episode["images"] = [encode_jpeg(np.roll(frame, 9 * step + 4 * number, axis=1)) for step in steps]
         episode["wrist_images"] = episode["images"]
         episode["instruction"] = "pick up the black bowl next to the ramekin and place it on the plate"
-    return write_cache(tmp_path / "cache", episodes, train_episodes=3)
+    return write_cache(folder, episodes, train_episodes=3)
 
 
 def recorded_steps(cache: FrameCache) -> list[Step]:
@@ -82,7 +89,9 @@ def test_an_inference_path_that_is_right_agrees_and_a_wrong_one_does_not(
     assert right["same_first_id"] == 1.0
     whole = policy.action_ids
 
-    def upside_down(frames: list[np.ndarray], instructions: list[str], wrists: list[np.ndarray]) -> np.ndarray:
+    def upside_down(
+        frames: list[np.ndarray], instructions: list[str], wrists: list[np.ndarray], **_: Any
+    ) -> np.ndarray:
         return whole([frame[::-1, ::-1] for frame in frames], instructions, wrists)
 
     monkeypatch.setattr(policy, "action_ids", upside_down)
@@ -93,11 +102,35 @@ def test_recorded_answers_are_all_right(policy: VLAPolicy, cache: FrameCache, mo
     answers = iter(recorded_steps(cache))
     encode = policy.processor.action_ids
     monkeypatch.setattr(
-        policy, "action_ids", lambda frames, *rest: encode(np.stack([next(answers).actions[0] for _ in frames]))
+        policy, "action_ids", lambda frames, *rest, **_: encode(np.stack([next(answers).actions[0] for _ in frames]))
     )
     training = np.empty(0, dtype=np.int64)
-    monkeypatch.setattr(cache, "train_indices", lambda: training)
+    monkeypatch.setattr(cache, "train_indices", lambda **_: training)
     result = open_loop(policy, cache, frames=6)
     assert list(result["splits"]) == ["validation"]
     acted = result["splits"]["validation"]["policy"]
     assert (acted["action_accuracy"], acted["l1_loss"]) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("head", ["l1", "parallel"])
+def test_of_a_head_that_answers_with_chunks_both_paths_agree(
+    head: str, policy: VLAPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The small policy with another head, untrained: its chunk is compared with the data's."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(policy.vla.config, action_head=head, num_actions_chunk=3)
+    options = dataclasses.replace(policy.processor.config, action_head=head, num_actions_chunk=3)
+    processor = Processor(options, policy.processor.tokenizer, policy.processor.statistics)
+    chunked = VLAPolicy(VLA(config).eval(), processor, lambda policy: {})
+    cache = drawn(tmp_path / "cache", (2, 3, 4, 5))
+    splits = open_loop(chunked, cache, frames=6)["splits"]
+    assert splits["validation"]["frames"] == 5  # of 7 steps, those that have a whole chunk
+    for split in splits.values():
+        assert split["same_first_id"] == 1.0
+        assert ("action_accuracy" in split["policy"]) == (head == "parallel")
+        assert split["policy"]["l1_loss"] == pytest.approx(split["teacher_forced"]["l1_loss"], abs=0.01)
+        assert len(split["policy"]["per_dimension"]["l1_loss"]) == 7
+    whole = chunked.raw_chunks
+    monkeypatch.setattr(chunked, "raw_chunks", lambda *views: np.roll(whole(*views), 1, axis=1))
+    rolled = open_loop(chunked, cache, frames=6)["splits"]["validation"]
+    assert rolled["policy"] != splits["validation"]["policy"]  # all actions of the chunk are looked at

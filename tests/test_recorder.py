@@ -1,4 +1,4 @@
-"""witness.py: failures made on purpose in the real simulator get their verdicts. In a process of its own, without rendering.
+"""recorder.py: failures made on purpose in the real simulator get their verdicts. In a process of its own, without rendering.
 
 A few of scripted_failures.py's; `python -m tests.scripted_failures` plays all.
 """
@@ -24,7 +24,7 @@ def accounts() -> list[Diagnosis]:
         return pool.submit(play).result()
 
 
-@pytest.mark.parametrize("number", range(len(PLAYED)), ids=[case.play.__name__ for case in PLAYED])
+@pytest.mark.parametrize("number", range(len(PLAYED)), ids=[case.name for case in PLAYED])
 def test_a_failure_made_on_purpose_gets_its_verdict(accounts: list[Diagnosis], number: int) -> None:
     case, found = PLAYED[number], accounts[number]
     assert found.verdict == case.verdict

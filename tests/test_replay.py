@@ -8,9 +8,10 @@ import multiprocessing
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import h5py
 import numpy as np
@@ -24,8 +25,8 @@ from prismatic.expert import Expert
 from prismatic.image import decode_jpeg, encode_jpeg
 from prismatic.scene.renderer import choose_renderer
 from prismatic.scene.suites import Libero, bddl_file, init_states, task_name
-from prismatic.simulator import LiberoSimulator
 from tests.drawn_demonstrations import write_libero_file
+from tests.fake_simulator import ScriptedSimulator
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITE, TASK = "libero_spatial", 0
@@ -134,37 +135,16 @@ def test_the_script_replays_what_ends_in_success(recorded: dict[str, Any], tmp_p
 # --- without a simulator --------------------------------------------------------------------------------------------
 
 
-class Scripted:
-    """A simulator that says after each step what it was told to say."""
-
-    suite, task_id, instruction = SUITE, TASK, "wait"
-
-    def __init__(self, *answers: bool) -> None:
-        self.answers, self.commands = list(answers), []
-
-    def reset(self, state: np.ndarray) -> None:
-        self.started_from = state
-
-    def step(self, action: np.ndarray) -> bool:
-        self.commands.append(action)
-        return self.answers[len(self.commands) - 1]
-
-    def frame(self) -> np.ndarray:
-        return np.full((256, 256, 3), 20 * len(self.commands), np.uint8)
-
-    wrist = frame
-
-    def state(self) -> np.ndarray:
-        return np.zeros(8, np.float32)
-
-    def joint_angles(self) -> np.ndarray:
-        return np.zeros(7, np.float32)
-
-
 def small_demo(folder: Path, actions: np.ndarray, name: str = FILE) -> Replay:
     write_libero_file(folder / name, [(np.full((len(actions), STATE_SIZE), 0.5), actions)])
     [job] = find_replays(folder, SUITE, [TASK], stage=folder / "staged", limit=50)
     return job
+
+
+def record(job: Replay, solved: Callable[[int], bool], *, kept: int) -> ScriptedSimulator:
+    sim: Any = ScriptedSimulator(solved)
+    assert job.record(sim, lambda: None) == kept
+    return sim
 
 
 def test_the_last_step_decides_and_a_no_op_is_not_executed(tmp_path: Path) -> None:
@@ -173,8 +153,7 @@ def test_the_last_step_decides_and_a_no_op_is_not_executed(tmp_path: Path) -> No
     actions[[0, 4], 2] = 0.3
     job = small_demo(tmp_path, actions)
     assert job.steps == 5
-    sim = Scripted(True, True, True)
-    assert job.record(cast(LiberoSimulator, sim), lambda: None) == 3
+    sim = record(job, lambda count: True, kept=3)
     assert (sim.started_from == 0.5).all()
     # steps 1 and 3 hold still with the fingers as before; LIBERO's -1 is the policy's 1, and 0 (hold) stays in between
     np.testing.assert_allclose([command[2] for command in sim.commands], [0.3, 0, 0.3])
@@ -183,9 +162,7 @@ def test_the_last_step_decides_and_a_no_op_is_not_executed(tmp_path: Path) -> No
     np.testing.assert_array_equal(episode.action[:, 6], [-1, 1, 0])
     assert [decode_jpeg(image).max() for image in episode.images] == [0, 20, 40]  # each before its action
     job.path.unlink()
-    assert (
-        job.record(cast(LiberoSimulator, Scripted(True, True, False)), lambda: None) == 0
-    )  # solved on the way, not in the end
+    record(job, lambda count: count < 3, kept=0)  # solved on the way, not in the end
     assert not job.path.exists()
 
 
@@ -214,11 +191,8 @@ def test_no_success_at_all_is_an_error(tmp_path: Path) -> None:
 
 
 def test_replays_and_the_experts_episodes_are_not_mixed(tmp_path: Path) -> None:
-    replayed = CollectConfig(data_root_dir=tmp_path, dataset_name="a", from_hdf5=tmp_path)
-    open_stage(replayed)
-    open_stage(
-        CollectConfig(data_root_dir=tmp_path, dataset_name="a", from_hdf5=tmp_path, seed=3)
-    )  # means nothing here
+    for seed in (0, 3):  # which means nothing here
+        open_stage(CollectConfig(data_root_dir=tmp_path, dataset_name="a", from_hdf5=tmp_path, seed=seed))
     with pytest.raises(ConfigError, match=f"collected with from_hdf5 {tmp_path}, not None"):
         open_stage(CollectConfig(data_root_dir=tmp_path, dataset_name="a"))
 
@@ -258,5 +232,5 @@ def test_bad_files_are_one_sentence(tmp_path: Path, damage: str, sentence: str) 
         small_demo(folder, actions)
     with pytest.raises(ConfigError, match=sentence):
         for job in find_replays(folder, SUITE, [TASK], stage=tmp_path / "staged", limit=50):
-            job.record(cast(LiberoSimulator, Scripted()), lambda: None)
+            record(job, lambda count: True, kept=0)
     assert not (tmp_path / "staged").exists()
