@@ -14,6 +14,7 @@ import numpy as np
 from prismatic import machine
 from prismatic.episodes.player import Observation, Outcome
 from prismatic.episodes.pool import Question
+from prismatic.episodes.result import Facts
 from prismatic.errors import PolicyError
 from prismatic.versions import git_commit
 
@@ -47,9 +48,9 @@ class Session:
 
     def answer(self, questions: Sequence[Question]) -> list[Any]:
         """For each simulator process that waits: a chunk (K, 7) float32, or the PolicyError to be raised there."""
+        assert self._policy is not None
         if self._one_by_one and len(questions) > 1:
             return [answer for question in questions for answer in self.answer([question])]
-        assert self._policy is not None
         rows: list[Observation] = [question.content for question in questions]
         start = time.perf_counter()
         try:
@@ -61,9 +62,9 @@ class Session:
                 episodes=[(question.job, question.attempt) for question in questions],
             )
         except PolicyError as error:
-            return (
-                [error] if len(rows) == 1 else [answer for question in questions for answer in self.answer([question])]
-            )
+            if len(rows) == 1:
+                return [error]
+            return [answer for question in questions for answer in self.answer([question])]
         self.seconds.append(time.perf_counter() - start)
         self.rows += len(rows)
         return list(np.asarray(chunks, dtype=np.float32))
@@ -82,8 +83,24 @@ class Session:
             free, total = cuda.mem_get_info()
             self._device_bytes = max(self._device_bytes, total - free)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Facts:
         """The entry: times in ms and s, memory in bytes; null where there was nothing to measure."""
+        latency = decoding = gpu = None
+        if calls := len(self.seconds):
+            p50, p95 = np.percentile(1000 * np.array(self.seconds), [50, 95]).round(2).tolist()
+            latency = {"p50": p50, "p95": p95, "calls": calls, "rows_per_call": round(self.rows / calls, 2)}
+        if self._counts.get("calls"):  # forward passes of the language model a call; of drafting: accepted tokens a row
+            decoding = {
+                "passes_per_call": round(self._counts["passes"] / self._counts["calls"], 2),
+                "accepted_tokens": round(self._counts.get("accepted", 0) / self._counts["actions"], 2),
+            }
+        if (
+            cuda := _cuda()
+        ):  # torch's own peaks, loading included, and the most that the whole device held (renderers too)
+            own = {"allocated": cuda.max_memory_allocated(), "reserved": cuda.max_memory_reserved()}
+            gpu = {**own, "device": self._device_bytes}
+        # each process's own peak; of replaced processes the largest, as no more than `workers` live at once
+        parent, workers = machine.peak_memory(), sorted(self._processes.values(), reverse=True)[: self._workers]
         return {
             "started": self._started.isoformat(timespec="seconds"),
             "rank": self._rank,
@@ -91,48 +108,11 @@ class Session:
             "workers": self._workers,
             "episodes": self.episodes,
             "seconds": round(time.monotonic() - self._clock, 1),
-            "policy_latency_ms": self._latency(),
-            "decoding": self._decoding(),
-            "host_memory_peak_bytes": self._host_memory(),
-            "gpu_memory_peak_bytes": self._gpu_memory(),
+            "policy_latency_ms": latency,
+            "decoding": decoding,
+            "host_memory_peak_bytes": {"parent": parent, "workers": workers, "sum": parent + sum(workers)},
+            "gpu_memory_peak_bytes": gpu,
             "golden_frame": self._golden,
-        }
-
-    def _latency(self) -> dict[str, float] | None:
-        if not self.seconds:
-            return None
-        p50, p95 = np.percentile(1000 * np.array(self.seconds), [50, 95])
-        calls = len(self.seconds)
-        return {
-            "p50": round(float(p50), 2),
-            "p95": round(float(p95), 2),
-            "calls": calls,
-            "rows_per_call": round(self.rows / calls, 2),
-        }
-
-    def _decoding(self) -> dict[str, float] | None:
-        """Forward passes of the language model a call; of drafting: accepted tokens a row."""
-        if not self._counts.get("calls"):
-            return None
-        return {
-            "passes_per_call": round(self._counts["passes"] / self._counts["calls"], 2),
-            "accepted_tokens": round(self._counts.get("accepted", 0) / self._counts["actions"], 2),
-        }
-
-    def _host_memory(self) -> dict[str, Any]:
-        """Each process's own peak; of replaced processes the largest count, as no more than `workers` live at once."""
-        parent, workers = machine.peak_memory(), sorted(self._processes.values(), reverse=True)[: self._workers]
-        return {"parent": parent, "workers": workers, "sum": parent + sum(workers)}
-
-    def _gpu_memory(self) -> dict[str, int] | None:
-        """torch's own peaks, loading included, and the most that the whole device held when an episode ended (renderers too)."""
-        cuda = _cuda()
-        if cuda is None:
-            return None
-        return {
-            "allocated": cuda.max_memory_allocated(),
-            "reserved": cuda.max_memory_reserved(),
-            "device": self._device_bytes,
         }
 
 
