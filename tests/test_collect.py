@@ -1,16 +1,14 @@
 """collect.py: which attempts are made, what is kept, and the script in the real simulator."""
 
-import contextlib
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +18,8 @@ from collect import ATTEMPTS_PER_DEMO, SPARE_ATTEMPTS, CollectConfig, Schedule, 
 from prismatic.data.lerobot_writer import LIBERO_RATE
 from prismatic.data.mixture import open_cache
 from prismatic.data.staging import load_episode, stage_episode
+from prismatic.episodes import pool
+from prismatic.episodes.demonstration import Record
 from prismatic.errors import ConfigError
 from prismatic.filenames import LEROBOT_INFO
 from prismatic.image import decode_jpeg
@@ -105,28 +105,6 @@ def test_the_script_makes_a_data_set_and_does_nothing_twice(tmp_path: Path) -> N
     assert subprocess.run(one, cwd=ROOT, capture_output=True).returncode == 0
     assert time.monotonic() - started < 10  # no simulator was built
     assert path.stat().st_mtime_ns == kept
-    shutil.rmtree(tmp_path / "demo")  # the RLDS one; the staged episodes become a LeRobot set in its place
-    again = subprocess.run([*one, "--format", "lerobot"], cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    check_lerobot(tmp_path, "demo", path)
-
-
-def check_lerobot(root: Path, name: str, *staged: Path) -> None:
-    """A LeRobot data set reads back as just these staged episodes, in their order."""
-    cache = open_cache(root, name, cache_dir=root / "cache")
-    assert (root / name / LEROBOT_INFO).is_file() and not (root / name / "1.0.0").exists()
-    assert (cache.fps, cache.gripper.convention) == (LIBERO_RATE, "minus_one_open")
-    assert cache.state is not None
-    first = 0
-    for episode in map(load_episode, staged):
-        frames = range(first, first := first + len(episode.action))
-        assert [cache.image_bytes(frame) for frame in frames] == episode.images
-        assert [cache.wrist_bytes(frame) for frame in frames] == episode.wrist_images
-        assert {cache.instruction(frame) for frame in frames} == {episode.instruction}
-        assert (cache.state[frames] == np.asarray(episode.state)).all()
-        assert (cache.actions[frames, :6] == episode.action[:, :6]).all()
-        assert (cache.actions[frames, 6] == (episode.action[:, 6] < 0)).all()  # 1 open
-    assert first == len(cache)
 
 
 def test_format_lerobot_writes_what_was_staged(tmp_path: Path) -> None:
@@ -136,7 +114,20 @@ def test_format_lerobot_writes_what_was_staged(tmp_path: Path) -> None:
     for number, path in enumerate(paths):
         stage_episode(path, **drawn_episode(number))
     assert collect(cfg) == tmp_path / "demo"
-    check_lerobot(tmp_path, "demo", *paths)
+    cache = open_cache(tmp_path, "demo", cache_dir=tmp_path / "cache")
+    assert (tmp_path / "demo" / LEROBOT_INFO).is_file() and not (tmp_path / "demo" / "1.0.0").exists()
+    assert (cache.fps, cache.gripper.convention) == (LIBERO_RATE, "minus_one_open")
+    assert cache.state is not None
+    first = 0
+    for episode in map(load_episode, paths):
+        frames = range(first, first := first + len(episode.action))
+        assert [cache.image_bytes(frame) for frame in frames] == episode.images
+        assert [cache.wrist_bytes(frame) for frame in frames] == episode.wrist_images
+        assert {cache.instruction(frame) for frame in frames} == {episode.instruction}
+        assert (cache.state[frames] == np.asarray(episode.state)).all()
+        assert (cache.actions[frames, :6] == episode.action[:, :6]).all()
+        assert (cache.actions[frames, 6] == (episode.action[:, 6] < 0)).all()  # 1 open
+    assert first == len(cache)
 
 
 def test_ctrl_c_ends_everything_with_130(tmp_path: Path) -> None:
@@ -173,33 +164,19 @@ def test_bad_input_is_one_sentence(tmp_path: Path, options: list[str], sentence:
     assert "Traceback" not in done.stderr
 
 
-class Hanging:
-    """Work that never ends its second job."""
+def test_a_task_that_broke_three_times_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = Schedule(config(tmp_path, task_ids=(0,), num_demos_per_task=2), open_stage(config(tmp_path)))
 
-    def start(self, parent: Any, *, first: bool) -> None:
-        pass
+    def ends(schedule: Schedule, *rest: object, **options: object) -> Iterator[pool.Ended]:
+        yield pool.Ended(schedule.next_job(), 40, None, 1.0)
+        yield pool.Ended(schedule.next_job(), None, "the simulator hung", 1.0)
 
-    def build(self, scene: Any) -> Any:
-        return contextlib.closing(self)
-
-    def close(self) -> None:
-        pass
-
-    def play(self, sim: Any, job: Any, parent: Any) -> int:
-        if job.attempt:
-            time.sleep(600)
-        job.path.touch()
-        return 1
-
-
-def test_a_hung_simulator_is_replaced_and_at_last_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg = config(tmp_path, task_ids=(0,), num_demos_per_task=2)
-    schedule = Schedule(cfg, open_stage(cfg))
+    monkeypatch.setattr(pool, "run", ends)
     with (
         tqdm(disable=True) as bar,
         pytest.raises(ConfigError, match=r"task 0 broke 3 times \(the simulator hung.*num_workers"),
     ):
-        run(schedule, Hanging(), bar, num_workers=1, hang_limit=1.0)  # type: ignore[arg-type]
+        run(schedule, Record(), bar, num_workers=1, hang_limit=1.0)
     assert schedule.successes[0] == 1
 
 

@@ -1,7 +1,6 @@
 """rollout.py: a policy that answers chunks acts as OpenVLA-OFT's own loop does, and nothing is rendered that nobody looks at."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,7 @@ import pytest
 from prismatic.errors import ConfigError, PolicyError
 from prismatic.rollout import Episode, rollout
 from prismatic.simulator import SETTLE_ACTION, LiberoSimulator, Task, axis_angle
-from tests.conftest import REPOSITORY
 from tests.fake_simulator import FakeSimulator
-
-OFT = Path(os.environ.get("OPENVLA_OFT_REFERENCE", REPOSITORY / "../shared/reference_oft"))
 
 
 class Environment:
@@ -76,43 +72,29 @@ def played(chunks: np.ndarray, case: dict[str, Any], limit: int) -> tuple[Record
     return sim, actor, rollout(sim, actor, init_state=0, max_steps=limit, num_open_loop_steps=count)
 
 
-@pytest.fixture(scope="module", params=["excerpt", "full"])
-def loop(request: pytest.FixtureRequest) -> tuple[dict[str, Any], Any]:
-    folder = Path(__file__).parent / "reference_oft" if request.param == "excerpt" else OFT
-    if not (folder / "eval_loop.json").is_file():
-        pytest.skip("set OPENVLA_OFT_REFERENCE to the folder of OpenVLA-OFT's reference arrays")
-    return json.loads((folder / "eval_loop.json").read_text()), np.load(folder / "eval_loop.npz", allow_pickle=False)
+@pytest.fixture(scope="module")
+def loop(oft_numbers: Path) -> tuple[dict[str, Any], Any]:
+    facts = json.loads((oft_numbers / "eval_loop.json").read_text())
+    return facts, np.load(oft_numbers / "eval_loop.npz", allow_pickle=False)
 
 
 def test_the_loop_is_the_originals(loop: tuple[dict[str, Any], Any]) -> None:
+    """But where fewer actions than the chunk's are executed: the original's queue keeps the last of them (docs/differences.md)."""
     facts, arrays = loop
-    cases = [(number, case) for number, case in enumerate(facts["episodes"])]
-    whole = [
-        (number, case) for number, case in cases if case["num_open_loop_steps"] == arrays[f"chunks_{number}"].shape[1]
-    ]
-    assert whole
-    for number, case in whole:
-        sim, actor, episode = played(arrays[f"chunks_{number}"], case, facts["task_max_steps"][case["suite"]])
-        assert (episode.success, len(sim.recording.commands), actor.queries) == (
-            case["success"],
-            case["env_steps"],
-            case["queries"],
-        )
-        asked = sim.looks[: len(case["query_at_env_step"])]
-        assert asked == case["query_at_env_step"]
-        expected = arrays[f"env_actions_{number}"]
-        np.testing.assert_array_equal(np.array(sim.recording.commands[: len(expected)], dtype=float), expected)
-
-
-def test_fewer_open_loop_steps_execute_the_first_of_the_chunk(loop: tuple[dict[str, Any], Any]) -> None:
-    """The original's queue keeps the last of them (docs/differences.md)."""
-    facts, arrays = loop
+    fewer = []
     for number, case in enumerate(facts["episodes"]):
         chunks, steps = arrays[f"chunks_{number}"], case["num_open_loop_steps"]
-        if steps < chunks.shape[1]:
-            sim, actor, episode = played(chunks, case, facts["task_max_steps"][case["suite"]])
-            assert (len(sim.recording.commands), actor.queries) == (case["env_steps"], case["queries"])
+        sim, actor, episode = played(chunks, case, facts["task_max_steps"][case["suite"]])
+        assert (len(sim.recording.commands), actor.queries) == (case["env_steps"], case["queries"])
+        fewer.append(steps < chunks.shape[1])
+        if fewer[-1]:
             np.testing.assert_array_equal(episode.actions[: 2 * steps], [*chunks[0][:steps], *chunks[1][:steps]])
+            continue
+        assert episode.success == case["success"]
+        assert sim.looks[: len(case["query_at_env_step"])] == case["query_at_env_step"]
+        expected = arrays[f"env_actions_{number}"]
+        np.testing.assert_array_equal(np.array(sim.recording.commands[: len(expected)], dtype=float), expected)
+    assert not all(fewer)
 
 
 def test_axis_angles_are_the_originals_and_their_sign_is_not_flipped(loop: tuple[dict[str, Any], Any]) -> None:

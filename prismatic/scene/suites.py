@@ -101,20 +101,26 @@ def instruction(suite: str, task_id: int) -> str:
     return " ".join(text.split("(:language", 1)[1].split(")", 1)[0].split())
 
 
-@cache
-def init_states(suite: str, task_id: int) -> np.ndarray:
-    """The stored initial states (N, state size) float64: time, joint positions, joint velocities."""
+def _states_file(suite: str, task_id: int) -> Path:
+    """Of stored states: an .npz where there is one, else LIBERO's own torch file, which may be missing."""
     from libero.libero import get_libero_path
 
     task = _task(suite, task_id)
     path = Path(get_libero_path("init_states")) / task.problem_folder / task.init_states_file
-    numpy_path = path.with_name(path.name + ".npz")
-    if numpy_path.is_file():
-        with np.load(numpy_path, allow_pickle=False) as archive:
-            return archive["states"]
+    packed = path.with_name(path.name + ".npz")
+    return packed if packed.is_file() else path
+
+
+@cache
+def init_states(suite: str, task_id: int) -> np.ndarray:
+    """The stored initial states (N, state size) float64: time, joint positions, joint velocities."""
+    path = _states_file(suite, task_id)
     if not path.is_file():
         raise ConfigError(f"{path} is missing: task {task_id} of {suite} has no stored initial states")
-    return _torch_array(path)
+    if path.suffix != ".npz":
+        return _torch_array(path)
+    with np.load(path, allow_pickle=False) as archive:
+        return archive["states"]
 
 
 def _torch_array(path: Path) -> np.ndarray:
@@ -134,20 +140,11 @@ def num_init_states(suite: str, task_id: int) -> int:
     return len(init_states(suite, task_id))
 
 
-def load_task(suite: str, task_id: int) -> Task:
-    """The task's files, as LiberoSimulator wants them."""
-    return Task(suite, task_id, instruction(suite, task_id), bddl_file(suite, task_id), init_states(suite, task_id))
-
-
 def files_fingerprint(suite: str) -> str:
     """16 hex digits of the suite's BDDL files and stored states: LIBERO_CONFIG_PATH may lead to another LIBERO's."""
-    from libero.libero import get_libero_path
-
     digest = hashlib.sha256()
-    for task_id, task in enumerate(_tasks(suite)):
-        states = Path(get_libero_path("init_states")) / task.problem_folder / task.init_states_file
-        packed = states.with_name(states.name + ".npz")
-        for path in (bddl_file(suite, task_id), packed if packed.is_file() else states):
+    for task_id in range(num_tasks(suite)):
+        for path in (bddl_file(suite, task_id), _states_file(suite, task_id)):
             digest.update(path.read_bytes() if path.is_file() else b"missing")
     return digest.hexdigest()[:16]
 
@@ -177,7 +174,9 @@ class Libero:
     def simulator(self, suite: str, task_id: int, *, env_seed: int = 0, quality: str = "standard") -> LiberoSimulator:
         """A simulator of the task; chooses the renderer where nobody has."""
         renderer.choose_renderer()
-        return LiberoSimulator(load_task(suite, task_id), env_seed=env_seed, quality=quality)
+        files = bddl_file(suite, task_id), init_states(suite, task_id)
+        task = Task(suite, task_id, instruction(suite, task_id), *files)
+        return LiberoSimulator(task, env_seed=env_seed, quality=quality)
 
     def recorder(self, sim: Simulator) -> SceneRecorder:
         """Who watches the episode that has just been reset."""
