@@ -149,7 +149,9 @@ class Expert:
         world = self._position + corners @ self._rotation.T
         top = float(world[:, 2].max())
         if "bowl" in self._object:
-            return self._rim_grasp(top, radius=float(upper[0]))
+            point = np.append(self._position[:2] + self._side * (float(upper[0]) - RIM_INSET), top - RIM_DEPTH)
+            yaw = _yaw_along(np.append(self._side, 0.0))
+            return Grasp(point=point, yaw=yaw, top=top, closing=RIM_CLOSING, stop=RIM_STOP)
         centre = world.mean(axis=0)
         size = (upper - lower) / 2
         vertical = int(np.argmax(np.abs(self._rotation[2])))
@@ -159,12 +161,6 @@ class Expert:
         yaw = _yaw_along(self._rotation[:, across[int(np.argmin(cost))]])
         centre[2] = max(centre[2], top - BOX_DEPTH, float(world[:, 2].min()) + FINGERTIP)
         return Grasp(point=centre, yaw=yaw, top=top, closing=BOX_CLOSING, stop=BOX_STOP)
-
-    def _rim_grasp(self, top: float, *, radius: float) -> Grasp:
-        side = self._side
-        point = np.append(self._position[:2] + side * (radius - RIM_INSET), top - RIM_DEPTH)
-        yaw = _yaw_along(np.append(side, 0.0))
-        return Grasp(point=point, yaw=yaw, top=top, closing=RIM_CLOSING, stop=RIM_STOP)
 
     def _choose_side(self) -> np.ndarray:
         """(2,) direction from the bowl's centre to where its rim is grasped: the same for all states of a task.
@@ -242,9 +238,10 @@ class Expert:
         target = self._target_point()
         error = target[:2] - self._position[:2]
         lateral = float(np.linalg.norm(error))
-        bottom = self._bottom()
+        own_centre, own_half = self._shapes.boxes(self._data, self._shapes.own(self._body))
+        bottom = float((own_centre[:, 2] - own_half[:, 2]).min())
         place = target[2] + (0.10 if self._inside else 0.0)
-        over = max(self._obstacle_top(target), place) + CLEARANCE
+        over = max(self._obstacle_top(target, bottom), place) + CLEARANCE
         approach = np.clip((lateral - 0.012) / 0.04, 0, 1)
         height = place + approach * (over - place) if lateral < 0.06 else over
         rise = height - bottom
@@ -256,17 +253,13 @@ class Expert:
             action[6] = OPEN
         return action
 
-    def _bottom(self) -> float:
-        centre, half = self._shapes.boxes(self._data, self._shapes.own(self._body))
-        return float((centre[:, 2] - half[:, 2]).min())
-
-    def _obstacle_top(self, target: np.ndarray) -> float:
+    def _obstacle_top(self, target: np.ndarray, bottom: float) -> float:
         """Height of what the object is above, or gets closer to on its way to the target (m)."""
         centre, half = self._shapes.boxes(self._data, self._shapes.others(self._body))
         path = np.linspace(self._position[:2], target[:2], 9)  # (9, 2)
         gap = np.linalg.norm(np.maximum(np.abs(centre[:, None, :2] - path) - half[:, None, :2], 0), axis=2)  # (n, 9)
         top = centre[:, 2] + half[:, 2]
-        below = top < self._bottom() + 0.01
+        below = top < bottom + 0.01
         blocking = (gap.min(axis=1) < PASSING) & (below | (gap.min(axis=1) < gap[:, 0]))
         return float(top[blocking].max(initial=target[2]))
 

@@ -67,36 +67,40 @@ class Hand(Expert):
                 return
             yield np.array([*np.clip(20 * error, -speed, speed), 0, 0, np.clip(4 * turn, -1, 1), gripper])
 
+    @property
+    def _scene(self) -> tuple[Any, Any, Any]:
+        """robosuite's environment, MuJoCo's model and data."""
+        environment = self._sim.environment
+        return environment, environment.sim.model._model, environment.sim.data._data
+
     def value(self, joint: str) -> float:
         """Of a drawer, door or knob: m or rad."""
-        model = self._sim.environment.sim.model._model
-        return float(self._sim.environment.sim.data._data.qpos[model.jnt_qposadr[model.joint(joint).id]])
+        _, model, data = self._scene
+        return float(data.qpos[model.jnt_qposadr[model.joint(joint).id]])
 
     def handle(self, drawer: str) -> np.ndarray:
         """(3,) m, the middle of a drawer's handle: the shape nearest to the table's middle, to which drawers open along y."""
-        model, data = self._sim.environment.sim.model._model, self._sim.environment.sim.data._data
+        _, model, data = self._scene
         shapes = np.flatnonzero(model.geom_bodyid == model.jnt_bodyid[model.joint(drawer).id])
         solid = shapes[(model.geom_contype[shapes] > 0) | (model.geom_conaffinity[shapes] > 0)]
         return data.geom_xpos[solid[np.abs(data.geom_xpos[solid, 1]).argmin()]].copy()
 
     @property
     def hand(self) -> np.ndarray:
-        environment = self._sim.environment
-        return environment.sim.data._data.site_xpos[environment.robots[0].eef_site_id].copy()
+        environment, _, data = self._scene
+        return data.site_xpos[environment.robots[0].eef_site_id].copy()
 
     @property
     def yaw(self) -> float:
         """rad, of the finger axis, right-handed about the world's vertical."""
-        environment = self._sim.environment
+        environment, model, data = self._scene
         parts = [environment.robots[0].gripper.important_geoms[name][-1] for name in ("left_finger", "right_finger")]
-        data, model = environment.sim.data._data, environment.sim.model._model
         left, right = (data.geom_xpos[model.geom(name).id] for name in parts)
         return float(np.arctan2(right[1] - left[1], right[0] - left[0]))
 
     def place(self, name: str) -> np.ndarray:
         """(3,) of an object, a fixture's part or a region."""
-        environment = self._sim.environment
-        model, data = environment.sim.model._model, environment.sim.data._data
+        environment, model, data = self._scene
         if name in environment.obj_body_id:
             return data.xpos[environment.obj_body_id[name]].copy()
         return data.site_xpos[model.site(name).id].copy()
