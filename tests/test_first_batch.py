@@ -10,7 +10,6 @@ from prismatic.augmentation import Augmentation
 from prismatic.models.tiny import TINY, tiny_tokenizer
 from prismatic.processor import Batch, Processor, ProcessorConfig
 from prismatic.training import first_batch
-from prismatic.training.first_batch import images_of
 
 ENTRY = {"action": {"q01": [-2.0] * 7, "q99": [2.0] * 7, "min": [-2.0] * 7, "max": [2.0] * 7, "mask": [True] * 7}}
 SAID = "Put the <red> bowl in?\nOut: the drawer"
@@ -34,12 +33,6 @@ def batch_of(processor: Processor, samples: int) -> tuple[Batch, list[list[np.nd
         examples.append(processor.example(frames, said, action, augmentations=[augmentation] * len(frames)))
         seen.append([augmentation(frame) for frame in frames])
     return processor.collate(examples), seen
-
-
-def test_pictures_come_back_from_pixel_values_bit_by_bit(processor: Processor) -> None:
-    batch, seen = batch_of(processor, 2)
-    for pixel_values, pictures in zip(batch.pixel_values, seen, strict=True):
-        np.testing.assert_array_equal(images_of(pixel_values, processor), pictures)
 
 
 def test_the_sheet_shows_every_sample_of_a_step(processor: Processor, tmp_path: Path) -> None:

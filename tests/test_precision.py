@@ -9,12 +9,10 @@ import torch
 from action_tokenizer import ActionTokenizer
 from prismatic.bench import precision
 from prismatic.checkpoint import save_checkpoint
-from prismatic.data.frames import FrameCache, Step
+from prismatic.data.frames import FrameCache
 from prismatic.data.writer import CacheWriter
 from prismatic.errors import ConfigError
-from prismatic.image import encode_jpeg
 from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
-from prismatic.normalize import unnormalize
 from prismatic.processor import Processor, ProcessorConfig
 from tests.drawn_episodes import drawn_jpeg
 
@@ -80,15 +78,6 @@ def test_behind_its_own_tokens_forcing_is_generating(cache: FrameCache, processo
         batch.input_ids[row, start : start + 7] = ids
     assert len({int(count) for count in prompts.sum(1)}) == 2  # instructions of two lengths
     np.testing.assert_array_equal(precision.forced_ids(vla, batch, 7), answer.numpy())
-
-
-def test_frames_are_seen_as_when_acting(processor: Processor) -> None:
-    live = list(np.random.default_rng(0).integers(0, 255, (2, 256, 256, 3)).astype(np.uint8))
-    action = np.linspace(-1, 1, 7).astype(np.float32)
-    step = Step("of another name", encode_jpeg(live[0]), encode_jpeg(live[1]), "go", action[None], None)
-    ((batch, actions),) = precision.batches({5: step}, np.array([5]), processor, 4)  # type: ignore[arg-type]
-    assert torch.equal(batch.pixel_values[0], processor.inputs(live, "go")[1])
-    np.testing.assert_allclose(unnormalize(actions[0], ENTRY["action"]), action, atol=1e-6)
 
 
 def test_a_row_by_hand(processor: Processor) -> None:

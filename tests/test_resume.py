@@ -77,17 +77,6 @@ def kill_inside_save() -> None:
     torch.save = half  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_killed_inside_a_save_it_goes_on_from_the_one_before(whole: FinetuneConfig) -> None:
-    killed = dataclasses.replace(whole, run_id_note="in a save")
-    run = run_folder(killed)
-    finetune.main(dataclasses.replace(killed, max_steps=2))
-    assert finish(start(killed, before=lambda rank: kill_inside_save())) == [-signal.SIGKILL]
-    assert [folder.name for folder in run.glob("step-*")] == ["step-000002"] and list(run.glob(".unfinished*"))
-    finetune.main(killed)
-    assert rows(run) == rows(run_folder(whole)) and same_adapters(run, run_folder(whole))
-    assert not list(run.glob(".unfinished*"))
-
-
 @pytest.mark.parametrize("file", ["training_state.pt", "adapter_model.safetensors", "SHA256SUMS"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     cfg: FinetuneConfig, file: str, capsys: pytest.CaptureFixture[str]
