@@ -6,6 +6,7 @@ other by name.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,6 @@ from transformers.generation.configuration_utils import CompileConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from prismatic.models.llama import LlamaConfig
-from prismatic.models.projector import Projector
-from prismatic.models.vision import CHANNELS, VisionBackbone
 from prismatic.models.vla import IGNORE, VLA, VLAConfig
 
 
@@ -30,16 +29,20 @@ def stock_llama(text: LlamaConfig) -> transformers.LlamaForCausalLM:
     return transformers.LlamaForCausalLM(config)
 
 
-class PlainVLA(nn.Module):
+def run_for_nothing(last: nn.Module, block: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+    """A hook behind the block before the last: the original runs the last one too, and drops what it says."""
+    last(output)
+
+
+class PlainVLA(VLA):
     """OpenVLA out of stock parts. Build it on the meta device and give it weights with `share`."""
 
     def __init__(self, config: VLAConfig) -> None:
-        super().__init__()
-        self.vision_backbone = VisionBackbone(
-            config.timm_model_ids, config.tiny_timm_kwargs, image_size=config.image_size, stem=config.vision_stem
-        )
-        self.projector = Projector(self.vision_backbone.width, config.text_config.hidden_size)
-        self.language_model = stock_llama(config.text_config)
+        super().__init__(config)
+        stock: Any = stock_llama(config.text_config)
+        self.language_model = stock
+        for tower in (self.vision_backbone.featurizer, self.vision_backbone.fused_featurizer):
+            tower.blocks[-2].register_forward_hook(partial(run_for_nothing, tower.blocks[-1]))
 
     @classmethod
     def share(cls, vla: VLA) -> "PlainVLA":
@@ -55,13 +58,7 @@ class PlainVLA(nn.Module):
             )  # its table is no weight: made off the meta device
         return plain
 
-    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        """As VLA.embed."""
-        words = self.language_model.get_input_embeddings()(input_ids)
-        patches = self.projector(self._features(pixel_values.to(words.dtype))).to(words.dtype)
-        return torch.cat([words[:, :1], patches, words[:, 1:]], dim=1)
-
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
         """As VLA.forward; → the loss."""
@@ -71,19 +68,6 @@ class PlainVLA(nn.Module):
         mask = torch.cat([attention_mask[:, :1], attention_mask.new_ones(patches), attention_mask[:, 1:]], dim=1)
         targets = torch.cat([labels[:, :1], labels.new_full(patches, IGNORE), labels[:, 1:]], dim=1)
         return llama(inputs_embeds=embeddings, attention_mask=mask, labels=targets, use_cache=False).loss
-
-    def _features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, 6·n, S, S) → (B, n·N, D): second-to-last block's output, the last one run all the same."""
-        vision = self.vision_backbone
-        images = pixel_values.reshape(-1, 2 * CHANNELS, *pixel_values.shape[-2:])
-        features = []
-        for tower, pixels in zip(
-            (vision.featurizer, vision.fused_featurizer), images.split(CHANNELS, dim=1), strict=True
-        ):
-            x = tower._pos_embed(tower.patch_embed(pixels))
-            outputs = [x := block(x) for block in tower.blocks]
-            features.append(outputs[-2][:, tower.num_prefix_tokens :])
-        return torch.cat(features, dim=-1).reshape(pixel_values.shape[0], -1, vision.width)
 
 
 class PlainDecoder:
