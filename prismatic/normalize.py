@@ -6,7 +6,8 @@ is formed in float64 before it becomes float32. Only so are the numbers bit-equa
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,8 @@ GRIPPER_CONVENTIONS = {  # how a data set writes a gripper's command
 SMALLEST_RANGE = 1e-8  # added to q99 - q01, in the data set's units: a constant dimension would divide by zero
 
 
-class Gripper(NamedTuple):
+@dataclass(frozen=True)
+class Gripper:
     """The grippers of a data set's actions."""
 
     dims: tuple[int, ...]  # which numbers of an action; none where there is no gripper

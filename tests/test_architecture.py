@@ -23,7 +23,7 @@ CORE = [
     "prismatic/training/step.py",
     *(f"prismatic/{name}.py" for name in ("policy", "simulator", "rollout", "errors", "filenames")),
 ]  # fmt: skip
-# What any file may stand on: these import nothing but each other. The last four read and check what comes from outside.
+# What any file may stand on: these import nothing but each other. Most of them read and check what comes from outside.
 LEAVES = (
     "prismatic.errors",
     "prismatic.filenames",
@@ -33,12 +33,14 @@ LEAVES = (
     "prismatic.image",
     "prismatic.meshes",
     "prismatic.policy_inputs",
+    "prismatic.normalize",
+    "prismatic.data.cache_files",
 )
 CALLERS = ("finetune.py", "eval.py")
 MAX_CORE, MAX_ALL, MAX_FILE, MEDIAN_FILE, MAX_FUNCTION = 2_800, 12_500, 350, 150, 80  # lines
 
 # The debt that is left: the two sums above are missed, and may not grow on the way there.
-CORE_TODAY, ALL_TODAY = 3_200, 20_600
+CORE_TODAY, ALL_TODAY = 3_040, 20_600
 
 
 def name_of(path: Path) -> str:

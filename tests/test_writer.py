@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prismatic.data.frames import CACHE_FORMAT, OLD_FORMAT, FrameCache
+from prismatic.data.cache_files import CACHE_FORMAT, OLD_FORMAT
+from prismatic.data.frames import FrameCache
 from prismatic.data.writer import CacheWriter, cached, made_of_staged, unfinished
 from prismatic.errors import ConfigError
 from prismatic.filenames import STAGED_NOTE

@@ -41,13 +41,10 @@ class Examples(Dataset[Example]):
         """One an image: drawn for each as in OpenVLA-OFT; a token head's second image, which OpenVLA hasn't, has those of the first."""
         if self.augment is None:
             return []
-        images, rng = (
-            self.processor.config.num_images_in_input,
-            np.random.default_rng((self.seed, AUGMENTATION_STREAM, draw)),
-        )
-        if self.processor.config.action_head == "tokens":
-            return [self.augment(rng)] * images
-        return [self.augment(rng) for _ in range(images)]
+        config, rng = self.processor.config, np.random.default_rng((self.seed, AUGMENTATION_STREAM, draw))
+        if config.action_head == "tokens":
+            return [self.augment(rng)] * config.num_images_in_input
+        return [self.augment(rng) for _ in range(config.num_images_in_input)]
 
 
 class DrawBatches:

@@ -1,49 +1,36 @@
 """Frame cache: a folder for random access, made once from a data set by `prismatic.data.writer`.
 
-`frames.bin` holds the data set's own JPEG bytes end to end (each step's agent view, then its wrist view if
-there is one), `steps.npz` a row per step, `meta.json` the rest. `Mixture` lines up the training frames of one
-or more caches as an endless shuffled sequence; its draw p depends on seed and p alone, so that any run
-resumes exactly, whatever its workers.
+`frames.bin` holds the data set's own JPEG bytes end to end (each step's agent view, then its wrist view if there is one), `steps.npz` a row per
+step, `meta.json` the rest. `Mixture` lines up the training frames of one or more caches as an endless shuffled sequence; its draw p depends on
+seed and p alone, so that any run resumes exactly, whatever its workers.
 """
 
 import functools
-import hashlib
-import io
-import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import numpy as np
-from msgspec import Meta
 
-from prismatic.arrays import read_arrays
+from prismatic.data.cache_files import read_cache
 from prismatic.errors import ConfigError
-from prismatic.filenames import CACHE_FRAMES, CACHE_META, CACHE_STEPS
-from prismatic.normalize import LIBERO_GRIPPER, Gripper, action_statistics, gripper_open_is_one
-from prismatic.ranges import Count
-from prismatic.records import fields_of, read_bytes, read_object
+from prismatic.filenames import CACHE_FRAMES
+from prismatic.normalize import Gripper, action_statistics, gripper_open_is_one
 
-CACHE_FORMAT = 2  # open_cache makes a new one where there is another
-OLD_FORMAT = 1  # is read too: RLDS in LIBERO's convention, without checksums
-AGAIN = "delete it and run again"
 SHUFFLING_STREAM = 0  # keeps these random numbers apart from others that are drawn from a run's seed
-VAL_SHARE = (
-    0.05  # of the episodes, the last ones on disk, where tfds puts them in an order of its own by a hash of their names
-)
+# Of the episodes, the last ones on disk, where tfds puts them in an order of its own by a hash of their names.
+VAL_SHARE = 0.05
 
 
 class Step(NamedTuple):
-    """One step of a demonstration, images still compressed."""
+    """One step of a demonstration, images still compressed (JPEG)."""
 
     dataset: str  # key of its statistics
-    image: bytes  # JPEG, agent view, upright
-    wrist: bytes | None  # JPEG, wrist view, where the data set has one
+    image: bytes  # agent view, upright
+    wrist: bytes | None  # where the data set has one
     instruction: str
-    actions: (
-        np.ndarray
-    )  # (K, D) float32: this step's and those of the K - 1 after it, the data set's units, gripper 1 open … 0 close
+    actions: np.ndarray  # (K, D) float32, this step's first: the data set's units, gripper 1 open … 0 close
     state: np.ndarray | None  # (S,) float32, the robot's, where the data set has one
 
 
@@ -52,78 +39,30 @@ def num_train_episodes(num_episodes: int, val_share: float = VAL_SHARE) -> int:
     return max(1, round((100 - 100 * val_share) * num_episodes / 100))
 
 
-def meta_digest(meta: bytes) -> np.ndarray:
-    """(16,) uint8: the checksum of meta.json that steps.npz holds."""
-    return np.frombuffer(hashlib.blake2b(meta, digest_size=16).digest(), dtype=np.uint8)
-
-
-class _Gripper(TypedDict):
-    dims: tuple[int, ...]
-    convention: str
-    evidence: str
-
-
-class _Meta(TypedDict):
-    """meta.json of a cache."""
-
-    name: str
-    fingerprint: str
-    images: Annotated[list[str], Meta(min_length=1, max_length=2)]
-    instructions: list[str]
-    file_paths: list[str]
-    notes: list[str]
-    fps: float | None
-    gripper: _Gripper
-    action_names: list[str]
-    train_episodes: Count | None
-
-
 class FrameCache:
-    """A cache folder opened for reading. Pickles as its path; opens frames.bin when it first reads an image.
+    """A cache folder opened for reading. Pickles as its path.
 
-    gripper: another convention than the one that was found when the cache was written. Raises ConfigError where the folder is no whole
-    cache of this format, and where an image is read that has changed since it was written.
+    gripper: another convention than the one that was found when the cache was written. ConfigError where the folder is no whole cache, and
+    where an image is read that has changed since it was written.
     """
 
     def __init__(self, folder: Path, gripper: Gripper | None = None) -> None:
         self.folder = Path(folder)
-        try:
-            text = read_bytes(self.folder / CACHE_META, way_out=AGAIN)
-            steps = read_arrays(self.folder / CACHE_STEPS)
-            stored_bytes = (self.folder / CACHE_FRAMES).stat().st_size
-            meta = read_object(self.folder / CACHE_META, way_out=AGAIN)
-            old = meta.get("format") == OLD_FORMAT
-            unchanged = old or (steps["meta_digest"] == meta_digest(text)).all()
-            whole = stored_bytes == steps["offsets"][-1] and unchanged
-        except ConfigError:
-            raise
-        except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
-            raise ConfigError(f"{self.folder} is no frame cache ({error}): {AGAIN}") from None
-        if not whole or meta.get("format") not in (OLD_FORMAT, CACHE_FORMAT):
-            raise ConfigError(f"the frame cache {self.folder} is old or damaged: {AGAIN}")
-        if old:
-            meta = {"notes": [], "fps": None, "gripper": LIBERO_GRIPPER._asdict(), "action_names": []} | meta
-        meta = fields_of(meta, _Meta, str(self.folder / CACHE_META), way_out=AGAIN)
-        self.name: str = meta["name"]
-        self.fingerprint: str = meta["fingerprint"]  # of the content, the same on every machine
-        self.has_wrist: bool = len(meta["images"]) == 2
-        self.file_paths: list[str] = meta["file_paths"]  # per episode
-        self.notes: list[str] = meta["notes"]  # how the data set was read, a sentence each
-        self.fps: float | None = meta["fps"]
-        self.gripper = gripper or Gripper(**meta["gripper"])
-        self.action_names: list[str] = meta["action_names"]  # of each dimension, empty where the data set doesn't say
+        meta, steps = read_cache(self.folder)
+        self.name, self.fingerprint, self.file_paths = meta.name, meta.fingerprint, meta.file_paths
+        self.notes, self.fps, self.action_names = meta.notes, meta.fps, meta.action_names
+        self.has_wrist = len(meta.images) == 2
+        self.gripper = gripper or meta.gripper
         grips = steps["action"][:, self.gripper.dims]
         self.gripper_low = float(grips.min()) if grips.size else None  # as recorded
         self.actions = gripper_open_is_one(steps["action"], self.gripper)  # (N, D) float32
         self.state: np.ndarray | None = steps.get("state")  # (N, S) float32, S = 8 in LIBERO
-        self.episode = steps["episode"]  # (N,) int32
-        self.timestep = steps["timestep"]  # (N,) int32
-        self._distinct_instructions: list[str] = meta["instructions"]
-        self._instruction = steps["instruction"]  # (N,) int32 into the list above
+        self.episode, self.timestep = steps["episode"], steps["timestep"]  # (N,) int32
+        self._distinct_instructions, self._instruction = meta.instructions, steps["instruction"]  # (N,) int32 into them
         self._offsets = steps["offsets"]  # (N * images + 1,) int64
         self._crc = steps.get("crc")  # (N * images,) uint32, None in an old one
-        self._num_train: int | None = meta["train_episodes"]
-        self._file: io.FileIO | None = None
+        self._lengths = np.bincount(self.episode, minlength=len(self.file_paths))  # frames per episode
+        self._train_episodes = meta.train_episodes
 
     def __reduce__(self) -> tuple:
         return FrameCache, (self.folder, self.gripper)
@@ -158,15 +97,13 @@ class FrameCache:
     def _read(self, frame: int, view: int) -> bytes:
         if not 0 <= frame < len(self):
             raise IndexError(frame)
-        if self._file is None:
-            self._file = io.FileIO(self.folder / CACHE_FRAMES)
         slot = frame * (2 if self.has_wrist else 1) + view
         start, end = self._offsets[slot : slot + 2].tolist()
-        image = os.pread(self._file.fileno(), end - start, start)  # no file position: safe after a fork
+        with (self.folder / CACHE_FRAMES).open("rb", buffering=0) as file:
+            file.seek(start)
+            image = file.read(end - start)
         if self._crc is not None and zlib.crc32(image) != self._crc[slot]:
-            raise ConfigError(
-                f"{self.folder / CACHE_FRAMES} has changed since it was written: delete its folder and run again"
-            )
+            raise ConfigError(f"{file.name} has changed since it was written: delete its folder and run again")
         return image
 
     @property
@@ -188,28 +125,24 @@ class FrameCache:
         So the last K - 1 frames of an episode are left out, as in OpenVLA-OFT: nothing is padded or repeated.
         val_share, in [0, 1): the part of the episodes that is held out where the data set has no split named val.
         """
-        return self._frames_of(self.episode < self._first_validation_episode(val_share), num_actions_chunk)
+        return np.flatnonzero(self._is_training(val_share) & self._gives_a_sample(num_actions_chunk))
 
     def validation_indices(self, val_share: float = VAL_SHARE, num_actions_chunk: int = 1) -> np.ndarray:
         """Frames (int64) of the other episodes, with the same omissions; may be empty."""
-        return self._frames_of(self.episode >= self._first_validation_episode(val_share), num_actions_chunk)
+        return np.flatnonzero(~self._is_training(val_share) & self._gives_a_sample(num_actions_chunk))
 
     def episodes_shorter_than(self, num_actions_chunk: int) -> int:
         """How many episodes give no chunk at all."""
         return int((self._lengths < num_actions_chunk).sum())
 
-    @functools.cached_property
-    def _lengths(self) -> np.ndarray:
-        return np.bincount(self.episode, minlength=len(self.file_paths))  # frames per episode
+    def _is_training(self, val_share: float) -> np.ndarray:
+        by_share = num_train_episodes(len(self.file_paths), val_share)
+        return self.episode < (by_share if self._train_episodes is None else self._train_episodes)
 
-    def _frames_of(self, wanted: np.ndarray, num_actions_chunk: int) -> np.ndarray:
+    def _gives_a_sample(self, num_actions_chunk: int) -> np.ndarray:
         whole = self.timestep + num_actions_chunk <= self._lengths[self.episode]
         said = np.array([text != "" for text in self._distinct_instructions])[self._instruction]
-        has_instruction = np.isin(self.episode, self.episode[said])
-        return np.flatnonzero(wanted & whole & has_instruction)
-
-    def _first_validation_episode(self, val_share: float) -> int:
-        return num_train_episodes(len(self.file_paths), val_share) if self._num_train is None else self._num_train
+        return whole & np.isin(self.episode, self.episode[said])
 
 
 @functools.lru_cache(maxsize=16)  # an epoch needs 1 to 3 a data set

@@ -6,6 +6,7 @@ beside it, locked by its writer, so that the next call can tell it from one whos
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import glob
 import hashlib
@@ -19,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from prismatic.data.cache_files import CACHE_FORMAT, OLD_FORMAT, CacheMeta, meta_digest
 from prismatic.data.dataset_folder import listing
-from prismatic.data.frames import CACHE_FORMAT, OLD_FORMAT, meta_digest
 from prismatic.data.gripper import detect_gripper
 from prismatic.data.staging import writing_to
 from prismatic.errors import ConfigError
@@ -102,21 +103,21 @@ class CacheWriter:
         self._frames.close()
         arrays = {key: np.concatenate(parts) for key, parts in self._columns.items()}
         gripper = detect_gripper(arrays["action"], action_names)
-        meta: dict[str, Any] = {
-            "format": CACHE_FORMAT,
-            "name": self._name,
-            "source": self._source,
-            "fingerprint": self._content.hexdigest(),
-            "train_episodes": train_episodes,  # None: the first 95 %
-            "images": self._views,
-            "instructions": list(self._instructions),
-            "file_paths": self._file_paths,
-            "gripper": gripper._asdict(),
-            "action_names": list(action_names),
-            "fps": fps,
-            "notes": list(notes),
-        }
-        text = json.dumps(meta, indent=1)
+        meta = CacheMeta(
+            format=CACHE_FORMAT,
+            name=self._name,
+            source=self._source,
+            fingerprint=self._content.hexdigest(),
+            train_episodes=train_episodes,
+            images=list(self._views),
+            instructions=list(self._instructions),
+            file_paths=self._file_paths,
+            gripper=gripper,
+            action_names=list(action_names),
+            fps=fps,
+            notes=list(notes),
+        )
+        text = json.dumps(dataclasses.asdict(meta), indent=1)
         (self._folder / CACHE_META).write_text(text)
         offsets = np.cumsum([0, *self._sizes])
         checks = {"crc": np.array(self._crc, dtype=np.uint32), "meta_digest": meta_digest(text.encode())}
