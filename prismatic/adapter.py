@@ -77,7 +77,7 @@ def load_adapter(vla: VLA, folder: Path, *, dtype: torch.dtype) -> VLA:
     for name, tensor in stored.items():
         half, letter = name.removesuffix(".weight").rsplit(".", 1)
         parameter = parameters[f"{half}.{letter}.{ADAPTER}.weight"]
-        parameter.data = tensor.checked(name, may_be_zero=True).to(device=parameter.device, dtype=dtype, copy=True)
+        parameter.data = tensor.load(name, dtype=dtype, device=parameter.device, may_be_zero=True)
     return vla
 
 

@@ -5,6 +5,7 @@ file into place, so host memory holds the model once.
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -55,28 +56,32 @@ class StoredTensor:
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
 
-    def checked(self, name: str, *, may_be_zero: bool = False, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Read it, and look at every value. ConfigError for NaN or infinity, whole numbers, or a matrix of zeros: any would act, badly.
+    def load(
+        self,
+        name: str,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        may_be_zero: bool = False,
+        exact: bool = False,
+    ) -> torch.Tensor:
+        """A copy in dtype on device. ConfigError for NaN or infinity, whole numbers, or a matrix of zeros: any would act, badly.
 
-        dtype: of a quantised layer's part, which has exactly this one.
+        exact: of a quantised layer's part, which is stored in this very dtype.
         """
-        tensor = self.read()
-        if not tensor.is_floating_point() if dtype is None else tensor.dtype != dtype:
-            wanted = dtype or "a floating one"
-            raise ConfigError(f"{self.file}: tensor {name} has dtype {tensor.dtype}, not {wanted}: {ANOTHER_COPY}")
+        stored = self.read()
+        if stored.dtype != dtype if exact else not stored.is_floating_point():
+            wanted = dtype if exact else "a floating one"
+            raise ConfigError(f"{self.file}: tensor {name} has dtype {stored.dtype}, not {wanted}: {ANOTHER_COPY}")
+        tensor = stored.to(device=device, dtype=dtype, copy=True)
         if not tensor.is_floating_point():
             return tensor
-        # One cheap pass: a sum is finite where every value is. Float16 would overflow; bfloat16 and float32 add up in float32.
-        total = tensor.sum(dtype=torch.float32 if tensor.dtype == torch.float16 else None)
-        if not torch.isfinite(total) and not torch.isfinite(tensor).all():
+        # One pass over the copy: a norm is finite where every value is, unless their squares overflow, and 0 where all are.
+        norm = torch.linalg.vector_norm(tensor).item()
+        if not math.isfinite(norm) and not torch.isfinite(tensor).all():
             raise ConfigError(f"{self.file}: tensor {name} holds NaN or infinity: {ANOTHER_COPY}")
-        if (
-            not may_be_zero
-            and total == 0
-            and tensor.dim() > 1
-            and tensor.numel() >= SMALLEST_MATRIX
-            and not tensor.any()
-        ):
+        matrix = tensor.dim() > 1 and tensor.numel() >= SMALLEST_MATRIX
+        if matrix and not may_be_zero and norm == 0 and not tensor.any():
             raise ConfigError(f"{self.file}: tensor {name} is zero everywhere: {ANOTHER_COPY}")
         return tensor
 
@@ -186,18 +191,18 @@ def fill(model: nn.Module, stored: dict[str, StoredTensor], *, dtype: torch.dtyp
         module = model.get_submodule(parent)
         place = getattr(module, last)
         if last in module._buffers:
-            part = tensor.checked(name, may_be_zero=True, dtype=place.dtype)
-            setattr(module, last, part.to(device, copy=True))
+            part = tensor.load(name, dtype=place.dtype, device=device, may_be_zero=True, exact=True)
+            setattr(module, last, part)
         elif nf4.is_packed(module, last):
-            nf4.pack(module, tensor.checked(name).to(dtype), device)
+            nf4.pack(module, tensor.load(name, dtype=dtype), device)
         elif hasattr(place, "placements"):
             from torch.distributed.tensor import distribute_tensor  # here, because it is slow to import and few need it
 
-            whole = tensor.checked(name).to(dtype)
+            whole = tensor.load(name, dtype=dtype)
             with torch.no_grad():
                 place.copy_(distribute_tensor(whole, place.device_mesh, place.placements, src_data_rank=None))
         else:
-            setattr(module, last, nn.Parameter(tensor.checked(name).to(device=device, dtype=dtype, copy=True)))
+            setattr(module, last, nn.Parameter(tensor.load(name, dtype=dtype, device=device)))
 
 
 def stored_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
