@@ -1,14 +1,12 @@
-"""What this process may use of the machine: cores, memory, GPU. A container's limits count, not the host's
-size.
-"""
+"""What this process may use of the machine: cores, memory, GPU. A container's limits count, not the host's size."""
 
 import os
 import subprocess
 from pathlib import Path
 
+import psutil
+
 CGROUP = Path("/sys/fs/cgroup")
-PROC = Path("/proc")
-MEMINFO = PROC / "meminfo"
 GPU_RENDERER_BYTES = 300_000_000  # of the GPU's memory, a renderer's context and buffers; not measured here
 RENDERER_BYTES = 2_000_000_000  # one LIBERO process with a renderer holds 1.6 to 1.9 GB and does not grow
 
@@ -24,8 +22,7 @@ def available_cores() -> int:
 
 def available_memory() -> int:
     """Bytes that can still be taken before swapping or being killed."""
-    lines = dict(line.split(":", 1) for line in _read(MEMINFO).splitlines() if ":" in line)
-    free = int(lines["MemAvailable"].split()[0]) * 1024
+    free = psutil.virtual_memory().available
     limit, used = _read(CGROUP / "memory.max").strip(), _read(CGROUP / "memory.current").strip()
     if limit.isdigit() and used.isdigit():
         cached = dict(line.split() for line in _read(CGROUP / "memory.stat").splitlines())
@@ -33,18 +30,18 @@ def available_memory() -> int:
     return max(free, 0)
 
 
-def resident(kind: str = "RssAnon", pid: int | str = "self") -> int:
-    """Bytes of a process that lie in memory, 0 if it is gone. RssAnon can't be dropped again; RssFile, pages of mapped files, can."""
-    for line in _read(PROC / str(pid) / "status").splitlines():
-        if line.startswith(kind + ":"):
-            return int(line.split()[1]) * 1024
-    return 0
+def resident(pid: int | None = None) -> int:
+    """Bytes of a process (None: this one) that can't be dropped again, as pages of mapped files can; 0 if it is gone."""
+    try:
+        held = psutil.Process(pid).memory_info()
+    except psutil.NoSuchProcess:
+        return 0
+    return held.rss - held.shared
 
 
 def resident_with_children() -> int:
-    """RssAnon in bytes of this process and of those that it started itself, such as a data loader's workers."""
-    children = {pid for task in (PROC / "self" / "task").iterdir() for pid in _read(task / "children").split()}
-    return sum(resident("RssAnon", pid) for pid in ("self", *children))
+    """The same of this process and of those that it started itself, such as a data loader's workers."""
+    return resident() + sum(resident(child.pid) for child in psutil.Process().children())
 
 
 def simulators_that_fit(shares: int = 1, *, spare_cores: int = 0, gpu_memory: int | None = None) -> int:
@@ -63,13 +60,12 @@ def peak_memory() -> int:
 
     Not getrusage's: in a spawned process that begins with what its parent held.
     """
-    return resident("VmHWM")
+    status = dict(line.split(":", 1) for line in _read(Path("/proc/self/status")).splitlines())
+    return int(status.get("VmHWM", "0").split()[0]) * 1024
 
 
 def gpus() -> list[dict[str, str]]:
-    """Name and driver of each NVIDIA GPU, asked of the driver's own tool so that torch need not be imported;
-    [] if none.
-    """
+    """Name and driver of each NVIDIA GPU, asked of the driver's own tool so that torch need not be imported."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
