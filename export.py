@@ -21,7 +21,6 @@ from prismatic.dataset_statistics import base_statistics, load_statistics
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.filenames import ADAPTER_CONFIG, CONFIG, PROCESSOR, STATISTICS
 from prismatic.head_files import refuse_merged
-from prismatic.hub import resolve
 from prismatic.models import quantize, weights
 from prismatic.models.vla import ActionHead
 from prismatic.processor import Processor
@@ -61,13 +60,8 @@ class ExportConfig:
 
 def main(cfg: ExportConfig) -> Path:
     cfg = checked(cfg)
-    base, adapter = resolve(cfg.checkpoint), cfg.adapter
-    for folder in (base, adapter):
-        refuse_merged(folder)
-    if (base / ADAPTER_CONFIG).exists():
-        if adapter is not None:
-            raise ConfigError(f"--checkpoint {base} is itself an adapter: give its base, or leave --adapter out")
-        base, adapter = resolve(files.adapter_base(base)), base
+    base, adapter = files.base_and_adapter(cfg.checkpoint, cfg.adapter)
+    refuse_merged(adapter)
     if cfg.output.exists() and (not cfg.output.is_dir() or any(cfg.output.iterdir())):
         raise ConfigError(f"--output {cfg.output} is not empty: give a new folder")
     if adapter is not None and not (adapter / ADAPTER_CONFIG).exists():

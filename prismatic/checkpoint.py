@@ -10,24 +10,15 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 from torch import nn
 
-from prismatic import policy_metadata
 from prismatic.atomic import whole_folder
 from prismatic.errors import ConfigError
-from prismatic.filenames import (
-    ADAPTER_CONFIG,
-    CONFIG,
-    PREPROCESSOR,
-    PROCESSOR,
-    STATISTICS,
-    TOKENIZER_FILES,
-)
+from prismatic.filenames import ADAPTER_CONFIG, CONFIG, PREPROCESSOR, PROCESSOR, STATISTICS, TOKENIZER_FILES
 from prismatic.head_files import model_config, refuse_merged, save_heads, stored_heads, without_heads
 from prismatic.hub import resolve
 from prismatic.models import quantize as quantization
@@ -38,11 +29,14 @@ from prismatic.models.heads import HEADS
 from prismatic.models.nf4 import prepare_nf4
 from prismatic.models.vla import VLA
 from prismatic.policy import VLAPolicy
+from prismatic.policy_metadata import describe
 from prismatic.processor import Processor
-from prismatic.processor_files import check_fits, load_processor, preprocessor_json
-from prismatic.processor_json import read_processor
+from prismatic.processor_files import load_processor, preprocessor_json
+from prismatic.processor_json import processor_home, read_processor
 from prismatic.ranges import expanded
 from prismatic.records import read_record
+
+UNSAID = ("num_actions_chunk", "num_images_in_input")  # what a published folder with a head of chunks doesn't say
 
 
 def load_vla(
@@ -77,18 +71,20 @@ def load_vla(
     stored = weights.stored_tensors(folder)
     with torch.device("meta"):
         vla = VLA(config)
-    own = (
-        adapter is not None and (adapter / PROCESSOR).exists()
-    )  # an adapter of ours brings the heads that it was trained with
-    heads = _heads(vla, adapter if own and adapter is not None else folder, new=new_heads and not own)
+    ours = adapter is not None and (adapter / PROCESSOR).exists()
+    # an adapter of ours brings the heads that it was trained with
+    heads = _heads(vla, adapter if ours and adapter else folder, new=new_heads and not ours)
     if saved := quantization.saved_as(folder / CONFIG):
         if adapter is not None:
             quantization.refuse(folder / CONFIG, "an adapter is merged before")
         quantization.quantize(vla, saved.precision, vision=saved.vision, dtype=dtype)
     shapes = {name: tuple(tensor.shape) for name, tensor in vla.state_dict().items()}
     weights.check_names(shapes, stored | heads, folder)
-    if adapter is not None:
-        _check_base(adapter, folder, stored)
+    remembered = read_processor(adapter / PROCESSOR) if ours and adapter else None
+    if remembered and remembered.base_fingerprint and remembered.base_fingerprint != weights.fingerprint(stored):
+        raise ConfigError(
+            f"{adapter} was trained on other weights ({remembered.base_model}) than {folder}: give that base"
+        )
     if shard is not None:
         shard(vla)
     if nf4:
@@ -117,8 +113,8 @@ def _heads(vla: VLA, folder: Path, *, new: bool) -> dict[str, weights.StoredTens
         for layer in fresh.modules():
             if isinstance(layer, nn.Linear | nn.LayerNorm):
                 layer.reset_parameters()
-        for name, tensor in fresh.state_dict().items():
-            heads[f"{part}.{name}"] = weights.StoredTensor(folder, tuple(tensor.shape), lambda tensor=tensor: tensor)
+        for name, tensor in fresh.state_dict(prefix=f"{part}.").items():
+            heads[name] = weights.StoredTensor(folder, tuple(tensor.shape), lambda tensor=tensor: tensor)
     return heads
 
 
@@ -133,39 +129,6 @@ def load_merged(folder: Path, adapter: Path | None, *, dtype: torch.dtype, devic
         if getattr(vla, part) is not None:
             getattr(vla, part).to(dtype)
     return vla
-
-
-def load_quantized(
-    folder: Path,
-    adapter: Path | None,
-    precision: str,
-    *,
-    backend: str = "torch",
-    vision: bool = False,
-    int8_activations: bool = False,
-    dtype: torch.dtype,
-    device: str = "cpu",
-    **choice: Any,
-) -> VLA:
-    """A checkpoint folder that is quantised as it loads (see quantize.quantize) and computes in dtype.
-
-    An adapter is merged into weights of the checkpoint's own dtype.
-    """
-    own = weights.stored_dtype(weights.stored_tensors(folder))
-    vla = load_merged(folder, adapter, dtype=own, device=device, **choice)
-    how: dict[str, Any] = {"vision": vision, "int8_activations": int8_activations}
-    return quantization.quantize(vla, precision, backend, dtype=dtype, **how)
-
-
-def _check_base(adapter: Path, base: Path, stored: Mapping[str, weights.StoredTensor]) -> None:
-    """Refuse an adapter that remembers other weights than these."""
-    if not (adapter / PROCESSOR).exists():
-        return
-    remembered = read_processor(adapter / PROCESSOR)
-    if remembered.base_fingerprint and remembered.base_fingerprint != weights.fingerprint(dict(stored)):
-        raise ConfigError(
-            f"{adapter} was trained on other weights ({remembered.base_model}) than {base}: give that base"
-        )
 
 
 def base_and_adapter(checkpoint: str | Path, adapter: str | Path | None = None) -> tuple[Path, Path | None]:
@@ -196,50 +159,46 @@ def load_policy(
 
     quantize: none (a folder that export.py quantised stays so), int8 or int4; backend: torch (weight only) or bitsandbytes, None: torch.
     drafting: whether a named episode's last answer is the draft of its next (same tokens, fewer forward passes); None: yes, except with bitsandbytes.
-    ConfigError with bitsandbytes: LLM.int8 rounds a whole pass at a time, so its tokens would follow the draft.
+    choice: as load_vla's; ConfigError where it contradicts the folder.
     """
     folder, adapter_folder = base_and_adapter(checkpoint, adapter)
     choice = {name: value for name, value in choice.items() if value is not None}
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     processor = load_processor(folder, adapter_folder, unnorm_key=unnorm_key, center_crop=center_crop, **choice)
-    home = adapter_folder if adapter_folder is not None and (adapter_folder / PROCESSOR).exists() else folder
-    if (home / PROCESSOR).exists():
-        check_fits(processor.config, model_config(folder, adapter_folder, **choice), home)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     precision, backend = quantization.choose(folder / CONFIG, quantize, backend)
-    if backend is None or quantization.saved_as(folder / CONFIG):
-        vla = load_merged(folder, adapter_folder, dtype=dtype, device=device, **choice)
-    else:
-        vla = load_quantized(folder, adapter_folder, precision, backend=backend, dtype=dtype, device=device, **choice)
+    stored = weights.stored_tensors(folder)
+    rounds_here = backend is not None and not quantization.saved_as(folder / CONFIG)
+    own = weights.stored_dtype(stored) if rounds_here else dtype  # rounded from the checkpoint's own numbers
+    vla = load_merged(folder, adapter_folder, dtype=own, device=device, **choice)
+    if rounds_here:
+        quantization.quantize(vla, precision, backend, dtype=dtype)
     if vla.config.action_head != "tokens" and vla.config.action_dim != processor.action_dim:
         raise ConfigError(
             f"{checkpoint} answers with {vla.config.action_dim} numbers, but the statistics of {processor.config.unnorm_key} are of actions of "
             f"{processor.action_dim}: give those of the data that it learnt from"
         )
-    known = any((place / PROCESSOR).exists() for place in (folder, adapter_folder) if place is not None)
-    unsaid = () if known or vla.config.action_head == "tokens" else ("num_actions_chunk", "num_images_in_input")
-    known_weights = {
+    chunked = vla.config.action_head != "tokens"
+    bits = backend == "bitsandbytes"  # rounds a whole pass at a time, so its tokens would follow the draft
+    if drafting and bits and not chunked:
+        raise ConfigError(
+            "bitsandbytes rounds a whole pass at a time, so a draft could change its tokens: leave out --drafting True"
+        )
+    drafting = not chunked and (not bits if drafting is None else drafting)
+    guessed = chunked and processor_home(folder, adapter_folder) is None
+    facts = {
         "checkpoint": str(checkpoint),
-        "checkpoint_fingerprint": weights.fingerprint(weights.stored_tensors(folder) | stored_heads(folder)),
+        "checkpoint_fingerprint": weights.fingerprint(stored | stored_heads(folder)),
         "adapter": None if adapter_folder is None else str(adapter_folder),
         "adapter_fingerprint": None if adapter_folder is None else adapter_fingerprint(adapter_folder),
         "quantize": precision,
         "quantize_backend": backend and f"{backend} {importlib.metadata.version(backend)}",
-        "assumed": {
-            name: getattr(vla.config, name) for name in unsaid if name not in choice
-        },  # by the published recipe
+        # by the published recipe
+        "assumed": {name: getattr(vla.config, name) for name in UNSAID if guessed and name not in choice},
+        **describe(vla, processor.config, drafting=drafting),
     }
-    describe = partial(policy_metadata.describe, weights=known_weights)
-    if vla.config.action_head != "tokens":
-        return VLAPolicy(vla, processor, describe)  # one forward pass, nothing to draft
-    rounds_by_pass = backend == "bitsandbytes"  # also in NF4: layers whose width it doesn't take are LLM.int8's
-    if drafting and rounds_by_pass:
-        raise ConfigError(
-            "bitsandbytes rounds a whole pass at a time, so a draft could change its tokens: leave out --drafting True"
-        )
-    drafting = not rounds_by_pass if drafting is None else drafting
-    decoder = decoder_for(vla, compilable=backend != "bitsandbytes")
-    return VLAPolicy(vla, processor, describe, decoder=decoder, drafting=drafting)
+    decoder = None if chunked else decoder_for(vla, compilable=not bits)
+    return VLAPolicy(vla, processor, facts, decoder=decoder, drafting=drafting)
 
 
 def adapter_fingerprint(folder: Path) -> str:

@@ -21,7 +21,7 @@ from prismatic.models.heads import HEADS
 from prismatic.models.vla import VLAConfig
 from prismatic.models.weights import StoredTensor, read_pickle, read_safetensors, save_tensors
 from prismatic.processor import ProcessorConfig
-from prismatic.processor_json import read_processor
+from prismatic.processor_json import processor_home, read_processor
 from prismatic.records import read_object
 
 OWN = dict(zip(HEADS, (ACTION_HEAD, PROPRIO_PROJECTOR), strict=True))
@@ -88,7 +88,9 @@ def model_config(folder: Path, adapter: Path | None = None, *, new_heads: bool =
     """
     config = read_config(folder / CONFIG)
     given = {name: value for name, value in given.items() if value is not None}
-    home = next((place for place in (adapter, folder) if place is not None and (place / PROCESSOR).exists()), None)
+    home = processor_home(folder, adapter)
+    if unknown := sorted(given.keys() - {*CHOICE, "action_dim"}):
+        raise TypeError(f"unknown argument {unknown[0]!r}: a model's choices are {', '.join(CHOICE)}")
     if home is None:
         said = _read_off(folder, config, given, new_heads=new_heads)
     else:

@@ -1,23 +1,23 @@
 """A policy is one call: frame and instruction in, seven numbers out, in the data set's units; or a chunk of them for the next steps.
 
-`Policy` is the Protocol that evaluation and serving rely on, `VLAPolicy` the model behind it. Single calls and batches give the same rows. Both
-take the name of the episode that a frame belongs to: the answer to its last frame is then the draft of the next, which saves forward passes and
-changes nothing.
+`Policy` is the Protocol that evaluation and serving rely on, `VLAPolicy` the model behind it. Both take the name of the episode that a frame
+belongs to: the answer to its last frame is then the draft of the next, which saves forward passes and changes nothing.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from prismatic.errors import ConfigError, PolicyError
-from prismatic.models.decode import ActionDecoder
+from prismatic.models.decode import ActionDecoder, best_tokens
 from prismatic.models.vla import VLA
 from prismatic.policy_inputs import as_frames, check_batch
 from prismatic.processor import Processor
 
+Frames = Sequence[np.ndarray]  # one a row of a batch
 REMEMBERED = 1024  # episodes whose last answer is kept
 
 
@@ -62,10 +62,10 @@ class Policy(Protocol):
 
     def batch(
         self,
-        frames: Sequence[np.ndarray],
+        frames: Frames,
         instructions: Sequence[str],
-        wrists: Sequence[np.ndarray] | None = None,
-        states: Sequence[np.ndarray] | None = None,
+        wrists: Frames | None = None,
+        states: Frames | None = None,
         *,
         episodes: Sequence[Hashable] | None = None,
     ) -> np.ndarray:
@@ -74,10 +74,10 @@ class Policy(Protocol):
 
     def batch_chunks(
         self,
-        frames: Sequence[np.ndarray],
+        frames: Frames,
         instructions: Sequence[str],
-        wrists: Sequence[np.ndarray] | None = None,
-        states: Sequence[np.ndarray] | None = None,
+        wrists: Frames | None = None,
+        states: Frames | None = None,
         *,
         episodes: Sequence[Hashable] | None = None,
     ) -> np.ndarray:
@@ -92,39 +92,39 @@ class Policy(Protocol):
 class VLAPolicy(Policy):
     """A model and the processor it learnt with, as a Policy.
 
-    decoder: None decodes eagerly. drafting: whether answers are drafted from the last one (see decode.py). `counts`: what decoding has
-    done so far (actions, calls, forward passes, accepted tokens of drafts). describe: writes `metadata` (policy_metadata.py).
+    facts: what `metadata` says besides how it decodes (policy_metadata.py). decoder: None decodes eagerly. drafting: whether answers are drafted
+    from the last one (see decode.py). `counts`: what decoding has done so far (actions, calls, forward passes, accepted tokens of drafts).
     """
 
     def __init__(
         self,
         vla: VLA,
         processor: Processor,
-        describe: Callable[["VLAPolicy"], dict[str, Any]],
+        facts: Mapping[str, Any],
         *,
         decoder: ActionDecoder | None = None,
         drafting: bool = False,
     ) -> None:
-        self.vla = vla.eval()
-        self.decoder = decoder or ActionDecoder(vla)
-        self.drafting = drafting
+        self.vla, self.processor, self.facts = vla.eval(), processor, facts
+        self.decoder, self.drafting = decoder or ActionDecoder(vla), drafting
         self.counts: Counter[str] = Counter()
         self._last: OrderedDict[Hashable, torch.Tensor] = OrderedDict()
-        self.processor = processor
         self.num_images = processor.config.num_images_in_input
         self.num_actions_chunk = processor.config.num_actions_chunk
         self.uses_state = processor.config.proprio_dim > 0
-        self._describe = describe
-        self.last_margins = np.zeros(0)  # (B,) of the last answer: the least by which a row's ids beat the second best
+        self.last_margins = np.zeros(0)
         first = next(vla.parameters())
         self.device, self.dtype = first.device, first.dtype
 
+    def metadata(self) -> dict[str, Any]:
+        return {**self.facts, "decoder": self.decoder.description}
+
     def batch_chunks(
         self,
-        frames: Sequence[np.ndarray],
+        frames: Frames,
         instructions: Sequence[str],
-        wrists: Sequence[np.ndarray] | None = None,
-        states: Sequence[np.ndarray] | None = None,
+        wrists: Frames | None = None,
+        states: Frames | None = None,
         *,
         episodes: Sequence[Hashable] | None = None,
     ) -> np.ndarray:
@@ -140,9 +140,9 @@ class VLAPolicy(Policy):
 
     def action_ids(
         self,
-        frames: Sequence[np.ndarray],
+        frames: Frames,
         instructions: Sequence[str],
-        wrists: Sequence[np.ndarray] | None = None,
+        wrists: Frames | None = None,
         *,
         episodes: Sequence[Hashable] | None = None,
     ) -> np.ndarray:
@@ -161,12 +161,13 @@ class VLAPolicy(Policy):
             self._remember(names, ids)
         return ids.numpy()
 
+    @torch.inference_mode()
     def raw_chunks(
         self,
-        frames: Sequence[np.ndarray],
+        frames: Frames,
         instructions: Sequence[str],
-        wrists: Sequence[np.ndarray] | None = None,
-        states: Sequence[np.ndarray] | None = None,
+        wrists: Frames | None = None,
+        states: Frames | None = None,
         *,
         episodes: Sequence[Hashable] | None = None,
     ) -> np.ndarray:
@@ -175,17 +176,17 @@ class VLAPolicy(Policy):
             return self.action_ids(frames, instructions, wrists, episodes=episodes)[:, None]
         input_ids, mask, pixels = self._inputs(frames, instructions, wrists)
         proprio = self.processor.proprio(states)
-        inputs = (input_ids, pixels, None if proprio is None else proprio.to(self.device), mask)
-        self.counts.update(actions=len(frames) * self.num_actions_chunk, calls=1, passes=1)
-        if self.processor.config.action_head == "l1":
-            self.last_margins = np.full(len(frames), np.inf)
-            return self.vla.predict_chunk(*inputs).cpu().numpy()
-        ids, margins = self.vla.predict_chunk_ids(*inputs)
-        self.last_margins = margins.amin(dim=(1, 2)).cpu().numpy()
-        return ids.cpu().numpy()
+        hidden = self.vla.before_actions(input_ids, pixels, None if proprio is None else proprio.to(self.device), mask)
+        self.counts.update(actions=len(hidden) * self.num_actions_chunk, calls=1, passes=1)
+        if self.vla.action_head is not None:
+            self.last_margins = np.full(len(hidden), np.inf)
+            return self.vla.action_head(hidden).cpu().numpy()
+        ids, margins = best_tokens(self.vla, hidden)
+        self.last_margins = margins.amin(dim=1).cpu().numpy()
+        return self.vla.chunks(ids).cpu().numpy()
 
     def _inputs(
-        self, frames: Sequence[np.ndarray], instructions: Sequence[str], wrists: Sequence[np.ndarray] | None
+        self, frames: Frames, instructions: Sequence[str], wrists: Frames | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Right-padded prompt ids and their mask (B, T), and pixel_values, on the model's device."""
         if self.num_images == 2 and wrists is None:
@@ -194,11 +195,12 @@ class VLAPolicy(Policy):
             )
         views = zip(frames, wrists, strict=True) if self.num_images == 2 and wrists is not None else zip(frames)
         rows = [self.processor.inputs(images, text) for images, text in zip(views, instructions, strict=True)]
-        lengths = torch.tensor([len(ids) for ids, _ in rows])
-        input_ids = torch.full((len(rows), int(lengths.max())), self.processor.config.pad_token_id)
-        for row, (ids, _) in zip(input_ids, rows, strict=True):
-            row[: len(ids)] = torch.tensor(ids)
-        mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
+        prompts = [torch.tensor(ids) for ids, _ in rows]
+        pad = self.processor.config.pad_token_id
+        input_ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=pad)
+        mask = torch.nn.utils.rnn.pad_sequence(
+            [torch.ones_like(ids, dtype=torch.bool) for ids in prompts], batch_first=True
+        )
         pixels = torch.stack([pixel_values for _, pixel_values in rows])
         return input_ids.to(self.device), mask.to(self.device), pixels.to(self.device, self.dtype)
 
@@ -215,6 +217,3 @@ class VLAPolicy(Policy):
                 self._last.move_to_end(name)
         while len(self._last) > REMEMBERED:
             self._last.popitem(last=False)
-
-    def metadata(self) -> dict[str, Any]:
-        return self._describe(self)

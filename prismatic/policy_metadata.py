@@ -1,32 +1,29 @@
-"""What a result says about the model that acted: its weights, what a frame went through, how it decoded, what multiplied the matrices."""
+"""What a result says about the model that acted: what a frame went through, how it decoded, what multiplied the matrices."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from prismatic import image
-from prismatic.policy import VLAPolicy
+from prismatic.models.vla import VLA
 from prismatic.processor import ProcessorConfig
 
+OF_THE_PROCESSOR = (
+    "unnorm_key", "center_crop", "num_images_in_input", "action_head", "num_actions_chunk", "proprio_dim",
+)  # fmt: skip
 
-def describe(policy: VLAPolicy, *, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata of a policy. weights: what is known of where they came from."""
-    config = policy.processor.config
+
+def describe(vla: VLA, config: ProcessorConfig, *, drafting: bool) -> dict[str, Any]:
+    """The part of a policy's metadata that doesn't say where its weights came from."""
+    first = next(vla.parameters())
+    crop = f", centre crop of {image.CROP_AREA:.0%} of the area" if config.center_crop else ", no crop"
     return {
-        **weights,
-        "unnorm_key": config.unnorm_key,
-        "center_crop": config.center_crop,
-        "num_images_in_input": config.num_images_in_input,
-        "action_head": config.action_head,
-        "num_actions_chunk": config.num_actions_chunk,
-        "proprio_dim": config.proprio_dim,
-        "picture": _picture(config),
-        "decoder": policy.decoder.description,
-        "decode": _decoding(config, drafting=policy.drafting),
-        "device": str(policy.device),
-        "dtype": str(policy.dtype).removeprefix("torch."),
-        "backend": _backend(policy.device),
+        **{name: getattr(config, name) for name in OF_THE_PROCESSOR},
+        "picture": f"JPEG quality {image.JPEG_QUALITY}, Lanczos to {config.image_size} pixels{crop}",  # of a live frame
+        "decode": _decoding(config, drafting=drafting),
+        "device": str(first.device),
+        "dtype": str(first.dtype).removeprefix("torch."),
+        "backend": _backend(first.device),
     }
 
 
@@ -38,12 +35,6 @@ def _decoding(config: ProcessorConfig, *, drafting: bool) -> str:
     if config.action_head == "parallel":
         return f"{chunk}, {tokens}"
     return tokens + ", drafted from the last answer and verified" * drafting
-
-
-def _picture(config: ProcessorConfig) -> str:
-    """What a live frame goes through, in order."""
-    crop = f", centre crop of {image.CROP_AREA:.0%} of the area" if config.center_crop else ", no crop"
-    return f"JPEG quality {image.JPEG_QUALITY}, Lanczos to {config.image_size} pixels{crop}"
 
 
 def _backend(device: torch.device) -> str:

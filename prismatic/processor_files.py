@@ -17,9 +17,9 @@ from prismatic.filenames import ADAPTER_CONFIG, CONFIG, PREPROCESSOR, PROCESSOR,
 from prismatic.head_files import model_config
 from prismatic.models.vla import VLAConfig
 from prismatic.processor import PROMPT, Colours, Processor, ProcessorConfig
-from prismatic.processor_json import read_processor
+from prismatic.processor_json import processor_home, read_processor
 from prismatic.records import read_record
-from prismatic.sums import check_sums
+from prismatic.sums import check_sum
 
 EMPTY_TOKEN = "▁"  # Llama-2's, which stands between the prompt and the action
 
@@ -49,35 +49,33 @@ def load_processor(
     """The processor of an adapter or checkpoint folder; see the module's first lines for what may be given."""
     for folder in (checkpoint, adapter):
         if folder is not None:
-            check_sums(folder, (CONFIG, ADAPTER_CONFIG, PROCESSOR, STATISTICS, TOKENIZER, PREPROCESSOR))
-    home = adapter if adapter is not None and (adapter / PROCESSOR).exists() else checkpoint
-    statistics_home = next((f for f in (adapter, home) if f is not None and (f / STATISTICS).exists()), checkpoint)
+            for name in (CONFIG, ADAPTER_CONFIG, PROCESSOR, STATISTICS, TOKENIZER, PREPROCESSOR):
+                check_sum(folder / name)
+    home, model = processor_home(checkpoint, adapter), model_config(checkpoint, adapter, **choice)
+    places = (adapter, home or checkpoint)
+    statistics_home = next((f for f in places if f is not None and (f / STATISTICS).exists()), checkpoint)
     statistics = load_statistics(statistics_home, unnorm_key)
-    if (home / PROCESSOR).exists():
+    if home is None or unnorm_key is not None:
+        unnorm_key = statistics_key(statistics, unnorm_key, statistics_home)
+    if home is None:
+        crop = True if center_crop is None else center_crop
+        config = ProcessorConfig.for_model(model, unnorm_key=unnorm_key, center_crop=crop, **_preprocessor(checkpoint))
+    else:
         config = read_processor(home / PROCESSOR)
         if config.unnorm_key is None:
-            config = dataclasses.replace(config, unnorm_key=statistics_key(statistics, unnorm_key, statistics_home))
-        elif unnorm_key is not None and statistics_key(statistics, unnorm_key, statistics_home) != config.unnorm_key:
-            raise ConfigError(
-                f"--unnorm_key {unnorm_key} contradicts {home / PROCESSOR}, which says {config.unnorm_key}: leave it out"
-            )
-        if center_crop is not None and center_crop != config.center_crop:
-            raise ConfigError(
-                f"--center_crop {center_crop} contradicts {home / PROCESSOR}, which says {config.center_crop}: leave it out"
-            )
+            key = unnorm_key or statistics_key(statistics, None, statistics_home)
+            config = dataclasses.replace(config, unnorm_key=key)
+        for flag, given in (("unnorm_key", unnorm_key), ("center_crop", center_crop)):
+            if given is not None and given != (said := getattr(config, flag)):
+                raise ConfigError(f"--{flag} {given} contradicts {home / PROCESSOR}, which says {said}: leave it out")
         if config.unnorm_key not in statistics:
             raise ConfigError(
                 f"{statistics_home / STATISTICS} has no entry {config.unnorm_key}, which {home / PROCESSOR} names"
             )
-    else:
-        key = statistics_key(statistics, unnorm_key, statistics_home)
-        model = model_config(checkpoint, adapter, **choice)
-        crop = True if center_crop is None else center_crop
-        config = ProcessorConfig.for_model(model, unnorm_key=key, center_crop=crop, **_preprocessor(checkpoint))
-    if config.unnorm_key is not None:
-        where = f"{statistics_home / STATISTICS}, {config.unnorm_key}"
-        check_entry(statistics[config.unnorm_key], where, state=config.proprio_dim > 0)
-        check_state(statistics[config.unnorm_key], config.proprio_dim, where)
+        check_fits(config, model, home)
+    entry, where = statistics[str(config.unnorm_key)], f"{statistics_home / STATISTICS}, {config.unnorm_key}"
+    check_entry(entry, where, state=config.proprio_dim > 0)
+    check_state(entry, config.proprio_dim, where)
     tokenizer = load_tokenizer(checkpoint)
     check_tokenizer(tokenizer, config, checkpoint / TOKENIZER)
     return Processor(config, tokenizer, statistics)
@@ -128,13 +126,12 @@ class _Constants(TypedDict):
 
 
 class _Preprocessor(TypedDict):
-    """The part of preprocessor_config.json that is read: the constants of two towers."""
+    """The part of preprocessor_config.json that is read: the constants of two towers that were in force."""
 
     tvf_normalize_params: tuple[_Constants, _Constants]
 
 
 def _preprocessor(folder: Path) -> dict[str, Any]:
-    """Means and deviations of preprocessor_config.json; `tvf_normalize_params` holds the numbers that were in force."""
     path = folder / PREPROCESSOR
     if not path.exists():
         return {}

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from prismatic.errors import ConfigError
+from prismatic.filenames import PROCESSOR
 from prismatic.processor import FORMAT, ProcessorConfig
 from prismatic.records import read_object, read_record
 
@@ -23,3 +24,8 @@ def read_processor(path: Path) -> ProcessorConfig:
     if not all(deviation > 0 for tower in config.stds for deviation in tower):
         raise ConfigError(f"{path}: stds has a value that is not above 0: {RESTORE}")
     return config
+
+
+def processor_home(checkpoint: Path, adapter: Path | None) -> Path | None:
+    """The folder whose processor.json counts: the adapter's, else the checkpoint's; None where neither has one."""
+    return next((place for place in (adapter, checkpoint) if place is not None and (place / PROCESSOR).exists()), None)

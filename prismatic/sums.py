@@ -35,12 +35,6 @@ def check_sum(path: Path) -> None:
         _check(path, found.st_size, found.st_mtime_ns, (path.parent / SUMS).stat().st_mtime_ns)
 
 
-def check_sums(folder: Path, names: Iterable[str]) -> None:
-    """As check_sum, of those of the names that the folder has."""
-    for name in names:
-        check_sum(folder / name)
-
-
 @functools.lru_cache(maxsize=1024)
 def _check(path: Path, size: int, changed: int, sums_changed: int) -> None:
     """Once a version of a file: a policy's weights are opened several times while it loads."""

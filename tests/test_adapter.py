@@ -14,7 +14,7 @@ from prismatic.adapter import load_adapter, save_adapter
 from prismatic.checkpoint import load_vla
 from prismatic.errors import ConfigError
 from prismatic.models import weights
-from prismatic.models.lora import add_lora, lora_config
+from prismatic.models.lora import ADAPTER, add_lora, lora_layers
 from prismatic.models.lora_weights import lora_state_dict, merge_lora
 from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
 from prismatic.models.vla import VLA
@@ -78,8 +78,10 @@ def test_eight_steps_of_adamw_land_where_the_originals_did(
 
 
 def test_the_start_is_the_originals() -> None:
-    config = lora_config(rank=32)
-    assert (config.lora_alpha, config.lora_dropout, lora_config(rank=4).lora_alpha) == (16, 0.0, 4)
+    for rank, alpha in ((4, 4), (16, 16), (32, 16)):
+        torch.manual_seed(0)
+        vla = add_lora(random_vla(TINY, seed=0), rank=rank)
+        assert next(lora_layers(vla))[1].lora_alpha[ADAPTER] == alpha
     torch.manual_seed(0)
     state = lora_state_dict(add_lora(random_vla(TINY, seed=0), rank=16))
     starts = torch.cat([t.flatten() for name, t in state.items() if ".lora_A." in name])

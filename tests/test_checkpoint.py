@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prismatic.checkpoint import load_policy, load_vla, save_checkpoint
-from prismatic.dataset_statistics import load_statistics, statistics_key
 from prismatic.errors import ConfigError
 from prismatic.hub import resolve
 from prismatic.models import weights
 from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
 from prismatic.processor import Processor, ProcessorConfig
-from prismatic.processor_files import load_tokenizer
 from tests.conftest import EXCERPT
 
 ENTRY = {
@@ -62,34 +61,20 @@ def test_it_loads_into_the_dtype_asked_for(dtype: torch.dtype) -> None:
     assert {p.dtype for p in vla.parameters()} == {dtype} and all(p.requires_grad for p in vla.parameters())
 
 
-def changed(folder: Path, change) -> None:
+DAMAGES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
+    "missing": (lambda tensors: tensors.pop("projector.fc2.bias"), r"projector\.fc2\.bias is missing"),
+    "surplus": (lambda tensors: tensors.update({"value_head.weight": torch.zeros(1)}), r"value_head\.weight has no place"),
+    "misshaped": (lambda tensors: tensors.update({"projector.fc2.bias": torch.zeros(3)}), r"projector\.fc2\.bias has shape \[3\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_tensor_that_does_not_fit_is_named(folder: Path, damage: str) -> None:
+    change, sentence = DAMAGES[damage]
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
-
-
-def test_a_missing_tensor_is_named(folder: Path) -> None:
-    changed(folder, lambda tensors: tensors.pop("projector.fc2.bias"))
-    with pytest.raises(ConfigError, match=r"projector\.fc2\.bias is missing"):
-        load_vla(folder)
-
-
-def test_a_surplus_tensor_is_named(folder: Path) -> None:
-    changed(folder, lambda tensors: tensors.update({"value_head.weight": torch.zeros(1)}))
-    with pytest.raises(ConfigError, match=r"value_head\.weight has no place"):
-        load_vla(folder)
-
-
-def test_a_misshaped_tensor_is_named(folder: Path) -> None:
-    changed(folder, lambda tensors: tensors.update({"projector.fc2.bias": torch.zeros(3)}))
-    with pytest.raises(ConfigError, match=r"projector\.fc2\.bias has shape \[3\]"):
-        load_vla(folder)
-
-
-def test_a_truncated_file_is_named(folder: Path) -> None:
-    whole = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ConfigError, match=r"model\.safetensors is damaged or truncated"):
+    with pytest.raises(ConfigError, match=sentence):
         load_vla(folder)
 
 
@@ -97,9 +82,7 @@ def test_a_wrong_vocabulary_is_named(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["vocab_size"] = 32128
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        ConfigError, match=r"embed_tokens\.weight has shape \[32064, 32\], but config\.json makes it \[32128, 32\]"
-    ):
+    with pytest.raises(ConfigError, match=r"embed_tokens\.weight has shape \[32064, 32\], but .* \[32128, 32\]"):
         load_vla(folder)
 
 
@@ -153,45 +136,23 @@ def test_shards_are_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     }
 
 
-@pytest.mark.parametrize("asked", ["libero_spatial", "libero_spatial_no_noops"])
-def test_a_suites_name_finds_its_statistics(asked: str) -> None:
-    statistics = load_statistics(EXCERPT / "checkpoint")
-    assert statistics_key(statistics, asked, EXCERPT) == "libero_spatial_no_noops"
-
-
-@pytest.mark.parametrize("asked", [None, "bridge"])
-def test_an_ambiguous_or_unknown_key_lists_those_there_are(asked: str | None) -> None:
-    with pytest.raises(ConfigError, match="eight_dim_dataset, libero_spatial_no_noops, no_mask_dataset"):
-        statistics_key(load_statistics(EXCERPT / "checkpoint"), asked, EXCERPT)
-
-
-def test_a_checkpoint_without_statistics_says_so(folder: Path) -> None:
-    (folder / "dataset_statistics.json").unlink()
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "norm_stats"}))
-    with pytest.raises(ConfigError, match=r"dataset_statistics\.json"):
-        load_statistics(folder)
-
-
 def test_a_folder_with_a_processor_allows_no_override(tiny: Path) -> None:
     load_policy(tiny, unnorm_key="demo", center_crop=True, device="cpu")
-    with pytest.raises(ConfigError, match="center_crop False contradicts"):
-        load_policy(tiny, center_crop=False, device="cpu")
-    with pytest.raises(ConfigError, match="bridge is not there"):
-        load_policy(tiny, unnorm_key="bridge", device="cpu")
+    for override, sentence in (
+        ({"center_crop": False}, "center_crop False contradicts"),
+        ({"unnorm_key": "bridge"}, "bridge is not there"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            load_policy(tiny, device="cpu", **override)
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("config.json", "[]"),
-        ("config.json", "{"),
-        ("dataset_statistics.json", "{"),
-        ("dataset_statistics.json", '{"demo": {}}'),
-        ("processor.json", "[]"),
-        ("tokenizer.json", "{}"),
+        ("config.json", "[]"), ("config.json", "{"), ("dataset_statistics.json", "{"), ("dataset_statistics.json", '{"demo": {}}'),
+        ("processor.json", "[]"), ("tokenizer.json", "{}"),
     ],
-)
+)  # fmt: skip
 def test_a_damaged_file_is_named(tiny: Path, tmp_path: Path, name: str, content: str) -> None:
     folder = Path(shutil.copytree(tiny, tmp_path / "damaged"))
     (folder / name).write_text(content)
@@ -200,9 +161,10 @@ def test_a_damaged_file_is_named(tiny: Path, tmp_path: Path, name: str, content:
     assert "\n" not in str(caught.value)
 
 
-def test_tokenizer_is_read_from_its_own_file(tiny: Path) -> None:
-    ids = load_tokenizer(tiny)("In: What action should the robot take to pick up the black bowl?\nOut:").input_ids
-    assert ids[0] == 1 and max(ids) < TINY.vocab_size - 256
+def test_a_misspelt_argument_is_an_error(tiny: Path) -> None:
+    for load in (load_policy, load_vla):
+        with pytest.raises(TypeError, match="misspelt"):
+            load(tiny, misspelt=1)
 
 
 def test_a_wrong_path_is_one_sentence() -> None:

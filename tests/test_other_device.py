@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from prismatic.models.decode import prefill, verify
-from prismatic.models.llama import KVCache
+from prismatic.models.llama import empty_cache
 from prismatic.models.tiny import TINY
 from prismatic.models.vla import VLA
 from prismatic.training.activations import Precision, fake_vla, shallow
@@ -56,7 +56,7 @@ def test_a_decoding_pass(mode: FakeTensorMode) -> None:
         ids, pixels = inputs("cuda")
         lengths = torch.full((BATCH,), WORDS, device="cuda")
         length = TINY.num_images_in_input * TINY.num_patches + WORDS + 1 + ACTIONS - 1
-        layers = KVCache(vla.config.text_config, BATCH, length, like=vla.language_model.model.norm.weight).layers
+        layers = empty_cache(vla.config.text_config, BATCH, length, like=vla.language_model.model.norm.weight)
         first, _, ends = prefill(vla, layers, ids, lengths, pixels)
         following, margins = verify(vla, layers, first.expand(-1, ACTIONS - 1), ends)
     assert following.shape == margins.shape == (BATCH, ACTIONS - 1)

@@ -1,26 +1,23 @@
 """processor.json, preprocessor_config.json and tokenizer.json of anybody: a Processor that makes sense, or one sentence."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from prismatic.checkpoint import is_its_own, load_policy
 from prismatic.errors import ConfigError
 from prismatic.filenames import PREPROCESSOR, PROCESSOR, STATISTICS, TOKENIZER
-from prismatic.processor_files import load_processor
+from prismatic.processor_files import check_tokenizer, load_processor, load_tokenizer
 from prismatic.processor_json import read_processor
 from prismatic.sums import write_sums
 from tests.conftest import REPOSITORY
-from tests.odd_values import JSON_VALUES
 
 TINY = REPOSITORY / "checkpoints" / "openvla-tiny"
 GOOD: dict[str, Any] = json.loads((TINY / PROCESSOR).read_text())
-ANOTHER_TOKENIZER = REPOSITORY / "tests" / "reference" / "checkpoint" / TOKENIZER
 
 
 @pytest.fixture
@@ -55,18 +52,6 @@ def test_a_field_of_processor_json_without_sense_is_named(folder: Path, change: 
     assert next(iter(change)) in refused(folder) or "unnorm_key" in change
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(field=st.sampled_from([*sorted(GOOD), "other"]), value=JSON_VALUES)
-def test_any_value_at_any_field(tmp_path: Path, field: str, value: Any) -> None:
-    (tmp_path / PROCESSOR).write_text(json.dumps(GOOD | {field: value}))
-    try:
-        config = read_processor(tmp_path / PROCESSOR)
-    except ConfigError as error:
-        assert "\n" not in str(error)
-    else:
-        assert isinstance(config.center_crop, bool) and all(d > 0 for tower in config.stds for d in tower)
-
-
 @pytest.mark.parametrize(
     "towers",
     [None, [], [{}], [{"mean": [0.5] * 3, "std": [0.5] * 3}], [{"mean": [0.5] * 3, "std": [0.0] * 3}] * 2, [{"mean": "a", "std": 1}] * 2],
@@ -84,13 +69,10 @@ def test_a_tokenizer_without_bos_is_refused(folder: Path) -> None:
 
 
 def test_another_models_tokenizer_is_refused(folder: Path) -> None:
+    config, tokenizer = read_processor(folder / PROCESSOR), load_tokenizer(folder)
     for change in ({"vocab_size": 300, "pad_token_id": 300}, {"empty_token_id": 5}):
-        edit(folder / PROCESSOR, **(GOOD | change))
-        assert "another model's tokenizer" in refused(folder)
-    edit(folder / PROCESSOR, **GOOD)
-    if ANOTHER_TOKENIZER.exists():
-        shutil.copy(ANOTHER_TOKENIZER, folder / TOKENIZER)
-        assert TOKENIZER in refused(folder)
+        with pytest.raises(ConfigError, match="another model's tokenizer"):
+            check_tokenizer(tokenizer, dataclasses.replace(config, **change), folder / TOKENIZER)
 
 
 @pytest.mark.parametrize(("field", "value"), [("image_size", 196), ("n_action_bins", 128), ("eos_token_id", 5)])

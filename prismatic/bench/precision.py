@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from prismatic.bench.instruments import Row, release_memory
-from prismatic.checkpoint import base_and_adapter, load_policy, load_quantized
+from prismatic.checkpoint import base_and_adapter, load_merged, load_policy
 from prismatic.data.examples import example
 from prismatic.data.frames import FrameCache
 from prismatic.data.mixture import open_cache
@@ -22,11 +22,12 @@ from prismatic.filenames import CONFIG
 from prismatic.models import quantize
 from prismatic.models.quantize import stored_bytes
 from prismatic.models.vla import IGNORE, VLA
+from prismatic.models.weights import stored_dtype, stored_tensors
 from prismatic.normalize import normalize
 from prismatic.processor import Batch, Processor
 
 FLOAT32_BYTES = 4
-WAYS: dict[str, Row] = {  # arguments of load_quantized
+WAYS: dict[str, Row] = {  # arguments of quantize.quantize
     "int8": {"precision": "int8"},
     "int8, image towers too": {"precision": "int8", "vision": True},
     "int8, activations too (W8A8)": {"precision": "int8", "int8_activations": True},
@@ -126,9 +127,11 @@ def run(
     reference = answers(vla, samples, processor.action_dim)
     rows = [row("none", vla, reference, reference, demonstrated, processor)]
     del policy, vla  # the device holds one model at a time
+    own = stored_dtype(stored_tensors(folder))
     for what, way in WAYS.items():
         release_memory()
-        vla = load_quantized(folder, adapter, dtype=dtype, device=device, **way)
+        vla = load_merged(folder, adapter, dtype=own, device=device)
+        quantize.quantize(vla, dtype=dtype, **way)
         ids = answers(vla.eval(), samples, processor.action_dim)
         rows.append(row(what, vla, ids, reference, demonstrated, processor))
         del vla

@@ -17,19 +17,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from prismatic.models.llama import KVCache, Llama, cache_views
+from prismatic.models.llama import Layers, Llama, cache_views, empty_cache
 
-Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values (B, kv_heads, length, D) of each layer
 Tensors = tuple[torch.Tensor, ...]
 
 
 class TokenModel(Protocol):
     """What decoding needs of a VLA."""
 
-    @property
-    def config(self) -> Any: ...
-    @property
-    def language_model(self) -> Llama: ...
+    config: Any
+    language_model: Llama
+
     def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor: ...
 
 
@@ -86,7 +84,8 @@ def prefill(
     # plain causal attention will do: behind padding nothing is read; only the last layer's one query needs a mask
     output_mask = (columns <= output_positions)[:, None, None]
     columns = columns[: embeddings.shape[1]]
-    caches = cache_views(layers, columns, None, output_positions, output_mask)
+    caches = cache_views(layers, columns, None)
+    caches[-1] = caches[-1]._replace(attn_mask=output_mask, output_positions=output_positions)
     hidden = vla.language_model(embeddings, columns.expand(len(input_ids), -1), caches)
     return *best_tokens(vla, hidden), ends
 
@@ -107,7 +106,7 @@ class ActionDecoder:
 
     def __init__(self, vla: TokenModel) -> None:
         self.vla = vla
-        self._cache: KVCache | None = None
+        self._cache: Layers = []
 
     @property
     def description(self) -> str:
@@ -146,13 +145,12 @@ class ActionDecoder:
 
     def _layers(self, batch: int, length: int) -> Layers:
         """Keys and values for this batch: views of one allocation, which grows to the largest that was asked for."""
-        if self._cache is None or self._cache.batch < batch or self._cache.length < length:
-            held = (0, 0) if self._cache is None else (self._cache.batch, self._cache.length)
-            self._cache = None  # frees it before the larger one is made
-            like = self.vla.language_model.model.norm.weight
-            text = self.vla.config.text_config
-            self._cache = KVCache(text, max(batch, held[0]), max(length, held[1]), like=like)
-        return self._cache.narrowed(batch, length)
+        rows, _, columns, _ = self._cache[0][0].shape if self._cache else (0, 0, 0, 0)
+        if rows < batch or columns < length:
+            self._cache = []  # frees it before the larger one is made
+            text, like = self.vla.config.text_config, self.vla.language_model.model.norm.weight
+            self._cache = empty_cache(text, max(batch, rows), max(length, columns), like=like)
+        return [(keys[:batch, :, :length], values[:batch, :, :length]) for keys, values in self._cache]
 
     def _run(self, step: Any, layers: Layers, *inputs: torch.Tensor) -> Tensors:
         """One forward pass: prefill or verify."""

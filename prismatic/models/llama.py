@@ -31,48 +31,32 @@ class LlamaConfig:
     max_position_embeddings: Size = 2048
 
 
-class CacheView(NamedTuple):
-    """One layer's part of a KV cache in one forward pass: what it holds, where this pass writes, what its queries attend to."""
+Layers = list[tuple[torch.Tensor, torch.Tensor]]  # a KV cache: keys and values (B, kv_heads, length, D) of each layer
 
-    keys: torch.Tensor  # (B, kv_heads, length, D)
+
+class CacheView(NamedTuple):
+    """One layer's part of a KV cache in one forward pass: what it holds, where this pass writes, what its queries attend to.
+
+    attn_mask (B, 1, T, length) bool, True where attended; None: causal among the columns of this pass. output_positions (B, N): those among
+    the T whose output is needed, if not all; attn_mask is then (B, 1, N, length).
+    """
+
+    keys: torch.Tensor
     values: torch.Tensor
     columns: torch.Tensor  # (T,) int64: the columns that this pass fills
-    attn_mask: (
-        torch.Tensor | None
-    )  # (B, 1, T, length) bool, True where attended; None: causal among the columns of this pass
-    # (B, N): positions among the T whose output is needed, if not all; attn_mask is then (B, 1, N, length)
+    attn_mask: torch.Tensor | None
     output_positions: torch.Tensor | None = None
 
 
-class KVCache:
+def empty_cache(config: LlamaConfig, batch: int, length: int, *, like: torch.Tensor) -> Layers:
     """Keys and values of every layer, allocated once: column c of row b holds what column c of that row left there."""
-
-    def __init__(self, config: LlamaConfig, batch: int, length: int, like: torch.Tensor) -> None:
-        head = config.hidden_size // config.num_attention_heads
-        self.batch, self.length = batch, length
-        shape = (batch, config.num_key_value_heads, length, head)
-        self.layers = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.num_hidden_layers)]
-
-    def narrowed(self, batch: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Each layer's keys and values for a smaller batch or fewer columns: views of the same memory."""
-        return [(keys[:batch, :, :length], values[:batch, :, :length]) for keys, values in self.layers]
+    shape = (batch, config.num_key_value_heads, length, config.hidden_size // config.num_attention_heads)
+    return [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.num_hidden_layers)]
 
 
-def cache_views(
-    layers: list[tuple[torch.Tensor, torch.Tensor]],
-    columns: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    output_positions: torch.Tensor | None = None,
-    output_mask: torch.Tensor | None = None,
-) -> list[CacheView]:
-    """Each layer's view in a pass that fills columns (T,); arguments as CacheView has them.
-
-    output_positions (B, N) with output_mask (B, 1, N, length): of the last layer, only these positions' output is computed.
-    """
-    views = [CacheView(keys, values, columns, attn_mask) for keys, values in layers]
-    if output_positions is not None:
-        views[-1] = views[-1]._replace(attn_mask=output_mask, output_positions=output_positions)
-    return views
+def cache_views(layers: Layers, columns: torch.Tensor, attn_mask: torch.Tensor | None) -> list[CacheView]:
+    """Each layer's view in a pass that fills columns (T,)."""
+    return [CacheView(keys, values, columns, attn_mask) for keys, values in layers]
 
 
 class RMSNorm(nn.Module):
@@ -113,12 +97,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(
-        self,
-        queries: torch.Tensor,
-        x: torch.Tensor,
-        cos_sin,
-        cache: CacheView | None,
-        attn_mask: torch.Tensor | None,
+        self, queries: torch.Tensor, x: torch.Tensor, cos_sin, cache: CacheView | None, attn_mask: torch.Tensor | None
     ) -> torch.Tensor:
         """queries: x, or x at its output positions. attn_mask (B, 1, 1, T) bool: which positions of x all others attend to; None: all."""
         batch, length, _ = x.shape
@@ -129,18 +108,14 @@ class Attention(nn.Module):
         if cache is not None and cache.output_positions is not None:
             cos_sin = [torch.take_along_dim(part, cache.output_positions[:, None, :, None], dim=2) for part in cos_sin]
         q = _rotate(q, *cos_sin)
-        grouped = self.kv_heads != self.heads
+        causal = self.causal
         if cache is not None:
             cache.keys.index_copy_(2, cache.columns, k)
             cache.values.index_copy_(2, cache.columns, v)
-        if cache is None or cache.attn_mask is None:
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=attn_mask, is_causal=self.causal, enable_gqa=grouped
-            )
-        else:
-            out = F.scaled_dot_product_attention(
-                q, cache.keys, cache.values, attn_mask=cache.attn_mask, enable_gqa=grouped
-            )
+            if cache.attn_mask is not None:
+                k, v, attn_mask, causal = cache.keys, cache.values, cache.attn_mask, False
+        grouped = self.kv_heads != self.heads
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=causal, enable_gqa=grouped)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 

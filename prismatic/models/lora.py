@@ -4,7 +4,7 @@ Surprising: OpenVLA's "all-linear" meant every module whose *last name* is one o
 convolution), `lm_head` and parts the forward never reads; today's peft reads "all-linear" differently, so the names are written out.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import peft
@@ -19,22 +19,19 @@ TARGET_MODULES = (
 ADAPTER = "default"  # peft's name of the only adapter
 
 
-def lora_config(
-    *, rank: int, alpha: int | None = None, dropout: float = 0.0, target_modules: Sequence[str] = TARGET_MODULES
-) -> peft.LoraConfig:
-    """OpenVLA's configuration: alpha defaults to min(rank, 16); A ~ N(0, 1/rank), B = 0. Heads are trained whole: they get no adapter."""
-    return peft.LoraConfig(
+def add_lora(vla: VLA, *, rank: int = 32, alpha: int | None = None, dropout: float = 0.0) -> VLA:
+    """Freeze all of vla but its heads and put trainable adapters on it, in place; returns it. Names then hold `base_layer` and `lora_A.default`.
+
+    OpenVLA's configuration: alpha None is min(rank, 16); A ~ N(0, 1/rank), B = 0. Heads are trained whole: they get no adapter.
+    """
+    config = peft.LoraConfig(
         r=rank,
         lora_alpha=min(rank, 16) if alpha is None else alpha,
         lora_dropout=dropout,
-        target_modules=list(target_modules),
+        target_modules=list(TARGET_MODULES),
         init_lora_weights="gaussian",
     )
-
-
-def add_lora(vla: VLA, *, rank: int = 32, alpha: int | None = None, dropout: float = 0.0) -> VLA:
-    """Freeze all of vla but its heads and put trainable adapters on it, in place; returns it. Names then hold `base_layer` and `lora_A.default`."""
-    return inject(vla, lora_config(rank=rank, alpha=alpha, dropout=dropout))
+    return inject(vla, config)
 
 
 def inject(vla: VLA, config: peft.LoraConfig) -> VLA:

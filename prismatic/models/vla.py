@@ -169,7 +169,7 @@ class VLA(nn.Module):
         loss = F.cross_entropy(chosen, targets)
         predicted = None
         if is_blank is not None:
-            predicted = self._chunks(bin_centers(chosen.argmax(dim=-1)[self._is_action(targets)], self.tokenizer))
+            predicted = self.chunks(bin_centers(chosen.argmax(dim=-1)[self._is_action(targets)], self.tokenizer))
         return VLAOutput(logits if all_logits else chosen, loss, predicted)
 
     @torch.inference_mode()
@@ -179,16 +179,9 @@ class VLA(nn.Module):
         pixel_values: torch.Tensor,
         action_dim: int = 7,
         attention_mask: torch.Tensor | None = None,
-        margins: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Greedy over the action ids: (B, T) right-padded prompts → (B, action_dim) int64. See decode.py.
-
-        margins: a list that gets, for each id, by how much its logit beats the second best: (B,) float32.
-        """
-        answer = ActionDecoder(self)(input_ids, pixel_values, action_dim, attention_mask)
-        if margins is not None:
-            margins.extend(answer.margins.unbind(dim=1))
-        return answer.ids
+        """Greedy over the action ids: (B, T) right-padded prompts → (B, action_dim) int64. See decode.py."""
+        return ActionDecoder(self)(input_ids, pixel_values, action_dim, attention_mask).ids
 
     @torch.inference_mode()
     def predict_chunk(
@@ -199,25 +192,12 @@ class VLA(nn.Module):
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, T) right-padded prompts, attention_mask None for full rows → (B, K, D) float32, normalised, in one forward pass."""
-        hidden = self._before_actions(input_ids, pixel_values, proprio, attention_mask)
+        hidden = self.before_actions(input_ids, pixel_values, proprio, attention_mask)
         if self.action_head is not None:
             return self.action_head(hidden)
-        return self._chunks(bin_centers(best_tokens(self, hidden)[0], self.tokenizer))
+        return self.chunks(bin_centers(best_tokens(self, hidden)[0], self.tokenizer))
 
-    @torch.inference_mode()
-    def predict_chunk_ids(
-        self,
-        input_ids: torch.Tensor,
-        pixel_values: torch.Tensor,
-        proprio: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the `parallel` head: the likeliest action ids (B, K, D) int64, and by how much each logit beats the second best."""
-        hidden = self._before_actions(input_ids, pixel_values, proprio, attention_mask)
-        ids, margins = best_tokens(self, hidden)
-        return self._chunks(ids), self._chunks(margins)
-
-    def _before_actions(
+    def before_actions(
         self,
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor,
@@ -225,11 +205,10 @@ class VLA(nn.Module):
         attention_mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Hidden states (B, K·D, H) that the prompts' actions are predicted from. The host waits for the prompts' lengths once."""
-        config = self.config
+        config, pad = self.config, self.config.pad_token_id
         lengths = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
         if attention_mask is not None:
             lengths = attention_mask.sum(dim=1)
-        pad = config.pad_token_id
         input_ids, lengths = with_empty_token(input_ids, lengths, empty=config.empty_token_id, pad=pad)
         shortest, longest = torch.stack([lengths.min(), lengths.max()]).tolist()
         end = config.eos_token_id if config.stop_token else None
@@ -243,5 +222,6 @@ class VLA(nn.Module):
     def _is_action(self, ids: torch.Tensor) -> torch.Tensor:
         return (ids >= self.tokenizer.first_id) & (ids < self.config.vocab_size)
 
-    def _chunks(self, values: torch.Tensor) -> torch.Tensor:
+    def chunks(self, values: torch.Tensor) -> torch.Tensor:
+        """(B·K·D,) values of a batch's actions, or in any such shape → (B, K, D)."""
         return values.reshape(-1, self.config.num_actions_chunk, self.config.action_dim)
