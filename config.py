@@ -44,8 +44,7 @@ class FinetuneConfig:
     run_root_dir: Path = WORKSPACE / "runs"
     # Text that is added to the run's name.
     run_id_note: FolderName | None = None
-    # How the model gives its actions. tokens: one token after the other (OpenVLA). parallel: all tokens of a chunk in one forward pass. l1: a chunk
-    # of numbers in one forward pass, by regression (OpenVLA-OFT). None: as the model to start from does.
+    # How actions come out. tokens: one by one (OpenVLA). parallel, l1: a chunk in one pass, of tokens or regressed (OpenVLA-OFT). None: as the base.
     action_head: Literal["tokens", "parallel", "l1"] | None = None
     # Cameras that the model sees: 1 the agent view, 2 also the wrist view. None: as many as the model to start from.
     num_images_in_input: Literal[1, 2] | None = None
@@ -90,8 +89,7 @@ class FinetuneConfig:
     rotate_images: bool = False
     # Folder of frame caches: what was read from the data sets once, about as large as they are.
     cache_dir: Path = WORKSPACE / "cache"
-    # Compute activations again in the backward pass: same gradients, less memory. True: each block whole, a third slower. selective: only what is
-    # cheap (norms, SiLU, rotary), a tenth of the memory. auto: the least that makes it fit.
+    # Recompute activations in the backward pass, to save memory. True: whole blocks, a third slower. selective: cheap parts. auto: as little as fits.
     gradient_checkpointing: bool | Literal["selective", "auto"] = "auto"
     # dtype in which the LoRA adapter is kept (it computes in the base's). bfloat16: 0.8 GiB less at full size, half of each update rounded away.
     lora_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -157,10 +155,8 @@ MAY_CHANGE_ON_RESUME = (  # batch_size and grad_accumulation_steps as far as the
 )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalOptions:
-    """What people change from one evaluation to the next."""
-
+@dataclass(frozen=True)
+class EvalConfig:
     # Checkpoint folder, adapter folder (it knows its base), training run, or hub id such as openvla/openvla-7b-finetuned-libero-spatial.
     pretrained_checkpoint: str = ""
     # Adapter folder that goes on top of pretrained_checkpoint.
@@ -204,9 +200,6 @@ class EvalOptions:
     # Play nothing: compare two rollout folders (before after), or several pairs of them together, over the episodes that they share.
     compare: tuple[Path, ...] = ()
 
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig(EvalOptions):
     # Advanced: details of the protocol, foreign checkpoints, controls, videos. Most evaluations leave these as they are.
 
     # First stored initial state of each task to be played; num_trials_per_task counts from it.
@@ -231,8 +224,7 @@ class EvalConfig(EvalOptions):
     save_gifs: bool = False
     # Draw the instruction, and at the end the outcome, under the video's frames.
     annotate_videos: bool = False
-    # Control: the sentence the policy is given. swap: another task's. empty: none. paraphrase: LIBERO-PRO's wording, or where it has none
-    # other verbs. A score that stays high shows that the policy doesn't read.
+    # Control: what the policy is told. swap: another task's sentence. empty: nothing. paraphrase: other words. Still a high score: it doesn't read.
     instruction: Literal["keep", "swap", "empty", "paraphrase"] = "keep"
     # Control: play nothing, ask the checkpoint about frames of a data set and compare its answers with what was recorded.
     open_loop: bool = False

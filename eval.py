@@ -24,7 +24,7 @@ from prismatic.episodes.trials import list_trials
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.evaluation import RolloutFolder
 from prismatic.pages import comparison
-from prismatic.progress import Progress, print_result
+from prismatic.progress import print_result, progress_bar
 from prismatic.ranges import checked
 from prismatic.scene.renderer import choose_renderer, render_options
 from prismatic.scene.suites import Benchmark, Libero
@@ -47,10 +47,14 @@ def main(cfg: EvalConfig, benchmark: Benchmark | None = None) -> None:
     trials = plan(cfg, benchmark)
     facts, path = identity(cfg, benchmark, choose_renderer(setup.LOCAL_RANK)), cfg.local_log_dir / run_name(cfg)
     with RolloutFolder(path, identity=facts, record=record(cfg), rank=RANK) as folder, report.at_the_end(folder):
-        if cfg.open_loop:
-            folder.note(open_loop=ask_open_loop(cfg))
+        if (
+            cfg.open_loop
+        ):  # the control that plays nothing; its result stands in the run's record, and so beside its score
+            from prismatic.episodes.open_loop import open_loop
+
+            folder.note(open_loop=open_loop(load_policy(cfg).policy, open_data(cfg), frames=cfg.open_loop_frames))
         done = [row for row in folder.rows() if not (cfg.retry_errors and row.error)]
-        with Progress(trials[RANK::RANKS], done, path, show=RANK == 0) as progress:
+        with progress_bar(trials[RANK::RANKS], done, path, show=RANK == 0) as progress:
             summary = evaluation.evaluate(
                 trials,
                 folder,
@@ -60,7 +64,7 @@ def main(cfg: EvalConfig, benchmark: Benchmark | None = None) -> None:
                 one_by_one=cfg.deterministic,
                 retry_errors=cfg.retry_errors,
                 ranks=RANKS,
-                on_row=progress.add,
+                on_row=progress,
             )
     ended = {row.episode_id for row in evaluation.read_rows(path)}
     if RANKS == 1 or ended >= {trial.id for trial in trials}:  # of several ranks, the last one has the whole result
@@ -75,8 +79,8 @@ def plan(cfg: EvalConfig, benchmark: Benchmark) -> list[Any]:
         return []
     suite, tasks, count = cfg.task_suite_name, cfg.task_ids, cfg.num_trials_per_task
     if cfg.policy != "replay":
-        options = {"first_init_state": cfg.first_init_state, "env_seed": cfg.env_seed}
-        return list_trials(benchmark, suite, task_ids=tasks, num_trials=count, **options)
+        where = {"first_init_state": cfg.first_init_state, "env_seed": cfg.env_seed}
+        return list_trials(benchmark, suite, task_ids=tasks, num_trials=count, **where)
     from prismatic.episodes.recorded import recorded_episodes
 
     found, sentence = recorded_episodes(open_data(cfg), suite, task_ids=tasks, limit=count, from_hdf5=cfg.from_hdf5)
@@ -94,13 +98,6 @@ def open_data(cfg: EvalConfig) -> Any:
         raise ConfigError(f"data_root_dir {root} isn't there: put the data sets there, or give --data_root_dir")
     how = {"data_keys": cfg.data_keys, "gripper": cfg.gripper, "rotate_images": cfg.rotate_images}
     return open_cache(root, cfg.dataset_name, cache_dir=cfg.cache_dir, **how)
-
-
-def ask_open_loop(cfg: EvalConfig) -> Facts:
-    """The control that plays nothing; its result stands in the run's record, and so beside its score."""
-    from prismatic.episodes.open_loop import open_loop
-
-    return open_loop(load_policy(cfg).policy, open_data(cfg), frames=cfg.open_loop_frames)
 
 
 def play_options(cfg: EvalConfig, path: Path, benchmark: Benchmark) -> Play:
@@ -156,11 +153,13 @@ def identity(cfg: EvalConfig, benchmark: Benchmark, renderer: str) -> Facts:
 
 def record(cfg: EvalConfig) -> Facts:
     """What should be known beside the numbers."""
-    facts: Facts = {"command": shlex.join(["python", *sys.argv]), "num_workers": cfg.num_workers, "ranks": RANKS}
-    if cfg.policy == "checkpoint":
-        facts["checkpoint_path"] = cfg.pretrained_checkpoint
-        facts["adapter_path"] = str(cfg.lora_checkpoint or "") or None
-    return facts | {
+    adapter = str(cfg.lora_checkpoint or "") or None
+    paths = {"checkpoint_path": cfg.pretrained_checkpoint, "adapter_path": adapter}
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "num_workers": cfg.num_workers,
+        "ranks": RANKS,
+        **(paths if cfg.policy == "checkpoint" else {}),
         "difference_asked": cfg.difference,
         "render_options": render_options(cfg.render_quality),
         "unpinned_simulator": unpinned_simulator(),
@@ -170,10 +169,8 @@ def record(cfg: EvalConfig) -> Facts:
 
 def parse(arguments: list[str]) -> EvalConfig:
     """A command line, OpenVLA's and OpenVLA-OFT's own flags included."""
-    own = foreign_flags.translate(arguments, foreign_flags.EVALUATE)
-    return tyro.cli(
-        EvalConfig, args=own, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True
-    )
+    own, how = foreign_flags.translate(arguments, foreign_flags.EVALUATE), (tyro.conf.FlagConversionOff,)
+    return tyro.cli(EvalConfig, args=own, description=__doc__, config=how, use_underscores=True)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):  # the first error is the one to tell
             temporary.unlink(missing_ok=True)
-        raise no_room(path, error) from error
+        raise _no_room(path, error) from error
 
 
 @contextlib.contextmanager
@@ -50,10 +50,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(folder)
         partial.rename(folder)
     except OSError as error:
-        raise no_room(folder, error) from error
+        raise _no_room(folder, error) from error
     except Exception as error:  # safetensors and torch have their own errors for a full disk
         if "No space left" in str(error) or "SafetensorError" in type(error).__name__:
-            raise no_room(folder, error) from error
+            raise _no_room(folder, error) from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -68,8 +68,7 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def no_room(path: Path, error: Exception) -> ConfigError:
-    """The sentence for a file or folder that cannot be written."""
+def _no_room(path: Path, error: Exception) -> ConfigError:
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
     return ConfigError(f"cannot write {path} ({reason}): make room; the same command then continues")
 
@@ -83,4 +82,4 @@ def append_line(path: Path, line: bytes) -> None:
                 raise OSError("the disk is full")
             os.fsync(file.fileno())
     except OSError as error:
-        raise no_room(path, error) from error
+        raise _no_room(path, error) from error

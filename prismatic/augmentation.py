@@ -11,10 +11,8 @@ import numpy as np
 
 from prismatic.image import AUGMENTATIONS, CROP_AREA, crop_and_resize, to_uint8, to_unit
 
-BRIGHTNESS = 0.2  # added, U(-0.2, 0.2) of the full range
-CONTRAST = (0.8, 1.2)
-SATURATION = (0.8, 1.2)
-HUE = 0.05  # of the colour circle, U(-0.05, 0.05)
+# Ranges of what is added (brightness: of the full range, hue: of the colour circle) or multiplied with.
+BRIGHTNESS, CONTRAST, SATURATION, HUE = (-0.2, 0.2), (0.8, 1.2), (0.8, 1.2), (-0.05, 0.05)
 
 
 def _rgb_to_hsv(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -50,15 +48,14 @@ class Augmentation:
     def draw(cls, rng: np.random.Generator, operations: Sequence[str] = AUGMENTATIONS) -> "Augmentation":
         """Random parameters for the named operations. All are drawn always, so that a seed means the same crop whatever is switched on."""
         side = float(np.sqrt(np.float32(CROP_AREA)))
-        y, x = rng.uniform(
-            0.0, 1.0 - side, size=2
-        )  # the original's two offsets share a seed and are always equal; here they are independent
+        # independent of each other: the original's two offsets share a seed and are always equal
+        y, x = rng.uniform(0.0, 1.0 - side, size=2)
         drawn = {
             "random_resized_crop": (float(y), float(x), float(y) + side, float(x) + side),
-            "random_brightness": float(rng.uniform(-BRIGHTNESS, BRIGHTNESS)),
+            "random_brightness": float(rng.uniform(*BRIGHTNESS)),
             "random_contrast": float(rng.uniform(*CONTRAST)),
             "random_saturation": float(rng.uniform(*SATURATION)),
-            "random_hue": float(rng.uniform(-HUE, HUE)),
+            "random_hue": float(rng.uniform(*HUE)),
         }
         return cls(*(drawn[name] if name in operations else None for name in AUGMENTATIONS))
 

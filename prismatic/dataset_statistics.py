@@ -5,28 +5,25 @@ the original does; that is said. A file of one data set, as OpenVLA's data loade
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
-import msgspec
 import numpy as np
 from msgspec import Meta
 
 from prismatic.errors import ConfigError
 from prismatic.filenames import CONFIG, STATISTICS
-from prismatic.ranges import Count, wanted
-from prismatic.records import finite, read_object
+from prismatic.ranges import Count
+from prismatic.records import fields_of, read_object
 
-NO_NOOPS = (
-    "_no_noops"  # a data set's name with and without its still steps: the statistics of either serve a suite's name
-)
+NO_NOOPS = "_no_noops"  # ends a data set's name without its still steps: the statistics of either serve a suite's name
 COPY = "copy the statistics from the run that made the weights"
 # In metres, radians or normalised units nothing is larger than this by far.
 Column = Annotated[list[Annotated[float, Meta(ge=-1e5, le=1e5)]], Meta(min_length=1, max_length=256)]
 
 
-class Columns(TypedDict, total=False):
+class _Columns(TypedDict, total=False):
     """A number a dimension, D in each list."""
 
     mean: Column
@@ -39,8 +36,8 @@ class Columns(TypedDict, total=False):
 
 
 class _Entry(TypedDict, total=False):
-    action: Columns
-    proprio: Columns
+    action: _Columns
+    proprio: _Columns
     num_transitions: Count
     num_trajectories: Count
 
@@ -92,36 +89,29 @@ def check_entry(entry: Any, where: str, *, state: bool = False, whole: bool = Fa
 
     state: the robot's state is read too, so `proprio` is needed. whole: training needs mean, std, min and max as well. way_out: ends each sentence.
     """
-    try:
-        found = msgspec.convert(entry, _Entry)
-    except msgspec.ValidationError as error:
-        message, _, place = str(error).partition(" - at `$.")
-        raise ConfigError(f"{where}: {place.rstrip('`') or 'the entry'}: {wanted(message)}: {way_out}") from None
-    if not finite(entry):
-        raise ConfigError(f"{where} holds a number that is not finite: {way_out}")
+    found = fields_of(entry, _Entry, where, way_out=way_out)
     for part in ("action", "proprio") if state else ("action",):
-        _check_columns(found.get(part, {}), f"{where}: {part}", whole=whole, way_out=way_out)
-    action = found.get("action", {})
-    low, high, mask = (np.array(action.get(name, [])) for name in ("q01", "q99", "mask"))
-    if "mask" not in action:
+        for complaint in _complaints(part, found.get(part, {}), whole=whole):
+            raise ConfigError(f"{where}: {part}.{complaint}: {way_out}")
+    if "mask" not in entry["action"]:
         print(f"notice: {where} has no action.mask: every dimension is scaled, the gripper too", file=sys.stderr)
-    elif not mask.any():
-        raise ConfigError(f"{where}: action.mask is false everywhere, so no dimension would be scaled: {way_out}")
-    if not (low < high).any():
-        raise ConfigError(f"{where}: action.q01 equals action.q99 in every dimension, so nothing would move: {way_out}")
 
 
-def _check_columns(columns: Mapping[str, Any], where: str, *, whole: bool, way_out: str) -> None:
-    needed = ("q01", "q99", "mean", "std", "min", "max") if whole else ("q01", "q99")
-    for name in needed:
+def _complaints(part: str, columns: Mapping[str, Any], *, whole: bool) -> Iterator[str]:
+    """What makes no sense in a part of an entry. Each relies on those before it."""
+    for name in ("q01", "q99", "mean", "std", "min", "max") if whole else ("q01", "q99"):
         if name not in columns:
-            raise ConfigError(f"{where}.{name} is missing: {way_out}")
+            yield f"{name} is missing"
     size = len(columns["q01"])
     for name, column in columns.items():
         if len(column) != size:
-            raise ConfigError(f"{where}.{name} has {len(column)} values, but q01 has {size}: {way_out}")
+            yield f"{name} has {len(column)} values, but q01 has {size}"
     for low, high in (("q01", "q99"), ("min", "max")):
-        if low in columns and high in columns and (np.array(columns[low]) > np.array(columns[high])).any():
-            raise ConfigError(f"{where}.{low} is above {high} in a dimension: {way_out}")
+        if low in columns and high in columns and np.greater(columns[low], columns[high]).any():
+            yield f"{low} is above {high} in a dimension"
     if min(columns.get("std", [0.0])) < 0:
-        raise ConfigError(f"{where}.std has a negative value: {way_out}")
+        yield "std has a negative value"
+    if part == "action" and not any(columns.get("mask", [True])):
+        yield "mask is false everywhere, so no dimension would be scaled"
+    if part == "action" and np.equal(columns["q01"], columns["q99"]).all():
+        yield "q01 equals q99 in every dimension, so nothing would move"

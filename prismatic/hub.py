@@ -28,13 +28,7 @@ def resolve(
     folder = Path(expanded(name))
     if folder.is_dir():
         return newest_step(folder) if kind == "model" else folder
-    local = (
-        folder.is_absolute()
-        or folder.parts[0] in (".", "..")
-        or Path(folder.parts[0]).exists()
-        or len(folder.parts) != 2
-    )
-    if local or not HUB_ID.fullmatch(str(name)):
+    if not HUB_ID.fullmatch(str(name)) or folder.parts[0] in (".", "..") or Path(folder.parts[0]).exists():
         raise ConfigError(f"{name} is no folder, and no hub id such as openvla/openvla-7b: check the path")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -25,16 +25,12 @@ from prismatic.ranges import Count, Positive
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 IMAGE_MARK = "<image>"  # the original takes it out of recorded instructions, not of live ones
 MAX_LENGTH = 2048  # token ids; of a longer row the instruction is cut (the original's collator cuts the action)
-DINO_MEAN, DINO_STD = (
-    (0.484375, 0.455078125, 0.40625),
-    (0.228515625, 0.2236328125, 0.224609375),
-)  # rounded to bfloat16 by OpenVLA's export
+# ImageNet's, rounded to bfloat16 by OpenVLA's export
+DINO_MEAN, DINO_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
 SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 FORMAT = 1  # of processor.json
 Colours = tuple[float, float, float]  # red, green, blue
 Augment = Callable[[np.ndarray], np.ndarray]  # (S, S, 3) uint8 → the same, changed
-
-
 _OPENVLA_7B = VLAConfig()  # the numbers below are the model's: they stand there, once
 
 
@@ -42,9 +38,8 @@ _OPENVLA_7B = VLAConfig()  # the numbers below are the model's: they stand there
 class ProcessorConfig:
     """What processor.json holds. A folder that has one allows no override."""
 
-    unnorm_key: (
-        str | None
-    )  # which entry of dataset_statistics.json; None: it learnt from several, and acting has to name one
+    # which entry of dataset_statistics.json; None: it learnt from several, and acting has to name one
+    unnorm_key: str | None
     center_crop: bool  # True if it learnt with random crops
     image_size: Positive = _OPENVLA_7B.image_size  # pixels a side
     num_images_in_input: Positive = _OPENVLA_7B.num_images_in_input  # 2: agentview and wrist
@@ -168,16 +163,13 @@ class Processor:
         prompt = self.prompt_ids(self.shortened(instruction, targets.size))
         ids = [*prompt, *self.action_tokenizer.encode(targets).ravel().tolist(), self.config.eos_token_id]
         labels = [IGNORE] * len(prompt) + ids[len(prompt) :]
-        images = [self._as_acting(frame) if as_acting else self._resized(frame) for frame in images]
+        images = [image.resize_lanczos3(frame, self.config.image_size) for frame in images]
+        if as_acting and self.config.center_crop:
+            images = [image.center_crop(frame) for frame in images]
         if augmentations:
             images = [augment(frame) for augment, frame in zip(augmentations, images, strict=True)]
-        return Example(
-            torch.tensor(ids),
-            torch.tensor(labels),
-            self.pixel_values(images),
-            torch.from_numpy(targets),
-            self.proprio(state, dataset=dataset),
-        )
+        actions, proprio = torch.from_numpy(targets), self.proprio(state, dataset=dataset)
+        return Example(torch.tensor(ids), torch.tensor(labels), self.pixel_values(images), actions, proprio)
 
     @property
     def image_path(self) -> image.ImagePath:
@@ -188,10 +180,8 @@ class Processor:
         self, frames: Sequence[np.ndarray | image.PreparedImage], instruction: str
     ) -> tuple[list[int], torch.Tensor]:
         """Prompt ids and pixel_values (6·n_images, S, S) from live frames (H, W, 3) uint8, upright, or what image_path made of them."""
-        images = [
-            (frame if isinstance(frame, image.PreparedImage) else self.image_path(frame)).pixels for frame in frames
-        ]
-        return self.prompt_ids(instruction), self.pixel_values(images)
+        prepared = [frame if isinstance(frame, image.PreparedImage) else self.image_path(frame) for frame in frames]
+        return self.prompt_ids(instruction), self.pixel_values([one.pixels for one in prepared])
 
     def proprio(
         self, states: np.ndarray | Sequence[np.ndarray] | None, *, dataset: str | None = None
@@ -234,10 +224,3 @@ class Processor:
         states = [e.proprio for e in examples if e.proprio is not None]
         proprio = torch.stack(states) if states else None
         return Batch(input_ids, labels, input_ids != self.config.pad_token_id, pixels, actions, proprio)
-
-    def _as_acting(self, frame: np.ndarray) -> np.ndarray:
-        resized = self._resized(frame)
-        return image.center_crop(resized) if self.config.center_crop else resized
-
-    def _resized(self, frame: np.ndarray) -> np.ndarray:
-        return image.resize_lanczos3(frame, self.config.image_size)

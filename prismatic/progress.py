@@ -1,8 +1,8 @@
 """What eval.py says while it plays and when it has played."""
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from tqdm import tqdm
 
@@ -14,36 +14,26 @@ from prismatic.summary import crashed, sentences
 from prismatic.versions import unpinned_simulator
 
 
-class Progress:
-    """A bar over a rank's trials, with the successes and errors so far. Use with `with`; `add` each episode's row."""
+@contextlib.contextmanager
+def progress_bar(
+    trials: Sequence[Trial], done: Iterable[EpisodeResult], folder: Path, *, show: bool = True
+) -> Iterator[Callable[[EpisodeResult], None]]:
+    """A bar over a rank's trials, with the successes and errors so far; give what it yields each episode's row."""
+    mine = {trial.id for trial in trials}
+    rows = [row for row in done if row.episode_id in mine]
+    if rows and show:
+        print(f"{len(rows)} of {len(mine)} episodes are already in {folder}")
+    with tqdm(total=len(mine), initial=len(rows), unit="episode", disable=not show, dynamic_ncols=True) as bar:
 
-    def __init__(
-        self, trials: Sequence[Trial], done: Iterable[EpisodeResult], folder: Path, *, show: bool = True
-    ) -> None:
-        mine = {trial.id for trial in trials}
-        done = [row for row in done if row.episode_id in mine]
-        if done and show:
-            print(f"{len(done)} of {len(mine)} episodes are already in {folder}")
-        self._successes = sum(row.success is True for row in done)
-        self._errors = sum(row.error is not None for row in done)
-        self._bar = tqdm(total=len(mine), initial=len(done), unit="episode", disable=not show, dynamic_ncols=True)
+        def add(row: EpisodeResult) -> None:
+            rows.append(row)
+            if row.error:
+                bar.write(f"error in {row.episode_id}: {row.error}")
+            errors = sum(row.error is not None for row in rows)
+            bar.set_postfix(successes=sum(row.success is True for row in rows), errors=errors, refresh=False)
+            bar.update()
 
-    def add(self, row: EpisodeResult) -> None:
-        """An episode has ended."""
-        self._successes += row.success is True
-        self._errors += row.error is not None
-        if row.error:
-            self._bar.write(f"error in {row.episode_id}: {row.error}")
-        self._bar.set_postfix(successes=self._successes, errors=self._errors, refresh=False)
-        self._bar.update()
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.close()
+        yield add
 
 
 def print_result(folder: Path, summary: Facts) -> None:

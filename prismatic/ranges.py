@@ -29,13 +29,8 @@ NAME_BYTES = 255  # the longest name that file systems take
 PATH_BYTES = 4096
 NAME_RULE = "a name without / and \\, not beginning with a dot, of at most 100 characters"
 FolderName = Annotated[str, Meta(pattern=r"\A(?!\.)[^/\\\x00-\x1f\x7f\ud800-\udfff]{0,100}\Z")]
-WORDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "str": "a text",
-    "bool": "true or false",
-    "array": "a list",
-}  # for msgspec's kinds
+# for msgspec's kinds
+WORDS = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "array": "a list"}
 
 Config = TypeVar("Config")
 
@@ -46,9 +41,6 @@ def checked(flags: Config) -> Config:
     values = {}
     for field in dataclasses.fields(flags):  # type: ignore[arg-type]
         value, name = getattr(flags, field.name), f"--{field.name}"
-        if dataclasses.is_dataclass(value):
-            values[field.name] = checked(value)
-            continue
         try:
             value = msgspec.convert(value, hints[field.name], dec_hook=_path)
         except msgspec.ValidationError as error:

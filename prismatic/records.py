@@ -5,7 +5,6 @@ names file and field. Fields that a record doesn't know are passed over, so that
 """
 
 import json
-import math
 import os
 import re
 import stat
@@ -47,13 +46,6 @@ def read_object(path: Path, *, way_out: str = COPY_AGAIN) -> dict[str, Any]:
     return read_record(path, dict[str, Any], way_out=way_out)
 
 
-def read_checked(path: Path, kind: type[Any], *, way_out: str = COPY_AGAIN) -> dict[str, Any]:
-    """As read_object, once the fields that `kind` knows make sense; those that it doesn't know are kept."""
-    content = read_object(path, way_out=way_out)
-    fields_of(content, kind, str(path), way_out=way_out)
-    return content
-
-
 def fields_of(content: Any, kind: type[Record], where: str, *, way_out: str = COPY_AGAIN) -> Record:
     """As parse_record, of values that are no text any more."""
     try:
@@ -86,15 +78,6 @@ def read_bytes(path: Path, *, largest: int = LARGEST, way_out: str = COPY_AGAIN)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path} can't be read ({reason}): {way_out}") from None
-
-
-def finite(value: Any) -> bool:
-    """Whether every number in nested lists and objects is finite."""
-    if isinstance(value, dict):
-        return all(finite(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return all(finite(item) for item in value)
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _field_error(error: msgspec.ValidationError, where: str, way_out: str) -> ConfigError:

@@ -39,9 +39,8 @@ RESOLUTION = 256  # pixels a side, as the data sets were rendered
 FRONT, WRIST = "agentview", "robot0_eye_in_hand"
 # The parts of MuJoCo's state that an image and the robot's state are made of.
 SCENE_FIELDS = (
-    *("qpos", "xpos", "xquat", "xmat", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat"),
-    *("cam_xpos", "cam_xmat", "light_xpos", "light_xdir"),
-)
+    "qpos", "xpos", "xquat", "xmat", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos", "cam_xmat", "light_xpos", "light_xdir",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,7 @@ class Task:
 def axis_angle(quaternion: np.ndarray) -> np.ndarray:
     """(4,) quaternion x y z w → (3,) axis times angle, rad, angle 2·acos(w) from 0 to 2π: the sign is not flipped for w < 0."""
     w = float(np.clip(quaternion[3], -1.0, 1.0))
-    sine = np.sqrt(1.0 - w * w)
-    if sine == 0.0:
+    if (sine := np.sqrt(1.0 - w * w)) == 0.0:
         return np.zeros(3)
     return quaternion[:3] * (2.0 * np.arccos(w)) / sine
 
@@ -67,14 +65,11 @@ def axis_angle(quaternion: np.ndarray) -> np.ndarray:
 class LiberoSimulator:
     """One LIBERO task in robosuite. quality: "standard" (LIBERO's own pixels) or "fast"."""
 
-    def __init__(
-        self, task: Task, *, resolution: int = RESOLUTION, env_seed: int = 0, quality: str = "standard"
-    ) -> None:
+    def __init__(self, task: Task, *, env_seed: int = 0, quality: str = "standard") -> None:
         if quality not in ("standard", "fast"):
             raise ConfigError(f"unknown render quality {quality!r} (render_quality): use standard or fast")
         self.task, self.suite, self.task_id = task, task.suite, task.task_id
-        self.env_seed, self.instruction = env_seed, task.instruction
-        self.resolution, self.quality = resolution, quality
+        self.env_seed, self.instruction, self.quality = env_seed, task.instruction, quality
         self._seen_model: Any = None
         self._context: Any = None
         self._env = self._make_env()
@@ -152,11 +147,11 @@ class LiberoSimulator:
         return bool(self._env.step(command)[2])
 
     def frame(self) -> np.ndarray:
-        """What the camera in front of the robot sees: (resolution, resolution, 3) uint8, upright."""
+        """What the camera in front of the robot sees: (256, 256, 3) uint8, upright."""
         return self._render(FRONT)
 
     def wrist(self) -> np.ndarray:
-        """What the camera on the hand sees: (resolution, resolution, 3) uint8, turned as in the data sets."""
+        """What the camera on the hand sees: (256, 256, 3) uint8, turned as in the data sets."""
         return self._render(WRIST)
 
     def _render(self, camera: str) -> np.ndarray:
@@ -167,7 +162,7 @@ class LiberoSimulator:
             sim.add_render_context(context)
         context.gl_ctx.make_current()  # another simulator of this process may have rendered since
         context.data = SimpleNamespace(_data=self._seen)
-        pixels = sim.render(camera_name=camera, width=self.resolution, height=self.resolution)
+        pixels = sim.render(camera_name=camera, width=RESOLUTION, height=RESOLUTION)
         return np.ascontiguousarray(pixels[::-1, ::-1])
 
     def _make_render_context(self, sim: Any) -> Any:

