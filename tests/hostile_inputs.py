@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from prismatic import evaluation, report
 from prismatic.adapter_config import read_adapter_config
@@ -101,7 +102,9 @@ def make_weights(folder: Path) -> None:
 
 
 def read_weights(folder: Path) -> Any:
-    return {name: tensor.checked(name).double().sum().item() for name, tensor in stored_tensors(folder).items()}
+    return {
+        name: tensor.load(name, dtype=torch.float64).sum().item() for name, tensor in stored_tensors(folder).items()
+    }
 
 
 def read_statistics(folder: Path) -> Any:
@@ -132,21 +135,13 @@ def read_loose(path: Path) -> Any:
 
 
 ROWS = [row(0, 0, True), row(0, 1, False, verdict="missed"), row(1, 0, None, "crashed")]
-STAGED = {
-    "images": [b"one", b"two"],
-    "action": np.ones((2, 7)),
-    "state": np.zeros((2, 8)),
-    "instruction": "go",
-    "file_path": "here",
-}
+STAGED: dict[str, Any] = {
+    "images": [b"one", b"two"], "action": np.ones((2, 7)), "state": np.zeros((2, 8)), "instruction": "go", "file_path": "here",
+}  # fmt: skip
 ADAPTER = {
-    "peft_type": "LORA",
-    "r": 4,
-    "lora_alpha": 8,
-    "lora_dropout": 0.0,
-    "target_modules": ["q_proj"],
-    "bias": "none",
-}
+    "peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj"], "bias": "none",
+    "init_lora_weights": True, "rank_pattern": {}, "layers_to_transform": None,
+}  # fmt: skip
 LEROBOT = {
     "codebase_version": "v2.1", "fps": 10, "chunks_size": 1000, "splits": {"train": "0:2"},
     "features": {"action": {"dtype": "float32", "shape": [7], "names": None}},

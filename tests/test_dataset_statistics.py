@@ -8,19 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from prismatic.dataset_statistics import check_entry, load_statistics, read_statistics, statistics_key
+from prismatic.dataset_statistics import check_entry, load_statistics, statistics_key
 from prismatic.errors import ConfigError
 from prismatic.filenames import CONFIG, STATISTICS
-from prismatic.normalize import action_statistics, unnormalize
-from tests.odd_values import JSON_VALUES
+from prismatic.normalize import action_statistics
 
 ACTIONS = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32)
 ENTRY = action_statistics(ACTIONS, ACTIONS[:, :3] * 2, 4)
 NAN = float("nan")
-Change = Callable[[dict[str, Any]], Any]
+Change = Callable[[dict[str, Any]], object]
 COLUMNS = ("q01", "q99", "min", "max", "mean", "std")
 
 
@@ -30,24 +27,22 @@ def changed(change: Change) -> dict[str, Any]:
     return entry
 
 
-def replaced(column: str, value: Any, *, at: int | None = None) -> Change:
-    def change(entry: dict[str, Any]) -> None:
-        if at is None:
-            entry["action"][column] = value
-        else:
-            entry["action"][column][at] = value
+def replaced(column: str, value: Any) -> Change:
+    return lambda entry: entry["action"].update({column: value})
 
-    return change
+
+def replaced_at(column: str, place: int, value: Any) -> Change:
+    return lambda entry: entry["action"][column].__setitem__(place, value)
 
 
 NONSENSE: dict[str, Change] = {
-    **{f"{column} {value}": replaced(column, value, at=2) for column in COLUMNS for value in (NAN, None, "a", 1e308, -1e308, float("inf"), [])},
+    **{f"{column} {value}": replaced_at(column, 2, value) for column in COLUMNS for value in (NAN, None, "a", 1e308, -1e308, float("inf"), [])},
     **{f"all of {column} {value!r:.20}": replaced(column, value) for column in COLUMNS for value in (None, [], {}, "0.1", 3, [NAN] * 7, [0.0] * 6)},
     **{f"mask {value!r:.20}": replaced("mask", value) for value in (None, [True] * 6, [True] * 8, [False] * 7, [1] * 7, "true", [])},
     "q01 and q99 exchanged": lambda e: e["action"].update(q01=e["action"]["q99"], q99=e["action"]["q01"]),
     "one dimension exchanged": lambda e: e["action"]["q01"].__setitem__(1, e["action"]["q99"][1] + 1),
     "nothing moves": lambda e: e["action"].update(q01=e["action"]["q99"]),
-    "std negative": replaced("std", -0.1, at=0),
+    "std negative": replaced_at("std", 0, -0.1),
     "no action": lambda e: e.pop("action"),
     "no q01": lambda e: e["action"].pop("q01"),
     "no q99": lambda e: e["action"].pop("q99"),
@@ -85,36 +80,6 @@ def test_what_training_and_a_state_need_is_asked_for() -> None:
 def test_no_mask_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     check_entry(changed(lambda e: e["action"].pop("mask")), "here")
     assert "mask" in capsys.readouterr().err
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    part=st.sampled_from(["action", "proprio", ""]),
-    column=st.sampled_from([*COLUMNS, "mask", "num_transitions"]),
-    value=JSON_VALUES,
-)
-def test_any_value_gives_finite_actions_or_a_sentence(part: str, column: str, value: Any) -> None:
-    entry = copy.deepcopy(ENTRY)
-    (entry[part] if part else entry)[column] = value
-    try:
-        check_entry(entry, "here", state=True)
-    except ConfigError:
-        return
-    actions = unnormalize(np.zeros(len(entry["action"]["q01"])), entry["action"])
-    assert actions.shape == (7,) and np.isfinite(actions).all()
-
-
-@settings(max_examples=200, deadline=None)
-@given(JSON_VALUES)
-def test_any_file_gives_entries_or_a_sentence(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
-    path = tmp_path_factory.getbasetemp() / STATISTICS
-    path.write_text(json.dumps(value))
-    try:
-        found = read_statistics(path, "asked")
-        for key, entry in found.items():
-            check_entry(entry, key)
-    except ConfigError as error:
-        assert "\n" not in str(error)
 
 
 def test_a_file_without_a_key_on_top_is_taken_under_the_asked_one(tmp_path: Path) -> None:

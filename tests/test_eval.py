@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import eval as script
-from config import EvalConfig, EvalOptions
+from config import EvalConfig
 from prismatic import machine, versions
 from prismatic.episodes import setup
 from prismatic.episodes.result import read_rows
@@ -66,7 +66,6 @@ def test_flags_as_people_type_them() -> None:
     assert parse("--center_crop", "False").center_crop is False
     assert parse().center_crop is None
     assert parse("--num_workers", "12").num_workers == 12
-    assert len(EvalOptions.__annotations__) <= 22  # what people change; the rest is advanced
 
 
 def test_the_originals_own_flags_are_taken(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,53 +21,41 @@ def digest(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
-def test_jpeg_round_trip_is_bit_equal_to_tensorflows(numbers: Path) -> None:
-    arrays = np.load(numbers / "image_path.npz")
-    for name, frame in frames_of(numbers).items():
-        assert digest(image.jpeg_round_trip(frame)) == str(arrays[f"{name}__jpeg_decoded_sha256"])
-        assert digest(image.decode_jpeg(arrays[f"{name}__jpeg_bytes"].tobytes())) == str(
-            arrays[f"{name}__jpeg_decoded_sha256"]
-        )
+@pytest.fixture(scope="module")
+def arrays(numbers: Path) -> dict[str, np.ndarray]:
+    return dict(np.load(numbers / "image_path.npz"))
 
 
-def test_resize_differs_in_at_most_two_values_by_one(numbers: Path) -> None:
-    arrays = np.load(numbers / "image_path.npz")
+def test_jpeg_round_trip_is_bit_equal_to_tensorflows(numbers: Path, arrays: dict[str, np.ndarray]) -> None:
     for name, frame in frames_of(numbers).items():
+        expected = str(arrays[f"{name}__jpeg_decoded_sha256"])
+        assert digest(image.jpeg_round_trip(frame)) == expected
+        assert digest(image.decode_jpeg(arrays[f"{name}__jpeg_bytes"].tobytes())) == expected
+
+
+def test_resize_differs_in_at_most_two_values_by_one(numbers: Path, arrays: dict[str, np.ndarray]) -> None:
+    frames, equal = frames_of(numbers), 0
+    for name, frame in frames.items():
         mine = image.resize_lanczos3(image.jpeg_round_trip(frame), 224)
         difference = np.abs(mine.astype(int) - arrays[f"{name}__resize_224"])
         assert difference.max() <= 1 and np.count_nonzero(difference) <= 2, name
-
-
-def test_a_turned_frame_equals_get_libero_image(numbers: Path) -> None:
-    arrays = np.load(numbers / "image_path.npz")
-    frames, equal = frames_of(numbers), 0
-    for name, frame in frames.items():
-        upright = np.ascontiguousarray(frame[::-1, ::-1])
-        mine = image.resize_lanczos3(image.jpeg_round_trip(upright), 224)
-        equal += digest(mine) == str(arrays[f"{name}__rotated_resize_sha256"])
+        # turned, as get_libero_image does it
+        turned = image.resize_lanczos3(image.jpeg_round_trip(np.ascontiguousarray(frame[::-1, ::-1])), 224)
+        equal += digest(turned) == str(arrays[f"{name}__rotated_resize_sha256"])
     assert 3 * equal >= 2 * len(frames)  # the others differ in one or two values by one
 
 
-def test_center_crop_is_equal(numbers: Path) -> None:
-    arrays = np.load(numbers / "image_path.npz")
+def test_center_crop_and_pixel_values_are_equal(numbers: Path, arrays: dict[str, np.ndarray]) -> None:
+    table = arrays["pixel_value_lut"]  # (6, 256): value of each channel and level
     for name in frames_of(numbers):
-        np.testing.assert_array_equal(
-            image.center_crop(arrays[f"{name}__resize_224"]), arrays[f"{name}__center_crop_224"]
-        )
-
-
-def test_pixel_values_are_bit_equal(numbers: Path) -> None:
-    arrays = np.load(numbers / "image_path.npz")
-    for name in frames_of(numbers):
-        values = image.normalize_pixels(arrays[f"{name}__center_crop_224"], MEANS, STDS)
+        cropped = image.center_crop(arrays[f"{name}__resize_224"])
+        np.testing.assert_array_equal(cropped, arrays[f"{name}__center_crop_224"])
+        values = image.normalize_pixels(cropped, MEANS, STDS)
         assert digest(values) == str(arrays[f"{name}__pixel_values_sha256"])
-        table = arrays["pixel_value_lut"]  # (6, 256): value of each channel and level
-        expected = np.stack([table[c][arrays[f"{name}__center_crop_224"][..., c % 3]] for c in range(6)])
-        np.testing.assert_allclose(values, expected, atol=1e-6)
+        np.testing.assert_allclose(values, [table[c][cropped[..., c % 3]] for c in range(6)], atol=1e-6)
 
 
-def test_bicubic_squash_is_pils(numbers: Path) -> None:
-    arrays = np.load(numbers / "image_path.npz")
+def test_bicubic_squash_is_pils(numbers: Path, arrays: dict[str, np.ndarray]) -> None:
     compared = 0
     for name, frame in frames_of(numbers).items():
         if f"{name}__processor_bicubic_224" in arrays:
@@ -76,19 +64,12 @@ def test_bicubic_squash_is_pils(numbers: Path) -> None:
     assert compared
 
 
-def test_augmentation_with_the_originals_parameters(numbers: Path) -> None:
+def test_augmentation_with_the_originals_parameters(numbers: Path, arrays: dict[str, np.ndarray]) -> None:
     given = np.load(numbers / "augment.npz")
-    source = np.load(numbers / "image_path.npz")
+    keys = ("brightness_delta", "contrast_factor", "saturation_factor", "hue_delta")
     for i, name in enumerate(given["names"]):
-        y1, x1, y2, x2 = given[f"{name}__crop_box"].tolist()
-        augmentation = Augmentation(
-            (y1, x1, y2, x2),
-            *(
-                float(given[key][i])
-                for key in ("brightness_delta", "contrast_factor", "saturation_factor", "hue_delta")
-            ),
-        )
-        frame = source[f"{name}__resize_224"]
+        augmentation = Augmentation(tuple(given[f"{name}__crop_box"].tolist()), *(float(given[key][i]) for key in keys))
+        frame = arrays[f"{name}__resize_224"]
         stages = np.stack([stage[::8, ::8] for stage in augmentation.stages(frame)])
         np.testing.assert_allclose(stages, given[f"{name}__stages_every8"], atol=1e-5)
         difference = np.abs(augmentation(frame).astype(int) - given[f"{name}__out"])
@@ -101,12 +82,8 @@ def test_random_parameters_keep_their_ranges_and_their_seed() -> None:
     np.testing.assert_allclose((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), image.CROP_AREA, rtol=1e-6)
     assert boxes.min() >= 0 and boxes.max() <= 1 + 1e-7
     assert abs(np.corrcoef(boxes[:, 0], boxes[:, 1])[0, 1]) < 0.2, "the two offsets must be independent"
-    for name, low, high in (
-        ("brightness", -0.2, 0.2),
-        ("contrast", 0.8, 1.2),
-        ("saturation", 0.8, 1.2),
-        ("hue", -0.05, 0.05),
-    ):
+    ranges = {"brightness": (-0.2, 0.2), "contrast": (0.8, 1.2), "saturation": (0.8, 1.2), "hue": (-0.05, 0.05)}
+    for name, (low, high) in ranges.items():
         values = np.array([getattr(a, name) for a in drawn])
         assert low <= values.min() < low + 0.1 * (high - low) and high - 0.1 * (high - low) < values.max() <= high
     assert Augmentation.draw(np.random.default_rng(3)) == drawn[3]

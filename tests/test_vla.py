@@ -51,15 +51,6 @@ def test_lora_at_full_size_adapts_the_originals_modules() -> None:
         assert sum(p.numel() for p in vla.get_submodule(part).parameters() if p.requires_grad) == count, part
 
 
-def test_the_converters_defaults_are_ours() -> None:
-    with_defaults = read_config(EXCERPT / "checkpoint" / "config.json").text_config
-    assert (with_defaults.rms_norm_eps, with_defaults.max_position_embeddings, with_defaults.rope_theta) == (
-        1e-6,
-        2048,
-        1e4,
-    )
-
-
 def test_features_of_each_tower(vla: VLA, arrays: dict[str, np.ndarray], batch: dict[str, torch.Tensor]) -> None:
     pixels = batch["pixel_values"]
     with torch.inference_mode():
@@ -141,8 +132,10 @@ def test_another_architecture_is_refused(tmp_path: Path, key: str, value: object
         read_config(tmp_path / "config.json")
 
 
-def test_config_survives_the_round_trip(tmp_path: Path) -> None:
+def test_the_originals_config_is_read_with_the_converters_defaults(tmp_path: Path) -> None:
     config = read_config(EXCERPT / "checkpoint" / "config.json")
+    text = config.text_config
+    assert (text.rms_norm_eps, text.max_position_embeddings, text.rope_theta) == (1e-6, 2048, 1e4)
     (tmp_path / "config.json").write_text(json.dumps(config_json(config)))
     assert read_config(tmp_path / "config.json") == config
 
