@@ -15,11 +15,10 @@ import torch
 import doctor
 from doctor import DoctorConfig
 from prismatic.checkpoint import load_vla, save_checkpoint
-from prismatic.data import lerobot_writer
-from prismatic.data.staging import stage_episode
 from prismatic.models.tiny import random_vla
 from prismatic.processor_files import load_processor
 from tests.conftest import REPOSITORY
+from tests.drawn_cache import write_cache
 from tests.drawn_episodes import drawn_episode
 from tests.drawn_oft import CONFIG, saved
 
@@ -99,12 +98,9 @@ def test_a_head_that_would_be_played_wrong_is_bad(
 
 def test_a_published_folder_s_assumptions_are_said(tmp_path: Path) -> None:
     folder = saved(tmp_path / "published", random_vla(CONFIG, seed=1), foreign=True)
-    assert any(
-        "doesn't say num_actions_chunk: 8 is assumed" in text for _, text in told(DoctorConfig(checkpoint=str(folder)))
-    )
-    chosen = told(DoctorConfig(checkpoint=str(folder), num_actions_chunk=4))
-    assert any("chunks of 4 actions" in text for _, text in chosen)
-    assert not any("num_actions_chunk: " in text for _, text in chosen)
+    assumed, chosen = (str(told(DoctorConfig(checkpoint=str(folder), num_actions_chunk=n))) for n in (None, 4))
+    assert "doesn't say num_actions_chunk: 8 is assumed" in assumed
+    assert "chunks of 4 actions" in chosen and "num_actions_chunk: " not in chosen
 
 
 @pytest.mark.parametrize(
@@ -119,33 +115,22 @@ def test_a_published_folder_s_assumptions_are_said(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_data_that_lack_what_a_checkpoint_reads_are_bad(
-    l1: Path, tmp_path: Path, change: dict[str, Any], said: list[str]
+    l1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], said: list[str]
 ) -> None:
-    name, widths = change.get("name", "demo"), {"action": 7, "state": 5} | change
-    for number in range(2):
-        episode = drawn_episode(number)
-        steps = len(episode["action"])
-        for field in ("action", "state"):
-            episode[field] = widths[field] and np.zeros((steps, widths[field]), dtype=np.float32)
-        if "wrist_images" in change:
-            del episode["wrist_images"]
-        stage_episode(tmp_path / f"staged/{number}.npz", **episode)
-    lerobot_writer.write_dataset(tmp_path / "staged", tmp_path / "data", name)
-    where = {"data_root_dir": str(tmp_path / "data"), "dataset_name": name, "cache_dir": tmp_path / "cache"}
-    wrong = [text for good, text in told(DoctorConfig(checkpoint=str(l1), **where)) if good is False]
-    assert len(wrong) == len(said) and all(text.startswith(start) for text, start in zip(wrong, said, strict=True)), (
-        wrong
-    )
+    episode, widths = drawn_episode(1), {"action": 7, "state": 5} | change
+    for field in ("action", "state"):
+        episode[field] = widths[field] and np.zeros((len(episode["images"]), widths[field]), dtype=np.float32)
+    if "wrist_images" in change:
+        del episode["wrist_images"]
+    cache = write_cache(tmp_path / "cache", [episode], name=change.get("name", "demo"))
+    monkeypatch.setattr(doctor, "opened", lambda cfg: cache)
+    wrong = [f"{c.text}: {c.remedy}" for c in doctor.fits(DoctorConfig(), load_processor(l1)) if c.good is False]
+    assert len(wrong) == len(said) and all(map(str.startswith, wrong, said)), wrong
 
 
 def test_this_machine_renders_what_scores_were_made_with() -> None:
-    done = subprocess.run(
-        [sys.executable, "doctor.py"],
-        cwd=REPOSITORY,
-        env=os.environ | {"MUJOCO_GL": "osmesa"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    environment = os.environ | {"MUJOCO_GL": "osmesa"}
+    command = [sys.executable, "doctor.py"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ok  golden frame differs by" in done.stdout and "with the bowl on the ramekin" in done.stdout

@@ -25,19 +25,6 @@ def cache(tmp_path: Path) -> FrameCache:
     return write_cache(tmp_path / "drawn", [drawn_episode(number) for number in (1, 0, 2)])
 
 
-def test_everything_written_is_read(cache: FrameCache) -> None:
-    frame = 0
-    for number in (1, 0, 2):
-        episode = drawn_episode(number)
-        for step, (image, wrist) in enumerate(zip(episode["images"], episode["wrist_images"], strict=True)):
-            assert (cache.image_bytes(frame), cache.wrist_bytes(frame)) == (image, wrist)
-            assert cache.instruction(frame) == episode["instruction"] and cache.timestep[frame] == step
-            assert cache.state is not None and (cache.state[frame] == episode["state"][step]).all()
-            frame += 1
-    assert frame == len(cache) and cache.file_paths == ["demo_1", "demo_0", "demo_2"]
-    assert (cache.gripper.dims, cache.gripper.convention) == ((6,), "minus_one_open")
-
-
 @pytest.mark.parametrize(
     ("change", "text"),
     [
