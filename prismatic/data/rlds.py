@@ -8,6 +8,7 @@ training batch. Fields are found by `keys.find_keys`.
 
 import ctypes
 import io
+import itertools
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from prismatic.data.dataset_folder import AGAIN, check_whole, dataset_name, find_dataset, listing
-from prismatic.data.keys import FLAG, DataKeys, find_keys, parse_data_keys, sentences
+from prismatic.data.keys import FLAG, find_keys, parse_data_keys, sentences
 from prismatic.data.pictures import to_jpeg
 from prismatic.data.staging import StagedEpisode, load_episode, stage_episode
 from prismatic.data.writer import CacheWriter, cached, made_of_staged
@@ -121,17 +122,25 @@ def _read(source: Path, folder: Path, options: str) -> None:
     if keys.instruction is None:
         raise ConfigError(f"{source} has no instruction: give {FLAG} instruction=…")
     writer = CacheWriter(folder, name=dataset_name(source), source=str(source), has_wrist=keys.wrist is not None)
-    notes = sentences(keys)
-    with tqdm(total=sum(splits.values()), desc=f"reading {dataset_name(source)}", unit="episode") as bar:
-        for split in sorted(splits):  # train, then val
-            for example in _stored_episodes(tfds, builder, split):
-                metadata = example.get("episode_metadata", {})
-                fields = dict(_flat(example["steps"])) | dict(_flat({"episode_metadata": metadata}))
-                where = f"episode {bar.n + 1} of {source}"
-                _add(writer, fields, keys, rotate=rotate, where=where, file_path=metadata.get("file_path", b""))
-                if np.ndim(fields[keys.instruction]) > 1 and len(notes) == len(sentences(keys)):
-                    notes.append("of several instructions a step the first that is not empty is taken")
-                bar.update()
+    views, several = [keys.image, *([keys.wrist] if keys.wrist else [])], False
+    stored = itertools.chain.from_iterable(_stored_episodes(tfds, builder, split) for split in sorted(splits))
+    bar = tqdm(stored, total=sum(splits.values()), desc=f"reading {dataset_name(source)}", unit="episode")
+    for number, example in enumerate(bar, start=1):  # train, then val
+        metadata = example.get("episode_metadata", {})
+        fields = dict(_flat(example["steps"])) | dict(_flat({"episode_metadata": metadata}))
+        where = [f"{view} of episode {number} of {source}" for view in views]
+        images = zip(*(fields[view] for view in views), strict=True)
+        action, text = _vector(fields, keys.action), fields[keys.instruction]
+        said = [text] * len(action) if np.ndim(text) == 0 else list(text)
+        several |= np.ndim(text) > 1
+        writer.add(
+            ([to_jpeg(i, rotate=rotate, where=w) for i, w in zip(step, where, strict=True)] for step in images),
+            action=action,
+            state=_vector(fields, keys.state) if keys.state else None,
+            instructions=[next(filter(None, map(_decoded, np.ravel(texts))), "") for texts in said],
+            file_path=_decoded(metadata.get("file_path", b"")),
+        )
+    notes = sentences(keys) + ["of several instructions a step the first that is not empty is taken"] * several
     writer.finish(train_episodes=splits["train"] if "val" in splits else None, notes=notes)
 
 
@@ -144,23 +153,6 @@ def _stored_episodes(tfds: Any, builder: Any, split: str) -> Iterator[dict[str, 
     in_order = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
     yield from tfds.as_numpy(
         builder.as_dataset(split=split, shuffle_files=False, decoders=as_stored, read_config=in_order)
-    )
-
-
-def _add(
-    writer: CacheWriter, fields: Mapping[str, np.ndarray], keys: DataKeys, *, rotate: bool, where: str, file_path: bytes
-) -> None:
-    """One episode; where: for the error of an image that can't be read."""
-    steps = len(fields[keys.action[0]])
-    views = [keys.image, *([keys.wrist] if keys.wrist else [])]
-    text = fields[str(keys.instruction)]
-    said = [text] * steps if np.ndim(text) == 0 else list(text)
-    writer.add(
-        ([to_jpeg(fields[view][t], rotate=rotate, where=f"{view} of {where}") for view in views] for t in range(steps)),
-        action=_vector(fields, keys.action),
-        state=_vector(fields, keys.state) if keys.state else None,
-        instructions=[next(filter(None, map(_decoded, np.ravel(texts))), "") for texts in said],  # the first not empty
-        file_path=_decoded(file_path),
     )
 
 
