@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 from prismatic.arrays import read_arrays
 from prismatic.data import lerobot_writer, rlds
+from prismatic.data.made_once import unfinished
 from prismatic.data.staging import stage_episode
-from prismatic.data.writer import unfinished
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.image import encode_jpeg
 from prismatic.ranges import Positive, checked

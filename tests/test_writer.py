@@ -11,7 +11,8 @@ import pytest
 
 from prismatic.data.cache_files import CACHE_FORMAT, OLD_FORMAT
 from prismatic.data.frames import FrameCache
-from prismatic.data.writer import CacheWriter, cached, made_of_staged, unfinished
+from prismatic.data.made_once import cached, made_of_staged, unfinished
+from prismatic.data.writer import CacheWriter
 from prismatic.errors import ConfigError
 from prismatic.filenames import STAGED_NOTE
 from prismatic.normalize import Gripper
@@ -117,7 +118,7 @@ def test_what_a_killed_writer_left_goes_with_the_next_call(tmp_path: Path) -> No
     program = f"""
 import os, signal
 from pathlib import Path
-from prismatic.data.writer import unfinished
+from prismatic.data.made_once import unfinished
 with unfinished(Path("{tmp_path}")) as folder:
     (folder / "half").write_text("x")
     os.kill(os.getpid(), signal.SIGKILL)

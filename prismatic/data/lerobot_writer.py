@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prismatic.data.lerobot_meta import CHUNK_FILES, COUNTERS, NUMBERED
+from prismatic.data.made_once import made_of_staged
 from prismatic.data.staging import StagedEpisode, load_episode
-from prismatic.data.writer import made_of_staged
 from prismatic.errors import ConfigError
 from prismatic.filenames import LEROBOT_INFO
 from prismatic.image import decode_jpeg

@@ -24,9 +24,10 @@ import numpy as np
 
 from prismatic.data.dataset_folder import AGAIN, check_whole, dataset_name, find_dataset, listing
 from prismatic.data.keys import FLAG, find_keys, parse_data_keys, sentences
+from prismatic.data.made_once import cached, made_of_staged
 from prismatic.data.pictures import to_jpeg
 from prismatic.data.staging import StagedEpisode, load_episode, stage_episode
-from prismatic.data.writer import CacheWriter, cached, made_of_staged
+from prismatic.data.writer import CacheWriter
 from prismatic.errors import ConfigError
 from prismatic.image import decode_jpeg
 
