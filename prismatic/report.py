@@ -55,7 +55,7 @@ def _page(folder: Path, summary: Facts) -> bytes:
         funnel=summary.get("funnel") or {},
         filters=_filters(rows),
         sections=[
-            {"title": title, "cards": gallery.cards(folder, shown, limits), "left_out": left_out}
+            {"title": title, "cards": [gallery.card(folder, row, limits) for row in shown], "left_out": left_out}
             for title, shown, left_out in _sections(rows)
         ],
         protocol=[*facts.items(), *dict(protocol.get("versions") or {}).items()],

@@ -151,19 +151,20 @@ def build(before: Run, after: Run, result: Comparison) -> Path:
         ],
         filters=[{"name": "task", "choices": sorted({(task_id, f"{task_id} {words}") for _, task_id, words in tasks})}],
         sections=[
-            {"title": f"Only {winner} succeeded", "pairs": _pairs(runs, names, limits)}
+            {
+                "title": f"Only {winner} succeeded",
+                "pairs": [
+                    {letter: gallery.card(run.path, run.rows[name], limits) for letter, run in runs.items()}
+                    for name in shared
+                    if runs[winner].outcomes[name] and not runs[loser].outcomes[name]
+                ],
+            }
             for winner, loser in (("B", "A"), ("A", "B"))
-            if (names := [name for name in shared if runs[winner].outcomes[name] and not runs[loser].outcomes[name]])
         ],
         differences=_differences(before, after),
     )
     write_whole(path, page)
     return path
-
-
-def _pairs(runs: Mapping[str, Run], names: list[str], limits: list[float]) -> list[Facts]:
-    columns = [gallery.cards(run.path, [run.rows[name] for name in names], limits) for run in runs.values()]
-    return [dict(zip(runs, cards, strict=True)) for cards in zip(*columns, strict=True)]
 
 
 def _total(run: Run, shared: list[str]) -> Facts:

@@ -37,11 +37,6 @@ def render(template: str, **values: Any) -> bytes:
     return page.encode("utf-8", "replace")
 
 
-def cards(folder: Path, rows: Sequence[EpisodeResult], limits: Sequence[float]) -> list[Facts]:
-    """One card a row. limits: what `scales` gave, so that all cards of a page are drawn to one scale."""
-    return [_card(folder, row, limits) for row in rows]
-
-
 def filmed(folder: Path, rows: Sequence[EpisodeResult]) -> Iterator[str]:
     """Where the first success and the first failure with a video can be watched, a line each."""
     for success, label in ((True, "a success"), (False, "a failure")):
@@ -58,7 +53,8 @@ def scales(folders: Mapping[Path, Sequence[EpisodeResult]]) -> list[float]:
     return [float(limit) or 1.0 for limit in limits]
 
 
-def _card(folder: Path, row: EpisodeResult, limits: Sequence[float]) -> Facts:
+def card(folder: Path, row: EpisodeResult, limits: Sequence[float]) -> Facts:
+    """What pieces.jinja draws of an episode. limits: what `scales` gave, so that all cards of a page are drawn to one scale."""
     outcome = OUTCOMES[row.success]
     poster = poster_name(row.video) if row.video else None
     return {name: getattr(row, name) for name in row.__struct_fields__} | {
