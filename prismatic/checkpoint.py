@@ -168,11 +168,11 @@ def load_policy(
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     precision, backend = quantization.choose(folder / CONFIG, quantize, backend)
     stored = weights.stored_tensors(folder)
-    rounds_here = backend is not None and not quantization.saved_as(folder / CONFIG)
-    own = weights.stored_dtype(stored) if rounds_here else dtype  # rounded from the checkpoint's own numbers
+    rounding = None if quantization.saved_as(folder / CONFIG) else backend
+    own = weights.stored_dtype(stored) if rounding else dtype  # rounded from the checkpoint's own numbers
     vla = load_merged(folder, adapter_folder, dtype=own, device=device, **choice)
-    if rounds_here:
-        quantization.quantize(vla, precision, backend, dtype=dtype)
+    if rounding:
+        quantization.quantize(vla, precision, rounding, dtype=dtype)
     if vla.config.action_head != "tokens" and vla.config.action_dim != processor.action_dim:
         raise ConfigError(
             f"{checkpoint} answers with {vla.config.action_dim} numbers, but the statistics of {processor.config.unnorm_key} are of actions of "

@@ -168,8 +168,8 @@ class Processor:
             images = [image.center_crop(frame) for frame in images]
         if augmentations:
             images = [augment(frame) for augment, frame in zip(augmentations, images, strict=True)]
-        actions, proprio = torch.from_numpy(targets), self.proprio(state, dataset=dataset)
-        return Example(torch.tensor(ids), torch.tensor(labels), self.pixel_values(images), actions, proprio)
+        learnt, proprio = torch.from_numpy(targets), self.proprio(state, dataset=dataset)
+        return Example(torch.tensor(ids), torch.tensor(labels), self.pixel_values(images), learnt, proprio)
 
     @property
     def image_path(self) -> image.ImagePath:

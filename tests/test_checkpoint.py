@@ -138,12 +138,10 @@ def test_shards_are_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_folder_with_a_processor_allows_no_override(tiny: Path) -> None:
     load_policy(tiny, unnorm_key="demo", center_crop=True, device="cpu")
-    for override, sentence in (
-        ({"center_crop": False}, "center_crop False contradicts"),
-        ({"unnorm_key": "bridge"}, "bridge is not there"),
-    ):
-        with pytest.raises(ConfigError, match=sentence):
-            load_policy(tiny, device="cpu", **override)
+    with pytest.raises(ConfigError, match="center_crop False contradicts"):
+        load_policy(tiny, center_crop=False, device="cpu")
+    with pytest.raises(ConfigError, match="bridge is not there"):
+        load_policy(tiny, unnorm_key="bridge", device="cpu")
 
 
 @pytest.mark.parametrize(
