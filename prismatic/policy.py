@@ -138,29 +138,6 @@ class VLAPolicy(Policy):
             raise PolicyError("the policy answered with NaN or infinity: its weights or statistics are damaged")
         return actions.astype(np.float32)  # (B, K, 7)
 
-    def action_ids(
-        self,
-        frames: Frames,
-        instructions: Sequence[str],
-        wrists: Frames | None = None,
-        *,
-        episodes: Sequence[Hashable] | None = None,
-    ) -> np.ndarray:
-        """Of the head that decodes token by token: (B, 7) ids of the answers to B frames."""
-        input_ids, mask, pixels = self._inputs(frames, instructions, wrists)
-        names = [None] * len(input_ids) if episodes is None else list(episodes)
-        remembered = any(name in self._last for name in names)
-        draft = self._draft(names) if self.drafting and remembered else None
-        answer = self.decoder(input_ids, pixels, self.processor.action_dim, mask, draft)
-        ids = answer.ids.cpu()
-        self.last_margins = answer.margins.amin(dim=1).cpu().numpy()
-        self.counts.update(actions=len(ids), calls=1, passes=answer.forward_passes)
-        if draft is not None:
-            self.counts["accepted"] += int((draft == ids).cumprod(dim=1).sum())
-        if self.drafting:
-            self._remember(names, ids)
-        return ids.numpy()
-
     @torch.inference_mode()
     def raw_chunks(
         self,
@@ -172,9 +149,10 @@ class VLAPolicy(Policy):
         episodes: Sequence[Hashable] | None = None,
     ) -> np.ndarray:
         """(B, K, 7) as the head answers: token ids, or of a regression normalised numbers. A head of chunks has nothing to draft."""
-        if self.processor.config.action_head == "tokens":
-            return self.action_ids(frames, instructions, wrists, episodes=episodes)[:, None]
         input_ids, mask, pixels = self._inputs(frames, instructions, wrists)
+        if self.processor.config.action_head == "tokens":
+            names = [None] * len(input_ids) if episodes is None else list(episodes)
+            return self._decoded(input_ids, mask, pixels, names)[:, None]
         proprio = self.processor.proprio(states)
         hidden = self.vla.before_actions(input_ids, pixels, None if proprio is None else proprio.to(self.device), mask)
         self.counts.update(actions=len(hidden) * self.num_actions_chunk, calls=1, passes=1)
@@ -184,6 +162,22 @@ class VLAPolicy(Policy):
         ids, margins = best_tokens(self.vla, hidden)
         self.last_margins = margins.amin(dim=1).cpu().numpy()
         return self.vla.chunks(ids).cpu().numpy()
+
+    def _decoded(
+        self, input_ids: torch.Tensor, mask: torch.Tensor, pixels: torch.Tensor, names: Sequence[Hashable]
+    ) -> np.ndarray:
+        """(B, 7) ids, token by token, drafted from what each named episode was answered last."""
+        remembered = any(name in self._last for name in names)
+        draft = self._draft(names) if self.drafting and remembered else None
+        answer = self.decoder(input_ids, pixels, self.processor.action_dim, mask, draft)
+        ids = answer.ids.cpu()
+        self.last_margins = answer.margins.amin(dim=1).cpu().numpy()
+        self.counts.update(actions=len(ids), calls=1, passes=answer.forward_passes)
+        if draft is not None:
+            self.counts["accepted"] += int((draft == ids).cumprod(dim=1).sum())
+        if self.drafting:
+            self._remember(names, ids)
+        return ids.numpy()
 
     def _inputs(
         self, frames: Frames, instructions: Sequence[str], wrists: Frames | None

@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +55,7 @@ def test_it_equals_the_policy_and_the_training_path(policy: VLAPolicy, cache: Fr
     true = processor.action_ids(np.stack([step.actions[0] for step in steps]))
     pictures = [(decode_jpeg(step.image), decode_jpeg(step.wrist or b"")) for step in steps]
     answers = [
-        policy.action_ids([front], [step.instruction], [wrist])[0]
+        policy.raw_chunks([front], [step.instruction], [wrist])[0, 0]
         for (front, wrist), step in zip(pictures, steps, strict=True)
     ]
     acted = splits["validation"]["policy"]
@@ -87,14 +86,8 @@ def test_an_inference_path_that_is_right_agrees_and_a_wrong_one_does_not(
 ) -> None:
     right = open_loop(policy, cache, frames=6)["splits"]["validation"]
     assert right["same_first_id"] == 1.0
-    whole = policy.action_ids
-
-    def upside_down(
-        frames: list[np.ndarray], instructions: list[str], wrists: list[np.ndarray], **_: Any
-    ) -> np.ndarray:
-        return whole([frame[::-1, ::-1] for frame in frames], instructions, wrists)
-
-    monkeypatch.setattr(policy, "action_ids", upside_down)
+    whole = policy.raw_chunks
+    monkeypatch.setattr(policy, "raw_chunks", lambda frames, *more: whole([f[::-1, ::-1] for f in frames], *more))
     assert open_loop(policy, cache, frames=6)["splits"]["validation"]["same_first_id"] < 1.0
 
 
@@ -102,7 +95,7 @@ def test_recorded_answers_are_all_right(policy: VLAPolicy, cache: FrameCache, mo
     answers = iter(recorded_steps(cache))
     encode = policy.processor.action_ids
     monkeypatch.setattr(
-        policy, "action_ids", lambda frames, *rest, **_: encode(np.stack([next(answers).actions[0] for _ in frames]))
+        policy, "raw_chunks", lambda frames, *_: encode(np.stack([next(answers).actions[:1] for _ in frames]))
     )
     training = np.empty(0, dtype=np.int64)
     monkeypatch.setattr(cache, "train_indices", lambda **_: training)
@@ -121,7 +114,7 @@ def test_of_a_head_that_answers_with_chunks_both_paths_agree(
     config = dataclasses.replace(policy.vla.config, action_head=head, num_actions_chunk=3)
     options = dataclasses.replace(policy.processor.config, action_head=head, num_actions_chunk=3)
     processor = Processor(options, policy.processor.tokenizer, policy.processor.statistics)
-    chunked = VLAPolicy(VLA(config).eval(), processor, lambda policy: {})
+    chunked = VLAPolicy(VLA(config).eval(), processor, {})
     cache = drawn(tmp_path / "cache", (2, 3, 4, 5))
     splits = open_loop(chunked, cache, frames=6)["splits"]
     assert splits["validation"]["frames"] == 5  # of 7 steps, those that have a whole chunk
