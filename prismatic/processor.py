@@ -210,10 +210,6 @@ class Processor:
         smallest = 0.0 if self.config.action_head == "tokens" else normalize.SMALLEST_RANGE
         return normalize.unnormalize(values, self.action_statistics(), smallest_range=smallest)
 
-    def action_ids(self, actions: np.ndarray, *, dataset: str | None = None) -> np.ndarray:
-        """(..., D) actions in a data set's units (None: config.unnorm_key's) → (..., D) int64 ids, the inverse of `actions`."""
-        return self.action_tokenizer.encode(normalize.normalize(actions, self.action_statistics(dataset)))
-
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Right-pad samples into a batch."""
         pad = torch.nn.utils.rnn.pad_sequence

@@ -13,6 +13,7 @@ from prismatic.data.frames import FrameCache, Step
 from prismatic.episodes.open_loop import open_loop
 from prismatic.image import center_crop, decode_jpeg, encode_jpeg
 from prismatic.models.vla import VLA, VLAOutput
+from prismatic.normalize import normalize
 from prismatic.policy import VLAPolicy
 from prismatic.processor import Processor
 from prismatic.training.metrics import action_errors, measure
@@ -47,12 +48,16 @@ def recorded_steps(cache: FrameCache) -> list[Step]:
     return [cache[int(frame)] for frame in cache.validation_indices()]
 
 
+def recorded_ids(processor: Processor, actions: list[np.ndarray]) -> np.ndarray:
+    return processor.action_tokenizer.encode(normalize(np.stack(actions), processor.action_statistics()))
+
+
 def test_it_equals_the_policy_and_the_training_path(policy: VLAPolicy, cache: FrameCache) -> None:
     splits = open_loop(policy, cache, frames=100)["splits"]
     assert {name: split["frames"] for name, split in splits.items()} == {"train": 2 + 3 + 4, "validation": 6}
     processor, steps = policy.processor, recorded_steps(cache)
     tokenizer = processor.action_tokenizer
-    true = processor.action_ids(np.stack([step.actions[0] for step in steps]))
+    true = recorded_ids(processor, [step.actions[0] for step in steps])
     pictures = [(decode_jpeg(step.image), decode_jpeg(step.wrist or b"")) for step in steps]
     answers = [
         policy.raw_chunks([front], [step.instruction], [wrist])[0, 0]
@@ -93,9 +98,10 @@ def test_an_inference_path_that_is_right_agrees_and_a_wrong_one_does_not(
 
 def test_recorded_answers_are_all_right(policy: VLAPolicy, cache: FrameCache, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter(recorded_steps(cache))
-    encode = policy.processor.action_ids
     monkeypatch.setattr(
-        policy, "raw_chunks", lambda frames, *_: encode(np.stack([next(answers).actions[:1] for _ in frames]))
+        policy,
+        "raw_chunks",
+        lambda frames, *_: recorded_ids(policy.processor, [next(answers).actions[:1] for _ in frames]),
     )
     training = np.empty(0, dtype=np.int64)
     monkeypatch.setattr(cache, "train_indices", lambda **_: training)
