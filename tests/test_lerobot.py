@@ -22,10 +22,10 @@ from huggingface_hub.utils import filter_repo_objects
 
 from prismatic.data import lerobot, video
 from prismatic.data.frames import FrameCache
+from prismatic.data.jpegs import _pixels
 from prismatic.data.keys import DataKeys, find_keys
 from prismatic.data.lerobot_meta import DATA_FILES, EPISODE_FILES, LeRobotFolder
 from prismatic.data.mixture import open_cache
-from prismatic.data.pictures import _pixels
 from prismatic.errors import ConfigError
 from prismatic.filenames import LEROBOT_INFO
 from prismatic.image import decode_jpeg, jpeg_round_trip

@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from prismatic.data.dataset_folder import AGAIN, is_lerobot, listing
+from prismatic.data.jpegs import to_jpeg
 from prismatic.data.keys import DataKeys, find_keys, parse_data_keys, sentences
 from prismatic.data.lerobot_meta import COUNTERS, DATA_FILES, LeRobotFolder, read_table
 from prismatic.data.made_once import cached
-from prismatic.data.pictures import to_jpeg
 from prismatic.data.video import frames_at
 from prismatic.data.writer import CacheWriter
 from prismatic.errors import ConfigError

@@ -23,9 +23,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from prismatic.data.dataset_folder import AGAIN, check_whole, dataset_name, find_dataset, listing
+from prismatic.data.jpegs import to_jpeg
 from prismatic.data.keys import FLAG, find_keys, parse_data_keys, sentences
 from prismatic.data.made_once import cached, made_of_staged
-from prismatic.data.pictures import to_jpeg
 from prismatic.data.staging import StagedEpisode, load_episode, stage_episode
 from prismatic.data.writer import CacheWriter
 from prismatic.errors import ConfigError
