@@ -37,7 +37,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         (bench.BenchInferConfig(batch_sizes=(1, 0)), "--batch_sizes (1, 0): expected a whole number >= 1"),
         (bench.BenchInferConfig(quantize=()), "--quantize is empty"),
         (bench.BenchTrainConfig(memory_cap_gib=-2.5), "--memory_cap_gib -2.5: expected a number > 0"),
-        (bench.BenchMemoryConfig(cards=(24.0, float("nan"))), "--cards nan: give a finite number"),
+        (bench.BenchMemoryConfig(cards=(24.0, float("nan"))), "--cards (24.0, nan): expected a number > 0"),
         (bench.BenchInferConfig(plot=Path("latency.txt")), "--plot latency.txt is no picture's name"),
         (bench.BenchInferConfig(plot=Path("nowhere/latency.png")), "--plot nowhere/latency.png can't be written"),
         (bench.BenchMemoryConfig(json=Path(".")), "--json . can't be written"),
