@@ -70,33 +70,23 @@ def main(cfg: ExportConfig) -> Path:
         )
     quantize.refuse(base / CONFIG, "export.py starts from weights that are not")
     refuse_a_second_merge(base, adapter)
-    processor, statistics = exported_processor(cfg, base, adapter)
-    stored = weights.stored_tensors(base)
-    own = weights.stored_dtype(stored)
-    dtype = getattr(torch, cfg.dtype) if cfg.dtype else own
+    processor = exported_processor(cfg, base, adapter)
+    own = weights.stored_dtype(weights.stored_tensors(base))
+    dtype, is_whole = getattr(torch, cfg.dtype) if cfg.dtype else own, cfg.quantize == "none"
     # Quantised from the checkpoint's own numbers, as load_policy does.
-    vla = files.load_merged(base, adapter, dtype=dtype if cfg.quantize == "none" else own, **cfg.choice())
+    vla = files.load_merged(base, adapter, dtype=dtype if is_whole else own, **cfg.choice())
     parameters = sum(p.numel() for p in vla.parameters())
+    how: dict[str, Any] = {"dtype": dtype, "precision": cfg.quantize, "published": is_whole, "tokenizer_from": base}
     try:
-        files.save_checkpoint(
-            cfg.output,
-            vla,
-            processor=processor,
-            statistics=statistics,
-            tokenizer_from=base,
-            dtype=dtype,
-            precision=cfg.quantize,
-            published=cfg.quantize == "none",
-        )
+        files.save_checkpoint(cfg.output, vla, processor=processor, statistics=processor.statistics, **how)
     except OSError as error:
         raise ConfigError(
             f"--output {cfg.output} can't be written ({error}): free some space or give another folder"
         ) from None
-    number = dtype if cfg.quantize == "none" else f"{cfg.quantize} and {dtype}"
     size = sum(file.stat().st_size for file in cfg.output.glob("*.safetensors"))
     print(
-        f"{cfg.output}: {parameters:,} parameters in {number}, {size:,} bytes ({size / (4 * parameters):.1%} of float32), "
-        f"statistics of {', '.join(statistics)}"
+        f"{cfg.output}: {parameters:,} parameters in {dtype if is_whole else f'{cfg.quantize} and {dtype}'}, {size:,} bytes "
+        f"({size / (4 * parameters):.1%} of float32), statistics of {', '.join(processor.statistics)}"
     )
     return cfg.output
 
@@ -110,17 +100,15 @@ def refuse_a_second_merge(base: Path, adapter: Path | None) -> None:
         raise ConfigError(f"{adapter} is merged into {base} already: use {base} as it is")
 
 
-def exported_processor(cfg: ExportConfig, base: Path, adapter: Path | None) -> tuple[Processor, dict]:
+def exported_processor(cfg: ExportConfig, base: Path, adapter: Path | None) -> Processor:
     """The adapter's processor where there is one; statistics of both. A foreign checkpoint with several keys leaves the choice open."""
     statistics = base_statistics(base)
     if adapter is not None and (adapter / STATISTICS).exists():
         statistics |= load_statistics(adapter)
+    statistics = statistics or load_statistics(base)  # which says what is missing
     known = any((folder / PROCESSOR).exists() for folder in (adapter, base) if folder is not None)
-    if not statistics:
-        load_statistics(base)  # says what is missing
-    key = cfg.unnorm_key
-    if not known and key is None:
-        key = next(iter(statistics))  # to build a processor at all; taken out again below
+    # to build a processor at all; taken out again below
+    key = cfg.unnorm_key or (None if known else next(iter(statistics)))
     processor = load_processor(base, adapter, unnorm_key=key, center_crop=cfg.center_crop, **cfg.choice())
     config = dataclasses.replace(
         processor.config,
@@ -129,7 +117,7 @@ def exported_processor(cfg: ExportConfig, base: Path, adapter: Path | None) -> t
         base_fingerprint="",
         merged_adapter=files.adapter_fingerprint(adapter) if adapter is not None else processor.config.merged_adapter,
     )
-    return Processor(config, processor.tokenizer, statistics), statistics
+    return Processor(config, processor.tokenizer, statistics)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from prismatic.data.examples import DrawBatches, Examples
 from prismatic.data.loader import batches
 from prismatic.errors import exit_codes
 from prismatic.filenames import FIRST_BATCH, LATEST
+from prismatic.models.lora_dtype import cast_once
 from prismatic.ranges import check_folder_name, checked
 from prismatic.training import first_batch, setup
 from prismatic.training.display import Display
@@ -83,9 +84,10 @@ def train(cfg: FinetuneConfig, run: setup.TrainingRun, display: Display) -> None
         progress.learning_rate = schedule(step)
         for group in run.optimizer.param_groups:
             group["lr"] = progress.learning_rate
-        metrics = Metrics(**backward(
-            model, micro_batches, measure=measure, autocast=run.autocast, no_sync=no_sync(model), mean=ranks.mean
-        ))  # fmt: skip
+        with cast_once(run.vla):
+            metrics = Metrics(**backward(
+                model, micro_batches, measure=measure, autocast=run.autocast, no_sync=no_sync(model), mean=ranks.mean
+            ))  # fmt: skip
         metrics.grad_norm = clip_gradients(run.vla.parameters(), cfg.max_grad_norm)
         progress.step, validated = step + 1, {}
         if metrics.is_finite():

@@ -8,14 +8,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
-import msgspec
 import peft
 from msgspec import Meta
 
 from prismatic.errors import ConfigError
 from prismatic.filenames import ADAPTER_CONFIG
-from prismatic.ranges import Share, wanted
-from prismatic.records import COPY_AGAIN, read_object
+from prismatic.ranges import Share
+from prismatic.records import COPY_AGAIN, fields_of, read_object
 
 Rank = Annotated[int, Meta(ge=1, le=2**14)]
 Alpha = Annotated[float, Meta(gt=0, le=1e6)]  # some tools write 16.0
@@ -54,11 +53,7 @@ def read_adapter_config(folder: Path, adapted: Collection[str]) -> peft.LoraConf
     """
     path = folder / ADAPTER_CONFIG
     raw = read_object(path)
-    try:
-        fields = msgspec.convert(raw, HonouredFields)
-    except msgspec.ValidationError as error:
-        message, _, place = str(error).partition(" - at `$.")
-        raise ConfigError(f"{path}: {place.rstrip('`') or 'the whole'}: {wanted(message)}: {COPY_AGAIN}") from None
+    fields = fields_of(raw, HonouredFields, str(path))
     for name in ("r", "lora_alpha", "target_modules"):
         if name not in fields:
             raise ConfigError(f"{path}: {name} is missing: {COPY_AGAIN}")
@@ -72,20 +67,14 @@ def read_adapter_config(folder: Path, adapted: Collection[str]) -> peft.LoraConf
                     f"{path}: init_lora_weights {value!r:.40} changes the base's weights, which are not in the folder: convert it to a plain "
                     "adapter with peft (save_pretrained, path_initial_model_for_weight_conversion)"
                 )
-        elif (
-            name not in HonouredFields.__annotations__
-            and name not in INDIFFERENT
-            and value
-            and value != PLAIN.get(name)
-        ):
+        elif name not in (*HonouredFields.__annotations__, *INDIFFERENT) and value and value != PLAIN.get(name):
             raise ConfigError(
                 f"{path}: {name} is {value!r:.60}, but only plain LoRA is built here: merge it with peft first"
             )
     given: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
     if isinstance(given["target_modules"], str) or any(given.get(name) not in (None, [], "") for name in PATTERNS):
-        given = {name: value for name, value in given.items() if name not in PATTERNS} | {
-            "target_modules": sorted(adapted)
-        }
+        given = {name: value for name, value in given.items() if name not in PATTERNS}
+        given["target_modules"] = sorted(adapted)
     try:
         return peft.LoraConfig(**given, init_lora_weights="gaussian")  # type: ignore[arg-type]
     except (ValueError, TypeError) as error:

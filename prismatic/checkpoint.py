@@ -92,7 +92,7 @@ def load_vla(
     weights.fill(vla, stored, dtype=dtype, device=device)
     weights.fill(vla, heads, dtype=adapter_dtype or dtype, device=device)
     if saved:
-        return quantization.finish(vla, dtype)
+        return vla.requires_grad_(False)
     if adapter is not None:
         from prismatic.adapter import load_adapter  # here, because peft takes seconds to import
 
@@ -122,7 +122,7 @@ def load_merged(folder: Path, adapter: Path | None, *, dtype: torch.dtype, devic
     """As load_vla, with the adapter merged in float32, for acting and for export.py: a folder and its export answer alike."""
     vla = load_vla(folder, adapter, dtype=dtype, device=device, adapter_dtype=torch.float32, **choice)
     if adapter is not None:
-        from prismatic.models.lora_weights import merge_lora
+        from prismatic.adapter import merge_lora
 
         merge_lora(vla)
     for part in HEADS:

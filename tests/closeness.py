@@ -14,11 +14,12 @@ from PIL import Image
 
 from action_tokenizer import ActionTokenizer
 from prismatic import image, normalize
+from prismatic.adapter import merge_lora
 from prismatic.augmentation import Augmentation
 from prismatic.checkpoint import load_vla
 from prismatic.dataset_statistics import load_statistics
-from prismatic.models.lora_weights import merge_lora
 from prismatic.models.vision import patch_features
+from prismatic.models.vla import VLA
 from tests import original_oft
 from tests.conftest import EXCERPT, FULL, OFT_EXCERPT, OFT_FULL
 from tests.original import MEANS, STDS, cases, last_nine
@@ -26,64 +27,48 @@ from tests.original import MEANS, STDS, cases, last_nine
 Row = tuple[str, str, str]  # what, largest difference, tolerance
 
 
-def largest(mine: object, theirs: object) -> str:
-    return f"{np.abs(np.asarray(mine, np.float64) - np.asarray(theirs, np.float64)).max():.1e}"
+def near(what: str, mine: object, theirs: object, tolerance: str) -> Row:
+    return what, f"{np.abs(np.asarray(mine, np.float64) - np.asarray(theirs, np.float64)).max():.1e}", tolerance
+
+
+def gradients(what: str, vla: VLA, names: np.ndarray, norms: np.ndarray) -> Row:
+    """Of the gradients that a loss left: the largest relative difference of a norm."""
+    mine = {name: p.grad.norm().item() for name, p in vla.named_parameters() if p.grad is not None}
+    given = zip(names.tolist(), norms.tolist(), strict=True)
+    relative = max(abs(mine[name] - norm) / norm for name, norm in given if norm > 1e-6)
+    return f"{what}gradient norm of each of {len(mine)} parameters, relative", f"{relative:.1e}", "1e-3"
 
 
 def model(folder: Path) -> Iterator[Row]:
-    arrays = np.load(folder / "forward.npz")
+    arrays, lora = np.load(folder / "forward.npz"), np.load(folder / "lora.npz")
     batch = {name: torch.from_numpy(arrays[name]) for name in ("input_ids", "attention_mask", "pixel_values", "labels")}
-    batch["pixel_values"] = batch["pixel_values"].float()
+    seen = batch["pixel_values"] = batch["pixel_values"].float()
     vla = load_vla(folder / "checkpoint")
+    towers, valid = vla.vision_backbone, arrays["valid_mask"]
     with torch.inference_mode():
-        towers = (
-            (vla.vision_backbone.featurizer, batch["pixel_values"][:, :3]),
-            (vla.vision_backbone.fused_featurizer, batch["pixel_values"][:, 3:]),
+        dino, siglip = (
+            patch_features(towers.featurizer, seen[:, :3]),
+            patch_features(towers.fused_featurizer, seen[:, 3:]),
         )
-        yield "DINOv2 patch features", largest(patch_features(*towers[0]), arrays["dino_patches"]), "1e-4"
-        yield "SigLIP patch features", largest(patch_features(*towers[1]), arrays["siglip_patches"]), "1e-4"
-        yield (
-            "projector",
-            largest(vla.projector(vla.vision_backbone(batch["pixel_values"])), arrays["projector_features"]),
-            "5e-5",
-        )
+        yield near("DINOv2 patch features", dino, arrays["dino_patches"], "1e-4")
+        yield near("SigLIP patch features", siglip, arrays["siglip_patches"], "1e-4")
+        yield near("projector", vla.projector(towers(seen)), arrays["projector_features"], "5e-5")
         out = vla(**batch, all_logits=True)
-    valid = arrays["valid_mask"]
-    yield (
-        "logits of the action tokens",
-        largest(out.logits.numpy()[..., 31744:32000][valid], arrays["logits_action"][valid]),
-        "3e-4",
-    )
-    assert out.loss is not None
-    yield "loss (against float64)", largest(out.loss.item(), arrays["loss_float64"]), "1e-4"
-    loss = vla(**batch).loss
-    assert loss is not None
-    loss.backward()
-    norms = {name: p.grad.norm().item() for name, p in vla.named_parameters() if p.grad is not None}
-    relative = max(
-        abs(norms[name] - norm) / norm
-        for name, norm in zip(arrays["grad_names"].tolist(), arrays["grad_norms"].tolist(), strict=True)
-        if norm > 1e-6
-    )
-    yield f"gradient norm of each of {len(norms)} parameters, relative", f"{relative:.1e}", "1e-3"
-    given = np.load(folder / "lora.npz")
+    logits = out.logits.numpy()[..., 31744:32000][valid]
+    yield near("logits of the action tokens", logits, arrays["logits_action"][valid], "3e-4")
+    yield near("loss (against float64)", out.loss.item(), arrays["loss_float64"], "1e-4")
+    vla(**batch).loss.backward()
+    yield gradients("", vla, arrays["grad_names"], arrays["grad_norms"])
     adapted = load_vla(folder / "checkpoint", folder / "lora_adapter")
-    yield (
-        "logits with an adapter of the original",
-        largest(last_nine(adapted, batch, folder)[1], given["logits_last9_action"]),
-        "3e-4",
-    )
-    yield (
-        "the same, merged",
-        largest(last_nine(merge_lora(adapted), batch, folder)[1], given["logits_merged_last9_action"]),
-        "3e-4",
-    )
+    logits = last_nine(adapted, batch, folder)[1]
+    yield near("logits with an adapter of the original", logits, lora["logits_last9_action"], "3e-4")
+    logits = last_nine(merge_lora(adapted), batch, folder)[1]
+    yield near("the same, merged", logits, lora["logits_merged_last9_action"], "3e-4")
     answers, expected = np.load(folder / "generate.npz"), cases(folder)
     statistics, wrong, off = load_statistics(folder / "checkpoint"), 0, 0.0
     for number, (case, pixels) in enumerate(expected):
-        ids = vla.generate_action_ids(
-            torch.tensor([case["processor_input_ids"]]), pixels[None], len(case["generated_ids"])
-        )[0].numpy()
+        prompt = torch.tensor([case["processor_input_ids"]])
+        ids = vla.generate_action_ids(prompt, pixels[None], len(case["generated_ids"]))[0].numpy()
         wrong += int((ids != answers[f"generated_ids_{number}"]).sum())
         action = normalize.unnormalize(ActionTokenizer().decode(ids), statistics[case["unnorm_key"]]["action"])
         off = max(off, float(np.abs(action - answers[f"action_{number}"]).max()))
@@ -108,17 +93,12 @@ def pixels(folder: Path) -> Iterator[Row]:
     lut = arrays["pixel_value_lut"]
     crop = [arrays[f"{n}__center_crop_224"] for n in names]
     expected = [np.stack([lut[c][picture[..., c % 3]] for c in range(6)]) for picture in crop]
-    yield (
-        "pixel_values",
-        max(largest(image.normalize_pixels(p, MEANS, STDS), e) for p, e in zip(crop, expected, strict=True)),
-        "1e-6",
-    )
+    yield near("pixel_values", [image.normalize_pixels(picture, MEANS, STDS) for picture in crop], expected, "1e-6")
     given, share = np.load(folder / "augment.npz"), 0.0
     for i, name in enumerate(given["names"]):
         y1, x1, y2, x2 = given[f"{name}__crop_box"].tolist()
-        rest = (
-            float(given[key][i]) for key in ("brightness_delta", "contrast_factor", "saturation_factor", "hue_delta")
-        )
+        names_of_the_rest = ("brightness_delta", "contrast_factor", "saturation_factor", "hue_delta")
+        rest = (float(given[key][i]) for key in names_of_the_rest)
         mine = Augmentation((y1, x1, y2, x2), *rest)(arrays[f"{name}__resize_224"])
         share = max(share, float(np.mean(mine != given[f"{name}__out"])))
     yield "augmentation: share of values off by one", f"{share:.1e}", "1e-3"
@@ -134,7 +114,7 @@ def numbers(folder: Path) -> Iterator[Row]:
     said = json.loads((folder / "rlds_pipeline.json").read_text())["episode_instructions_in_order"]
     kept = given["raw_action"][np.repeat([text != "" for text in said], given["episode_lengths"])]
     mine = normalize.normalize(normalize.gripper_open_is_one(kept), entry["action"])
-    yield "normalised actions of the RLDS set", largest(mine, given["train_action"]), "0"
+    yield near("normalised actions of the RLDS set", mine, given["train_action"], "0")
 
 
 def oft(folders: tuple[Path, Path], place: Path) -> Iterator[Row]:
@@ -147,22 +127,20 @@ def oft(folders: tuple[Path, Path], place: Path) -> Iterator[Row]:
         out = vla(**original_oft.batch(arrays, variant))
         assert out.loss is not None and out.actions is not None
         out.loss.backward()
+        of = {key.removesuffix(f"_{variant}"): array for key, array in arrays.items() if key.endswith(f"_{variant}")}
         if kind == "l1":
-            yield f"{name}: hidden states", largest(seen.into_head, arrays[f"actions_hidden_states_{variant}"]), "2e-4"
-            yield f"{name}: actions", largest(out.actions.detach(), arrays[f"predicted_actions_{variant}"]), "2e-4"
+            yield near(f"{name}: hidden states", seen.into_head, of["actions_hidden_states"], "2e-4")
+            yield near(f"{name}: actions", out.actions.detach(), of["predicted_actions"], "2e-4")
         else:
-            at = torch.from_numpy(arrays[f"action_position_{variant}"])[..., None]
+            at = torch.from_numpy(of["action_position"])[..., None]
             with torch.inference_mode():
                 logits = vla.language_model.lm_head(torch.take_along_dim(seen.last, at, dim=1))
             logits = logits[..., vla.tokenizer.first_id : vla.tokenizer.vocab_size]
-            yield f"{name}: logits of the action tokens", largest(logits, arrays[f"logits_action_{variant}"]), "5e-4"
-            wrong = int((np.abs(out.actions.numpy() - arrays[f"decoded_actions_{variant}"]) > 1e-6).sum())
+            yield near(f"{name}: logits of the action tokens", logits, of["logits_action"], "5e-4")
+            wrong = int((np.abs(out.actions.numpy() - of["decoded_actions"]) > 1e-6).sum())
             yield f"{name}: actions that differ", str(wrong), "0"
-        yield f"{name}: loss (against float64)", largest(out.loss.item(), arrays[f"loss_float64_{variant}"]), "1e-4"
-        given = zip(arrays[f"grad_names_{variant}"].tolist(), arrays[f"grad_norms_{variant}"].tolist(), strict=True)
-        norms = {name: p.grad.norm().item() for name, p in vla.named_parameters() if p.grad is not None}
-        relative = max(abs(norms[name] - norm) / norm for name, norm in given if norm > 1e-6)
-        yield f"{name}: gradient norm of each of {len(norms)} parameters, relative", f"{relative:.1e}", "1e-3"
+        yield near(f"{name}: loss (against float64)", out.loss.item(), of["loss_float64"], "1e-4")
+        yield gradients(f"{name}: ", vla, of["grad_names"], of["grad_norms"])
 
 
 def show(rows: Iterable[Row]) -> None:

@@ -64,18 +64,23 @@ def _pretended() -> Iterator[None]:
 
 
 def generated_code(function: Callable[..., Any], *arguments: torch.Tensor) -> str:
-    """What torch.compile would run on the GPU for these (fake) arguments."""
-    graph, codes = make_fx(function)(*arguments), []
+    """The calls that torch.compile would make on the GPU for these (fake) arguments."""
+    with mock.patch("torch.compiler.is_compiling", return_value=True):
+        graph, codes = make_fx(function)(*arguments), []
 
     def stop(lowered: GraphLowering) -> None:
         codes.append(lowered.codegen()[0].value)
         raise _Done
 
-    settings = {"fx_graph_cache": False, "compile_threads": 1, "shape_padding": False}
-    with _pretended(), inductor.patch(settings), mock.patch.object(GraphLowering, "compile_to_module", stop):
+    settings = {name: False for name in ("fx_graph_cache", "shape_padding", "joint_graph_constant_folding")}
+    with (
+        _pretended(),
+        inductor.patch(settings | {"compile_threads": 1}),
+        mock.patch.object(GraphLowering, "compile_to_module", stop),
+    ):
         try:
             compile_fx(graph, list(arguments))
         except Exception:
             if not codes:
                 raise
-    return codes[0]
+    return codes[0].partition("def call(")[2].partition("runner = Runner")[0]

@@ -19,8 +19,8 @@ from prismatic.models.tiny import random_vla
 from prismatic.processor_files import load_processor
 from tests.conftest import REPOSITORY
 from tests.drawn_cache import write_cache
+from tests.drawn_checkpoint import TINY_OFT, saved
 from tests.drawn_episodes import drawn_episode
-from tests.drawn_oft import CONFIG, saved
 
 BASE = REPOSITORY / "checkpoints" / "openvla-tiny"
 
@@ -63,7 +63,7 @@ def test_a_model_that_does_not_look_is_bad(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def l1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an L1 head that reads two images and a state of 5 numbers, and learnt from "demo"."""
-    return saved(tmp_path_factory.mktemp("l1") / "own", random_vla(CONFIG, seed=1))
+    return saved(tmp_path_factory.mktemp("l1") / "own", random_vla(TINY_OFT, seed=1))
 
 
 def told(cfg: DoctorConfig) -> list[tuple[bool | None, str]]:
@@ -97,7 +97,7 @@ def test_a_head_that_would_be_played_wrong_is_bad(
 
 
 def test_a_published_folder_s_assumptions_are_said(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "published", random_vla(CONFIG, seed=1), foreign=True)
+    folder = saved(tmp_path / "published", random_vla(TINY_OFT, seed=1), foreign=True)
     assumed, chosen = (str(told(DoctorConfig(checkpoint=str(folder), num_actions_chunk=n))) for n in (None, 4))
     assert "doesn't say num_actions_chunk: 8 is assumed" in assumed
     assert "chunks of 4 actions" in chosen and "num_actions_chunk: " not in chosen

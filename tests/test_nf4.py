@@ -7,44 +7,25 @@ from typing import Any
 import pytest
 import torch
 
-from prismatic.adapter import save_adapter
-from prismatic.checkpoint import load_vla, save_checkpoint
+from prismatic.adapter import lora_state_dict, save_adapter
+from prismatic.checkpoint import load_vla
 from prismatic.models.checkpointing import checkpoint_activations
 from prismatic.models.lora import add_lora, lora_layers
-from prismatic.models.lora_weights import lora_state_dict
 from prismatic.models.nf4 import BYTES_PER_VALUE, quantised_linears
-from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
-from prismatic.processor import Processor, ProcessorConfig
+from prismatic.models.tiny import TINY, random_vla
 from prismatic.training.optimizer import make_optimizer
 from tests.drawn_batch import BATCH
+from tests.drawn_checkpoint import drawn_processor, saved
 
 bitsandbytes: Any = importlib.import_module("bitsandbytes")  # exports without saying so
 
-ENTRY = {"action": {name: [value] * 7 for name, value in (("q01", -1.0), ("q99", 1.0), ("min", -1.0), ("max", 1.0))}}
-
 
 @pytest.fixture(scope="module")
-def processor() -> Processor:
-    config = ProcessorConfig.for_model(TINY, unnorm_key="demo", center_crop=True, base_model="base")
-    return Processor(config, tiny_tokenizer(["put it there"]), {"demo": ENTRY})
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("place") / "base", random_vla(TINY, seed=0))
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, processor: Processor) -> Path:
-    folder = tmp_path_factory.mktemp("place") / "base"
-    processor.tokenizer.save_pretrained(folder.parent / "words")
-    save_checkpoint(
-        folder,
-        random_vla(TINY, seed=0),
-        processor=processor,
-        statistics=processor.statistics,
-        tokenizer_from=folder.parent / "words",
-        dtype=torch.float32,
-    )
-    return folder
-
-
-def test_linear_maps_are_packed_and_nothing_else(base: Path) -> None:
+def test_linear_layers_are_packed_and_nothing_else(base: Path) -> None:
     plain, packed, packed_values = load_vla(base), load_vla(base, nf4=True), 0
     for name, module in plain.named_modules():
         now: Any = packed.get_submodule(name)
@@ -61,15 +42,13 @@ def test_linear_maps_are_packed_and_nothing_else(base: Path) -> None:
             for mine, theirs in zip(now.parameters(False), module.parameters(False), strict=True):
                 assert torch.equal(mine, theirs)
     assert packed_values == sum(linear.weight.numel() for _, linear in quantised_linears(plain, on_cpu=True))
-    everything = {name for name, _ in quantised_linears(plain, on_cpu=False)}
-    assert "vision_backbone.fused_featurizer.blocks.0.mlp.fc2" in everything and "projector.fc1" in everything
-    assert not any(name.endswith("lm_head") for name in everything)
+    on_a_gpu = {name for name, _ in quantised_linears(plain, on_cpu=False)}
+    assert "vision_backbone.fused_featurizer.blocks.0.mlp.fc2" in on_a_gpu and "projector.fc1" in on_a_gpu
+    assert not any(name.endswith("lm_head") for name in on_a_gpu)
 
 
 @pytest.mark.parametrize("optimizer_name", ["adamw", "paged_adamw_8bit"])
-def test_an_adapter_learns_on_it_and_loads_on_the_whole_base(
-    base: Path, processor: Processor, tmp_path: Path, optimizer_name: str
-) -> None:
+def test_an_adapter_learns_on_it_and_loads_on_the_whole_base(base: Path, tmp_path: Path, optimizer_name: str) -> None:
     torch.manual_seed(0)
     vla = checkpoint_activations(add_lora(load_vla(base, nf4=True), rank=8).train())
     assert {type(layer).__name__ for _, layer in lora_layers(vla)} == {"Linear4bit", "Linear", "Conv2d"}
@@ -82,14 +61,14 @@ def test_an_adapter_learns_on_it_and_loads_on_the_whole_base(
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1].item() < 0.8 * losses[0].item()
+    processor = drawn_processor(base_model="base")
     save_adapter(tmp_path / "a", vla, processor=processor, statistics=processor.statistics, options={})
-    whole = load_vla(base, tmp_path / "a")
+    whole, resumed = load_vla(base, tmp_path / "a"), load_vla(base, tmp_path / "a", nf4=True)
     mine, theirs = lora_state_dict(vla), lora_state_dict(whole)
     assert set(mine) == set(theirs) and all(torch.equal(mine[name], theirs[name]) for name in mine)
-    again = load_vla(base, tmp_path / "a", nf4=True)  # as a resumed run does
     with torch.no_grad():
         last, unpacked = vla(**BATCH).loss, whole(**BATCH).loss
-        assert torch.equal(again(**BATCH).loss, last)
+        assert torch.equal(resumed(**BATCH).loss, last)
     assert unpacked.item() == pytest.approx(last.item(), rel=0.1) and unpacked.item() < 0.9 * losses[0].item()
 
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from prismatic import image
+from prismatic.adapter import FILE_PREFIX, merge_lora
 from prismatic.checkpoint import load_vla
 from prismatic.dataset_statistics import load_statistics
 from prismatic.models.decode import best_tokens
 from prismatic.models.heads import HEADS
 from prismatic.models.lora import add_lora
-from prismatic.models.lora_weights import FILE_PREFIX, merge_lora
 from prismatic.models.unused import unused_parameters
 from prismatic.models.vla import VLA, VLAConfig, VLAOutput
 from prismatic.normalize import normalize_state

@@ -8,11 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from prismatic.errors import ConfigError
-from prismatic.models import integers, quantized
+from prismatic.models import integers
 from prismatic.models.decode import action_logits
 from prismatic.models.lora import add_lora
 from prismatic.models.quantize import plan, quantize, stored_bytes
-from prismatic.models.quantized import TinyGemmLinear, quantized_linear
+from prismatic.models.quantized import bitsandbytes_linear, quantized_linear
 from prismatic.models.tiny import TINY, random_vla
 from prismatic.models.vla import VLA, VLAConfig
 
@@ -92,52 +92,15 @@ def test_rounded_activations_are_for_many_rows_and_near() -> None:
 def test_bitsandbytes_is_near(kind: str, width: int, error: float) -> None:
     """The last: NF4 doesn't take the width, so it is LLM.int8."""
     layer, x = linear(40, width), torch.randn(6, width)
-    made = quantized.bitsandbytes_linear(layer, kind, torch.float32)
+    made = bitsandbytes_linear(layer, kind, torch.float32)
     with torch.inference_mode():
         assert (made(x) - layer(x)).std() / layer(x).std() < error
 
 
-def documented_packing(packed: torch.Tensor, inner: int) -> torch.Tensor:
-    """torch's layout for tensor cores, as ATen's int4mm.cu has it: lanes of a warp hold pairs of two 16-column tiles."""
-    nibbles = torch.stack([packed >> 4, packed & 15], dim=-1).reshape(len(packed), -1).long()
-    out, width = nibbles.shape
-    tiles = torch.zeros(out // 8, width // (16 * inner), 32, inner // 2, dtype=torch.int64)
-    for lane in range(32):
-        for pair in range(inner // 2):
-            for place, source in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
-                tile, value = 2 * pair + source // 4, source % 4
-                column = tile * 16 + (lane % 4) * 2 + value % 2 + 8 * (value // 2)
-                tiles[:, :, lane, pair] |= nibbles[lane // 4 :: 8, column :: 16 * inner] << 4 * place
-    return torch.where(tiles >= 2**31, tiles - 2**32, tiles).int()
-
-
-@pytest.mark.parametrize("width", [352, 2048])
-def test_int4_in_the_order_of_the_gpus_kernel(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
-    """Many rows are multiplied by the weight, dequantised out of that order; few go through the kernel, in whose place the CPU's runs: it takes the
-    same scales, zeros, group and padding, but has an order of its own.
-    """
-
-    def on_cpu(x: torch.Tensor, tiles: torch.Tensor, group: int, scale_and_zero: torch.Tensor) -> torch.Tensor:
-        nibbles = quantized.unpack_tiles(tiles, quantized.tile_order(tiles.device))
-        for_cpu = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles[:32].int(), 8)
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, for_cpu, group, scale_and_zero[:, :32].contiguous())
-
-    quantized.tile_order.cache_clear()
-    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", documented_packing)
-    monkeypatch.setattr(torch.ops.aten, "_weight_int4pack_mm", on_cpu)
-    parts = integers.to_parts("int4", linear(32, width).weight)
-    made, weight = TinyGemmLinear(parts, None), integers.to_float(parts)
-    torch.testing.assert_close(made.dequantized()[:, :width], weight.bfloat16())
-    for rows in (16, 17):
-        x = torch.randn(rows, width).bfloat16()
-        with torch.inference_mode():
-            torch.testing.assert_close(made(x).float(), x.float() @ weight.T, atol=0.1, rtol=0.02)
-
-
-def test_the_kernels_order_by_its_shapes() -> None:
-    packed = F.pad(torch.empty(4096, 11008 // 2, dtype=torch.uint8, device="meta"), (0, 128))
-    tiles = torch.ops.aten._convert_weight_to_int4pack(packed, quantized.INNER_K_TILES)
-    assert tiles.shape == (4096 // 8, 11264 // 128, 32, 4) and tiles.dtype == torch.int32
+@KINDS
+def test_a_compilers_way_of_few_rows_is_the_same_product(kind: str) -> None:
+    made, x = quantized_linear(linear(40, 352), kind, torch.float32), torch.randn(6, 352)
+    torch.testing.assert_close(made.reduced(x), made.product(x), atol=1e-5, rtol=1e-5)
 
 
 # The pass

@@ -33,7 +33,7 @@ DEVICE, CPU = torch.device("cuda" if GPU else "cpu"), torch.device("cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float32
 ROUNDS = 20 if GPU else 2
 WIDTHS = (4096, 11008) if GPU else (128, 256)
-PRODUCT_ROWS = (1, 6, 16, 289)  # a step of plain decoding, of verifying, of tinygemm's best, a prompt
+PRODUCT_ROWS = (1, 6, 16, 289)  # a step of plain decoding, of verifying, of two such rows and more, a prompt
 
 
 def environment() -> Iterator[Row]:

@@ -8,6 +8,7 @@ Surprising: a shape's first use takes minutes (torch keeps what it compiled in i
 can't be compiled runs eagerly, which is said once and stands in `description`. Compiled passes have never run on a GPU.
 """
 
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -48,20 +49,20 @@ class CompiledActionDecoder(ActionDecoder):
     ) -> None:
         super().__init__(vla)
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
-        self._compiler, self._say = compiler, say
-        self._steps: dict[Any, Callable[..., Tensors]] = {}
-        self._shapes: dict[tuple[int, int], Layers] = {}
+        self._say, self._compiled = say, functools.cache(compiler)
+        self._views: dict[tuple[int, int], Layers] = {}  # of the cache, by (batch, length)
         self._ready: set[Any] = set()  # (step, batch, length) that were compiled
-        self._eager: set[tuple[int, int]] = set()  # (batch, length) for which there is no memory
+        self._too_large: dict[
+            tuple[int, int], str
+        ] = {}  # (batch, length) for which there is no memory, and what said so
         self.given_up: str | None = None  # why nothing is compiled any more
-        self._too_large: list[str] = []
 
     @property
     def description(self) -> str:
         """How forward passes are run, and what is not compiled for which reason."""
         if self.given_up:
             return f"eager, not compiled: {self.given_up}"
-        return "; ".join(["compiled", *self._too_large])
+        return "; ".join(["compiled", *(f"eager for a batch of {b}: {why}" for (b, _), why in self._too_large.items())])
 
     @torch.inference_mode()
     def __call__(
@@ -95,47 +96,40 @@ class CompiledActionDecoder(ActionDecoder):
         before = self._cache
         layers = super()._layers(batch, length)
         if self._cache is not before:
-            self._shapes.clear()
-        if (batch, length) not in self._shapes:
+            self._views.clear()
+        if (batch, length) not in self._views:
             for tensor in (part for layer in layers for part in layer):
                 torch._dynamo.mark_static_address(tensor)  # else each pass would copy the cache
-            self._shapes[batch, length] = layers
-        return self._shapes[batch, length]
+            self._views[batch, length] = layers
+        return self._views[batch, length]
 
     def _run(self, step: Any, layers: Layers, *inputs: torch.Tensor) -> Tensors:
         batch, _, length, _ = layers[0][0].shape
-        if self.given_up or (batch, length) in self._eager or batch > BATCH_SIZES[-1]:
+        if self.given_up or (batch, length) in self._too_large or batch > BATCH_SIZES[-1]:
             return super()._run(step, layers, *inputs)
-        key = (step, batch, length)
-        began = time.monotonic()
-        if key not in self._ready:
+        is_new, began = (step, batch, length) not in self._ready, time.monotonic()
+        if is_new:
             self._say(f"compiling {step.__name__} for a batch of {batch}, {length} columns: minutes the first time")
         try:
             torch.compiler.cudagraph_mark_step_begin()
-            if step not in self._steps:
-                self._steps[step] = self._compiler(step)
             # cloned: the next pass fills a graph's own tensors anew
-            outputs = tuple(tensor.clone() for tensor in self._steps[step](self.vla, layers, *inputs))
+            outputs = tuple(tensor.clone() for tensor in self._compiled(step)(self.vla, layers, *inputs))
         except Exception as error:  # no memory, no compiler, not compilable: all have names of their own
             failed = error.with_traceback(None)
         else:
-            if key not in self._ready:
+            if is_new:
                 self._say(f"compiled {step.__name__} for a batch of {batch} in {time.monotonic() - began:.0f} s")
-                self._ready.add(key)
+                self._ready.add((step, batch, length))
             return outputs
         outputs = super()._run(step, layers, *inputs)  # raises what is no compiler's fault
-        self._fall_back(batch, length, failed)
-        return outputs
-
-    def _fall_back(self, batch: int, length: int, error: Exception) -> None:
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
-            self._eager.add((batch, length))
-            self._too_large.append(f"eager for a batch of {batch}: {reason}")
+        reason = (str(failed).strip() or type(failed).__name__).partition("\n")[0]
+        if isinstance(failed, torch.OutOfMemoryError) or "out of memory" in str(failed):
+            self._too_large[batch, length] = reason
             self._say(f"notice: no memory to compile for a batch of {batch}, which is decoded eagerly: {reason}")
-            return
-        self.given_up = reason
-        self._say(f"notice: decoding is not compiled, forward passes run eagerly: {reason}")
+        else:
+            self.given_up = reason
+            self._say(f"notice: decoding is not compiled, forward passes run eagerly: {reason}")
+        return outputs
 
 
 def decoder_for(vla: Any, *, compilable: bool = True) -> ActionDecoder:

@@ -3,6 +3,8 @@
 By itself peft casts the *input* of every adapter up: a float32 copy of each activation, kept until the backward pass.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import peft
@@ -28,6 +30,9 @@ class CastConv2d(nn.Conv2d):
         return self._conv_forward(input, self.weight.to(input.dtype), None)
 
 
+CAST = {nn.Linear: CastLinear, nn.Conv2d: CastConv2d}
+
+
 def _scaled_product(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
 
@@ -36,6 +41,7 @@ class AdaptedProduct(torch.autograd.Function):
     """x Wᵀ + bias + scaling · x Aᵀ Bᵀ, with W frozen: what the adapter adds is summed into the base's product, in both directions.
 
     Step by step each adapter would write its share, the scaled share and the sum, all as large as the output, and as much going back.
+    cast_a, cast_b: A and B in x's dtype, where they are at hand; else each direction casts them.
     """
 
     @staticmethod
@@ -46,45 +52,54 @@ class AdaptedProduct(torch.autograd.Function):
         bias: torch.Tensor | None,
         a: torch.Tensor,
         b: torch.Tensor,
+        cast_a: torch.Tensor | None,
+        cast_b: torch.Tensor | None,
         scaling: float,
         in_place: bool,
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         out = F.linear(rows, weight, bias)
-        low = _scaled_product(rows, a.to(x.dtype).t(), scaling)  # (rows, rank)
-        out = (out.addmm_ if in_place else out.addmm)(low, b.to(x.dtype).t())
-        ctx.save_for_backward(rows, low, weight, a, b)
+        low = _scaled_product(rows, _cast(a, cast_a, x.dtype).t(), scaling)  # (rows, rank)
+        out = (out.addmm_ if in_place else out.addmm)(low, _cast(b, cast_b, x.dtype).t())
+        ctx.save_for_backward(rows, low, weight, a, b, cast_a, cast_b)
         ctx.scaling, ctx.shape = scaling, x.shape
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, low, weight, a, b = ctx.saved_tensors
+        rows, low, weight, a, b, cast_a, cast_b = ctx.saved_tensors
         gradient = gradient.reshape(-1, gradient.shape[-1])
-        of_low = _scaled_product(gradient, b.to(gradient.dtype), ctx.scaling)
+        of_low = _scaled_product(gradient, _cast(b, cast_b, gradient.dtype), ctx.scaling)
         of_a = of_low.t().mm(rows).to(a.dtype)
         of_b = gradient.t().mm(low).to(b.dtype)
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = gradient.mm(weight).addmm_(of_low, a.to(gradient.dtype)).view(ctx.shape)
-        return of_x, None, None, of_a, of_b, None, None
+            of_x = gradient.mm(weight).addmm_(of_low, _cast(a, cast_a, gradient.dtype)).view(ctx.shape)
+        return of_x, None, None, of_a, of_b, None, None, None, None
+
+
+def _cast(half: torch.Tensor, at_hand: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    return half.to(dtype) if at_hand is None else at_hand
 
 
 class AdaptedLinear(peft.tuners.lora.Linear):
     """peft's layer with the product above, while it trains in one dtype.
 
-    sum_in_place False where the base's product is kept for recomputing: it must not change.
+    sum_in_place False where the base's product is kept for recomputing: it must not change. casts: the adapter's halves in the base's dtype,
+    while cast_once holds.
     """
 
     sum_in_place = True
+    casts: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.merged or self.disable_adapters or torch.is_autocast_enabled(x.device.type):
             return super().forward(x, *args, **kwargs)
         base, scaling = self.get_base_layer(), self.scaling[ADAPTER]
         a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        return AdaptedProduct.apply(x, base.weight, base.bias, a, b, scaling, self.sum_in_place)  # type: ignore[return-value]
+        inputs = (x, base.weight, base.bias, a, b, *self.casts, scaling, self.sum_in_place)
+        return AdaptedProduct.apply(*inputs)  # type: ignore[return-value]
 
 
 def compute_in_base_dtype(vla: VLA) -> VLA:
@@ -98,12 +113,25 @@ def compute_in_base_dtype(vla: VLA) -> VLA:
             layer.__class__ = AdaptedLinear
             continue
         for half in (layer.lora_A, layer.lora_B):
-            old: Any = half[ADAPTER]
-            if isinstance(old, nn.Conv2d):
-                sizes: dict[str, Any] = {"kernel_size": old.kernel_size, "stride": old.stride, "padding": old.padding}
-                new = CastConv2d(old.in_channels, old.out_channels, bias=False, device="meta", **sizes)
-            else:
-                new = CastLinear(old.in_features, old.out_features, bias=False, device="meta")
-            new.weight = old.weight
-            half[ADAPTER] = new
+            half[ADAPTER].__class__ = CAST[type(half[ADAPTER])]
     return vla
+
+
+@contextlib.contextmanager
+def cast_once(vla: nn.Module) -> Iterator[None]:
+    """Cast the adapters together, for all forward and backward passes of one step: one by one it would be 1,750 small kernels a pass of
+    openvla-7b. What is inside must not change them.
+    """
+    layers: list[Any] = [layer for _, layer in lora_layers(vla) if isinstance(layer, AdaptedLinear)]
+    halves = [half[ADAPTER].weight.detach() for layer in layers for half in (layer.lora_A, layer.lora_B)]
+    dtypes = [layer.get_base_layer().weight.dtype for layer in layers for _ in range(2)]
+    casts = [torch.empty_like(half, dtype=dtype) for half, dtype in zip(halves, dtypes, strict=True)]
+    if halves:
+        torch._foreach_copy_(casts, halves)
+    for layer, *pair in zip(layers, casts[::2], casts[1::2], strict=True):
+        layer.casts = tuple(pair)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.casts = (None, None)

@@ -19,7 +19,7 @@ from torch import nn
 from prismatic.errors import ConfigError
 from prismatic.models.heads import HEADS
 from prismatic.models.integers import group_size
-from prismatic.models.quantized import Int4Linear, QuantizedLinear, bitsandbytes_linear, for_gpu, quantized_linear
+from prismatic.models.quantized import QuantizedLinear, bitsandbytes_linear, quantized_linear
 from prismatic.records import read_record
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ def quantize(
 
     precision: int8 or int4. backend: torch or bitsandbytes (LLM.int8 and NF4, the head left out). vision: the image towers in int8 too.
     dtype: what is computed in and what the rest is cast to, None: the model's own. int8_activations: with many rows, as in the prompt's
-    forward pass, int8 layers round their inputs too (W8A8). ConfigError for another name, a model with adapters or quantised already,
-    weights that hold NaN, or a dtype or GPU that int4's kernel doesn't take.
+    forward pass, int8 layers round their inputs too (W8A8). ConfigError for another name, a model with adapters or quantised already, or
+    weights that hold NaN.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"quantisation backend {backend!r} is unknown: use one of {', '.join(BACKENDS)}")
@@ -104,14 +104,6 @@ def plan(vla: "VLA", precision: str, *, vision: bool = False) -> dict[str, str]:
         fine = precision == "int4" and name.startswith(DECODER) and group_size(module.in_features)
         kinds[name] = "int4" if fine else "int8"
     return kinds
-
-
-def finish(vla: "VLA", dtype: torch.dtype) -> "VLA":
-    """Make a quantised model that was filled from a folder ready to act in dtype: int4 in its kernel's form; frozen. ConfigError as for for_gpu."""
-    for name, module in list(vla.named_modules()):
-        if isinstance(module, Int4Linear):
-            vla.set_submodule(name, for_gpu(module, dtype))
-    return vla.requires_grad_(False)
 
 
 def stored_bytes(vla: nn.Module) -> int:

@@ -1,33 +1,27 @@
 """Linear layers with integer weights, in plain torch or through bitsandbytes. In: an nn.Linear. Out: a module that stands in its place.
 
 Surprising: int8 multiplies its product by a *float32* scale: with a bfloat16 one torch.compile turns the product into `_weight_int8pack_mm`,
-which on a GPU is a scalar kernel, tens of times slower than a matrix product. tinygemm reads 4 bits a weight but is slow with many rows, so
-above FEW_ROWS int4 is dequantised and multiplied. Nothing here has run on a GPU.
+which on a GPU is a scalar kernel, tens of times slower than a matrix product. Before a matrix product the weight is written out in bfloat16,
+2.5 times a bfloat16 layer's traffic; so up to REDUCED_ROWS a compiled layer sums row by row: Inductor makes one kernel of that, which reads the
+integers once. Nothing here has run on a GPU.
 """
 
-import functools
 import logging
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from prismatic.errors import ConfigError
-from prismatic.models.integers import LARGEST_INT8, MIDDLE_NIBBLE, SMALLEST, Parts, to_float, to_parts
+from prismatic.models.integers import LARGEST_INT8, SMALLEST, Parts, to_float, to_parts
 
-FEW_ROWS = 16  # up to which tinygemm is as fast as reading the weights allows, and torch._int_mm takes none
-INNER_K_TILES = 8  # of tinygemm's packed layout: its blocks are 8 rows x 128 columns
-BLOCK_ROWS, BLOCK_COLUMNS = 8, 16 * INNER_K_TILES
-PADDED_WIDTH = 1024  # the kernel's weight is a multiple of it
-NIBBLES = 8  # in an int32
-TENSOR_CORES = (8, 0)  # compute capability that the kernel needs
+REDUCED_ROWS = 8  # a verified draft of one row has 6
+FEW_ROWS = 16  # torch._int_mm takes more
 OUTLIER = 6.0  # activations above it stay in 16 bits: LLM.int8's own value
 NF4_BLOCK = 64  # weights that share a scale; bitsandbytes 0.50.2 on a CPU mistakes widths that it does not divide
 
 
 class QuantizedLinear(nn.Module):
-    """Parts of integers.py as buffers under their stored names, and a bias; subclasses multiply."""
+    """Parts of integers.py as buffers under their stored names, and a bias; subclasses multiply many rows."""
 
     def __init__(self, parts: Parts, bias: torch.Tensor | None) -> None:
         super().__init__()
@@ -35,20 +29,31 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(name, part)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
+    def dequantized(self) -> torch.Tensor:
+        """(out, in) float32."""
+        return to_float(dict(self.named_buffers()))
+
     def product(self, rows: torch.Tensor) -> torch.Tensor:
         """(R, in) → (R, out)."""
         raise NotImplementedError
 
+    def reduced(self, rows: torch.Tensor) -> torch.Tensor:
+        """The same in float32, as sums over the weight's rows: for a compiler, which reads the weight once for all of them."""
+        weight = self.dequantized()
+        return torch.stack([(weight * row.float()).sum(dim=1) for row in rows.unbind()])
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(…, in) → (…, out) in the input's dtype."""
-        out = self.product(input.flatten(0, -2)).to(input.dtype)
+        rows = input.flatten(0, -2)
+        few = len(rows) <= REDUCED_ROWS and rows.is_cuda and torch.compiler.is_compiling()
+        out = (self.reduced(rows) if few else self.product(rows)).to(input.dtype)
         if self.bias is not None:
             out = out + self.bias
         return out.view(*input.shape[:-1], -1)
 
 
 class Int8Linear(QuantizedLinear):
-    """y = (x Wᵀ) · scale, W int8 with a float32 scale for each output channel.
+    """W int8 with a float32 scale for each output channel.
 
     int8_activations: with more than FEW_ROWS rows x is rounded too, row by row (W8A8), and integers are multiplied.
     """
@@ -72,96 +77,19 @@ class Int8Linear(QuantizedLinear):
 
 
 class Int4Linear(QuantizedLinear):
-    """y = x Wᵀ, W in 4 bits as integers.py has it. Each pass works out the float weight again: right, but not fast."""
+    """W in 4 bits as integers.py has it; many rows are multiplied by its float weight, worked out again each time."""
 
     def product(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows @ to_float(dict(self.named_buffers())).to(rows.dtype).t()
-
-
-class TinyGemmLinear(QuantizedLinear):
-    """Int4Linear on a GPU, in bfloat16, in the kernel's order. The width is padded with zeros to what the kernel takes."""
-
-    weight_tiles: torch.Tensor
-    scale_and_zero: torch.Tensor
-    order: torch.Tensor
-
-    def __init__(self, parts: Parts, bias: torch.Tensor | None) -> None:
-        packed, scale, zero = parts["weight_int4"], parts["weight_scale"], parts["weight_zero"]
-        width = 2 * packed.shape[1]
-        self.group, self.padding = width // scale.shape[1], -width % PADDED_WIDTH
-        packed = F.pad(packed, (0, self.padding // 2)).contiguous()
-        scales = torch.stack([F.pad(part, (0, self.padding // self.group)) for part in (scale, zero)], dim=-1)
-        tiles = torch.ops.aten._convert_weight_to_int4pack(packed, INNER_K_TILES)
-        groups = scales.transpose(0, 1).contiguous().bfloat16()  # (groups, out, 2)
-        super().__init__({"weight_tiles": tiles, "scale_and_zero": groups}, bias)
-        self.register_buffer("order", tile_order(packed.device), persistent=False)
-
-    def dequantized(self) -> torch.Tensor:
-        """The (out, padded in) bfloat16 weight."""
-        nibbles = unpack_tiles(self.weight_tiles, self.order)
-        scale, zero = (part.float()[..., None] for part in self.scale_and_zero.transpose(0, 1).unbind(dim=-1))
-        groups = nibbles.view(len(nibbles), -1, self.group).float()
-        return ((groups - MIDDLE_NIBBLE) * scale + zero).to(torch.bfloat16).flatten(1)
-
-    def product(self, rows: torch.Tensor) -> torch.Tensor:
-        rows = F.pad(rows, (0, self.padding))
-        if len(rows) <= FEW_ROWS:
-            return torch.ops.aten._weight_int4pack_mm(rows, self.weight_tiles, self.group, self.scale_and_zero)
-        return rows @ self.dequantized().t()
-
-
-@functools.cache
-def tile_order(device: torch.device) -> torch.Tensor:
-    """(1024,) int64: where in a packed block the kernel keeps each value of 8 rows x 128 columns.
-
-    Asked of torch itself, whose packing alone defines it: three blocks that hold the hexadecimal digits of each value's number are packed.
-    """
-    count = BLOCK_ROWS * BLOCK_COLUMNS
-    number = torch.arange(count, device=device).view(BLOCK_ROWS, BLOCK_COLUMNS)
-    found = torch.zeros(count, dtype=torch.int64, device=device)
-    for digit in range(3):
-        nibbles = (number >> 4 * digit & 15).repeat(1, PADDED_WIDTH // BLOCK_COLUMNS).to(torch.uint8)
-        tiles = torch.ops.aten._convert_weight_to_int4pack(nibbles[:, ::2] << 4 | nibbles[:, 1::2], INNER_K_TILES)
-        found += _nibbles(tiles)[0, 0] << 4 * digit
-    return found.argsort()
-
-
-def unpack_tiles(tiles: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """(out / 8, in / 128, 32, 4) int32 → (out, in) int32, 0 … 15."""
-    blocks = _nibbles(tiles)[..., order].unflatten(-1, (BLOCK_ROWS, BLOCK_COLUMNS))
-    return blocks.transpose(1, 2).flatten(2).flatten(0, 1)
-
-
-def _nibbles(tiles: torch.Tensor) -> torch.Tensor:
-    """Packed int32 words → (out / 8, in / 128, 1024) int32, in the kernel's order."""
-    shifts = 4 * torch.arange(NIBBLES, device=tiles.device, dtype=torch.int32)
-    return (tiles.flatten(2)[..., None] >> shifts & 15).flatten(2)
+        return rows @ self.dequantized().to(rows.dtype).t()
 
 
 def quantized_linear(
     linear: nn.Linear, kind: str, dtype: torch.dtype, *, int8_activations: bool = False
 ) -> QuantizedLinear:
-    """The layer in int8 or int4, computing in dtype on the same device; of an empty (meta) layer an empty one. ConfigError as for for_gpu."""
+    """The layer in int8 or int4, computing in dtype on the same device; of an empty (meta) layer an empty one."""
     parts = to_parts(kind, linear.weight)
     bias = None if linear.bias is None else linear.bias.detach().to(dtype)
-    if kind == "int8":
-        return Int8Linear(parts, bias, int8_activations=int8_activations)
-    return for_gpu(Int4Linear(parts, bias), dtype)
-
-
-def for_gpu(layer: Int4Linear, dtype: torch.dtype) -> QuantizedLinear:
-    """The kernel's form of a layer on a GPU, any other as it is. ConfigError for an int4 that this GPU can't compute."""
-    parts = dict(layer.named_buffers())
-    packed = parts["weight_int4"]
-    if not packed.is_cuda or len(packed) % BLOCK_ROWS:
-        return layer
-    if torch.cuda.get_device_capability(packed.device) < TENSOR_CORES:
-        raise ConfigError("int4 needs a GPU of compute capability 8.0 (Ampere) or later: use int8")
-    if dtype != torch.bfloat16:
-        raise ConfigError(
-            f"int4 on a GPU computes in bfloat16, not in {dtype}: load the model as bfloat16, or use int8"
-        )
-    return TinyGemmLinear(parts, layer.bias)
+    return Int8Linear(parts, bias, int8_activations=int8_activations) if kind == "int8" else Int4Linear(parts, bias)
 
 
 def bitsandbytes_linear(linear: nn.Linear, kind: str, dtype: torch.dtype) -> nn.Module:
