@@ -157,18 +157,6 @@ def adapter_tensors(folder: Path) -> dict[str, StoredTensor]:
     return read_pickle(folder / ADAPTER_WEIGHTS_BIN, "adapter")
 
 
-def check_equal(name: str, kept: torch.Tensor, there: torch.Tensor, adapter: Path) -> None:
-    """ConfigError unless a tensor of the base that an adapter's file holds is the one that the base has, but for rounding."""
-    kept, there = kept.cpu(), there.detach().cpu()
-    half = next((t.dtype for t in (kept, there) if t.dtype != torch.float32), torch.float32)
-    tolerated = 0.001 if kept.dtype == there.dtype else 0.1  # share of values: rounded twice, a few differ
-    if kept.shape != there.shape or (kept.to(half) != there.to(half)).float().mean() > tolerated:
-        raise ConfigError(
-            f"{adapter} was trained on another base: its file holds that one's {name}, which differs from this one's: give that base, "
-            "not one with the adapter merged into it already"
-        )
-
-
 def _published_name(native: str) -> str:
     for prefix, published in NATIVE_NAMES:
         if native.startswith(prefix):
