@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pyarrow.compute import call_function
 
 from prismatic.data.dataset_folder import AGAIN, is_lerobot, listing
 from prismatic.data.jpegs import to_jpeg
@@ -149,8 +149,8 @@ def _array(column: pa.ChunkedArray, where: str, *, numbers: bool) -> np.ndarray:
         raise ConfigError(f"{where} has {column.null_count} rows without a value: repair or drop those episodes")
     rows, kind = len(column), column.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        _check_widths({*pc.list_value_length(column).unique().to_pylist()}, where)
-        column = pc.list_flatten(column)
+        _check_widths({*call_function("list_value_length", [column]).unique().to_pylist()}, where)
+        column = call_function("list_flatten", [column])
     values = column.to_numpy().reshape(rows, -1)
     if numbers and values.dtype.kind not in "biuf":
         raise ConfigError(f"{where} holds {kind} and no numbers: give --data_keys another column")

@@ -23,10 +23,13 @@ CONSTANT_IMAGE = 1.0  # standard deviation of pixels, in levels, below which an 
 FEW_EPISODES = 10
 
 
-class Finding(NamedTuple):
-    """Something that would hurt. wrong: what is learnt would be wrong; hurts: it would be worse than need be."""
+Severity = Literal["wrong", "hurts"]  # what is learnt would be wrong, or worse than need be
 
-    severity: Literal["wrong", "hurts"]
+
+class Finding(NamedTuple):
+    """Something that would hurt."""
+
+    severity: Severity
     text: str
     remedy: str  # the flag or the step that mends it
 
@@ -71,7 +74,7 @@ def look(cache: FrameCache) -> Look:
     spread, still = _decoded_episode(cache)
     facts = Look(lengths, train, said.most_common(), dimensions, no_ops, still, _duplicates(cache, lengths), [])
     rows = [*_of_actions(cache, facts, motion[:, :3]), *_of_episodes(facts), *_of_images(spread, still)]
-    findings = [Finding(*finding) for there, *finding in rows if there]
+    findings = [Finding(severity, text, remedy) for there, severity, text, remedy in rows if there]
     return facts._replace(findings=sorted(findings, key=lambda finding: finding.severity, reverse=True))
 
 
@@ -120,7 +123,7 @@ def _decoded_episode(cache: FrameCache) -> tuple[dict[str, float], float]:
 
 
 # What may be found: whether it is there, how bad it is, what it is, what mends it.
-Row = tuple[object, str, str, str]
+Row = tuple[object, Severity, str, str]
 
 
 def _of_images(spread: dict[str, float], still: float) -> Iterable[Row]:
