@@ -195,7 +195,7 @@ def load_policy(
         "quantize_backend": backend and f"{backend} {importlib.metadata.version(backend)}",
         # by the published recipe
         "assumed": {name: getattr(vla.config, name) for name in UNSAID if guessed and name not in choice},
-        **describe(vla, processor.config, drafting=drafting),
+        **describe(vla, processor, drafting=drafting),
     }
     decoder = None if chunked else decoder_for(vla, compilable=not bits)
     return VLAPolicy(vla, processor, facts, decoder=decoder, drafting=drafting)

@@ -80,6 +80,12 @@ def _mask(stats: Mapping[str, Any]) -> np.ndarray:
     return np.asarray(stats.get("mask", np.ones(len(stats["q01"]), dtype=bool)))
 
 
+def gripper_dims(stats: Mapping[str, Any]) -> list[int]:
+    """Which numbers of an action are grippers: those that the mask leaves unscaled. Without a mask (foreign files), of seven the last."""
+    scaled = stats.get("mask", [True] * 6 + [False] if len(stats["q01"]) == 7 else [])
+    return [dim for dim, is_scaled in enumerate(scaled) if not is_scaled]
+
+
 def normalize(actions: np.ndarray, stats: Mapping[str, Any]) -> np.ndarray:
     """(..., D) in the data set's units → float32, in [-1, 1] where the mask is True.
 

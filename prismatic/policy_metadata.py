@@ -4,21 +4,23 @@ from typing import Any
 
 import torch
 
-from prismatic import image
+from prismatic import image, normalize
 from prismatic.models.vla import VLA
-from prismatic.processor import ProcessorConfig
+from prismatic.processor import Processor, ProcessorConfig
 
 OF_THE_PROCESSOR = (
     "unnorm_key", "center_crop", "num_images_in_input", "action_head", "num_actions_chunk", "proprio_dim",
 )  # fmt: skip
 
 
-def describe(vla: VLA, config: ProcessorConfig, *, drafting: bool) -> dict[str, Any]:
+def describe(vla: VLA, processor: Processor, *, drafting: bool) -> dict[str, Any]:
     """The part of a policy's metadata that doesn't say where its weights came from."""
-    first = next(vla.parameters())
+    config, first = processor.config, next(vla.parameters())
     crop = f", centre crop of {image.CROP_AREA:.0%} of the area" if config.center_crop else ", no crop"
     return {
         **{name: getattr(config, name) for name in OF_THE_PROCESSOR},
+        "action_dim": processor.action_dim,
+        "gripper_dims": normalize.gripper_dims(processor.action_statistics()),
         "picture": f"JPEG quality {image.JPEG_QUALITY}, Lanczos to {config.image_size} pixels{crop}",  # of a live frame
         "decode": _decoding(config, drafting=drafting),
         "device": str(first.device),

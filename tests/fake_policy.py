@@ -63,6 +63,7 @@ class FakePolicy(Policy):
             "checkpoint": "fake",
             "unnorm_key": "libero_spatial_no_noops",
             "proprio_dim": 8 if self.uses_state else 0,
+            "gripper_dims": [6],
         }
 
 

@@ -1,4 +1,4 @@
-"""A real server on a free port of this machine, in a thread of the test's process."""
+"""A real server on a free port of this machine, in a thread of the test's process, and what its clients send."""
 
 import asyncio
 import contextlib
@@ -8,30 +8,48 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import json_numpy
+import requests
+
 from prismatic.policy import Policy
 from prismatic.serving.app import Server
 from prismatic.serving.observation import Limits
 from prismatic.serving.recording import Recorder
 from prismatic.serving.service import Service
 from serve import bind
+from tests.fake_policy import picture
 
 
 @dataclass
 class Live:
-    """loop: of the server, for what must run in it."""
-
     service: Service
     server: Server
     port: int
-    loop: asyncio.AbstractEventLoop
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def stop(self) -> None:
-        """As a signal does."""
-        self.server.should_exit = True
+    def get(self, path: str) -> requests.Response:
+        return requests.get(self.url + path, timeout=10)
+
+    def act(self, data: Any, **headers: str) -> requests.Response:
+        """POST /act as OpenVLA's clients do, without a Content-Type."""
+        return requests.post(self.url + "/act", data=data, headers=headers, timeout=10)
+
+
+def fields(seed: int = 1, words: str = "go") -> dict[str, Any]:
+    """A request of OpenVLA's dialect, with the wrist's image."""
+    return {"image": picture(seed), "wrist_image": picture(seed + 1000), "instruction": words}
+
+
+def body(seed: int = 1, words: str = "go") -> str:
+    return json_numpy.dumps(fields(seed, words))
+
+
+def openpi(seed: int = 1, words: str = "go") -> dict[str, Any]:
+    """The same in openpi's dialect."""
+    return {"observation/image": picture(seed), "observation/wrist_image": picture(seed + 1000), "prompt": words}
 
 
 @contextlib.contextmanager
@@ -41,38 +59,32 @@ def live(
     limits: Limits | None = None,
     key: str | None = None,
     max_batch: int = 16,
-    max_wait: float = 0.005,
     record: Path | None = None,
     warm: bool = True,
 ) -> Iterator[Live]:
     listener = bind("127.0.0.1", 0)
     recorder = None if record is None else Recorder(record)
-    started: list[Live] = []
+    service = Service(policy, limits or Limits(), max_batch=max_batch, max_wait=0.005, recorder=recorder)
+    server = Server(service, key, stop_seconds=5)
     up = threading.Event()
 
     async def main() -> None:
-        service = Service(policy, limits or Limits(), max_batch=max_batch, max_wait=max_wait, recorder=recorder)
-        server = Server(service, key, stop_seconds=5)
-        worker = asyncio.create_task(work(service))
-        started.append(Live(service, server, listener.getsockname()[1], asyncio.get_running_loop()))
         serving = asyncio.create_task(server.serve([listener]))
-        while not server.started or (warm and not service.ready):
+        if warm:
+            await service.warm_up()
+        worker = asyncio.create_task(service.queue.run())
+        while not server.started:
             await asyncio.sleep(0.01)
         up.set()
         await serving
         worker.cancel()
 
-    async def work(service: Service) -> Any:
-        if warm:
-            await service.warm_up()
-        await service.queue.run()
-
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()
     assert up.wait(30)
     try:
-        yield started[0]
+        yield Live(service, server, listener.getsockname()[1])
     finally:
-        started[0].stop()
+        server.should_exit = True
         thread.join(20)
         assert not thread.is_alive(), "the server doesn't stop"

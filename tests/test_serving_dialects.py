@@ -1,7 +1,6 @@
 """Each dialect as its own client speaks it: the clients are the published packages, unchanged."""
 
 import asyncio
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,17 +12,19 @@ from inspect_robots.scene import Scene
 from inspect_robots.types import Observation
 from inspect_robots_widowx.policy import OpenVLAPolicy
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
+from vla_eval.benchmarks.libero.benchmark import LIBEROBenchmark
 from vla_eval.connection import Connection
 from vla_eval.protocol.numpy_codec import get_image_format, set_image_format
 from vla_eval.specs import GRIPPER_CLOSE_POS, DimSpec, check_specs
 
-from prismatic.serving.observation import RequestError
-from prismatic.serving.openpi import close_positive
+from prismatic.normalize import gripper_dims
 from tests.fake_policy import FakePolicy, picture
 from tests.live_server import Live, live
 
 WORDS = "pick up the bowl"
 FRAME, WRIST, STATE = picture(1), picture(2), np.linspace(-1, 1, 8)
+PLAIN = {"image": FRAME, "instruction": WORDS}  # OpenVLA's own request
+PAYLOAD = {"images": {"agentview": FRAME, "wrist": WRIST}, "task_description": WORDS, "states": STATE}  # vla-eval's
 CHUNK = 5
 
 
@@ -41,42 +42,39 @@ def small() -> Iterator[Live]:
         yield server
 
 
+def policy_of(server: Live) -> FakePolicy:
+    assert isinstance(server.service.policy, FakePolicy)
+    return server.service.policy
+
+
 def expected(server: Live, *, close_positive: bool = False) -> np.ndarray:
-    policy = server.service.policy
-    assert isinstance(policy, FakePolicy)
+    policy = policy_of(server)
     chunk = policy.answer(FRAME, WORDS, WRIST, STATE if policy.uses_state else None)
     if close_positive:
         chunk[:, 6] = -0.5  # 0.75 on the scale 1 open … 0 close is -0.5 on -1 open … +1 close
     return chunk
 
 
-def post(server: Live, **fields: Any) -> requests.Response:
-    """As OpenVLA's clients do, without a Content-Type."""
-    return requests.post(server.url + "/act", data=json_numpy.dumps(fields), timeout=10)
-
-
 def test_openvla_act_answers_an_array_of_seven(small: Live) -> None:
-    answer = json_numpy.loads(post(small, image=FRAME, instruction=WORDS, unnorm_key="libero_spatial").text)
+    answer = json_numpy.loads(small.act(json_numpy.dumps(PLAIN | {"unnorm_key": "libero_spatial"})).text)
     assert isinstance(answer, np.ndarray) and answer.shape == (7,) and answer.dtype == np.float64
     np.testing.assert_array_equal(answer, expected(small)[0])
 
 
 def test_openvla_act_answers_a_request_in_a_string_with_a_string(small: Live) -> None:
-    body = {"encoded": json_numpy.dumps({"image": FRAME, "instruction": WORDS})}
-    text = requests.post(small.url + "/act", json=body, timeout=10).json()
+    text = requests.post(small.url + "/act", json={"encoded": json_numpy.dumps(PLAIN)}, timeout=10).json()
     assert isinstance(text, str)
     np.testing.assert_array_equal(json_numpy.loads(text), expected(small)[0])
 
 
-def test_plain_numbers_where_the_client_accepts_json(small: Live) -> None:
-    body, headers = json_numpy.dumps({"image": FRAME, "instruction": WORDS}), {"Accept": "application/json"}
-    answer = requests.post(small.url + "/act", data=body, headers=headers, timeout=10).json()
-    np.testing.assert_allclose(answer, expected(small)[0])
+def test_plain_numbers_where_the_client_accepts_json_and_fields_of_no_meaning_are_passed_over(small: Live) -> None:
+    asked = json_numpy.dumps(PLAIN | {"more": {"nested": [[1], None, True]}})
+    np.testing.assert_allclose(small.act(asked, Accept="application/json").json(), expected(small)[0])
 
 
 def test_openvla_oft_act_answers_a_list_of_arrays(served: Live) -> None:
-    response = post(served, full_image=FRAME, left_wrist_image=WRIST, state=STATE, instruction=WORDS)
-    answer = json_numpy.loads(response.text)
+    asked = {"full_image": FRAME, "left_wrist_image": WRIST, "state": STATE, "instruction": WORDS}
+    answer = json_numpy.loads(served.act(json_numpy.dumps(asked)).text)
     assert isinstance(answer, list) and len(answer) == CHUNK
     np.testing.assert_array_equal(answer, expected(served))
 
@@ -91,12 +89,8 @@ def test_inspect_robots_widowx(small: Live) -> None:
 def test_openpi_gets_chunks_with_the_simulators_gripper(served: Live) -> None:
     client = WebsocketClientPolicy("127.0.0.1", served.port)
     assert client.get_server_metadata()["num_actions_chunk"] == CHUNK
-    observation = {
-        "observation/image": FRAME,
-        "observation/wrist_image": WRIST,
-        "observation/state": STATE,
-        "prompt": WORDS,
-    }
+    images = {"observation/image": FRAME, "observation/wrist_image": WRIST}
+    observation = images | {"observation/state": STATE, "prompt": WORDS}
     answer = client.infer(observation)
     np.testing.assert_allclose(answer["actions"], expected(served, close_positive=True), rtol=1e-6)
     assert answer["actions"].shape == (CHUNK, 7) and answer["server_timing"]["infer_ms"] >= 0
@@ -106,12 +100,24 @@ def test_openpi_gets_chunks_with_the_simulators_gripper(served: Live) -> None:
         client.infer(observation)
 
 
-def test_no_gripper_is_guessed_in_another_width() -> None:
-    with pytest.raises(RequestError, match="14 numbers"):
-        close_positive(np.zeros((2, 14), np.float32))
+@pytest.mark.parametrize("grippers", [[], [1, 4]])
+def test_only_a_gripper_is_turned(small: Live, monkeypatch: pytest.MonkeyPatch, grippers: list[int]) -> None:
+    """A policy that learnt with --gripper none has none; one of two arms has two."""
+    monkeypatch.setitem(small.service.metadata, "gripper_dims", grippers)
+    chunk = expected(small)
+    chunk[:, grippers] = 1 - 2 * chunk[:, grippers]
+    answer = WebsocketClientPolicy("127.0.0.1", small.port).infer({"observation/image": FRAME, "prompt": WORDS})
+    np.testing.assert_allclose(answer["actions"], chunk)
 
 
-def vla_eval(server: Live, path: str, episodes: list[int], **observation: Any) -> tuple[list[np.ndarray], dict]:
+def test_grippers_are_what_the_statistics_mask_leaves_unscaled() -> None:
+    for scaled, grippers in [("1111110", [6]), ("1111111", []), ("11111101111110", [6, 13])]:
+        statistics = {"q01": [0.0] * len(scaled)}
+        assert gripper_dims(statistics | {"mask": [number == "1" for number in scaled]}) == grippers
+        assert gripper_dims(statistics) == ([6] if len(scaled) == 7 else [])  # a foreign file without a mask
+
+
+def vla_eval(server: Live, path: str, episodes: list[int]) -> tuple[list[np.ndarray], dict]:
     """The actions of episodes of so many steps, and what the server's HELLO says."""
     actions = []
 
@@ -120,33 +126,24 @@ def vla_eval(server: Live, path: str, episodes: list[int], **observation: Any) -
             for steps in episodes:
                 await connection.start_episode({"task": {"name": WORDS}})
                 for _ in range(steps):
-                    actions.append((await connection.act(observation))["actions"])
+                    actions.append((await connection.act(PAYLOAD))["actions"])
                 await connection.end_episode({"success": True})
             return connection.server_info
 
     return actions, asyncio.run(play())
 
 
-@pytest.mark.parametrize("path", ["", "/", "/vla-eval"])
+@pytest.mark.parametrize("path", ["", "/vla-eval"])
 def test_vla_eval_gets_one_action_an_observation_and_no_rest_of_another_episode(served: Live, path: str) -> None:
-    policy = served.service.policy
-    assert isinstance(policy, FakePolicy)
-    policy.streams.clear()
-    observation = {"images": {"agentview": FRAME, "wrist": WRIST}, "task_description": WORDS, "states": STATE}
-    actions, info = vla_eval(served, path, [CHUNK + 2, 1], **observation)
+    policy_of(served).streams.clear()
+    actions, info = vla_eval(served, path, [CHUNK + 2, 1])
     chunk = expected(served, close_positive=True)
     np.testing.assert_allclose(actions, [*chunk, *chunk[:2], chunk[0]], rtol=1e-6)
-    first, second, third = policy.streams  # two questions in the first episode
+    first, second, third = policy_of(served).streams  # two questions in the first episode
     assert first == second != third
     assert info["observation_params"] == {
         "env_seed": 0, "send_wrist_image": True, "send_state": True, "quat_no_antipodal": True,
     }  # fmt: skip
-
-
-def test_vla_eval_finds_its_own_specs(served: Live) -> None:
-    from vla_eval.benchmarks.libero.benchmark import LIBEROBenchmark
-
-    _, info = vla_eval(served, "", [])
     benchmark = LIBEROBenchmark(suite="libero_spatial", send_wrist_image=True, send_state=True)
     action, observation = (
         {name: DimSpec.from_dict(spec) for name, spec in info[kind].items()}
@@ -161,8 +158,7 @@ def test_vla_evals_image_formats(served: Live, image_format: Any) -> None:
     before = get_image_format()
     set_image_format(image_format)
     try:
-        observation = {"images": {"agentview": FRAME, "wrist": WRIST}, "task_description": WORDS, "states": STATE}
-        actions, _ = vla_eval(served, "", [1], **observation)
+        actions, _ = vla_eval(served, "", [1])
     finally:
         set_image_format(before)
     same = np.allclose(actions[0], expected(served, close_positive=True)[0])
@@ -174,19 +170,16 @@ def test_vla_eval_survives_an_error(served: Live) -> None:
         async with Connection(f"ws://127.0.0.1:{served.port}", max_retries=1) as connection:
             with pytest.raises(RuntimeError, match=r"images\.agentview is missing"):
                 await connection.act({"images": {}, "task_description": WORDS})
-            whole = {"images": {"agentview": FRAME, "wrist": WRIST}, "task_description": WORDS, "states": STATE}
-            return (await connection.act(whole))["actions"]
+            return (await connection.act(PAYLOAD))["actions"]
 
     np.testing.assert_allclose(asyncio.run(play()), expected(served, close_positive=True)[0], rtol=1e-6)
 
 
 def test_a_session_names_the_stream(small: Live) -> None:
-    policy = small.service.policy
-    assert isinstance(policy, FakePolicy)
-    policy.streams.clear()
+    policy_of(small).streams.clear()
     for session in ("robot 1", "robot 2", "robot 1", None):
-        assert post(small, image=FRAME, instruction=WORDS, session=session).status_code == 200
-    first, second, third, unnamed = policy.streams
+        assert small.act(json_numpy.dumps(PLAIN | {"session": session})).status_code == 200
+    first, second, third, unnamed = policy_of(small).streams
     assert first == third != second and unnamed is None
 
 
@@ -194,11 +187,13 @@ def test_a_session_names_the_stream(small: Live) -> None:
     ("change", "sentence"),
     [
         ({"wrist_image": None}, "two images"),
+        ({"other_wrist": WRIST}, "one wrist image"),
         ({"state": None}, "state"),
         ({"state": [1.0] * 7}, "8 numbers"),
-        ({"state": [float("nan")] * 8}, "NaN"),
-        ({"state": ["1"] * 8}, "list"),
+        ({"state": np.full(8, np.nan)}, "NaN"),
+        ({"state": ["1"] * 8}, "state"),
         ({"state": np.array(1.0)}, "list"),
+        ({"state": np.ones((2, 4))}, "list"),
         ({"state": [1e300] * 8}, "float32"),
         ({"image": FRAME.astype(np.float32)}, "uint8"),
         ({"image": FRAME[..., :1]}, "uint8"),
@@ -207,22 +202,19 @@ def test_a_session_names_the_stream(small: Live) -> None:
         ({"image": None}, "image is missing"),
         ({"instruction": " "}, "sentence"),
         ({"instruction": 7}, "sentence"),
-        ({"instruction": "\ud800"}, "Unicode"),
+        ({"instruction": "\ud800"}, "JSON"),
         ({"unnorm_key": "bridge_orig"}, "libero_spatial_no_noops"),
         ({"unnorm_key": 3}, "unnorm_key"),
         ({"session": 3}, "session"),
     ],
 )
 def test_a_wrong_field_is_named_in_one_sentence(served: Live, change: dict, sentence: str) -> None:
-    fields = {"image": FRAME, "wrist_image": WRIST, "state": STATE, "instruction": WORDS} | change
-    response = post(served, **fields)
+    asked = PLAIN | {"wrist_image": WRIST, "state": STATE} | change
+    response = served.act(json_numpy.dumps(asked))
     assert response.status_code == 400 and response.json().keys() == {"error"}
     assert sentence in response.json()["error"] and "\n" not in response.json()["error"]
 
 
 def test_the_example_is_answered(served: Live) -> None:
-    example = requests.get(served.url + "/example", timeout=10)
-    answer = requests.post(
-        served.url + "/act", data=example.content, headers={"Accept": "application/json"}, timeout=10
-    )
-    assert answer.status_code == 200 and len(json.loads(answer.text)) == 7
+    answer = served.act(served.get("/example").content, Accept="application/json")
+    assert answer.status_code == 200 and len(answer.json()) == 7

@@ -7,7 +7,6 @@ model has one thread, here and there, so that the images of the next batch are p
 
 import contextlib
 import http.client
-import json
 import os
 import random
 import re
@@ -18,18 +17,20 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import msgpack
 import numpy as np
 import torch
+from PIL import Image
 from websockets.sync.client import connect
 
 from prismatic import machine
 from prismatic.bench.instruments import Row, seconds_in_turns
 from prismatic.checkpoint import load_policy
 from prismatic.policy import Policy
-from prismatic.serving.codec import bytes_keys, json_array, string_keys, write_msgpack
+from prismatic.serving.codec import bytes_keys, string_keys, write_msgpack
+from prismatic.serving.observation import Observation
+from prismatic.serving.openvla import write_request
 from prismatic.serving.vla_eval import envelope
 
 SIDE = 256  # pixels of a frame, as LIBERO's
@@ -92,29 +93,24 @@ def server(checkpoint: str) -> Iterator[tuple[int, int]]:
         process.wait()
 
 
-def observation(policy: Policy, seed: int) -> dict[str, Any]:
-    """A frame, and a wrist's and a state for policies that look at one: what clients send, and `policy` takes."""
-    frames = np.random.default_rng(seed).integers(0, 256, (2, SIDE, SIDE, 3), dtype=np.uint8)
-    return {
-        "frame": frames[0],
-        "wrist": frames[1] if policy.num_images > 1 else None,
-        "state": np.zeros(8, np.float32) if policy.uses_state else None,
-    }
+def observation(policy: Policy, seed: int) -> Observation:
+    """What the policy looks at: as smooth as a camera's image, since noise makes JPEG slow."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (2, SIDE // 16, SIDE // 16, 3), dtype=np.uint8)
+    frame, wrist = (np.asarray(Image.fromarray(image).resize((SIDE, SIDE))) for image in coarse)
+    state = np.zeros(8, np.float32) if policy.uses_state else None
+    return Observation(frame, TASK, wrist=wrist if policy.num_images > 1 else None, state=state)
 
 
 @contextlib.contextmanager
 def client(policy: Policy, port: int, number: int) -> Iterator[Callable[[], None]]:
     """A client of one of the four dialects (OpenVLA, OpenVLA-OFT, openpi, vla-eval); each call is one request, and an error unless answered."""
     seen, kind = observation(policy, number), number % 4
-    frame, wrist, state = seen.values()
     if kind < 2:
-        fields = {"image" if kind == 0 else "full_image": frame, "wrist_image": wrist, "state": state}
-        body = {name: json_array(array) for name, array in fields.items() if array is not None}
-        data = json.dumps(body | {"instruction": TASK, "session": str(number)})
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIME_LIMIT)
+        body = write_request(seen, frame=("image", "full_image")[kind], session=str(number))
 
         def post() -> None:
-            connection.request("POST", "/act", data)
+            connection.request("POST", "/act", body)
             answer = connection.getresponse()
             text = answer.read()
             if answer.status != 200:
@@ -124,15 +120,14 @@ def client(policy: Policy, port: int, number: int) -> Iterator[Callable[[], None
         connection.close()
         return
     if kind == 2:
-        given = {"image": frame, "wrist_image": wrist, "state": state}
+        given = {"image": seen.frame, "wrist_image": seen.wrist, "state": seen.state}
         message = write_msgpack({f"observation/{k}": v for k, v in given.items()} | {"prompt": TASK}, bytes_keys)
     else:
-        images = {"agentview": frame} | ({} if wrist is None else {"wrist": wrist})
-        payload = {"images": images, "task_description": TASK, "states": state}
+        images = {"agentview": seen.frame} | ({} if seen.wrist is None else {"wrist": seen.wrist})
+        payload = {"images": images, "task_description": TASK, "states": seen.state}
         message = write_msgpack(envelope("observation", payload, 1), string_keys)
-    with connect(f"ws://127.0.0.1:{port}/{'vla-eval' * (kind == 3)}", max_size=None) as socket:
-        if kind == 2:
-            socket.recv()  # openpi's server speaks first
+    with connect(f"ws://127.0.0.1:{port}", max_size=None) as socket:
+        socket.recv()  # the server speaks first
 
         def send() -> None:
             socket.send(message)
@@ -147,30 +142,27 @@ def compare(policy: Policy, port: int, pairs: int) -> tuple[float, float]:
     """Median seconds of a call here and of a request, asked in turns."""
     seen = observation(policy, 0)
     with client(policy, port, 0) as ask:
-        calls = {"here": lambda: policy(**seen, instruction=TASK, episode="bench"), "served": ask}
+        calls = {"here": lambda: policy(seen.frame, TASK, seen.wrist, seen.state, episode="bench"), "served": ask}
         times = seconds_in_turns(calls, pairs + 2, torch.device("cpu"))
     return float(times["here"][2:].median()), float(times["served"][2:].median())
 
 
 def load(policy: Policy, port: int, clients: int, seconds: float) -> dict[str, float]:
     """So many clients, each asking again as soon as it is answered."""
-    end = time.monotonic() + seconds
+    end, taken, errors = time.monotonic() + seconds, [], []
 
-    def work(number: int) -> tuple[int, int, float]:
-        answered, errors, slowest = 0, 0, 0.0
+    def work(number: int) -> None:
         with client(policy, port, number) as ask:
             while (start := time.monotonic()) < end:
                 try:
                     ask()
-                    answered += 1
-                except Exception:
-                    errors += 1
-                slowest = max(slowest, time.monotonic() - start)
-        return answered, errors, slowest
+                except Exception as error:
+                    errors.append(error)
+                taken.append(time.monotonic() - start)
 
     with ThreadPoolExecutor(clients) as pool:
-        answered, errors, slowest = zip(*pool.map(work, range(clients)), strict=True)
-    return {"rate": sum(answered) / seconds, "errors": sum(errors), "slowest": max(slowest)}
+        list(pool.map(work, range(clients)))
+    return {"rate": (len(taken) - len(errors)) / seconds, "errors": len(errors), "slowest": max(taken)}
 
 
 def batches(port: int) -> tuple[float, float]:
@@ -180,6 +172,7 @@ def batches(port: int) -> tuple[float, float]:
 
 
 def fetch(port: int, path: str, body: bytes | None = None) -> bytes:
+    """The answer to one request on a connection of its own, whatever its status."""
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=TIME_LIMIT)) as connection:
         connection.request("GET" if body is None else "POST", path, body)
         return connection.getresponse().read()
@@ -187,10 +180,10 @@ def fetch(port: int, path: str, body: bytes | None = None) -> bytes:
 
 def flood(port: int, requests: int) -> None:
     """Requests that are read and refused, each on a connection of its own: what is held for one would show."""
-    frame = json_array(np.zeros((SIDE, SIDE, 3), np.uint8))
-    body = {"image": frame, "wrist_image": frame, "instruction": TASK, "unnorm_key": "another"}
+    frame = np.zeros((SIDE, SIDE, 3), np.uint8)
+    body = write_request(Observation(frame, TASK, wrist=frame), unnorm_key="another")
     for _ in range(requests):
-        fetch(port, "/act", json.dumps(body).encode())
+        fetch(port, "/act", body)
 
 
 def attack(policy: Policy, port: int, hostile: int) -> list[float]:
@@ -217,6 +210,7 @@ def attack(policy: Policy, port: int, hostile: int) -> list[float]:
                     fetch(port, "/act", bytes(noise))
                 else:
                     with connect(f"ws://127.0.0.1:{port}/{'vla-eval' * (number % 4 == 0)}") as socket:
+                        socket.recv(1)
                         socket.send(bytes(noise[:5000]))
                         socket.recv(1)
         stop.set()

@@ -1,19 +1,18 @@
 """Bytes to arrays and back, for json-numpy and the two msgpack conventions, without pickle and within limits.
 
-In: a body or a message of a client, at most `Limits.body` long. Out: maps, lists, strings, numbers and numpy arrays of plain numbers.
+In: a body or a message of a client, at most `Limits.body` long. Out: maps, lists, text, numbers and numpy arrays of plain numbers.
 Surprising: openpi's array maps have bytes keys (`b"__ndarray__"`), vla-eval's string keys, and vla-eval sends images as PNG.
 """
 
 import base64
-import binascii
 import io
-import json
 import math
 import re
 from collections.abc import Callable
 from typing import Any
 
 import msgpack
+import msgspec
 import numpy as np
 from PIL import Image
 
@@ -24,26 +23,31 @@ MOST_CONTAINERS = 2000  # lists and maps of a message: a few bytes each on the w
 MOST_ITEMS = 20_000  # entries of all of them together
 
 
-def read_json(body: bytes, limits: Limits) -> Any:
-    """JSON with json-numpy's arrays ({"__numpy__": base64, "dtype", "shape"})."""
-    if body.count(b"[") + body.count(b"{") > MOST_CONTAINERS or body.count(b",") > MOST_ITEMS:
+class JsonArray(msgspec.Struct):
+    """An array as json-numpy writes it; msgspec decodes the base64."""
+
+    data: bytes = msgspec.field(name="__numpy__")
+    dtype: str
+    shape: list[int]
+
+
+_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_value = msgspec.json.Decoder(JsonArray | str | float | list[float] | None)
+
+
+def read_json(body: bytes, wanted: Callable[[str], bool]) -> dict[str, Any]:
+    """The wanted fields of a JSON object: text, numbers, flat lists of numbers, and json-numpy's arrays. What is not wanted is not built."""
+    if body.count(b",") > MOST_ITEMS:
         raise RequestError("the body has too many lists and maps: send arrays as json-numpy encodes them", 413)
+    name = "the body"
     try:
-        return json.loads(body, object_hook=_json_array)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is no valid JSON: {_first_line(error)}") from None
-
-
-def _json_array(found: dict[str, Any]) -> Any:
-    if "__numpy__" not in found:
-        return found
-    data = found["__numpy__"]
-    if not isinstance(data, str):
-        raise RequestError("__numpy__ must be base64 text")
-    try:
-        return _array(base64.b64decode(data, validate=True), found.get("dtype"), found.get("shape"))
-    except binascii.Error as error:
-        raise RequestError(f"__numpy__ is no base64: {_first_line(error)}") from None
+        found, fields = {}, _fields.decode(body)
+        for name in filter(wanted, fields):
+            value = _value.decode(fields[name])
+            found[name] = _array(value.data, value.dtype, value.shape) if isinstance(value, JsonArray) else value
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"{name[:40]} is no JSON that this server takes: {_first_line(error)}") from None
+    return found
 
 
 def json_array(array: np.ndarray) -> dict[str, Any]:
@@ -96,17 +100,16 @@ def string_keys(array: np.ndarray) -> dict[str, Any]:
 
 
 def _msgpack_array(found: dict[Any, Any], limits: Limits) -> Any:
-    if found.get("__image__"):
-        return _picture(found, limits)
-    for key in (str, str.encode):
-        if found.get(key("__npgeneric__")):
-            value = found.get(key("data"))
-            if not isinstance(value, (bool, int, float)):
-                raise RequestError("a numpy scalar must hold a number")
-            return value
-        if found.get(key("__ndarray__")):
-            return _array(*(found.get(key(name)) for name in ("data", "dtype", "shape")))
-    return found
+    def field(name: str) -> Any:
+        return found.get(name, found.get(name.encode()))
+
+    if field("__npgeneric__"):
+        if not isinstance(field("data"), (bool, int, float)):
+            raise RequestError("a numpy scalar must hold a number")
+        return field("data")
+    if field("__ndarray__") or (field("__image__") and field("format") == "raw"):
+        return _array(field("data"), field("dtype"), field("shape"))
+    return _image(field("data"), field("format"), limits) if field("__image__") else found
 
 
 def _array(data: Any, dtype: Any, shape: Any) -> np.ndarray:
@@ -123,11 +126,8 @@ def _array(data: Any, dtype: Any, shape: Any) -> np.ndarray:
     return np.frombuffer(data, dtype).reshape(shape)
 
 
-def _picture(found: dict[Any, Any], limits: Limits) -> np.ndarray:
-    """vla-eval's image map; its size is looked at before it is decoded."""
-    data, kind = found.get("data"), found.get("format")
-    if kind == "raw":
-        return _array(data, found.get("dtype"), found.get("shape"))
+def _image(data: Any, kind: Any, limits: Limits) -> np.ndarray:
+    """vla-eval's compressed image; its size is looked at before it is decoded."""
     if not isinstance(data, bytes) or kind not in ("png", "jpeg"):
         raise RequestError("an image needs its bytes as data and png, jpeg or raw as format")
     try:

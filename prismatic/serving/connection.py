@@ -1,73 +1,78 @@
-"""One WebSocket connection of any dialect: messages in order, one at a time, until the client has gone."""
+"""The WebSocket at / and /vla-eval: messages in order, one at a time, until the client has gone.
 
-from collections.abc import Callable
+openpi's client waits for a greeting, vla-eval's takes the first message for the answer to its HELLO: one map is both, so neither waits. The
+first message that can be decoded says which dialect this is.
+"""
+
+import contextlib
+from collections.abc import Mapping
 from typing import Any, Protocol
 
+import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from prismatic.serving.codec import read_msgpack
-from prismatic.serving.observation import RequestError
-from prismatic.serving.service import Request, Service
-
-
-class Connection:
-    """stream: names this robot in the policy's memory of last answers."""
-
-    def __init__(self, socket: WebSocket, service: Service) -> None:
-        self.socket, self.service = socket, service
-        self.stream = ("connection", service.connection())
-        self.client = f"{socket.client.host}:{socket.client.port}" if socket.client else "?"
-
-    async def receive(self) -> bytes | str:
-        """The next message. ConnectionResetError when the client has gone, here and below."""
-        message = await self._while_there(self.socket.receive())
-        if message["type"] != "websocket.receive":
-            raise ConnectionResetError
-        return message["bytes"] if message.get("bytes") is not None else message["text"]
-
-    async def decode(self, data: bytes | str) -> Any:
-        """What a message says. RequestError for text."""
-        if not isinstance(data, bytes):
-            raise RequestError("messages must be binary msgpack frames, not text")
-        return await self.service.in_thread(read_msgpack, data, self.service.limits)
-
-    async def send(self, data: bytes | str) -> None:
-        await self._while_there(
-            self.socket.send_bytes(data) if isinstance(data, bytes) else self.socket.send_text(data)
-        )
-
-    async def close(self, code: int) -> None:
-        await self._while_there(self.socket.close(code))
-
-    async def _while_there(self, step: Any) -> Any:
-        try:
-            return await step
-        except (WebSocketDisconnect, RuntimeError) as error:  # starlette: RuntimeError for a socket that is closed
-            raise ConnectionResetError from error
+from prismatic.serving import openpi, vla_eval
+from prismatic.serving.codec import bytes_keys, read_msgpack, write_msgpack
+from prismatic.serving.observation import Limits, Observation, RequestError
+from prismatic.serving.service import Service
 
 
 class Dialect(Protocol):
     """How a client is answered. One object a connection."""
 
     name: str
+    close_code: int | None  # of the connection after a refusal; None: it stays open
 
-    async def reply(self, request: Request, message: Any) -> None:
-        """Answer a decoded message. RequestError for one that can't be answered."""
+    def read(self, message: Any, limits: Limits) -> Observation | None:
+        """What the policy is asked by a decoded message, None for nothing. RequestError for one that can't be answered."""
 
-    async def refuse(self, error: RequestError) -> None:
-        """Say what was wrong with the last message."""
+    def write(self, chunk: np.ndarray | None, timing: Mapping[str, float]) -> bytes | None:
+        """The answer to the message last read, None where none is due. chunk: (K, D), gripper -1 open … +1 close."""
+
+    def refusal(self, error: RequestError) -> bytes | str:
+        """Says what was wrong with the message last read."""
+        ...
 
 
-async def converse(connection: Connection, dialect: Dialect, choose: Callable[[Any], Dialect] | None = None) -> None:
-    """Answer each message. choose: the dialect by the first message that can be decoded; None: it is known."""
-    while True:
-        data = await connection.receive()
-        try:
-            async with connection.service.request(dialect.name, connection.client) as request:
-                message = await connection.decode(data)
-                if choose is not None:
-                    dialect, choose = choose(message), None
-                    request.dialect = dialect.name
-                await dialect.reply(request, message)
-        except RequestError as error:
-            await dialect.refuse(error)
+async def converse(socket: WebSocket) -> None:
+    """Greet, then answer each message."""
+    service: Service = socket.app.state.service
+    client = f"{socket.client.host}:{socket.client.port}" if socket.client else "?"
+    greeting = {**openpi.metadata(service), **vla_eval.hello(service)}
+    dialect: Dialect = openpi.Openpi(client)
+    data: bytes | None = None
+    chosen = False
+
+    def read() -> Observation | None:
+        nonlocal dialect, chosen
+        if data is None:
+            raise RequestError("messages must be binary msgpack frames, not text")
+        message = read_msgpack(data, service.limits)
+        if not chosen and vla_eval.is_message(message):
+            request.dialect = dialect = vla_eval.VlaEval(client)
+        chosen = True
+        return dialect.read(message, service.limits)
+
+    with service.metrics.connections.track_inprogress(), contextlib.suppress(OSError):
+        await socket.accept()
+        await send(socket, write_msgpack(greeting, bytes_keys))
+        while (received := await socket.receive())["type"] == "websocket.receive":
+            data = received.get("bytes")
+            try:
+                async with service.request(dialect, client) as request:
+                    chunk = await request.ask(read)
+                    answer = dialect.write(None if chunk is None else service.close_positive(chunk), request.timing)
+                    if answer is not None:
+                        await send(socket, answer)
+            except RequestError as error:
+                await send(socket, dialect.refusal(error))
+                if dialect.close_code is not None:
+                    await socket.close(dialect.close_code)
+
+
+async def send(socket: WebSocket, data: bytes | str) -> None:
+    """ConnectionResetError when the client has gone."""
+    try:
+        await (socket.send_text(data) if isinstance(data, str) else socket.send_bytes(data))
+    except (WebSocketDisconnect, RuntimeError) as error:  # uvicorn's RuntimeError: it has closed the socket
+        raise ConnectionResetError from error

@@ -10,15 +10,15 @@ class Metrics:
     """One registry a server, so that several live in one process."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self._requests = Counter("serve_requests", "Messages answered", ["dialect", "status"], registry=self.registry)
-        self._errors = Counter("serve_errors", "Of them, refused or failed", ["dialect"], registry=self.registry)
+        registry = self.registry = CollectorRegistry()
+        self._requests = Counter("serve_requests", "Messages answered", ["dialect", "status"], registry=registry)
+        self._errors = Counter("serve_errors", "Of them, refused or failed", ["dialect"], registry=registry)
         self._seconds = Histogram(
-            "serve_request_seconds", "From reading to answering", ["dialect"], buckets=SECONDS, registry=self.registry
+            "serve_request_seconds", "From reading to answering", ["dialect"], buckets=SECONDS, registry=registry
         )
-        self._rows = Histogram("serve_batch_rows", "Rows of a batch", buckets=ROWS, registry=self.registry)
-        self._waiting = Gauge("serve_queue", "Requests that wait for a batch", registry=self.registry)
-        self.connections = Gauge("serve_connections", "Open connections", registry=self.registry)
+        self._waiting = Gauge("serve_queue", "Requests that wait for a batch", registry=registry)
+        self.rows = Histogram("serve_batch_rows", "Rows of a batch", buckets=ROWS, registry=registry)
+        self.connections = Gauge("serve_connections", "Open WebSocket connections", registry=registry)
 
     def request(self, dialect: str, status: int, seconds: float, waiting: int) -> None:
         """A message has been answered."""
@@ -27,10 +27,6 @@ class Metrics:
             self._errors.labels(dialect).inc()
         self._seconds.labels(dialect).observe(seconds)
         self._waiting.set(waiting)
-
-    def batch(self, rows: int) -> None:
-        """The policy has answered a batch."""
-        self._rows.observe(rows)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

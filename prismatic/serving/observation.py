@@ -3,7 +3,7 @@
 A RequestError is the client's to mend: one sentence that names the field, and an HTTP status. Nothing here knows the model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,34 +36,35 @@ class Limits:
 
 @dataclass(frozen=True)
 class Observation:
-    """frame, wrist: (H, W, 3) uint8, upright. state: (D,) float32. unnorm_key: the statistics that the client believes in, None: any."""
+    """frame, wrist: (H, W, 3) uint8, upright. state: (D,) float32. unnorm_key: the statistics that the client believes in, None: any.
+
+    stream: the same while one robot goes on, so that its last answer drafts the next; None: unknown.
+    """
 
     frame: np.ndarray
     instruction: str
     wrist: np.ndarray | None = None
     state: np.ndarray | None = None
     unnorm_key: str | None = None
+    stream: Hashable = None
 
 
 def read_observation(
-    message: Mapping[str, Any],
-    limits: Limits,
-    *,
-    frame: str = "image",
-    wrist: str = "wrist_image",
-    instruction: str = "instruction",
-    state: str = "state",
+    message: Mapping[str, Any], limits: Limits, *, stream: Hashable = None, names: Mapping[str, str] | None = None
 ) -> Observation:
-    """Check a message's fields; None counts as absent. The names are what the client calls each."""
+    """Check a message's image, wrist_image, instruction and state; None counts as absent. names: what the client calls them."""
+    named = {name: (names or {}).get(name, name) for name in ("image", "wrist_image", "instruction", "state")}
+    image, wrist, instruction, state = ((message.get(name), name, limits) for name in named.values())
     key = message.get("unnorm_key")
     if key is not None and not isinstance(key, str):
         raise RequestError("unnorm_key must be a string")
     return Observation(
-        frame=_image(message.get(frame), frame, limits),
-        wrist=None if message.get(wrist) is None else _image(message[wrist], wrist, limits),
-        instruction=_text(message.get(instruction), instruction, limits),
-        state=None if message.get(state) is None else _state(message[state], state, limits),
+        frame=_image(*image),
+        wrist=None if wrist[0] is None else _image(*wrist),
+        instruction=_text(*instruction),
+        state=None if state[0] is None else _state(*state),
         unnorm_key=key,
+        stream=stream,
     )
 
 
@@ -90,20 +91,12 @@ def _text(value: Any, name: str, limits: Limits) -> str:
         raise RequestError(f"{name} must be a sentence that says what to do")
     if len(value) > limits.text:
         raise RequestError(f"{name} has {len(value):,} characters, of at most {limits.text:,}", 413)
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise RequestError(f"{name} is no valid Unicode text") from None
     return value
 
 
 def _state(value: Any, name: str, limits: Limits) -> np.ndarray:
-    numbers = value.tolist() if isinstance(value, np.ndarray) and value.ndim == 1 else value
-    if (
-        not isinstance(numbers, list)
-        or not 0 < len(numbers) <= limits.state
-        or not all(type(n) in (int, float) for n in numbers)
-    ):
+    numbers = value.tolist() if isinstance(value, np.ndarray) else value
+    if not isinstance(numbers, list) or not 0 < len(numbers) <= limits.state or {*map(type, numbers)} - {int, float}:
         raise RequestError(f"{name} must be a flat list of at most {limits.state} numbers")
     if not all(abs(n) <= LARGEST for n in numbers):
         raise RequestError(f"{name} holds NaN, infinity or a number beyond float32")

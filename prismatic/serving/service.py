@@ -7,20 +7,20 @@ server has to stop. Whatever goes wrong inside leaves as a RequestError.
 import asyncio
 import contextlib
 import dataclasses
-import itertools
 import json
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from anyio import CapacityLimiter, to_thread
 
 from prismatic.policy import Policy
-from prismatic.serving.batching import Answer, BatchQueue, Busy, compute
+from prismatic.serving.batching import BatchQueue, Busy, compute
 from prismatic.serving.metrics import Metrics
 from prismatic.serving.observation import Limits, Observation, RequestError
 from prismatic.serving.recording import Recorder
@@ -28,37 +28,39 @@ from prismatic.versions import versions
 
 LOG = logging.getLogger("serve")
 ACCESS_LOG = logging.getLogger("serve.access")
-READERS = 4  # messages that are decoded at once: it bounds memory
+# Messages that are decoded at once: it bounds memory, and leaves a core to the policy. Four on two cores cost a tenth of the throughput.
+READERS = min(4, max(1, len(os.sched_getaffinity(0)) - 1))
 NO_NOOPS = "_no_noops"  # a data set's name with and without it means the same statistics
 WARM_UP_SIDE = 256  # pixels
 
 
+class Named(Protocol):
+    """A dialect, as the log and the metrics name it."""
+
+    name: str
+
+
 @dataclass
 class Request:
-    """One message of a client while it is answered."""
+    """One message of a client while it is answered. timing: ms that it waited and was computed; facts: more of its line in the access log."""
 
     service: "Service"
-    dialect: str
-    client: str
-    stream: Hashable = None
-    answer: Answer | None = None
-    facts: dict[str, Any] = field(default_factory=dict)  # more of its line in the access log
+    dialect: Named
+    timing: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
-    async def ask(self, observation: Observation, stream: Hashable = None) -> np.ndarray:
-        """(K, 7) float32, in the data set's units, gripper 1 open … 0 close. stream: the same while one robot goes on, None: no draft."""
-        service = self.service
-        service.check(observation)
-        prepared = await service.in_thread(service.prepared, observation)
-        self.stream, self.answer = stream, await service.queue.ask(prepared, stream)
+    async def ask(self, read: Callable[[], Observation | None]) -> np.ndarray | None:
+        """(K, D) float32, in the data set's units, gripper 1 open … 0 close. read: decodes the message, in a thread; None: nothing is asked."""
+        service, loop = self.service, asyncio.get_running_loop()
+        observation, prepared = await loop.run_in_executor(service.readers, lambda: service.prepared(read()))
+        if observation is None or prepared is None:
+            return None
+        answer = await service.queue.ask(prepared)
+        self.timing = {"queue_ms": round(1000 * answer.waited, 2), "infer_ms": round(1000 * answer.computed, 2)}
+        self.facts["rows"] = answer.rows
         if service.recorder is not None:
-            service.recorder.add(observation, self.answer.chunk, dialect=self.dialect, stream=stream)
-        return self.answer.chunk
-
-    def timing(self) -> dict[str, float]:
-        """ms that the answer waited and was computed."""
-        if self.answer is None:
-            return {}
-        return {"queue_ms": round(1000 * self.answer.waited, 2), "infer_ms": round(1000 * self.answer.computed, 2)}
+            service.recorder.add(observation, answer.chunk, self.dialect.name)
+        return answer.chunk
 
 
 class Service:
@@ -71,7 +73,7 @@ class Service:
         *,
         max_batch: int,
         max_wait: float,
-        prepare: Callable[[np.ndarray], Any] | None = None,
+        prepare: Callable[[np.ndarray], Any] = lambda frame: frame,
         recorder: Recorder | None = None,
     ) -> None:
         """max_wait: seconds that a request may wait for others. prepare: what the policy may be given for a frame, worked out beside it."""
@@ -79,33 +81,24 @@ class Service:
         self.metadata: dict[str, Any] = json.loads(json.dumps(policy.metadata(), default=str))
         self.metrics = Metrics()
         self.queue = BatchQueue(
-            policy, max_batch=max_batch, max_wait=max_wait, max_waiting=limits.queue, on_batch=self.metrics.batch
+            policy, max_batch=max_batch, max_wait=max_wait, max_waiting=limits.queue, on_batch=self.metrics.rows.observe
         )
         self.ready = self.draining = False
         self.under_way = 0
-        self._readers = CapacityLimiter(READERS)
-        self._connections = itertools.count()
+        self.readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader")  # a large message stops nobody else's
 
-    def connection(self) -> int:
-        """A number that no other connection has."""
-        return next(self._connections)
-
-    async def in_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """Decode bytes or prepare images in a thread, so that a large message stops nobody else's."""
-        return await to_thread.run_sync(lambda: work(*arguments), limiter=self._readers)
-
-    def prepared(self, observation: Observation) -> Observation:
-        """Its images as the policy's model sees them, while the policy answers others."""
-        if self._prepare is None:
-            return observation
-        wrist = observation.wrist if self.policy.num_images > 1 else None
-        images = (None if frame is None else self._prepare(frame) for frame in (observation.frame, wrist))
-        return dataclasses.replace(observation, **dict(zip(("frame", "wrist"), images, strict=True)))
+    def prepared(self, asked: Observation | None) -> tuple[Observation | None, Observation | None]:
+        """A question that this policy can answer, and the same with its images as the model sees them: worked out while the policy answers others."""
+        if asked is None:
+            return None, None
+        self.check(asked)
+        wrist = None if asked.wrist is None or self.policy.num_images == 1 else self._prepare(asked.wrist)
+        return asked, dataclasses.replace(asked, frame=self._prepare(asked.frame), wrist=wrist)
 
     @contextlib.asynccontextmanager
-    async def request(self, dialect: str, client: str) -> AsyncIterator[Request]:
+    async def request(self, dialect: Named, client: str) -> AsyncIterator[Request]:
         """Counts, logs and times one message. RequestError for whatever goes wrong in it, Busy while the server can't answer."""
-        request, start, status = Request(self, dialect, client), time.monotonic(), 200
+        request, start, status = Request(self, dialect), time.monotonic(), 200
         self.under_way += 1
         try:
             if not self.ready:
@@ -116,7 +109,7 @@ class Service:
         except RequestError as error:
             status, request.facts["error"] = error.status, str(error)
             raise
-        except (asyncio.CancelledError, OSError, EOFError):  # the client has gone
+        except (asyncio.CancelledError, OSError):  # the client has gone
             status = 499
             raise
         except Exception as error:
@@ -126,11 +119,10 @@ class Service:
         finally:
             self.under_way -= 1
             seconds = time.monotonic() - start
-            self.metrics.request(request.dialect, status, seconds, self.queue.waiting)
-            rows = {} if request.answer is None else {"rows": request.answer.rows}
-            line = {"dialect": request.dialect, "client": client, "status": status, "ms": round(1000 * seconds, 2)}
+            self.metrics.request(request.dialect.name, status, seconds, self.queue.waiting)
             stamp = datetime.now(UTC).isoformat(timespec="milliseconds")
-            ACCESS_LOG.info(json.dumps({"time": stamp, **line, **request.timing(), **rows, **request.facts}))
+            line = {"time": stamp, "dialect": request.dialect.name, "client": client, "status": status}
+            ACCESS_LOG.info(json.dumps({**line, "ms": round(1000 * seconds, 2), **request.timing, **request.facts}))
 
     def check(self, observation: Observation) -> None:
         """RequestError for what this policy needs and the client didn't send, or for other statistics than its own."""
@@ -145,6 +137,13 @@ class Service:
         if asked and own and asked.removesuffix(NO_NOOPS) != str(own).removesuffix(NO_NOOPS):
             raise RequestError(f"unnorm_key {asked!r} is not served here: this policy acts with {own!r}")
 
+    def close_positive(self, chunk: np.ndarray) -> np.ndarray:
+        """(K, D) with each gripper 1 open … 0 close → -1 open … +1 close, as the simulator's own actions are."""
+        grippers = self.metadata["gripper_dims"]
+        chunk = chunk.copy()
+        chunk[:, grippers] = 1 - 2 * chunk[:, grippers]
+        return chunk
+
     def describe(self) -> dict[str, Any]:
         """The policy's metadata, what it needs, what it answers, what the server takes, and versions."""
         return {
@@ -158,7 +157,7 @@ class Service:
             "versions": versions(),
         }
 
-    def example(self) -> Observation:
+    def example(self, stream: Hashable = None) -> Observation:
         """What this policy needs, in grey."""
         frame = np.full((WARM_UP_SIDE, WARM_UP_SIDE, 3), 127, np.uint8)
         dim = int(self.metadata.get("proprio_dim") or 8)
@@ -167,17 +166,15 @@ class Service:
             instruction="pick up the black bowl and place it on the plate",
             wrist=frame if self.policy.num_images > 1 else None,
             state=np.zeros(dim, np.float32) if self.policy.uses_state else None,
+            stream=stream,
         )
 
     async def warm_up(self) -> list[tuple[int, float]]:
         """Answer batches of 1, 2, 4 … max_batch rows, where kernels are compiled and recorded; (rows, seconds) of each. Then ready."""
         loop, times = asyncio.get_running_loop(), []
-        sizes = sorted({*(2**n for n in range(self.queue.max_batch.bit_length())), self.queue.max_batch})
-        for rows in sizes:
-            start = time.monotonic()
-            await loop.run_in_executor(
-                self.queue.thread, compute, self.policy, [self.example()] * rows, [("warm-up", n) for n in range(rows)]
-            )
+        for rows in sorted({*(2**n for n in range(self.queue.max_batch.bit_length())), self.queue.max_batch}):
+            start, examples = time.monotonic(), [self.example(("warm-up", row)) for row in range(rows)]
+            await loop.run_in_executor(self.queue.thread, compute, self.policy, examples)
             times.append((rows, time.monotonic() - start))
         self.ready = True
         return times
@@ -189,4 +186,4 @@ class Service:
         while self.under_way and time.monotonic() < end:
             await asyncio.sleep(0.01)
         if self.recorder is not None:
-            await to_thread.run_sync(self.recorder.close)
+            await asyncio.to_thread(self.recorder.close)

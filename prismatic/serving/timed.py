@@ -5,6 +5,7 @@ A client that dribbles bytes, or opens sockets and says nothing, is closed; no o
 
 import asyncio
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -12,69 +13,56 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
-
-
-class _Deadline:
-    """Closes a transport unless it is met."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self._timer = seconds, None
-
-    def expect(self, transport: Any, unfinished: bool) -> None:
-        """unfinished: something has begun to arrive. The time runs from its first byte."""
-        if unfinished and self._timer is None:
-            self._timer: asyncio.TimerHandle | None = asyncio.get_running_loop().call_later(
-                self.seconds, transport.abort
-            )
-        elif not unfinished and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-
-def keep_alive(connection: socket.socket) -> None:
-    """The kernel asks a silent peer whether it is still there, and closes after some two minutes without an answer."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4)):
-        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+# The kernel asks a silent peer whether it is still there, and closes after some two minutes without an answer.
+KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
 
 
 def timed_protocols(connections: int, read_seconds: float) -> tuple[type[H11Protocol], type[WebSocketsSansIOProtocol]]:
-    """The classes for HTTP and for WebSockets."""
+    """The classes for HTTP, where the time to a request's head counts (its body is timed where it is read), and for WebSockets' messages."""
+    return (
+        _timed(H11Protocol, connections, read_seconds, lambda http: http.conn.their_state is h11.IDLE),
+        _timed(
+            WebSocketsSansIOProtocol, connections, read_seconds, lambda ws: bool(ws.frames or ws.conn.reader.buffer)
+        ),
+    )
 
-    class Http(H11Protocol):
-        """The time to a request's head; its body is timed where it is read."""
+
+def _timed(protocol: Any, connections: int, read_seconds: float, unfinished: Callable[[Any], bool]) -> Any:
+    """unfinished: whether more must arrive. The time runs from its first byte."""
+
+    class Timed(protocol):
+        timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self.head = _Deadline(read_seconds)
-            keep_alive(transport.get_extra_info("socket"))
+            peer = transport.get_extra_info("socket")
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in KEEP_ALIVE:
+                peer.setsockopt(socket.IPPROTO_TCP, option, value)
             if len(self.connections) > connections:
                 transport.write(FULL)
                 transport.close()
-                return
-            self.head.expect(transport, unfinished=True)
+            else:
+                self.set_timer()
 
         def data_received(self, data: bytes) -> None:
-            if self.transport.is_closing():
-                return
-            super().data_received(data)
-            self.head.expect(self.transport, unfinished=self.conn.their_state is h11.IDLE)
+            if not self.transport.is_closing():
+                super().data_received(data)
+                self.set_timer()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self.head.expect(self.transport, unfinished=False)
+            self.stop_timer()
             super().connection_lost(exc)
 
-    class Sockets(WebSocketsSansIOProtocol):
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self.message = _Deadline(read_seconds)
+        def set_timer(self) -> None:
+            if not unfinished(self):
+                self.stop_timer()
+            elif self.timer is None:
+                self.timer = asyncio.get_running_loop().call_later(read_seconds, self.transport.abort)
 
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self.message.expect(self.transport, unfinished=bool(self.frames or self.conn.reader.buffer))
+        def stop_timer(self) -> None:
+            if self.timer is not None:
+                self.timer.cancel()
+                self.timer = None
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self.message.expect(self.transport, unfinished=False)
-            super().connection_lost(exc)
-
-    return Http, Sockets
+    return Timed
