@@ -108,7 +108,7 @@ def main(cfg: OwnDataConfig) -> Path:
     with unfinished(cfg.output) as staged:
         for number, episode in enumerate(episodes):
             views = [name for name in ("images", "wrist_images") if name in episode]
-            jpegs = {view: [encode_jpeg(frame) for frame in episode[view]] for view in views}
+            jpegs: dict[str, Any] = {view: [encode_jpeg(frame) for frame in episode[view]] for view in views}
             try:
                 stage_episode(staged / f"episode_{number:06d}.npz", **(episode | jpegs))
             except ValueError as error:

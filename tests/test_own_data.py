@@ -103,7 +103,8 @@ def test_rlds_is_the_same_data_set(tmp_path: Path) -> None:
     found = []
     for form, marker in (("lerobot", LEROBOT_INFO), ("rlds", f"1.0.0/{RLDS_INFO}")):
         root = tmp_path / form
-        own_data.main(OwnDataConfig(root, "mine", format=form, episodes=3))
+        how: dict[str, Any] = {"format": form, "episodes": 3}
+        own_data.main(OwnDataConfig(root, "mine", **how))
         assert (root / "mine" / marker).is_file() and [*root.iterdir()] == [root / "mine"]
         cache = open_cache(root, "mine", cache_dir=tmp_path / "cache" / form)
         steps = ((cache.instruction(f), cache.actions[f].tobytes(), cache.image_bytes(f)) for f in range(len(cache)))

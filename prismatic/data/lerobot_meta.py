@@ -91,7 +91,7 @@ class LeRobotFolder:
 
     def cameras(self) -> dict[str, str]:
         """Name → "image" or "video"."""
-        return {name: str(f["dtype"]) for name, f in self.features.items() if f.get("dtype") in ("image", "video")}
+        return {name: str(f.get("dtype")) for name, f in self.features.items() if f.get("dtype") in ("image", "video")}
 
     def fields(self, told: Mapping[str, str]) -> dict[str, list[str]]:
         """Names of the cameras, vectors and, where an instruction column is told, texts."""
