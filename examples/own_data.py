@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import av
 import numpy as np
 import tyro
+from av.error import FFmpegError
 from msgspec import Meta
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, wherever this is started
@@ -75,7 +76,7 @@ def frames(path: Path) -> list[np.ndarray]:
     try:
         with av.open(str(path)) as container:
             return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (av.FFmpegError, IndexError) as error:
+    except (FFmpegError, IndexError) as error:
         raise ConfigError(f"{path} can't be decoded ({error}): each <name>.npz needs its video <name>.mp4") from None
 
 
