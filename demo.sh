@@ -1,38 +1,50 @@
 #!/usr/bin/env bash
 # The whole loop on a laptop's CPU: demonstrations of a task that the small model has never seen, LoRA fine-tuning, evaluation before and after.
 #
-#   ./demo.sh            20 minutes on 2 cores, 5.4 GB of memory
-#   ./demo.sh --quick    a few minutes: shows every stage, learns little
-#   ./demo.sh --long     longer: more demonstrations and trials, LIBERO's own rendering
+#   ./demo.sh            OpenVLA: an action is seven tokens, one after the other
+#   ./demo.sh --oft      OpenVLA-OFT: eight actions in one forward pass, by regression; sooner done, and better
+#   ./demo.sh --quick    a few minutes: shows every stage, learns little (also with --oft)
+#   ./demo.sh --long     more demonstrations and trials, LIBERO's own rendering (also with --oft)
 #   ./demo.sh --fresh    forget what an earlier call made (otherwise it goes on from there)
 set -euo pipefail
 cd "$(dirname "$0")"
 
-demos=40 steps=1000 trials=20 quality=fast name=demo task=0 fresh=
+head=tokens size= fresh=
 for option in "$@"; do
     case "$option" in
-        --quick) demos=4 steps=60 trials=2 name=demo_quick ;;
-        --long) demos=80 steps=3000 trials=50 quality=standard name=demo_long ;;
+        --oft) head=oft ;;
+        --quick | --long) size=_${option#--} ;;
         --fresh) fresh=1 ;;
-        *) sed -n '2,9s/^# \{0,1\}//p' "$0"; [ "$option" = --help ] || { echo "error: unknown option $option" >&2; exit 2; }; exit 0 ;;
+        *) sed -n '2,10s/^# \{0,1\}//p' "$0"; [ "$option" = --help ] || { echo "error: unknown option $option" >&2; exit 2; }; exit 0 ;;
     esac
 done
+# demos: of the expert; more: begun by the first round's policy, ended by the expert (DAgger); steps of the two rounds; episodes before and after
+case $head$size in
+    tokens) demos=36 more=24 first=400 steps=900 before=10 after=20 quality=fast ;;
+    oft) demos=40 more=0 first=0 steps=500 before=10 after=20 quality=fast ;;
+    tokens_quick) demos=4 more=2 first=20 steps=40 before=1 after=2 quality=fast ;;
+    oft_quick) demos=4 more=0 first=0 steps=40 before=1 after=2 quality=fast ;;
+    tokens_long) demos=80 more=48 first=1500 steps=3000 before=50 after=50 quality=standard ;;
+    oft_long) demos=80 more=0 first=0 steps=2000 before=50 after=50 quality=standard ;;
+esac
+name=demo_$head$size task=0 base=checkpoints/openvla-tiny learning_rate=2e-3
+if [ $head = oft ]; then base=checkpoints/openvla-tiny-oft; fi
 ./setup.sh
-if [ "$fresh" ]; then rm -rf "workspace/$name" rollouts/EVAL-libero_spatial-*--"$name"-{before,after}; fi
+if [ "$fresh" ]; then rm -rf "workspace/$name" rollouts/EVAL-libero_spatial-*--"$name"-{expert,before,after}; fi
 
 # Two processes of one thread each learn faster than one of two; a GPU is given to one process.
 autocast=auto
 if .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then processes=1 batch=16; else processes=2 batch=8; fi
 if [ $processes = 2 ] && grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then autocast=bfloat16; fi # only with instructions for it is it faster
 export OMP_WAIT_POLICY=PASSIVE # a thread that waits must not take the core from the one it waits for
-python=.venv/bin/python base=checkpoints/openvla-tiny work=workspace/$name
-first=libero_spatial_task$task second=libero_spatial_task${task}_second # data sets: the expert's; with those that the first round began
+python=.venv/bin/python work=workspace/$name
+first_set=libero_spatial_task$task second_set=libero_spatial_task${task}_second # the expert's; with those that the first round began
 number=0 times=()
 stage() { # stage LABEL COMMAND …: show it, run it, remember how long it took
     local label=$1 start=$SECONDS
     shift
     number=$((number + 1))
-    printf '\n== %d of 6, %d s after the start: %s\n' $number $SECONDS "$label"
+    printf '\n== %d, %d s after the start: %s\n' $number $SECONDS "$label"
     "$@"
     times+=("$(printf '%4d s  %s' $((SECONDS - start)) "$label")")
 }
@@ -41,44 +53,55 @@ show() {
     "$@"
 }
 collect() { # collect DATASET NUMBER OPTION …
-    show $python collect.py --task_suite_name libero_spatial --task_ids $task --num_demos_per_task "$2" \
+    show $python collect.py --task_suite_name libero_spatial --task_ids $task --num_demos_per_task "$2" --render_quality $quality \
         --data_root_dir "$work/datasets" --dataset_name "$1" "${@:3}"
 }
 train() { # train DATASET STEPS; `adapter` is what comes out
     show env OMP_NUM_THREADS=1 $python -m torch.distributed.run --standalone --nproc-per-node $processes finetune.py --vla_path $base \
         --data_root_dir "$work/datasets" --dataset_name "$1" --run_root_dir "$work/runs" --cache_dir "$work/cache" \
-        --batch_size $batch --autocast $autocast --learning_rate 2e-3 --lr_schedule cosine --warmup_steps 50 --max_grad_norm 1.0 \
+        --batch_size $batch --autocast $autocast --learning_rate $learning_rate --lr_schedule cosine --warmup_steps 50 --max_grad_norm 1.0 \
         --max_steps "$2" --save_steps 500 --num_workers 1 --augment_order random_resized_crop --action_statistics base --run_id_note "$name"
     adapter=$(ls -td "$work/runs"/*+"$1"+*/latest | head -n 1) # the newest, should settings have changed since
 }
-evaluate() { # evaluate CHECKPOINT NOTE
-    show $python eval.py --pretrained_checkpoint "$1" --task_suite_name libero_spatial --task_ids $task --num_trials_per_task $trials \
-        --render_quality $quality --run_id_note "$name-$2"
+evaluate() { # evaluate NOTE EPISODES OPTION …; `rollouts` is what comes out
+    show $python eval.py --task_suite_name libero_spatial --task_ids $task --num_trials_per_task "$2" --render_quality $quality \
+        --run_id_note "$name-$1" "${@:3}"
+    rollouts=$(ls -td rollouts/EVAL-libero_spatial-*--"$name-$1" | head -n 1)
 }
 
-plan() { printf '  %s  %-52s %-7s %s\n' "$@"; }
-printf 'The small base policy has never seen task %s of LIBERO-Spatial and should fail; after fine-tuning it should mostly succeed.\n' $task
-printf 'Six stages; the minutes are those of the full demo on 2 CPU cores. Stop at any time: the same command goes on from there.\n'
-plan 1 "evaluate the base policy, $trials episodes" "4 min" "rollouts/EVAL-libero_spatial-*--$name-before: a video each"
-plan 2 "the scripted expert gives $demos demonstrations" "3 min" "$work/datasets"
-plan 3 "fine-tune on them, $((steps / 2)) steps" "3 min" "$work/runs: first_batch.png is what the model sees"
-plan 4 "the new policy begins, the expert ends: $((demos * 3 / 5)) more" "3 min" "$work/datasets"
-plan 5 "fine-tune on all of them, $steps steps" "5 min" "$work/runs"
-plan 6 "evaluate again" "3 min" "rollouts/EVAL-libero_spatial-*--$name-after"
-stage "the base policy, which has never seen task $task" evaluate $base before
-stage "expert demonstrations → RLDS" collect $first $demos
-stage "LoRA fine-tuning, first round" train $first $((steps / 2))
-if [ ! -d "$work/datasets/${second}_staged" ]; then
-    rm -rf "$work/datasets/copying"
-    cp -r "$work/datasets/${first}_staged" "$work/datasets/copying"
-    mv "$work/datasets/copying" "$work/datasets/${second}_staged"
-fi
-stage "demonstrations that the first round's policy begins and the expert ends" collect $second $((demos * 3 / 5)) --policy_checkpoint "$adapter"
-stage "LoRA fine-tuning on all of them" train $second $steps
-stage "the adapter" evaluate "$adapter" after
+cat <<EOF
+The small base policy ($base) has never seen task $task of LIBERO-Spatial and should fail; after fine-tuning it should mostly succeed.
+Stop at any time: the same command goes on from there. What comes, with its place:
+  the scripted expert, one episode to watch first        rollouts/EVAL-…--$name-expert: a video
+  the base policy, $before episodes                             rollouts/EVAL-…--$name-before
+  $demos demonstrations of the expert                         $work/datasets
+  LoRA fine-tuning                                       $work/runs: first_batch.png is what the model sees
+EOF
+if [ $more -gt 0 ]; then echo "  $more more that the new policy begins, and fine-tuning on all of them"; fi
+echo "  the adapter, $after episodes, and the two compared       rollouts/EVAL-…--$name-after"
 
-printf '\n== result\n'
-before=$(ls -td rollouts/EVAL-libero_spatial-*--"$name"-before | head -n 1)
-after=$(ls -td rollouts/EVAL-libero_spatial-*--"$name"-after | head -n 1)
-$python eval.py --compare "$before" "$after"
+stage "the expert, one episode" evaluate expert 1 --policy expert
+printf '\n>> watch it: %s\n' "$(ls "$rollouts"/*.mp4 | head -n 1)"
+stage "the base policy, which has never seen task $task" evaluate before $before --pretrained_checkpoint $base
+before_folder=$rollouts
+stage "$demos demonstrations of the expert → RLDS" collect $first_set $demos
+if [ $more -gt 0 ]; then
+    stage "LoRA fine-tuning, first round" train $first_set $first
+    if [ ! -d "$work/datasets/${second_set}_staged" ]; then
+        rm -rf "$work/datasets/copying"
+        cp -r "$work/datasets/${first_set}_staged" "$work/datasets/copying"
+        mv "$work/datasets/copying" "$work/datasets/${second_set}_staged"
+    fi
+    stage "$more demonstrations that the first round's policy begins and the expert ends" collect $second_set $more --policy_checkpoint "$adapter"
+    stage "LoRA fine-tuning on all of them" train $second_set $steps
+else
+    stage "LoRA fine-tuning" train $first_set $steps
+fi
+stage "the adapter" evaluate after $after --pretrained_checkpoint "$adapter"
+
+printf '\n== result: the base policy, then the adapter, on the same initial states\n'
+$python eval.py --compare "$before_folder" "$rollouts"
+sheet=$work/before_and_after.png
+$python docs/success_and_failure.py "$sheet" "$before_folder" "$rollouts"
+printf '\n>> look at it: %s (a failure before, a success after) and %s/report.html\n' "$sheet" "$rollouts"
 printf '%s\n' "" "${times[@]}" "$(printf '%4d s  in all' $SECONDS)"

@@ -1,6 +1,6 @@
-"""Draw docs/success-and-failure.png: five frames of a success over five of a failure, each row with its reason.
+"""Draw a contact sheet: five frames of an episode that failed over five of one that succeeded, each row with its reason.
 
-python docs/success_and_failure.py rollouts/EVAL-…      (a rollout folder that has both, with videos)
+python docs/success_and_failure.py SHEET.png rollouts/EVAL-… [rollouts/EVAL-…]      (rollout folders with videos: the failure's, the success's)
 """
 
 import json
@@ -14,29 +14,35 @@ from PIL import Image, ImageDraw, ImageFont
 FRAMES, BAR = 5, 26  # a row's frames; height in pixels of the line above it
 
 
-def row(folder: Path, episode: dict) -> Image.Image:
+def row(folder: Path, *, success: bool) -> Image.Image | None:
+    """The first such episode of a rollout folder that has a video; None where it has none."""
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    found = [e for e in map(json.loads, lines) if e["success"] is success and e["video"]]
+    if not found:
+        return None
+    episode = found[0]
     video = iio.imread(folder / episode["video"])
     frames = video[np.linspace(0, len(video) - 1, FRAMES).round().astype(int)]
     side = frames.shape[1]
     image = Image.new("RGB", (FRAMES * side, side + BAR), "white")
     image.paste(Image.fromarray(np.concatenate(list(frames), axis=1)), (0, BAR))
-    what = "success" if episode["success"] else "failure"
-    text = f"{what}  ·  “{episode['instruction']}”  ·  {episode['reason']}"
+    text = f"{'success' if success else 'failure'}  ·  “{episode['instruction']}”  ·  {episode['reason']}"
     font = ImageFont.load_default(size=15)
-    ImageDraw.Draw(image).text((4, 4), text, fill="#1a7f37" if episode["success"] else "#b42318", font=font)
+    ImageDraw.Draw(image).text((4, 4), text, fill="#1a7f37" if success else "#b42318", font=font)
     return image
 
 
-def main(folder: Path) -> None:
-    episodes = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    rows = [row(folder, next(e for e in episodes if e["success"] is wanted)) for wanted in (True, False)]
-    both = Image.new("RGB", (rows[0].width, sum(r.height for r in rows)))
-    for number, image in enumerate(rows):
-        both.paste(image, (0, number * rows[0].height))
-    both.quantize(128, dither=Image.Dither.NONE).save(
-        Path(__file__).with_name("success-and-failure.png"), optimize=True
-    )
+def main(sheet: Path, of_failure: Path, of_success: Path | None = None) -> None:
+    """Write the sheet with what there is."""
+    rows = [row(of_failure, success=False), row(of_success or of_failure, success=True)]
+    drawn = [image for image in rows if image]
+    if not drawn:
+        sys.exit(f"no episode of {of_failure} has a video")
+    both = Image.new("RGB", (max(image.width for image in drawn), sum(image.height for image in drawn)), "white")
+    for number, image in enumerate(drawn):
+        both.paste(image, (0, sum(above.height for above in drawn[:number])))
+    both.quantize(128, dither=Image.Dither.NONE).save(sheet, optimize=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))
