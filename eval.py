@@ -47,9 +47,7 @@ def main(cfg: EvalConfig, benchmark: Benchmark | None = None) -> None:
     trials = plan(cfg, benchmark)
     facts, path = identity(cfg, benchmark, choose_renderer(setup.LOCAL_RANK)), cfg.local_log_dir / run_name(cfg)
     with RolloutFolder(path, identity=facts, record=record(cfg), rank=RANK) as folder, report.at_the_end(folder):
-        if (
-            cfg.open_loop
-        ):  # the control that plays nothing; its result stands in the run's record, and so beside its score
+        if cfg.open_loop:  # the control that plays nothing; its result stands in the run's record, beside its score
             from prismatic.episodes.open_loop import open_loop
 
             folder.note(open_loop=open_loop(load_policy(cfg).policy, open_data(cfg), frames=cfg.open_loop_frames))
