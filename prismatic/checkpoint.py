@@ -256,7 +256,9 @@ def save_checkpoint(
         tensors = {name: tensor.detach().to(dtype) for name, tensor in tensors.items()}
     else:
         tensors = quantization.quantize(vla, precision, dtype=dtype).state_dict()
-        config |= quantization.Saved(precision, vision=False, format=1).to_json()
+        # quantize() has refused any other precision
+        saved = quantization.Saved(precision, vision=False, format=1)  # pyright: ignore[reportArgumentType]
+        config |= saved.to_json()
     with whole_folder(folder) as partial:
         weights.save_weights(without_heads(tensors), partial)
         save_heads(partial, tensors, published=published)

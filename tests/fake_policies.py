@@ -28,6 +28,7 @@ class BrightnessPolicy(Policy):
         simulators: int = 0,
     ) -> None:
         self.num_images, self.num_actions_chunk, self.uses_state = num_images, num_actions_chunk, uses_state
+        self.last_margins = np.zeros(0)
         self.batch_sizes: list[int] = []
         self.told: set[str] = set()
         self.calls: dict[Any, int] = {}

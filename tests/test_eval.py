@@ -144,8 +144,9 @@ def test_identity_follows_the_weights_and_not_the_workers(tmp_path: Path) -> Non
     cfg = config(tmp_path, policy="checkpoint", pretrained_checkpoint=str(tmp_path))
     before = identity(cfg)
     assert identity(cfg, num_workers=9, task_ids=(1,), save_videos=True) == before
-    for change in ({"center_crop": True}, {"env_seed": 1}, {"render_quality": "fast"}, {"deterministic": True}):
-        assert identity(cfg, **change) != before
+    for name, value in (("center_crop", True), ("env_seed", 1), ("render_quality", "fast"), ("deterministic", True)):
+        changed: dict[str, Any] = {name: value}
+        assert identity(cfg, **changed) != before
     assert identity(cfg, "egl") != before
     (tmp_path / "config.json").write_text("2")
     assert identity(cfg) != before

@@ -228,7 +228,7 @@ def test_a_line_a_video_and_a_summary(tmp_path: Path) -> None:
     row = next(row for row in read_rows(tmp_path) if row.episode_id == "fake/task1/state1/seed0")
     assert (row.suite, row.task_id, row.init_state, row.env_seed, row.error) == ("fake", 1, 1, 0, None)
     assert row.instruction == "push the point to the goal, 1." and row.seconds > 0
-    assert row.video == f"episode=10--success={row.success}--task=push_the_point_to_the_goal__1_.mp4"
+    assert row.video and row.video == f"episode=10--success={row.success}--task=push_the_point_to_the_goal__1_.mp4"
     frames = imageio.imread(tmp_path / row.video)
     assert len(frames) == row.steps + 1  # what the policy saw, and how it ended
     assert abs(int(frames[0].mean()) - 17) <= 3

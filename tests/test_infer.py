@@ -57,7 +57,7 @@ def test_what_cannot_run_is_a_row_with_a_reason(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(quantize, "quantize", refused)
     monkeypatch.setattr(PlainDecoder, "__call__", refused)
-    plain, *_, int8 = infer.run(CHECKPOINT, **HOW | {"quantize": ("none", "int8")})
+    plain, *_, int8 = infer.run(CHECKPOINT, **HOW | dict[str, Any](quantize=("none", "int8")))
     for row in (plain, int8):
         assert row["p50 ms"] == "" and row["note"].startswith("OutOfMemoryError: no memory") and "\n" not in row["note"]
 

@@ -1,7 +1,7 @@
 """Float32 adapters on a bfloat16 base, without a float32 copy of every activation."""
 
 import contextlib
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -73,8 +73,8 @@ def test_adapters_are_cast_once_a_step_and_not_a_bit_changes(recomputed: bool) -
 def one_layer(*, bias: bool = True, ours: bool = True) -> tuple[Any, torch.Tensor]:
     """A linear layer with an adapter, in float64, and its input. ours: as compute_in_base_dtype makes it."""
     torch.manual_seed(1)
-    holder: Any = nn.Module()
-    holder.proj = nn.Linear(6, 5, bias=bias)
+    holder = cast(Any, nn.Module())
+    holder.proj = cast(Any, nn.Linear(6, 5, bias=bias))
     add_lora(holder, rank=2).double()
     if ours:
         compute_in_base_dtype(holder)
@@ -106,9 +106,9 @@ def test_no_second_copy_of_the_output_is_made() -> None:
     torch.manual_seed(1)
     x, peaks = torch.randn(4096, 8), []  # a narrow input: what is as large as the output counts
     for change in (lambda holder: holder, compute_in_base_dtype):
-        holder: Any = nn.Module()
-        holder.proj = nn.Linear(8, 64)
-        layer = change(add_lora(holder, rank=2)).proj
+        holder = cast(Any, nn.Module())
+        holder.proj = cast(Any, nn.Linear(8, 64))
+        layer = cast(Any, change(add_lora(holder, rank=2))).proj
         layer(x).backward(torch.ones(4096, 64))  # gradients of the weights are there from now on
         with LiveBytes() as live:
             out = layer(x)
@@ -138,8 +138,8 @@ def test_where_the_product_is_not_made_for_it_peft_computes() -> None:
     torch.testing.assert_close(layer(x), layer.base_layer(x))
     dropping = compute_in_base_dtype(add_lora(random_vla(TINY, seed=0).bfloat16(), rank=2, dropout=0.1))
     assert not any(isinstance(layer, AdaptedLinear) for _, layer in lora_layers(dropping))
-    holder: Any = nn.Module()
-    holder.proj = nn.Linear(6, 5)
+    holder = cast(Any, nn.Module())
+    holder.proj = cast(Any, nn.Linear(6, 5))
     add_lora(holder, rank=2)
     holder.proj.base_layer.bias.requires_grad_()  # a trained one gets its gradient
     compute_in_base_dtype(holder)

@@ -1,6 +1,7 @@
 """Weights as integers, the layers that compute with them, and the pass over a model: which layers, how many bytes, what it answers and refuses."""
 
 import copy
+from typing import Any, cast
 
 import pytest
 import torch
@@ -132,7 +133,7 @@ def test_which_layers(vla: VLA) -> None:
     fine = {name for name, kind in int4.items() if kind == "int4"}
     assert fine == {name for name in int8 if name.startswith("language_model.model.")}
     assert plan(vla, "int8", vision=True).keys() == every
-    layer = copy.deepcopy(vla)
+    layer = cast(Any, copy.deepcopy(vla))
     layer.language_model.model.layers[0].mlp.down_proj = nn.Linear(360, 128)  # no group divides 360
     kinds = plan(layer, "int4")
     assert kinds["language_model.model.layers.0.mlp.down_proj"] == "int8"

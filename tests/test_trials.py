@@ -28,4 +28,4 @@ def test_plan_names_every_episode_by_what_it_is() -> None:
 )
 def test_plan_refuses_what_is_not_there(asked: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        list_trials(FakeBenchmark(), **{"suite": "fake"} | asked)
+        list_trials(FakeBenchmark(), **(dict[str, Any](suite="fake") | asked))

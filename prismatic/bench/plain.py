@@ -23,9 +23,8 @@ def stock_llama(text: LlamaConfig) -> transformers.LlamaForCausalLM:
     """transformers' own model of these sizes, with random weights."""
     sizes = dataclasses.asdict(text)
     rope = {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")}
-    config = transformers.LlamaConfig(
-        **sizes, rope_parameters=rope, tie_word_embeddings=False, attn_implementation="sdpa"
-    )
+    attention: dict[str, Any] = {"attn_implementation": "sdpa"}
+    config = transformers.LlamaConfig(**sizes, rope_parameters=rope, tie_word_embeddings=False, **attention)
     return transformers.LlamaForCausalLM(config)
 
 

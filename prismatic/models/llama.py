@@ -13,7 +13,9 @@ from msgspec import Meta
 from torch import nn
 from torch.nn import functional as F
 
-Size, Few = Annotated[int, Meta(ge=1, le=2**20)], Annotated[int, Meta(ge=1, le=256)]  # what a config.json may say
+# what a config.json may say
+Size = Annotated[int, Meta(ge=1, le=2**20)]
+Few = Annotated[int, Meta(ge=1, le=256)]
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def cast_once(vla: nn.Module) -> Iterator[None]:
     dtypes = [layer.get_base_layer().weight.dtype for layer in layers for _ in range(2)]
     casts = [torch.empty_like(half, dtype=dtype) for half, dtype in zip(halves, dtypes, strict=True)]
     if halves:
-        torch._foreach_copy_(casts, halves)
+        torch._foreach_copy_(casts, halves)  # pyright: ignore[reportPrivateImportUsage]
     for layer, *pair in zip(layers, casts[::2], casts[1::2], strict=True):
         layer.casts = tuple(pair)
     try:

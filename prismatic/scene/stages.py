@@ -65,7 +65,7 @@ def _placing(trajectory: Trajectory, number: int, goal: Goal, *, zone: bool) -> 
 
 
 def _contact(touch: np.ndarray, gap: np.ndarray) -> dict[str, int | None]:
-    touched = touch.any(axis=1)
+    touched = np.asarray(touch.any(axis=1))
     return {"approached": first((gap < NEAR) | touched), "touched": first(touched)}
 
 

@@ -134,19 +134,18 @@ def _runs(
 def _measure(run: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...], *, precision: Precision) -> Piece:
     needs_gradient = shape[1] != CHANNELS  # pixels have none
     leaf = torch.empty(shape, dtype=precision.base_dtype, requires_grad=needs_gradient)
-    saved = []
 
-    def there_and_back() -> None:
-        x = leaf.clone()  # freed where no backward pass needs it
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision.autocast, cache_enabled=False):
-            out = run(x)
-        del x
-        saved.append(live.now - out.nbytes)
-        gradient, edge = torch.empty_like(out), torch.autograd.graph.get_gradient_edge(out)
-        del out  # the next block's input: counted there
-        torch.autograd.backward(edge, gradient)
-
-    for _ in range(2):  # in the second, gradients are there: they have a line of their own
+    def there_and_back() -> Piece:
         with LiveBytes() as live:
-            there_and_back()
-    return Piece(saved[-1], live.peak)
+            x = leaf.clone()  # freed where no backward pass needs it
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision.autocast, cache_enabled=False):
+                out = run(x)
+            del x
+            saved = live.now - out.nbytes
+            gradient, edge = torch.empty_like(out), torch.autograd.graph.get_gradient_edge(out)
+            del out  # the next block's input: counted there
+            torch.autograd.backward(edge, gradient)
+        return Piece(saved, live.peak)
+
+    there_and_back()  # makes the gradients, which have a line of their own
+    return there_and_back()
