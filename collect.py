@@ -62,7 +62,8 @@ class CollectConfig:
     # Largest random push while the expert acts, in units of a full command; 0 for none. Its own answers are what is recorded.
     perturbation: NonNegative = 0.5
     # Checkpoint or adapter folder of a policy that acts first, for a random number of steps; the expert's answers are recorded all
-    # the same, so the data shows the way back from that policy's own mistakes (DAgger). None: the expert acts alone.
+    # the same, so the data shows the way back from that policy's own mistakes (DAgger); of a policy of chunks, whose labels are what was done next,
+    # only from the expert's first own step on. None: the expert acts alone.
     policy_checkpoint: Path | None = None
     # fast: seven times faster on a CPU, pixels differ by about 2 of 255. standard: LIBERO's own pixels.
     render_quality: Literal["standard", "fast"] = "fast"

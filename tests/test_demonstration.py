@@ -17,7 +17,7 @@ STEPS = 100
 
 
 class Learnt:
-    num_images, uses_state = 2, True
+    num_images, uses_state, num_actions_chunk = 2, True, 1
 
     def __call__(self, frame: Any, instruction: str, wrist: Any, state: np.ndarray, *, episode: Path) -> np.ndarray:
         assert wrist is not None and state.shape == (8,)
@@ -32,12 +32,15 @@ class Still:
         return EXPERT[None]
 
 
-def record(path: Path, monkeypatch: pytest.MonkeyPatch, *, policy: str, attempt: int = 0) -> ScriptedSimulator:
+def record(
+    path: Path, monkeypatch: pytest.MonkeyPatch, *, policy: str, attempt: int = 0, steps: int | None = STEPS
+) -> ScriptedSimulator:
     sim: Any = ScriptedSimulator(lambda count: count == STEPS)
     monkeypatch.setattr(demonstration, "Expert", Still)
     monkeypatch.setattr(demonstration, "learnt_policy", lambda folder: Learnt())
     job = Demonstration("libero_spatial", 0, "fast", path, attempt=attempt, seed=0, perturbation=0.0, policy=policy)
-    assert job.record(sim, lambda: None) == STEPS
+    length = job.record(sim, lambda: None)
+    assert steps is None or length == steps
     return sim
 
 
@@ -56,6 +59,15 @@ def test_the_policy_acts_first_and_the_experts_answers_are_recorded(
         assert recorded.file_path.endswith("/policy")
         assert sim.rendered == 2 * STEPS  # nothing is rendered twice
     assert len(lengths) > 3
+
+
+def test_of_a_policy_of_chunks_only_the_experts_own_steps_are_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Learnt, "num_actions_chunk", 8)
+    sim = record(tmp_path / "a.npz", monkeypatch, policy="somewhere", steps=None)
+    by_expert = [not np.array_equal(action, POLICY) for action in sim.commands]
+    assert len(load_episode(tmp_path / "a.npz").action) == sum(by_expert) < STEPS == len(by_expert)
 
 
 def test_without_a_policy_the_expert_acts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

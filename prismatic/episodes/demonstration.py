@@ -184,7 +184,10 @@ class Demonstration(Job):
             recorded[6] = 1.0 - 2.0 * action[6]  # LIBERO's convention: -1 open, +1 close
             if policy and step < policy_steps:
                 frame, wrist = sim.frame(), sim.wrist()
-                writer.note(recorded, (frame, wrist))
+                if (
+                    policy.num_actions_chunk == 1
+                ):  # a chunk is learnt from what was done next: only the expert's own steps will do
+                    writer.note(recorded, (frame, wrist))
                 second = wrist if policy.num_images == 2 else None
                 state = sim.state() if policy.uses_state else None
                 executed = policy(frame, sim.instruction, second, state, episode=self.path)
@@ -196,6 +199,8 @@ class Demonstration(Job):
                     executed[:6] = 0.0
                     hesitation -= 1
             if sim.step(executed):
+                if not len(writer):  # solved before the expert's turn
+                    return 0
                 name = f"{self.suite}/task{self.task_id}/seed{self.seed}/attempt{self.attempt}"
                 writer.stage(self.path, file_path=name + ("/policy" if self.policy else ""))
                 return len(writer)
