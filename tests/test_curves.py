@@ -22,7 +22,12 @@ def write_rows(folder: Path, count: int, *, held_out: bool = True) -> None:
                 "learning_rate": 1e-3,
             }
             if held_out and step % 50 == 0:
-                row |= {"val_loss": 200 / step, "val_action_accuracy": 0.5, "val_l1_loss": 0.1}
+                row |= {
+                    "val_loss": 200 / step,
+                    "val_action_accuracy": 0.5,
+                    "val_l1_loss": 0.1,
+                    "val_l1_loss_per_dimension": [0.1] * 7,
+                }
             stream.write(json.dumps(row) + "\n")
 
 

@@ -89,6 +89,7 @@ def products() -> Iterator[Row]:
     if importlib.util.find_spec("bitsandbytes"):
         layers["NF4"] = bitsandbytes_linear(linear, "int4", DTYPE)
     for name, layer in layers.items():
+        torch.compiler.reset()  # the layers share their code, and torch compiles one for eight shapes at the most
         step = layer if name == "NF4" else compiler()(layer.forward)
         for rows in PRODUCT_ROWS:
             x = torch.randn(rows, WIDTHS[0], device=DEVICE, dtype=DTYPE)

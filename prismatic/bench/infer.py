@@ -158,7 +158,7 @@ def compare(
         for tokens in lengths
     }
     if "plain" in ready:
-        plain[batch] = float(times[ACTION_DIM]["plain"].median()), plain[batch][1]
+        plain[batch] = float(times[ACTION_DIM]["plain"].quantile(0.5)), plain[batch][1]
     for name, (_, row) in ready.items():
         p50, p95 = (float(times[ACTION_DIM][name].quantile(q)) for q in (0.5, 0.95))
         if first_token and name != "OFT chunk":
