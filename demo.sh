@@ -21,14 +21,15 @@ done
 # demos: of the expert; more: begun by the first round's policy, ended by the expert (DAgger); steps of the two rounds; episodes before and after
 case $head$size in
     tokens) demos=36 more=24 first=400 steps=900 before=10 after=20 quality=fast ;;
-    oft) demos=40 more=0 first=0 steps=500 before=10 after=20 quality=fast ;;
+    oft) demos=60 more=0 first=0 steps=600 before=10 after=20 quality=fast ;;
     tokens_quick) demos=4 more=2 first=20 steps=40 before=1 after=2 quality=fast ;;
     oft_quick) demos=4 more=0 first=0 steps=40 before=1 after=2 quality=fast ;;
     tokens_long) demos=80 more=48 first=1500 steps=3000 before=50 after=50 quality=standard ;;
     oft_long) demos=80 more=0 first=0 steps=2000 before=50 after=50 quality=standard ;;
 esac
-name=demo_$head$size task=0 base=checkpoints/openvla-tiny learning_rate=2e-3
-if [ $head = oft ]; then base=checkpoints/openvla-tiny-oft; fi
+name=demo_$head$size task=0 base=checkpoints/openvla-tiny push=0.5
+# a chunk is learnt from the eight actions that were done next: nothing pushes the expert off its way
+if [ $head = oft ]; then base=checkpoints/openvla-tiny-oft push=0; fi
 ./setup.sh
 if [ "$fresh" ]; then rm -rf "workspace/$name" rollouts/EVAL-libero_spatial-*--"$name"-{expert,before,after}; fi
 
@@ -53,13 +54,13 @@ show() {
     "$@"
 }
 collect() { # collect DATASET NUMBER OPTION …
-    show $python collect.py --task_suite_name libero_spatial --task_ids $task --num_demos_per_task "$2" --render_quality $quality \
+    show $python collect.py --task_suite_name libero_spatial --task_ids $task --num_demos_per_task "$2" --render_quality $quality --perturbation $push \
         --data_root_dir "$work/datasets" --dataset_name "$1" "${@:3}"
 }
 train() { # train DATASET STEPS; `adapter` is what comes out
     show env OMP_NUM_THREADS=1 $python -m torch.distributed.run --standalone --nproc-per-node $processes finetune.py --vla_path $base \
         --data_root_dir "$work/datasets" --dataset_name "$1" --run_root_dir "$work/runs" --cache_dir "$work/cache" \
-        --batch_size $batch --autocast $autocast --learning_rate $learning_rate --lr_schedule cosine --warmup_steps 50 --max_grad_norm 1.0 \
+        --batch_size $batch --autocast $autocast --learning_rate 2e-3 --lr_schedule cosine --warmup_steps 50 --max_grad_norm 1.0 \
         --max_steps "$2" --save_steps 500 --num_workers 1 --augment_order random_resized_crop --action_statistics base --run_id_note "$name"
     adapter=$(ls -td "$work/runs"/*+"$1"+*/latest | head -n 1) # the newest, should settings have changed since
 }
@@ -82,7 +83,7 @@ echo "  the adapter, $after episodes, and the two compared       rollouts/EVAL-�
 
 stage "the expert, one episode" evaluate expert 1 --policy expert
 printf '\n>> watch it: %s\n' "$(ls "$rollouts"/*.mp4 | head -n 1)"
-stage "the base policy, which has never seen task $task" evaluate before $before --pretrained_checkpoint $base
+stage "the base policy, which has never seen task $task" evaluate before $before --pretrained_checkpoint $base --video_every 5
 before_folder=$rollouts
 stage "$demos demonstrations of the expert → RLDS" collect $first_set $demos
 if [ $more -gt 0 ]; then
@@ -97,7 +98,7 @@ if [ $more -gt 0 ]; then
 else
     stage "LoRA fine-tuning" train $first_set $steps
 fi
-stage "the adapter" evaluate after $after --pretrained_checkpoint "$adapter"
+stage "the adapter" evaluate after $after --pretrained_checkpoint "$adapter" --video_every 5
 
 printf '\n== result: the base policy, then the adapter, on the same initial states\n'
 $python eval.py --compare "$before_folder" "$rollouts"
