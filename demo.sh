@@ -20,7 +20,7 @@ for option in "$@"; do
 done
 # demos: of the expert; more: begun by the first round's policy, ended by the expert (DAgger); steps of the two rounds; episodes before and after
 case $head$size in
-    tokens) demos=36 more=24 first=400 steps=900 before=10 after=20 quality=fast ;;
+    tokens) demos=40 more=30 first=500 steps=1200 before=10 after=20 quality=fast ;;
     oft) demos=60 more=0 first=0 steps=600 before=10 after=20 quality=fast ;;
     tokens_quick) demos=4 more=2 first=20 steps=40 before=1 after=2 quality=fast ;;
     oft_quick) demos=4 more=0 first=0 steps=40 before=1 after=2 quality=fast ;;
