@@ -53,7 +53,26 @@ def robot() -> Iterator[tuple[subprocess.Popen[str], str]]:
     process.communicate()
 
 
-def test_a_server_answers_as_the_policy_does_alone_and_in_batches_and_stops_at_a_signal(
+def begun(url: str, body: str) -> socket.socket:
+    """A connection whose request is under way: the server has asked for its body."""
+    host, port = url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=60)
+    head = f"POST /act HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: {len(body)}\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"
+    connection.sendall(head.encode())
+    assert connection.recv(1024).startswith(b"HTTP/1.1 100 ")
+    return connection
+
+
+def ended(connection: socket.socket, body: str) -> np.ndarray:
+    """The answer to such a request."""
+    with connection, connection.makefile("rb") as stream:
+        connection.sendall(body.encode())
+        head, _, answer = stream.read().partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 "), head
+        return json_numpy.loads(answer.decode())
+
+
+def test_a_server_answers_as_the_policy_does_alone_and_in_batches_and_stops_when_it_has_answered(
     robot: tuple[subprocess.Popen[str], str],
 ) -> None:
     process, command = robot
@@ -81,11 +100,15 @@ def test_a_server_answers_as_the_policy_does_alone_and_in_batches_and_stops_at_a
         assert metadata["checkpoint_fingerprint"] and metadata["gripper_dims"] == [6]
         metrics = requests.get(url + "/metrics", timeout=10).text
         assert float(next(r for r in metrics.splitlines() if r.startswith("serve_batch_rows_count")).split()[1]) < 8
+    bodies = [json_numpy.dumps(one) for one in asked]
+    under_way = [begun(url, text) for text in bodies]
     process.send_signal(signal.SIGTERM)
+    answers = [ended(connection, text) for connection, text in zip(under_way, bodies, strict=True)]
+    np.testing.assert_allclose(answers, expected, atol=1e-6)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 143
     rows = [json.loads(line) for line in errors.splitlines() if line.startswith("{")]
-    assert len(rows) == 8 and {row["status"] for row in rows} == {200} and {"infer_ms", "queue_ms"} <= rows[-1].keys()
+    assert len(rows) == 14 and {row["status"] for row in rows} == {200} and {"infer_ms", "queue_ms"} <= rows[-1].keys()
     assert "Traceback" not in errors
 
 
