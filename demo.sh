@@ -54,7 +54,7 @@ show() {
     "$@"
 }
 collect() { # collect DATASET NUMBER OPTION …
-    show $python collect.py --task_suite_name libero_spatial --task_ids $task --num_demos_per_task "$2" --render_quality $quality --perturbation $push \
+    show $python collect.py --task_suite_name libero_spatial --task_ids $task --num_demos_per_task "$2" --perturbation $push \
         --data_root_dir "$work/datasets" --dataset_name "$1" "${@:3}"
 }
 train() { # train DATASET STEPS; `adapter` is what comes out

@@ -11,10 +11,8 @@ import numpy as np
 
 MESH = 7  # mujoco.mjtGeom.mjGEOM_MESH
 DRAWN_GROUP = 1  # geoms that are meant to be seen; group 0 is what collides
-NEAR_CELL, FAR_CELL = (
-    0.002,
-    0.008,
-)  # m: objects and fingers, which the wrist camera sees from 10 cm; the arm and its pedestal
+NEAR_CELL = 0.002  # m: of objects and fingers, which the wrist camera sees from 10 cm
+FAR_CELL = 0.008  # m: of the arm and its pedestal
 FAR_BODIES = ("robot0", "mount0")  # how their names begin
 
 
@@ -44,19 +42,19 @@ def fewer_triangles(model: Any) -> Iterator[None]:
     """Within it an MjModel's drawn meshes have fewer triangles."""
     names = ("mesh_face", "mesh_facenum", "mesh_facenormal", "mesh_facetexcoord")
     whole = {name: getattr(model, name).copy() for name in names}
-    for geom in np.flatnonzero((model.geom_group == DRAWN_GROUP) & (model.geom_type == MESH)):
-        mesh = model.geom_dataid[geom]
-        start, number = model.mesh_faceadr[mesh], whole["mesh_facenum"][mesh]
-        vertices = model.mesh_vert[model.mesh_vertadr[mesh] :][: model.mesh_vertnum[mesh]]
-        far = model.body(model.geom_bodyid[geom]).name.startswith(FAR_BODIES)
-        of_this = slice(start, start + number)
-        left, faces = merged_vertices(vertices, whole["mesh_face"][of_this], FAR_CELL if far else NEAR_CELL)
-        if len(left):
-            drawn = slice(start, start + len(left))
-            model.mesh_face[drawn], model.mesh_facenum[mesh] = faces, len(left)
-            for name in ("mesh_facenormal", "mesh_facetexcoord"):
-                getattr(model, name)[drawn] = whole[name][of_this][left]
     try:
+        for geom in np.flatnonzero((model.geom_group == DRAWN_GROUP) & (model.geom_type == MESH)):
+            mesh = model.geom_dataid[geom]
+            start, number = model.mesh_faceadr[mesh], whole["mesh_facenum"][mesh]
+            vertices = model.mesh_vert[model.mesh_vertadr[mesh] :][: model.mesh_vertnum[mesh]]
+            far = model.body(model.geom_bodyid[geom]).name.startswith(FAR_BODIES)
+            of_this = slice(start, start + number)
+            left, faces = merged_vertices(vertices, whole["mesh_face"][of_this], FAR_CELL if far else NEAR_CELL)
+            if len(left):
+                drawn = slice(start, start + len(left))
+                model.mesh_face[drawn], model.mesh_facenum[mesh] = faces, len(left)
+                for name in ("mesh_facenormal", "mesh_facetexcoord"):
+                    getattr(model, name)[drawn] = whole[name][of_this][left]
         yield
     finally:
         for name, values in whole.items():

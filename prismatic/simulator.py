@@ -4,18 +4,16 @@ Non-obvious behaviors
 - Nothing is rendered until `frame()` or `wrist()` is called: a step costs 7 ms, a frame 30-90 ms on a CPU core.
 - A frame shows the moment at which LIBERO's own environment samples its cameras, a physics step or two (2 ms each)
   before a control step ends: it is pixel-equal to `OffScreenRenderEnv`'s `agentview_image`, turned by 180 degrees.
-- `reset(i)` seeds NumPy's *global* generator with `env_seed` (LIBERO has no other), rebuilds the model, restores stored
-  state i, then holds still for `settle` steps that count for nothing. The seed matters even with a stored state: it
-  places the fixtures (cabinet, stove), which the stored state does not contain. Seeding before every reset, not once a
-  task, makes an episode independent of those before it; so does taking LIBERO's samplers of opened drawers as a new
-  environment has them: every reset adds them once more, and each draws from the same generator before the fixtures.
+- `reset(i)` seeds NumPy's *global* generator with `env_seed` (LIBERO has no other), rebuilds the model, restores stored state i, then holds still
+  for `settle` steps that count for nothing. The seed places the fixtures (cabinet, stove), which a stored state does not contain. An episode is
+  independent of those before it: it is seeded, and LIBERO's samplers of opened drawers, which draw first and which every reset adds once more,
+  are those of a new environment.
 - Actions come in the policy's convention (gripper 1 open, 0 close); LIBERO's is -1 open, +1 close.
 - Success is LIBERO's `done`. It can hold for one step only (a bowl sliding across the plate), and it ends the episode.
-- `quality="fast"` (no anti-aliasing, no reflections, fewer triangles) renders about seven times faster on a CPU and changes pixels by
-  about 2 of 255: for demonstrations and demos, never for a score to be compared with others.
-- Every reset builds the model anew (robosuite's hard reset, about 1 s). A soft one would place what belongs on a
-  fixture by where that fixture stood an episode ago: a bowl falls beside its cabinet. The renderer is kept: it holds
-  only meshes and textures, which are the same again, and takes another second to make.
+- `quality="fast"` (no anti-aliasing, no reflections, fewer triangles) renders seven times faster on a CPU and changes pixels by about 2 of 255: for
+  demonstrations and demos, never for a score to be compared with others.
+- Every reset builds the model anew (robosuite's hard reset, about 1 s). A soft one would place what belongs on a fixture by where that fixture stood
+  an episode ago: a bowl falls beside its cabinet. The renderer is kept: it holds meshes and textures, the same again, and takes a second to make.
 - The state's axis-angle is LIBERO's own: an angle from 0 to 2π, the quaternion's sign as MuJoCo gives it. Policies learnt with that.
 - scene/renderer.py chooses the renderer, and must have done so before the first simulator is built.
 """

@@ -229,7 +229,8 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 def save_weights(state: dict[str, torch.Tensor], folder: Path) -> None:
     """Write model.safetensors, or shards of at most SHARD_BYTES with their index, as transformers does."""
     # a piece of a larger storage, as gathered shards are, is refused: it gets one of its own
-    state = {n: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for n, t in state.items()}
+    whole = {name: tensor.untyped_storage().nbytes() == tensor.nbytes for name, tensor in state.items()}
+    state = {name: tensor if whole[name] else tensor.clone() for name, tensor in state.items()}
     save_torch_state_dict(state, folder, max_shard_size=SHARD_BYTES, metadata=dict(FORMAT))
     for path in folder.glob("*.safetensors"):
         _open_to_others(path)
