@@ -18,6 +18,10 @@ from prismatic.policy_inputs import as_frames, check_batch
 from prismatic.processor import Processor
 
 Frames = Sequence[np.ndarray]  # one a row of a batch
+Texts = Sequence[str]
+Rows = Frames | None  # None: not given
+One = np.ndarray | None
+Names = Sequence[Hashable] | None
 REMEMBERED = 1024  # episodes whose last answer is kept
 
 
@@ -36,50 +40,26 @@ class Policy(Protocol):
     last_margins: np.ndarray
 
     def __call__(
-        self,
-        frame: np.ndarray,
-        instruction: str,
-        wrist: np.ndarray | None = None,
-        state: np.ndarray | None = None,
-        *,
-        episode: Hashable = None,
+        self, frame: np.ndarray, instruction: str, wrist: One = None, state: One = None, *, episode: Hashable = None
     ) -> np.ndarray:
         """(7,) float32: the first action of the chunk."""
         return self.chunk(frame, instruction, wrist, state, episode=episode)[0]
 
     def chunk(
-        self,
-        frame: np.ndarray,
-        instruction: str,
-        wrist: np.ndarray | None = None,
-        state: np.ndarray | None = None,
-        *,
-        episode: Hashable = None,
+        self, frame: np.ndarray, instruction: str, wrist: One = None, state: One = None, *, episode: Hashable = None
     ) -> np.ndarray:
         """(K, 7) float32: the actions of the next K steps."""
         wrists, states = (None if one is None else [one] for one in (wrist, state))
         return self.batch_chunks([frame], [instruction], wrists, states, episodes=[episode])[0]
 
     def batch(
-        self,
-        frames: Frames,
-        instructions: Sequence[str],
-        wrists: Frames | None = None,
-        states: Frames | None = None,
-        *,
-        episodes: Sequence[Hashable] | None = None,
+        self, frames: Frames, instructions: Texts, wrists: Rows = None, states: Rows = None, *, episodes: Names = None
     ) -> np.ndarray:
         """(B, 7) float32, equal to B single calls."""
         return self.batch_chunks(frames, instructions, wrists, states, episodes=episodes)[:, 0]
 
     def batch_chunks(
-        self,
-        frames: Frames,
-        instructions: Sequence[str],
-        wrists: Frames | None = None,
-        states: Frames | None = None,
-        *,
-        episodes: Sequence[Hashable] | None = None,
+        self, frames: Frames, instructions: Texts, wrists: Rows = None, states: Rows = None, *, episodes: Names = None
     ) -> np.ndarray:
         """(B, K, 7) float32, equal to B single chunks. episodes: a name a row, None for none."""
         ...
@@ -120,13 +100,7 @@ class VLAPolicy(Policy):
         return {**self.facts, "decoder": self.decoder.description}
 
     def batch_chunks(
-        self,
-        frames: Frames,
-        instructions: Sequence[str],
-        wrists: Frames | None = None,
-        states: Frames | None = None,
-        *,
-        episodes: Sequence[Hashable] | None = None,
+        self, frames: Frames, instructions: Texts, wrists: Rows = None, states: Rows = None, *, episodes: Names = None
     ) -> np.ndarray:
         check_batch(instructions, frames=frames, wrists=wrists, states=states, episodes=episodes)
         frames = as_frames(frames, "frames")
@@ -140,13 +114,7 @@ class VLAPolicy(Policy):
 
     @torch.inference_mode()
     def raw_chunks(
-        self,
-        frames: Frames,
-        instructions: Sequence[str],
-        wrists: Frames | None = None,
-        states: Frames | None = None,
-        *,
-        episodes: Sequence[Hashable] | None = None,
+        self, frames: Frames, instructions: Texts, wrists: Rows = None, states: Rows = None, *, episodes: Names = None
     ) -> np.ndarray:
         """(B, K, 7) as the head answers: token ids, or of a regression normalised numbers. A head of chunks has nothing to draft."""
         input_ids, mask, pixels = self._inputs(frames, instructions, wrists)
@@ -180,7 +148,7 @@ class VLAPolicy(Policy):
         return ids.numpy()
 
     def _inputs(
-        self, frames: Frames, instructions: Sequence[str], wrists: Frames | None
+        self, frames: Frames, instructions: Texts, wrists: Rows
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Right-padded prompt ids and their mask (B, T), and pixel_values, on the model's device."""
         if self.num_images == 2 and wrists is None:
