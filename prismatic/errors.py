@@ -1,7 +1,7 @@
 """Errors that a person can act on, and the exit codes of every script.
 
-A wrong configuration is one sentence on stderr and exit 2; Ctrl-C is 130 and SIGTERM 143, so that
-`finetune.py … && eval.py …` doesn't go on after a stop. Anything else is a bug and keeps its traceback.
+A wrong configuration is one sentence on stderr and exit 2; Ctrl-C is 130 and SIGTERM (in training SIGHUP and SIGUSR1
+too) 143, so that `finetune.py … && eval.py …` doesn't go on after a stop. Anything else is a bug and keeps its traceback.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ class PolicyError(Exception):
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived; raised in the main thread, like KeyboardInterrupt, so that `finally` blocks save."""
+    """A signal's name: it asks this process to end. Raised in the main thread, like KeyboardInterrupt, so that `finally` blocks save."""
 
 
 def _raise_terminated(signum: int, frame: object) -> None:
-    raise Terminated
+    raise Terminated(signal.Signals(signum).name)
 
 
 @contextlib.contextmanager
@@ -38,6 +38,6 @@ def exit_codes() -> Iterator[None]:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
-    except Terminated:
-        print("stopped by SIGTERM", file=sys.stderr)
+    except Terminated as error:
+        print(f"stopped by {error}", file=sys.stderr)
         sys.exit(143)

@@ -93,7 +93,11 @@ def test_what_does_not_depend_on_the_batch_is_counted_exactly(model: Model) -> N
     assert (model.base, model.adapters) == (7_541_237_184, 110_828_288)
     assert plan(model, Settings(1, 16, True, True)).total < 10 * GIB  # a 12 GB card
     chosen = plan(model, Settings(4, 4, True))
-    assert chosen.weights == 2 * model.base and chosen.adapters == 4 * model.adapters
+    uncast = 2 * 32 * (3 * 14 * 14 + 1024) + 32 * (1152 - 1024)  # adapters of the two towers' patch convolutions
+    assert model.cast == model.adapters - uncast
+    assert chosen.weights == 2 * model.base and chosen.adapters == 4 * model.adapters + 2 * model.cast
+    lm_head = 32 * (4096 + 32064)
+    assert model.cast - model.cast_packed == lm_head  # of a packed base peft's own layers compute
     assert chosen.optimizer == 2 * chosen.gradients == 8 * model.trained
     unread = model.adapters - model.trained  # two towers' last blocks, and SigLIP's pooling
     dino = 32 * (4 * 1024 + 2 * 1024 + 2 * 5 * 1024)  # rank x (in + out) of qkv, proj, fc1 and fc2

@@ -13,7 +13,7 @@ from prismatic import image
 from prismatic.augmentation import Augmentation
 from prismatic.errors import ConfigError
 from prismatic.models.tiny import TINY, tiny_tokenizer
-from prismatic.processor import IGNORE, Processor, ProcessorConfig
+from prismatic.processor import IGNORE, MAX_LENGTH, Processor, ProcessorConfig
 from prismatic.processor_files import load_processor, load_tokenizer
 from prismatic.processor_json import read_processor
 from prismatic.training.first_batch import images_of
@@ -47,6 +47,15 @@ def test_prompts_of_predict_action(reference: Path) -> None:
         assert processor.tokenizer(case["prompt"]).input_ids == case["processor_input_ids"]
         assert processor.prompt_ids(case["instruction"]) == case["ids_fed_to_generate"]
         assert processor.action_dim == len(case["action"])
+
+
+def test_a_row_too_long_for_the_model_loses_words_and_no_action(tiny: Processor) -> None:
+    picture, action = [np.zeros((256, 256, 3), np.uint8)] * 2, np.linspace(-1, 1, 7, dtype=np.float32)
+    short, long = (tiny.example(picture, "pick up the bowl " * n, action) for n in (1, 2000))
+    assert len(short.input_ids) < MAX_LENGTH - 50 < len(long.input_ids) <= MAX_LENGTH
+    assert long.input_ids[-9:].tolist() == short.input_ids[-9:].tolist()  # the empty token, the action, the end
+    assert long.input_ids[:10].tolist() == short.input_ids[:10].tolist()
+    assert (long.labels != IGNORE).sum() == (short.labels != IGNORE).sum() == 8
 
 
 def test_only_the_actions_and_the_end_are_learnt(tiny: Processor) -> None:

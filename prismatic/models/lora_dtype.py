@@ -117,19 +117,29 @@ def compute_in_base_dtype(vla: VLA) -> VLA:
     return vla
 
 
+def casting_layers(vla: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
+    """(name, layer) whose adapter cast_once copies."""
+    return ((name, layer) for name, layer in lora_layers(vla) if isinstance(layer, AdaptedLinear))
+
+
+def halves_of(layer: AdaptedLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of an adapter."""
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight  # pyright: ignore[reportReturnType]
+
+
 @contextlib.contextmanager
 def cast_once(vla: nn.Module) -> Iterator[None]:
     """Cast the adapters together, for all forward and backward passes of one step: one by one it would be 1,750 small kernels a pass of
     openvla-7b. What is inside must not change them.
     """
-    layers: list[Any] = [layer for _, layer in lora_layers(vla) if isinstance(layer, AdaptedLinear)]
-    halves = [half[ADAPTER].weight.detach() for layer in layers for half in (layer.lora_A, layer.lora_B)]
+    layers = [layer for _, layer in casting_layers(vla)]
+    halves = [half.detach() for layer in layers for half in halves_of(layer)]
     dtypes = [layer.get_base_layer().weight.dtype for layer in layers for _ in range(2)]
     casts = [torch.empty_like(half, dtype=dtype) for half, dtype in zip(halves, dtypes, strict=True)]
     if halves:
         torch._foreach_copy_(casts, halves)  # pyright: ignore[reportPrivateImportUsage]
     for layer, *pair in zip(layers, casts[::2], casts[1::2], strict=True):
-        layer.casts = tuple(pair)
+        layer.casts = (pair[0], pair[1])
     try:
         yield
     finally:

@@ -82,8 +82,12 @@ def _writable_folders() -> None:
         home = None
     if home is None or not os.access(home, os.W_OK):
         place = Path(tempfile.gettempdir()) / f"openvla-home-{os.getuid()}"
-        place.mkdir(mode=0o700, exist_ok=True)
-        if place.stat().st_uid != os.getuid():  # another user's folder of this name: what lies there may be anything
+        try:
+            place.mkdir(mode=0o700, exist_ok=True)
+            ours = place.lstat().st_uid == os.getuid()
+        except FileExistsError:  # a file, or a link to nothing
+            ours = False
+        if not ours:  # another user's folder or link of this name: what lies there may be anything
             place = Path(tempfile.mkdtemp(prefix="openvla-home-"))
         os.environ["HOME"] = str(place)
         os.environ.setdefault("NUMBA_CACHE_DIR", str(place / "numba"))

@@ -14,6 +14,7 @@ import torch
 from prismatic.errors import ConfigError
 from prismatic.machine import available_memory
 from prismatic.models.lora import add_lora
+from prismatic.models.lora_dtype import casting_layers, compute_in_base_dtype, halves_of
 from prismatic.models.nf4 import BYTES_PER_VALUE, quantised_linears
 from prismatic.models.unused import unused_parameters
 from prismatic.models.vla import VLA, VLAConfig
@@ -35,6 +36,8 @@ class Model:
     linear: int  # of them those that NF4 packs
     largest: int  # values of the largest packed matrix
     adapters: int  # values, a head's included
+    cast: int  # of them those of which a step makes copies in the base's dtype (cast_once)
+    cast_packed: int  # and of these the ones of matrices that NF4 packs, which then have none
     trained: int  # values that ever get a gradient: not those of blocks that aren't run
     depths: Mapping[str, int]  # blocks that are run, by kind
     block: int  # values of the largest of them
@@ -104,9 +107,12 @@ def describe(config: VLAConfig, precision: Precision, *, words: int, on_cpu: boo
         heads = [head for head in (vla.action_head, vla.proprio_projector) if head is not None]
         # new heads are trained whole, and kept as the adapters are
         base = everything - sum(p.numel() for head in heads for p in head.parameters()) * bool(precision.lora_rank)
-        linears = [module.weight.numel() for _, module in quantised_linears(vla, on_cpu=on_cpu)]
+        linears = {name: module.weight.numel() for name, module in quantised_linears(vla, on_cpu=on_cpu)}
         if precision.lora_rank:
-            add_lora(vla, rank=precision.lora_rank)
+            add_lora(vla, rank=precision.lora_rank, dropout=precision.lora_dropout)
+            if precision.lora_dtype != precision.base_dtype:
+                compute_in_base_dtype(vla)
+        cast = {name: sum(half.numel() for half in halves_of(layer)) for name, layer in casting_layers(vla)}
     of_one, of_two = (pieces(config, precision, batch_size=size, words=words, on_cpu=on_cpu) for size in (1, 2))
     vision = vla.vision_backbone
     towers = dict(zip(TOWERS, (vision.featurizer, vision.fused_featurizer), strict=True))
@@ -117,9 +123,11 @@ def describe(config: VLAConfig, precision: Precision, *, words: int, on_cpu: boo
     }
     return Model(
         base=base,
-        linear=sum(linears),
-        largest=max(linears, default=0),
+        linear=sum(linears.values()),
+        largest=max(linears.values(), default=0),
         adapters=sum(p.numel() for p in vla.parameters()) - base,
+        cast=sum(cast.values()),
+        cast_packed=sum(size for name, size in cast.items() if name in linears),
         trained=trained,
         depths=depths,
         block=max(sum(p.numel() for p in block.parameters()) for block in vla.blocks()),
@@ -144,7 +152,8 @@ def plan(model: Model, settings: Settings) -> Plan:
         activations += model.largest * size  # a matrix is unpacked while it is used
     if settings.shares > 1:
         activations += _gathered(model, computing)
-    split = [weights, model.adapters * own, model.trained * own, int(model.trained * state)]
+    copied = model.cast - model.cast_packed * settings.use_quantization
+    split = [weights, model.adapters * own + copied * computing, model.trained * own, int(model.trained * state)]
     counted = (*(size // settings.shares for size in split), activations, logits)
     reserve = int(RESERVE_SHARE * sum(counted)) + RESERVE_BYTES
     return Plan(settings, *counted, reserve=reserve)  # pyright: ignore[reportCallIssue]

@@ -61,7 +61,7 @@ class StopSignal:
 
 def leave(number: signal.Signals) -> NoReturn:
     """End the process as `exit_codes` ends it for this signal."""
-    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number.name)
 
 
 def _leave_terminal() -> None:
