@@ -186,11 +186,12 @@ def fill(model: nn.Module, stored: dict[str, StoredTensor], *, dtype: torch.dtyp
 
     A parameter that is sharded over processes has its place already: its own piece is copied in. One that is kept in 4 bits is packed.
     """
+    buffers = {name for name, _ in model.named_buffers()}
     for name, tensor in stored.items():
         parent, _, last = name.rpartition(".")
         module = model.get_submodule(parent)
         place = getattr(module, last)
-        if last in module._buffers:
+        if name in buffers:
             part = tensor.load(name, dtype=place.dtype, device=device, may_be_zero=True, exact=True)
             setattr(module, last, part)
         elif nf4.is_packed(module, last):
