@@ -91,7 +91,7 @@ class FinetuneConfig:
     cache_dir: Path = WORKSPACE / "cache"
     # Recompute activations in the backward pass, to save memory. True: whole blocks, a third slower. selective: cheap parts. auto: as little as fits.
     gradient_checkpointing: bool | Literal["selective", "auto"] = "auto"
-    # dtype in which the LoRA adapter is kept (it computes in the base's). bfloat16: 0.8 GiB less at full size, half of each update rounded away.
+    # dtype in which the LoRA adapter is kept (it computes in the base's). bfloat16: 1 GiB less at full size, half of each update rounded away.
     lora_dtype: Literal["float32", "bfloat16"] = "float32"
     # Dropout in front of the LoRA adapter (OpenVLA: 0).
     lora_dropout: BelowOne = 0.0

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,10 +61,12 @@ def live(
     max_batch: int = 16,
     record: Path | None = None,
     warm: bool = True,
+    prepare: Callable[[Any], Any] = lambda frame: frame,
 ) -> Iterator[Live]:
     listener = bind("127.0.0.1", 0)
     recorder = None if record is None else Recorder(record)
-    service = Service(policy, limits or Limits(), max_batch=max_batch, max_wait=0.005, recorder=recorder)
+    how: dict[str, Any] = {"max_batch": max_batch, "max_wait": 0.005, "prepare": prepare, "recorder": recorder}
+    service = Service(policy, limits or Limits(), **how)
     server = Server(service, key, stop_seconds=5)
     up = threading.Event()
 

@@ -1,32 +1,45 @@
-"""The loader: a batch that doesn't come ends the run in a sentence, and doesn't wait for ever."""
+"""The loader: a batch that doesn't come ends the run in a sentence, and the process ends too, though its worker is stuck."""
 
-import time
-from collections.abc import Iterator
-from typing import Any
+import subprocess
+import sys
+from pathlib import Path
 
-import pytest
+from tests.conftest import REPOSITORY
+
+STUCK = """
+import pathlib, sys, time
 
 from prismatic.data import loader
-from prismatic.errors import ConfigError
+from prismatic.errors import exit_codes
 
 
-class Stuck:
-    """Examples whose every sample takes an hour."""
-
+class Examples:  # the second batch takes an hour
     class processor:
         collate = staticmethod(list)
 
-    def __getitem__(self, index: int) -> Any:
-        time.sleep(3600)
+    def __init__(self, reached):
+        self.reached = reached
+
+    def __getitem__(self, index):
+        if index:
+            self.reached.touch()
+            time.sleep(3600)
+        return index
 
 
-class Draws:
-    def __iter__(self) -> Iterator[list[int]]:
-        yield [0]
+if __name__ == "__main__":
+    loader.SLOWEST_BATCH = 15  # seconds: the first batch waits for a process to start
+    with exit_codes():
+        for batch in loader.batches(Examples(pathlib.Path(sys.argv[1])), [[0], [1]], num_workers=1, pin_memory=False):
+            print("batch", batch, flush=True)
+"""
 
 
-def test_a_batch_that_never_comes_is_waited_for_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "SLOWEST_BATCH", 1)
-    stream = loader.batches(Stuck(), Draws(), num_workers=1, pin_memory=False)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"gave no batch.*--num_workers 0"):
-        next(stream)
+def test_a_batch_that_never_comes_ends_the_process_in_a_sentence(tmp_path: Path) -> None:
+    script, reached = tmp_path / "stuck.py", tmp_path / "reached"
+    script.write_text(STUCK)
+    command, here = [sys.executable, str(script), str(reached)], {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, env=here, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and reached.exists() and "batch [0]" in done.stdout
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "gave no batch" in sentence and "--num_workers 0" in sentence and "Traceback" not in done.stderr

@@ -28,7 +28,8 @@ def test_a_user_without_a_home_gets_a_folder_that_is_his_alone(
             pytest.skip("only root can make another user's link")
         os.chown(usual, 12345, 12345, follow_symlinks=False)
     monkeypatch.setenv("HOME", str(tmp_path / "not there"))
-    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "")  # so that it is undone
+    monkeypatch.delenv("NUMBA_CACHE_DIR")
     monkeypatch.setattr(renderer.tempfile, "tempdir", str(tmp_path))
     renderer._writable_folders()
     home = Path(os.environ["HOME"])

@@ -109,7 +109,7 @@ def test_a_server_answers_as_the_policy_does_alone_and_in_batches_and_stops_when
     assert process.returncode == 143
     rows = [json.loads(line) for line in errors.splitlines() if line.startswith("{")]
     assert len(rows) == 14 and {row["status"] for row in rows} == {200} and {"infer_ms", "queue_ms"} <= rows[-1].keys()
-    assert "Traceback" not in errors
+    assert "stopped by SIGTERM" in errors and "Traceback" not in errors
 
 
 def test_a_wrong_configuration_is_one_sentence_before_anything_is_loaded(tmp_path: Path) -> None:

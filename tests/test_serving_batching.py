@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 import struct
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ import numpy as np
 import requests
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
+from prismatic.image import decode_jpeg, encode_jpeg
 from prismatic.serving.batching import BatchQueue
 from prismatic.serving.observation import Limits, Observation, RequestError
 from tests.fake_policy import FakePolicy, picture
@@ -54,6 +56,27 @@ def test_what_arrives_together_is_one_batch_and_equals_single_calls() -> None:
     assert policy.batches == [16, 4]
     for one, asked in zip(found, observations, strict=True):
         np.testing.assert_array_equal(one.chunk, policy.answer(asked.frame, asked.instruction, asked.wrist))
+
+
+def test_both_images_are_prepared_side_by_side_and_recorded_as_they_came(tmp_path: Path) -> None:
+    both, policy = threading.Barrier(2, timeout=20), FakePolicy()
+    refused = [picture(7)[0, 0, 0], picture(1007)[0, 0, 0]]
+
+    def inverted(frame: np.ndarray) -> np.ndarray:
+        if frame[0, 0, 0] in refused:
+            raise ValueError("no image")
+        both.wait()  # broken unless another image is here meanwhile
+        return 255 - frame
+
+    with live(policy, prepare=inverted, record=tmp_path) as server:
+        answer = json_numpy.loads(server.act(body(1)).text)
+        np.testing.assert_array_equal(answer, policy.answer(255 - picture(1), "go", 255 - picture(1001))[0])
+        assert server.act(body(7)).status_code == 500
+        assert server.act(body(2)).status_code == 200
+    rows = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
+    recorded = [[decode_jpeg((tmp_path / row[name]).read_bytes()) for name in ("frame", "wrist")] for row in rows]
+    expected = [[decode_jpeg(encode_jpeg(picture(seed + more))) for more in (0, 1000)] for seed in (1, 2)]
+    np.testing.assert_array_equal(recorded, expected)
 
 
 def test_only_the_request_at_fault_is_refused() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from prismatic.errors import Terminated
+from prismatic.errors import Terminated, exit_codes
 from prismatic.training.signals import STOPPING, StopSignal, leave
 from tests.conftest import REPOSITORY
 
@@ -37,12 +37,23 @@ def test_a_signal_ends_a_wait_and_a_second_one_the_run(number: signal.Signals) -
     began = time.monotonic()
     assert stop.unless_stopped(wait) is None and time.monotonic() - began < 10
     assert stop.agreed() == number and stop.unless_stopped(lambda: 3) is None
-    ending = KeyboardInterrupt if number == signal.SIGINT else Terminated
-    with pytest.raises(ending):
+    ending, name = (KeyboardInterrupt, None) if number == signal.SIGINT else (Terminated, number.name)
+    with pytest.raises(ending, match=name):
         os.kill(os.getpid(), number)
         time.sleep(1)
-    with pytest.raises(ending, match=None if number == signal.SIGINT else number.name):  # what the last line names
+    with pytest.raises(ending, match=name):
         leave(number)
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 143), ("SIGUSR1", 143)])
+def test_the_last_line_names_what_ended_the_run(number: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught, exit_codes():
+        if number == "SIGTERM":  # also where nobody listens but exit_codes
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        leave(signal.Signals[number])
+    last = "Ctrl-C" if number == "SIGINT" else number
+    assert caught.value.code == code and capsys.readouterr().err == f"stopped by {last}\n"
 
 
 def test_a_signal_during_a_step_is_noted_and_interrupts_nothing() -> None:

@@ -1,6 +1,7 @@
 """Samples → batches, read ahead by processes of their own. In: Examples and the draws of each batch. Out: an endless stream of batches."""
 
 import atexit
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -43,11 +44,14 @@ def batches(examples: Examples, draws: DrawBatches, *, num_workers: int, pin_mem
         multiprocessing_context="spawn" if num_workers else None,  # forkserver's workers outlive a killed trainer
         prefetch_factor=PREFETCHED if num_workers else None,
     )
+    others = set(multiprocessing.active_children())
     try:
         yield from loader
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()  # one that is stuck would be waited for when this process ends
         raise ConfigError(
             f"the data loader gave no batch ({str(error).splitlines()[0]}): look for a full disk, memory or /dev/shm, or give --num_workers 0"
         ) from error
