@@ -132,7 +132,7 @@ def cast_once(vla: nn.Module) -> Iterator[None]:
     """Cast the adapters together, for all forward and backward passes of one step: one by one it would be 1,750 small kernels a pass of
     openvla-7b. What is inside must not change them.
     """
-    layers = [layer for _, layer in casting_layers(vla)]
+    layers: list[Any] = [layer for _, layer in casting_layers(vla)]
     halves = [half.detach() for layer in layers for half in halves_of(layer)]
     dtypes = [layer.get_base_layer().weight.dtype for layer in layers for _ in range(2)]
     casts = [torch.empty_like(half, dtype=dtype) for half, dtype in zip(halves, dtypes, strict=True)]
