@@ -50,8 +50,12 @@ def batches(examples: Examples, draws: DrawBatches, *, num_workers: int, pin_mem
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise
+        # one that is stuck would be waited for when this process ends; torch's handler would complain of its death
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in set(multiprocessing.active_children()) - others:
-            worker.kill()  # one that is stuck would be waited for when this process ends
+            worker.kill()
+            worker.join()
+        signal.signal(signal.SIGCHLD, handler)
         raise ConfigError(
             f"the data loader gave no batch ({str(error).splitlines()[0]}): look for a full disk, memory or /dev/shm, or give --num_workers 0"
         ) from error
