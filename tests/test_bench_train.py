@@ -15,7 +15,9 @@ HOW = {"full_size": False, "memory_cap_gib": 24, "steps": 1, "compile": False}
 
 def test_both_ways_give_one_loss_and_the_same_gradients() -> None:
     loss, gradient = train.check_equal(BENCH)
-    assert loss < 1e-5 and 0 < gradient < 1e-4
+    assert (
+        loss < 1e-5 and gradient < 1e-4
+    )  # on some CPUs the gradients are equal to the bit; the next test sees a difference
 
 
 def test_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
