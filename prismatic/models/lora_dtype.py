@@ -139,7 +139,7 @@ def cast_once(vla: nn.Module) -> Iterator[None]:
     if halves:
         torch._foreach_copy_(casts, halves)  # pyright: ignore[reportPrivateImportUsage]
     for layer, *pair in zip(layers, casts[::2], casts[1::2], strict=True):
-        layer.casts = (pair[0], pair[1])
+        layer.casts = tuple(pair)
     try:
         yield
     finally:
