@@ -19,9 +19,9 @@ STEPS = 100
 class Learnt:
     num_images, uses_state, num_actions_chunk = 2, True, 1
 
-    def __call__(self, frame: Any, instruction: str, wrist: Any, state: np.ndarray, *, episode: Path) -> np.ndarray:
+    def chunk(self, frame: Any, instruction: str, wrist: Any, state: np.ndarray, *, episode: Path) -> np.ndarray:
         assert wrist is not None and state.shape == (8,)
-        return POLICY
+        return np.tile(POLICY, (self.num_actions_chunk, 1))
 
 
 class Still:
@@ -68,6 +68,8 @@ def test_of_a_policy_of_chunks_only_the_experts_own_steps_are_recorded(
     sim = record(tmp_path / "a.npz", monkeypatch, policy="somewhere", steps=None)
     by_expert = [not np.array_equal(action, POLICY) for action in sim.commands]
     assert len(load_episode(tmp_path / "a.npz").action) == sum(by_expert) < STEPS == len(by_expert)
+    looks = -(-by_expert.index(True) // 8)  # of the policy, which executes its chunks whole
+    assert sim.rendered == 2 * (looks + sum(by_expert))
 
 
 def test_without_a_policy_the_expert_acts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

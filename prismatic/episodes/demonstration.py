@@ -8,6 +8,7 @@ failures and no-ops.
 """
 
 import functools
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,20 +178,21 @@ class Demonstration(Job):
         policy_steps = int(generator.integers(*POLICY_STEPS)) if policy else 0
         hesitation = int(generator.integers(*HESITATION_STEPS)) if self.perturbation else 0
         writer = EpisodeWriter(sim)
+        queue: deque[np.ndarray] = deque()
         for step in range(step_limit(self.suite)):
             alive()
             action = expert.chunk(None, sim.instruction)[0]
             recorded = action.copy()
             recorded[6] = 1.0 - 2.0 * action[6]  # LIBERO's convention: -1 open, +1 close
             if policy and step < policy_steps:
-                frame, wrist = sim.frame(), sim.wrist()
-                if (
-                    policy.num_actions_chunk == 1
-                ):  # a chunk is learnt from what was done next: only the expert's own steps will do
-                    writer.note(recorded, (frame, wrist))
-                second = wrist if policy.num_images == 2 else None
-                state = sim.state() if policy.uses_state else None
-                executed = policy(frame, sim.instruction, second, state, episode=self.path)
+                if not queue:  # as in an evaluation, a chunk is executed whole before the policy looks again
+                    frame, wrist = sim.frame(), sim.wrist()
+                    if policy.num_actions_chunk == 1:  # of a chunk's steps only the expert's own can be learnt
+                        writer.note(recorded, (frame, wrist))
+                    second = wrist if policy.num_images == 2 else None
+                    state = sim.state() if policy.uses_state else None
+                    queue.extend(policy.chunk(frame, sim.instruction, second, state, episode=self.path))
+                executed = queue.popleft()
             else:
                 writer.note(recorded)
                 executed = action.copy()
