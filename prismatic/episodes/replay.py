@@ -16,7 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from prismatic.data.staging import writing_to
+from prismatic.arrays import read_arrays
 from prismatic.episodes.demonstration import EpisodeWriter, Job
 from prismatic.errors import ConfigError
 from prismatic.normalize import ACTION_DIMENSIONS
@@ -24,6 +24,7 @@ from prismatic.scene.suites import init_states, task_name
 from prismatic.simulator import LiberoSimulator
 
 MOST_NAMED = 3  # missing files that an error names
+FAILED = ".failed"  # suffix of an empty file that tells that an episode was no success
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,8 @@ class Replays:
     actor = "replay"
 
     def __init__(self, jobs: Sequence[Replay]) -> None:
-        self.jobs = jobs
+        self.jobs, self.total = jobs, len(jobs)
         self._next = (job for job in jobs if not _is_done(job))
-
-    @property
-    def total(self) -> int:
-        """Demonstrations there are."""
-        return len(self.jobs)
 
     def found(self) -> int:
         """How many of them earlier calls have played."""
@@ -74,10 +70,7 @@ class Replays:
         return next(self._next, None)
 
     def finished(self, job: Job, *, success: bool) -> int:
-        """Take note of an outcome, a failure as an empty file; 1, by which the work is nearer to its end."""
-        if not success:
-            with writing_to(job.path.parent):
-                job.path.with_suffix(".failed").touch()
+        """1, by which the work is nearer to its end."""
         return 1
 
     def report(self) -> list[str]:
@@ -95,7 +88,7 @@ class Replays:
             if dropped:
                 lines.append(f"task {task_id}: {dropped} of {wanted} demonstrations dropped, they don't end in success")
         steps = sum(job.steps for job in kept)
-        no_ops = steps - sum(_kept_steps(job.path) for job in kept)
+        no_ops = steps - sum(len(read_arrays(job.path)["action"]) for job in kept)
         return [
             *lines,
             f"{len(kept)} of {self.total} demonstrations kept; {no_ops} of their {steps} steps are no-ops, dropped",
@@ -103,12 +96,7 @@ class Replays:
 
 
 def _is_done(job: Job) -> bool:
-    return job.path.is_file() or job.path.with_suffix(".failed").is_file()
-
-
-def _kept_steps(path: Path) -> int:
-    with np.load(path, allow_pickle=False) as arrays:
-        return len(arrays["action"])
+    return job.path.is_file() or job.path.with_suffix(FAILED).is_file()
 
 
 def find_replays(folder: Path, suite: str, task_ids: Iterable[int], *, stage: Path, limit: int) -> list[Replay]:
