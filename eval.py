@@ -46,7 +46,10 @@ def main(cfg: EvalConfig, benchmark: Benchmark | None = None) -> None:
     setup.check(vars(cfg))
     trials = plan(cfg, benchmark)
     facts, path = identity(cfg, benchmark, choose_renderer(setup.LOCAL_RANK)), cfg.local_log_dir / run_name(cfg)
-    with RolloutFolder(path, identity=facts, record=record(cfg), rank=RANK) as folder, report.at_the_end(folder):
+    with (
+        RolloutFolder(path, identity=facts, record=record(cfg), rank=RANK) as folder,
+        evaluation.at_the_end(lambda: report.update(folder)),
+    ):
         if cfg.open_loop:  # the control that plays nothing; its result stands in the run's record, beside its score
             from prismatic.episodes.open_loop import open_loop
 

@@ -25,6 +25,7 @@ from prismatic.episodes.session import Session
 from prismatic.episodes.trials import Trial, TrialQueue
 from prismatic.errors import ConfigError
 from prismatic.filenames import REPORT, RESULTS, RUN, SUMMARY, UNFINISHED, VERSIONS
+from prismatic.records import read_object
 from prismatic.summary import summarise
 
 if TYPE_CHECKING:  # it needs torch, which an evaluation of the expert does not
@@ -201,47 +202,42 @@ def evaluate(
     pending = [trial for trial in trials[folder.rank :: ranks] if trial.id not in done]
     if not pending:
         return folder.summarise()
-    loaded = load_policy() if load_policy else None
-    if loaded:
-        folder.note(policy_card=loaded.policy.metadata())
-        play = replace(
-            play, num_images=loaded.policy.num_images, uses_state=loaded.policy.uses_state, prepare=loaded.prepare
-        )
+    play = replace(play, golden=True, video_folder=play.video_folder and folder.unfinished.resolve())
+    policy, counts, window = None, None, 0.0
+    if load_policy:
+        loaded = load_policy()
+        policy, counts, window = loaded.policy, loaded.counts, 0.0 if one_by_one else loaded.window
+        folder.note(policy_card=policy.metadata())
+        play = replace(play, num_images=policy.num_images, uses_state=policy.uses_state, prepare=loaded.prepare)
     workers = min(max(num_workers() if callable(num_workers) else num_workers, 1), len(pending))
-    session = Session(
-        loaded and loaded.policy,
-        workers=workers,
-        rank=folder.rank,
-        one_by_one=one_by_one,
-        counts=loaded and loaded.counts,
-    )
-    ends = pool.run(
-        TrialQueue(pending),
-        replace(play, golden=True, video_folder=play.video_folder and folder.unfinished.resolve()),
-        num_workers=workers,
-        answer=session.answer,
-        window=loaded.window if loaded and not one_by_one else 0.0,
-        on_message=session.hear,
-    )
+    session = Session(policy, workers=workers, rank=folder.rank, one_by_one=one_by_one, counts=counts)
+    players = pool.Pool(TrialQueue(pending), play, workers, session.answer, window, on_message=session.hear)
+
+    def finish() -> None:
+        if session.episodes:
+            folder.note(session=session.record())
+        folder.summarise()
+
+    with at_the_end(finish), contextlib.closing(players.run()) as ends:
+        for ended in ends:
+            trial: Trial = ended.job
+            outcome = ended.result or Outcome(play.row(trial, seconds=ended.seconds, error=ended.error))
+            session.note(outcome)
+            stored = play.benchmark.num_init_states(trial.suite, trial.task_id)
+            on_row(folder.add(outcome, number=trial.task_id * stored + trial.init_state + 1))  # as OpenVLA counts
+    return read_object(folder.path / SUMMARY)
+
+
+@contextlib.contextmanager
+def at_the_end(act: Callable[[], None]) -> Iterator[None]:
+    """Do it however the block ends; what broke the block is what is raised."""
     try:
-        with contextlib.closing(ends):
-            for ended in ends:
-                trial: Trial = ended.job
-                outcome = ended.result or Outcome(play.row(trial, seconds=ended.seconds, error=ended.error))
-                session.note(outcome)
-                stored = play.benchmark.num_init_states(trial.suite, trial.task_id)
-                on_row(folder.add(outcome, number=trial.task_id * stored + trial.init_state + 1))  # as OpenVLA counts
+        yield
     except BaseException:
         with contextlib.suppress(ConfigError, OSError):  # what broke first says more
-            _finish(folder, session)
+            act()
         raise
-    return _finish(folder, session)
-
-
-def _finish(folder: RolloutFolder, session: Session) -> Facts:
-    if session.episodes:
-        folder.note(session=session.record())
-    return folder.summarise()
+    act()
 
 
 def _drop_torn_line(path: Path) -> None:

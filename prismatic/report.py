@@ -3,7 +3,6 @@
 python -m prismatic.report FOLDER
 """
 
-import contextlib
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -63,19 +62,8 @@ def _page(folder: Path, summary: Facts) -> bytes:
     )
 
 
-@contextlib.contextmanager
-def at_the_end(folder: RolloutFolder) -> Iterator[None]:
-    """Build the page however the run in this block ends; what broke the run is what is raised."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(ConfigError, OSError):
-            _build_of(folder)
-        raise
-    _build_of(folder)
-
-
-def _build_of(folder: RolloutFolder) -> None:
+def update(folder: RolloutFolder) -> None:
+    """Build the page of a run that goes on; nothing where nothing has been played."""
     if folder.rows():
         with folder.locked():
             build(folder.path)
