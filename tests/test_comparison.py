@@ -82,6 +82,13 @@ def test_equal_runs_and_hostile_names(tmp_path: Path) -> None:
     assert (tmp_path / "after" / "compared-with-_b_x.html").is_file()
 
 
-def test_a_folder_without_results_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"has no results\.jsonl: give two rollout folders"):
-        comparison.Run.load(tmp_path)
+def test_folders_that_cannot_be_compared_are_one_sentence(tmp_path: Path) -> None:
+    before, after = run(tmp_path / "before", [True, None]), run(tmp_path / "after", [None, True])
+    for wrong, sentence in (
+        ((before, tmp_path / "nowhere"), r"nowhere has no results\.jsonl: give two rollout folders"),
+        ((before, after, before), "in twos, before and after, not 3"),
+        ((before, after, before, after), "before is given more than once"),
+        ((before, after), "share no episode that ended"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            list(comparison.compare_folders(wrong))

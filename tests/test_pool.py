@@ -14,7 +14,7 @@ from prismatic.episodes import pool
 from prismatic.episodes.player import Outcome, Play
 from prismatic.episodes.session import Session
 from prismatic.episodes.setup import GATHERING
-from prismatic.episodes.trials import Trial, TrialQueue
+from prismatic.episodes.trials import Trial, TrialQueue, list_trials
 from prismatic.errors import ConfigError, PolicyError
 from prismatic.image import ImagePath
 from tests.conftest import REPOSITORY
@@ -39,7 +39,7 @@ def play(played: list[Trial], **options: Any) -> list[Outcome]:
     workers, one_by_one = options.pop("num_workers", 1), options.pop("one_by_one", False)
     session = Session(options.pop("policy", BrightnessPolicy()), workers=workers, one_by_one=one_by_one)
     options = {"hang_limit": CRASH_TIME} | options
-    ends = pool.run(TrialQueue(played), setup, num_workers=workers, answer=session.answer, **options)
+    ends = pool.Pool(TrialQueue(played), setup, workers, session.answer, **options).run()
     return [end.result or Outcome(setup.row(end.job, seconds=end.seconds, error=end.error)) for end in ends]
 
 
@@ -48,6 +48,14 @@ def behaviour(outcomes: list[Outcome]) -> dict[str, tuple[Any, ...]]:
     rows = {outcome.row.episode_id: (outcome.row, outcome.actions) for outcome in outcomes}
     assert len(rows) == len(outcomes)
     return {name: (row.success, row.steps, acted.tobytes()) for name, (row, acted) in rows.items() if acted is not None}
+
+
+def test_plan_names_every_episode_by_what_it_is() -> None:
+    planned = list_trials(FAKE.benchmark, "fake", task_ids=(2, 0), num_trials=2, first_init_state=3, env_seed=5)
+    assert [trial.id for trial in planned] == [
+        f"fake/task{task}/state{state}/seed5" for task in (0, 2) for state in (3, 4)
+    ]
+    assert len(list_trials(FAKE.benchmark, "fake", num_trials=8)) == 24  # no task named: all
 
 
 @pytest.fixture
@@ -152,17 +160,16 @@ def test_the_third_crash_is_an_error_and_no_failure(trouble: Path) -> None:
     assert len(good) == 6 and good.items() <= undisturbed.items()
 
 
-def test_a_simulator_that_never_starts_ends_in_a_sentence(trouble: Path) -> None:
+def test_a_simulator_that_never_starts_ends_in_a_sentence_and_one_task_that_cannot_be_built_leaves_the_others(
+    trouble: Path,
+) -> None:
+    (trouble / "1-build").write_text("die 99")
+    outcomes = play(trials(states=1))
+    assert [(outcome.row.task_id, outcome.row.success is None) for outcome in outcomes] == [(0, False), (1, True)]
     (trouble / "0-build").write_text("die 99")
     with pytest.raises(ConfigError, match=r"cannot be started, nothing was played: .*SIGKILL"):
         play(trials())
     assert (trouble / "0-build").read_text() == "die 96"
-
-
-def test_one_task_that_cannot_be_built_leaves_the_others(trouble: Path) -> None:
-    (trouble / "1-build").write_text("die 99")
-    outcomes = play(trials(states=1))
-    assert [(outcome.row.task_id, outcome.row.success is None) for outcome in outcomes] == [(0, False), (1, True)]
 
 
 def test_an_error_of_the_policy_is_not_played_again() -> None:
@@ -194,8 +201,7 @@ def test_threads_of_a_process_and_who_draws_the_golden_frame(trouble: Path, monk
 
 
 def test_closing_leaves_no_process_behind() -> None:
-    answer = Session(BrightnessPolicy(), workers=2).answer
-    outcomes = pool.run(TrialQueue(trials()), FAKE, num_workers=2, answer=answer)
+    outcomes = pool.Pool(TrialQueue(trials()), FAKE, 2, Session(BrightnessPolicy(), workers=2).answer).run()
     next(outcomes)
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
     players = [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
