@@ -43,8 +43,7 @@ def pretend(cfg: CollectConfig, *, workers: int, seed: int) -> set[str]:
             break
         job = running.pop(order.randrange(len(running)))
         success = (job.task_id + job.attempt) % 3 != 0
-        if success:
-            job.path.touch()
+        job.path.with_suffix(".npz" if success else ".failed").touch()
         schedule.finished(job, success=success)
     return {path.name for path in stage.iterdir() if path.suffix != ".json"}
 
@@ -81,6 +80,10 @@ def test_two_collections_are_not_mixed(tmp_path: Path) -> None:
     open_stage(config(tmp_path, num_demos_per_task=7, task_ids=(2,)))  # more of the same is welcome
     with pytest.raises(ConfigError, match=r"perturbation 0.5, not 0.1"):
         open_stage(config(tmp_path, perturbation=0.1))
+    for seed in (0, 3):  # which means nothing to a replay
+        open_stage(config(tmp_path, dataset_name="replayed", from_hdf5=tmp_path, seed=seed))
+    with pytest.raises(ConfigError, match=f"collected with from_hdf5 {tmp_path}, not None"):
+        open_stage(config(tmp_path, dataset_name="replayed"))
 
 
 def command(folder: Path, *options: str) -> list[str]:
@@ -164,20 +167,23 @@ def test_bad_input_is_one_sentence(tmp_path: Path, options: list[str], sentence:
     assert "Traceback" not in done.stderr
 
 
-def test_a_task_that_broke_three_times_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_marked_and_a_task_that_broke_three_times_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     schedule = Schedule(config(tmp_path, task_ids=(0,), num_demos_per_task=2), open_stage(config(tmp_path)))
 
-    def ends(schedule: Schedule, *rest: object, **options: object) -> Iterator[pool.Ended]:
-        yield pool.Ended(schedule.next_job(), 40, None, 1.0)
-        yield pool.Ended(schedule.next_job(), None, "the simulator hung", 1.0)
+    def ends(self: pool.Pool) -> Iterator[pool.Ended]:
+        for steps, error in ((40, None), (0, None), (None, "the simulator hung")):
+            yield pool.Ended(schedule.next_job(), steps, error, 1.0)
 
-    monkeypatch.setattr(pool, "run", ends)
+    monkeypatch.setattr(pool.Pool, "run", ends)
     with (
         tqdm(disable=True) as bar,
-        pytest.raises(ConfigError, match=r"task 0 broke 3 times \(the simulator hung.*num_workers"),
+        pytest.raises(ConfigError, match=r"task 0 broke 3 times \(the simulator hung.*num_work"),
     ):
-        run(schedule, Record(), bar, num_workers=1, hang_limit=1.0)
-    assert schedule.successes[0] == 1
+        run(schedule, Record(), bar, num_workers=1)
+    assert schedule.report() == ["task 0: the expert failed in 1 of 2 attempts"]
+    assert [path.name for path in (tmp_path / "demo_staged").glob("task*")] == ["task00-00001.failed"]
 
 
 def test_one_call_at_a_time_and_what_a_killed_one_left_is_swept(tmp_path: Path) -> None:
