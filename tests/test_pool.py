@@ -17,7 +17,6 @@ from prismatic.episodes.setup import GATHERING
 from prismatic.episodes.trials import Trial, TrialQueue, list_trials
 from prismatic.errors import ConfigError, PolicyError
 from prismatic.image import ImagePath
-from tests.conftest import REPOSITORY
 from tests.fake_policies import BrightnessPolicy, RoundingPolicy
 from tests.fake_simulator import STATES, FakeBenchmark
 
@@ -25,12 +24,8 @@ FAKE = Play(benchmark=FakeBenchmark())
 CRASH_TIME = 60.0  # s of silence before a simulator counts as hung: far longer than any test takes
 
 
-def trials(tasks: int = 2, states: int = 4, env_seed: int = 0) -> list[Trial]:
-    return [
-        Trial(suite="fake", task_id=task, init_state=state, env_seed=env_seed)
-        for task in range(tasks)
-        for state in range(states)
-    ]
+def trials(tasks: int = 2, states: int = 4) -> list[Trial]:
+    return list_trials(FAKE.benchmark, "fake", task_ids=range(tasks), num_trials=states)
 
 
 def play(played: list[Trial], **options: Any) -> list[Outcome]:
@@ -91,15 +86,6 @@ def test_one_by_one_not_even_rounding_depends_on_who_else_waits(trouble: Path) -
     options["policy"] = RoundingPolicy(log=log, simulators=len(log.read_text().splitlines()) + 3)
     assert behaviour(play(played, one_by_one=True, **options)) == sequential
     assert set(options["policy"].batch_sizes) == {1}
-
-
-def test_a_real_policy_gives_the_same_actions_side_by_side_as_alone() -> None:
-    from prismatic.checkpoint import load_policy
-
-    policy = load_policy(str(REPOSITORY / "checkpoints" / "openvla-tiny"), device="cpu")
-    setup = replace(FAKE, num_images=2)  # it gets the wrist's camera, too
-    alone, together = (play(trials(states=2), setup=setup, policy=policy, num_workers=number) for number in (1, 3))
-    assert behaviour(together) == behaviour(alone)
 
 
 def test_what_the_policy_is_told_and_what_the_seed_moved_stand_in_the_outcome() -> None:
@@ -198,16 +184,6 @@ def test_threads_of_a_process_and_who_draws_the_golden_frame(trouble: Path, monk
     assert len(drawn) == 1 and len(drawn[0]["sha256"]) == 16
     assert (trouble / "log").read_text().split()[3:5] == ["OMP_NUM_THREADS=1", "LP_NUM_THREADS=7"]
     assert "OMP_NUM_THREADS" not in os.environ
-
-
-def test_closing_leaves_no_process_behind() -> None:
-    outcomes = pool.Pool(TrialQueue(trials()), FAKE, 2, Session(BrightnessPolicy(), workers=2).answer).run()
-    next(outcomes)
-    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    players = [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
-    assert len(players) == 2
-    outcomes.close()
-    assert not [player for player in players if Path(f"/proc/{player}").exists()]
 
 
 def test_a_process_born_as_its_parent_dies_ends_at_once() -> None:

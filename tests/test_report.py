@@ -1,6 +1,5 @@
 """report.py on a folder as eval.py leaves it."""
 
-import json
 import re
 from pathlib import Path
 from urllib.parse import unquote
@@ -11,7 +10,6 @@ import pytest
 from prismatic import evaluation, report
 from prismatic.episodes import actions as traces
 from prismatic.errors import ConfigError
-from prismatic.summary import summarise
 from tests.drawn_results import Reader, folder_with, row
 
 ROWS = [
@@ -56,15 +54,6 @@ def test_every_video_failures_first_and_nothing_from_outside(tmp_path: Path) -> 
     assert [folder / unquote(str(video["poster"])) for video in page.videos if video.get("poster")] == [poster]
     assert not [link for link in page.links if ":" in link or link.startswith("/")]
     assert "the simulator process died (signal SIGKILL)" in page.texts
-
-
-def test_an_episode_played_again_is_shown_once(tmp_path: Path) -> None:
-    rows = [row(2, 0, None, "the simulator hung"), row(2, 0, True)]
-    folder = folder_with(tmp_path, rows)
-    (folder / "summary.json").write_text(json.dumps(summarise(rows[1:], protocol={})))
-    page = report.build(folder).read_text()
-    assert "the simulator hung" not in page
-    assert page.count("<video") == 1
 
 
 STAGES = ("approached", "touched", "grasped", "predicate_held")
