@@ -54,7 +54,6 @@ class RolloutFolder:
             self.unfinished = path / f"{UNFINISHED}{rank}"
             shutil.rmtree(self.unfinished, ignore_errors=True)
             self.unfinished.mkdir()
-            self._videos = {row.video for row in self.rows()}
         except OSError as error:
             reason = error.strerror or str(error)
             raise ConfigError(f"cannot write to {path} ({reason}): choose another --local_log_dir") from error
@@ -108,34 +107,24 @@ class RolloutFolder:
             write_json(self.path / RUN, {"identity": run.identity, "record": {**run.record, **facts}})
 
     def add(self, outcome: Outcome, *, number: int) -> EpisodeResult:
-        """Give the video its name, save the actions, and append the episode's line, safe on disk when this returns.
+        """Give the video, its poster and GIF their names, save the actions, and append the episode's line, safe on disk when this returns.
 
         number: the video's, unique within the folder. ConfigError when the disk is full.
         """
         row = outcome.row
         row.seconds = round(row.seconds, 2)
         if outcome.video:
-            row.video = self._keep_video(outcome.video, video_name(number, bool(row.success), row.instruction))
+            row.video = video_name(number, bool(row.success), row.instruction)
+            (self.path / POSTERS).mkdir(exist_ok=True)
+            for name in (poster_name(row.video), row.video.removesuffix(".mp4") + ".gif", row.video):
+                made = outcome.video.with_suffix(Path(name).suffix)
+                if made.is_file():
+                    made.replace(self.path / name)
         if outcome.actions is not None:
             row.actions = actions.save(self.path, row.episode_id, outcome.actions)
         with self.locked():
             append_line(self.path / RESULTS, msgspec.json.encode(row))
         return row
-
-    def _keep_video(self, unfinished: Path, name: str) -> str | None:
-        """Move it into the folder, with its poster and GIF; never over a recorded one (an episode played again has two)."""
-        if not unfinished.is_file():
-            return None
-        base, again = name, 2
-        while name in self._videos:
-            name, again = base.removesuffix(".mp4") + f"--{again}.mp4", again + 1
-        self._videos.add(name)
-        (self.path / POSTERS).mkdir(exist_ok=True)
-        names = {".jpg": poster_name(name), ".gif": name.removesuffix(".mp4") + ".gif", ".mp4": name}
-        for suffix, place in names.items():
-            if unfinished.with_suffix(suffix).is_file():
-                unfinished.with_suffix(suffix).replace(self.path / place)
-        return name
 
     def summarise(self) -> Facts:
         """Write summary.json from what is on disk and return it."""
@@ -223,8 +212,11 @@ def evaluate(
             trial: Trial = ended.job
             outcome = ended.result or Outcome(play.row(trial, seconds=ended.seconds, error=ended.error))
             session.note(outcome)
-            stored = play.benchmark.num_init_states(trial.suite, trial.task_id)
-            on_row(folder.add(outcome, number=trial.task_id * stored + trial.init_state + 1))  # as OpenVLA counts
+            # as OpenVLA counts; a data set counts its episodes itself
+            before = (
+                0 if trial.recording else trial.task_id * play.benchmark.num_init_states(trial.suite, trial.task_id)
+            )
+            on_row(folder.add(outcome, number=before + trial.init_state + 1))
     return read_object(folder.path / SUMMARY)
 
 

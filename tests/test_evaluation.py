@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import pytest
 
 from prismatic import evaluation
 from prismatic.episodes import actions
-from prismatic.episodes.player import Outcome, Play
+from prismatic.episodes.player import Play
 from prismatic.episodes.result import read_rows
 from prismatic.episodes.trials import Trial, list_trials
 from prismatic.errors import ConfigError
@@ -252,15 +251,3 @@ def test_each_line_says_how_far_it_got_and_why(tmp_path: Path) -> None:
     assert summary["verdicts"].get("success", 0) == summary["successes"] == reached
     assert summary["funnel"]["touched"] == {"episodes": 16, "reached": 16, "share": 1.0}
     assert [task["funnel"]["touched"]["episodes"] for task in summary["per_task"]] == [8, 8]
-
-
-def test_a_recorded_video_is_never_overwritten(tmp_path: Path) -> None:
-    with opened(tmp_path) as folder:
-        names = []
-        for content in (b"first", b"second"):
-            video = folder.unfinished / "1.mp4"
-            video.write_bytes(content)
-            row = drawn_results.row(0, 0, True, instruction="go")
-            names.append(folder.add(Outcome(row, np.zeros((1, 7)), video), number=1).video)
-    assert names == ["episode=1--success=True--task=go.mp4", "episode=1--success=True--task=go--2.mp4"]
-    assert [(tmp_path / str(name)).read_bytes() for name in names] == [b"first", b"second"]
