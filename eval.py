@@ -24,11 +24,10 @@ from prismatic.episodes.trials import list_trials
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.evaluation import RolloutFolder
 from prismatic.pages import comparison
-from prismatic.progress import print_result, progress_bar
 from prismatic.ranges import checked
 from prismatic.scene.renderer import choose_renderer, render_options
 from prismatic.scene.suites import Benchmark, Libero
-from prismatic.summary import mean_over_suites
+from prismatic.summary import mean_over_suites, result
 from prismatic.versions import check_simulator, unpinned_simulator, versions
 
 # Nothing here may import torch at the top: each simulator process imports this file once more.
@@ -54,22 +53,20 @@ def main(cfg: EvalConfig, benchmark: Benchmark | None = None) -> None:
             from prismatic.episodes.open_loop import open_loop
 
             folder.note(open_loop=open_loop(load_policy(cfg).policy, open_data(cfg), frames=cfg.open_loop_frames))
-        done = [row for row in folder.rows() if not (cfg.retry_errors and row.error)]
-        with progress_bar(trials[RANK::RANKS], done, path, show=RANK == 0) as progress:
-            summary = evaluation.evaluate(
-                trials,
-                folder,
-                play=play_options(cfg, path, benchmark),
-                load_policy=(lambda: load_policy(cfg)) if cfg.policy == "checkpoint" else None,
-                num_workers=setup.workers_that_fit if cfg.num_workers == "auto" else cfg.num_workers,
-                one_by_one=cfg.deterministic,
-                retry_errors=cfg.retry_errors,
-                ranks=RANKS,
-                on_row=progress,
-            )
+        summary = evaluation.evaluate(
+            trials,
+            folder,
+            play=play_options(cfg, path, benchmark),
+            load_policy=(lambda: load_policy(cfg)) if cfg.policy == "checkpoint" else None,
+            num_workers=setup.workers_that_fit if cfg.num_workers == "auto" else cfg.num_workers,
+            one_by_one=cfg.deterministic,
+            retry_errors=cfg.retry_errors,
+            ranks=RANKS,
+            show=RANK == 0,
+        )
     ended = {row.episode_id for row in evaluation.read_rows(path)}
     if RANKS == 1 or ended >= {trial.id for trial in trials}:  # of several ranks, the last one has the whole result
-        print_result(path, summary)
+        print(*result(path, summary), sep="\n")
         if trials and not summary["successes"] + summary["failures"]:
             sys.exit(f"error: none of the {len(trials)} episodes ended with an outcome, see {path}")
 

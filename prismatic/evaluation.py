@@ -9,12 +9,14 @@ import contextlib
 import fcntl
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
+from tqdm import tqdm
 
 from prismatic.atomic import append_line, write_json
 from prismatic.episodes import actions, pool
@@ -179,16 +181,20 @@ def evaluate(
     one_by_one: bool = False,
     retry_errors: bool = False,
     ranks: int = 1,
-    on_row: Callable[[EpisodeResult], None] = lambda row: None,
+    show: bool = False,
 ) -> Facts:
     """Play the trials that have no line yet, of those that are this rank's; returns the summary of the whole folder.
 
     play.video_folder is set here to the folder's own place when it is not None. load_policy is called, once, only if there is something
     to play, and num_workers (when it is a function) after it, so that it sees the memory that is left. retry_errors: play those again
-    that ended as errors. on_row: called with each new line. However it ends, summary.json is brought up to date.
+    that ended as errors. show: a progress bar. However it ends, summary.json is brought up to date.
     """
-    done = {row.episode_id for row in folder.rows() if not (retry_errors and row.error)}
-    pending = [trial for trial in trials[folder.rank :: ranks] if trial.id not in done]
+    mine = {trial.id: trial for trial in trials[folder.rank :: ranks]}
+    done = [row for row in folder.rows() if row.episode_id in mine and not (retry_errors and row.error)]
+    played = {row.episode_id for row in done}
+    pending = [trial for name, trial in mine.items() if name not in played]
+    if done and show:
+        print(f"{len(done)} of {len(mine)} episodes are already in {folder.path}")
     if not pending:
         return folder.summarise()
     play = replace(play, golden=True, video_folder=play.video_folder and folder.unfinished.resolve())
@@ -201,13 +207,15 @@ def evaluate(
     workers = min(max(num_workers() if callable(num_workers) else num_workers, 1), len(pending))
     session = Session(policy, workers=workers, rank=folder.rank, one_by_one=one_by_one, counts=counts)
     players = pool.Pool(TrialQueue(pending), play, workers, session.answer, window, on_message=session.hear)
+    outcomes = Counter(row.success for row in done)
 
     def finish() -> None:
         if session.episodes:
             folder.note(session=session.record())
         folder.summarise()
 
-    with at_the_end(finish), contextlib.closing(players.run()) as ends:
+    bar = tqdm(total=len(mine), initial=len(done), unit="episode", disable=not show, dynamic_ncols=True)
+    with bar, at_the_end(finish), contextlib.closing(players.run()) as ends:
         for ended in ends:
             trial: Trial = ended.job
             outcome = ended.result or Outcome(play.row(trial, seconds=ended.seconds, error=ended.error))
@@ -216,7 +224,12 @@ def evaluate(
             before = (
                 0 if trial.recording else trial.task_id * play.benchmark.num_init_states(trial.suite, trial.task_id)
             )
-            on_row(folder.add(outcome, number=before + trial.init_state + 1))
+            row = folder.add(outcome, number=before + trial.init_state + 1)
+            if row.error:
+                bar.write(f"error in {row.episode_id}: {row.error}")
+            outcomes[row.success] += 1
+            bar.set_postfix(successes=outcomes[True], errors=outcomes[None], refresh=False)
+            bar.update()
     return read_object(folder.path / SUMMARY)
 
 

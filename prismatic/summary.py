@@ -7,9 +7,10 @@ from typing import Any
 
 from prismatic.episodes.result import EpisodeResult, Facts, read_rows
 from prismatic.errors import ConfigError
-from prismatic.filenames import RESULTS
+from prismatic.filenames import REPORT, RESULTS
 from prismatic.scene.trajectory import STAGES
 from prismatic.statistics import clustered_bootstrap, needed, wilson_interval
+from prismatic.versions import unpinned_simulator
 
 FEWEST_TASKS = 2  # fewer clusters than that have no bootstrap
 MOST_NAMED = 3  # things that a sentence names
@@ -104,6 +105,32 @@ def _replay(rows: Sequence[EpisodeResult]) -> Facts | None:
 def crashed(summary: Facts) -> int:
     """Errors that may pass when the episode is played again: a replay that was left out begins as it did."""
     return summary["errors"] - ((summary.get("replay") or {}).get("left_out") or 0)
+
+
+def result(folder: Path, summary: Facts) -> Iterator[str]:
+    """What eval.py prints at the end: the rate, what stands beside it, and where the files are."""
+    judged = summary["successes"] + summary["failures"]
+    rate = "no episode has ended with an outcome"
+    if judged:
+        rate = f"{100 * summary['success_rate']:.1f} % success, 95 % interval {percent(summary['interval_95'])} "
+        rate += f"({summary['successes']} of {judged} episodes)"
+    yield f"{summary['protocol']['task_suite_name']}, {folder.name}: {rate}"
+    if crashes := crashed(summary):
+        yield f"{crashes} more ended in an error and do not count: --retry_errors True plays them again"
+    yield from (f"    {line}" for line in sentences(summary))
+    for found in unpinned_simulator():
+        yield f"beware: {found}: not to be compared with scores of the pinned version"
+    for label, file in (("report ", REPORT), ("results", RESULTS)):
+        if (folder / file).exists():  # neither is there after an open loop alone
+            yield f"{label}  {folder / file}"
+    yield from filmed(folder, read_rows(folder))
+
+
+def filmed(folder: Path, rows: Sequence[EpisodeResult]) -> Iterator[str]:
+    """Where the first success and the first failure with a video can be watched, a line each."""
+    for success, label in ((True, "a success"), (False, "a failure")):
+        for video in [row.video for row in rows if row.success is success and row.video][:1]:
+            yield f"{label}: {folder / video}"
 
 
 def sentences(summary: Facts) -> Iterator[str]:

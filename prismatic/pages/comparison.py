@@ -19,6 +19,7 @@ from prismatic.errors import ConfigError
 from prismatic.filenames import REPORT, RESULTS
 from prismatic.pages import gallery
 from prismatic.statistics import Comparison, wilson_interval
+from prismatic.summary import filmed
 from prismatic.versions import SIMULATOR_PACKAGES
 
 # What two runs must have in common for a comparison to mean the policies.
@@ -94,7 +95,7 @@ def _rate(run: Run) -> Iterator[str]:
     low, high = (100 * limit for limit in wilson_interval(wins, len(run.rows)))
     yield f"{run.path.name}: {wins} of {len(run.rows)} episodes, 95 % interval {low:.0f} to {high:.0f} %"
     yield f"    {run.path / REPORT}"
-    yield from (f"    {line}" for line in gallery.filmed(run.path, list(run.rows.values())))
+    yield from (f"    {line}" for line in filmed(run.path, list(run.rows.values())))
 
 
 def warnings(before: Run, after: Run) -> list[str]:

@@ -3,7 +3,7 @@
 A card is what pieces.jinja draws. Fields that an older run's results.jsonl lacks (actions, stages, verdict, reason) are left out.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -35,13 +35,6 @@ def render(template: str, **values: Any) -> bytes:
     environment.filters.update(percent=_percent, share=_share, link=quote, value=_value, plain=plain)
     page = environment.get_template(template).render(box=BOX, frames_per_second=FRAMES_PER_SECOND, **values)
     return page.encode("utf-8", "replace")
-
-
-def filmed(folder: Path, rows: Sequence[EpisodeResult]) -> Iterator[str]:
-    """Where the first success and the first failure with a video can be watched, a line each."""
-    for success, label in ((True, "a success"), (False, "a failure")):
-        for video in [row.video for row in rows if row.success is success and row.video][:1]:
-            yield f"{label}: {folder / video}"
 
 
 def scales(folders: Mapping[Path, Sequence[EpisodeResult]]) -> list[float]:
