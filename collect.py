@@ -204,11 +204,11 @@ def collect(cfg: CollectConfig) -> Path:
         raise ConfigError("policy_checkpoint acts before the expert, and from_hdf5 has none: leave one of them out")
     if cfg.policy_checkpoint and not cfg.policy_checkpoint.is_dir():
         raise ConfigError(f"policy_checkpoint {cfg.policy_checkpoint} isn't there: give a checkpoint or adapter folder")
-    for task_id in cfg.task_ids:
-        instruction(cfg.task_suite_name, task_id)  # a ConfigError for a task that isn't there
     suite, stage = cfg.task_suite_name, stage_folder(cfg)
+    task_ids = cfg.task_ids or range(num_tasks(suite))
+    for task_id in task_ids:
+        instruction(suite, task_id)  # a ConfigError for a task that isn't there
     if cfg.from_hdf5:
-        task_ids = cfg.task_ids or range(num_tasks(suite))
         schedule = Replays(find_replays(cfg.from_hdf5, suite, task_ids, stage=stage, limit=cfg.num_demos_per_task))
         open_stage(cfg)
     else:
