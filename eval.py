@@ -44,7 +44,10 @@ def main(cfg: EvalConfig, benchmark: Benchmark | None = None) -> None:
     check_simulator(allow_unpinned=cfg.allow_unpinned_simulator)
     setup.check(vars(cfg))
     trials = plan(cfg, benchmark)
-    facts, path = identity(cfg, benchmark, choose_renderer(setup.LOCAL_RANK)), cfg.local_log_dir / run_name(cfg)
+    facts, path = (
+        identity(cfg, benchmark, choose_renderer(setup.LOCAL_RANK)),
+        cfg.local_log_dir / setup.run_name(vars(cfg)),
+    )
     with (
         RolloutFolder(path, identity=facts, record=record(cfg), rank=RANK) as folder,
         evaluation.at_the_end(lambda: report.update(folder)),
@@ -52,12 +55,14 @@ def main(cfg: EvalConfig, benchmark: Benchmark | None = None) -> None:
         if cfg.open_loop:  # the control that plays nothing; its result stands in the run's record, beside its score
             from prismatic.episodes.open_loop import open_loop
 
-            folder.note(open_loop=open_loop(load_policy(cfg).policy, open_data(cfg), frames=cfg.open_loop_frames))
+            folder.note(
+                open_loop=open_loop(setup.load_policy(vars(cfg)).policy, open_data(cfg), frames=cfg.open_loop_frames)
+            )
         summary = evaluation.evaluate(
             trials,
             folder,
             play=play_options(cfg, path, benchmark),
-            load_policy=(lambda: load_policy(cfg)) if cfg.policy == "checkpoint" else None,
+            load_policy=(lambda: setup.load_policy(vars(cfg))) if cfg.policy == "checkpoint" else None,
             num_workers=setup.workers_that_fit if cfg.num_workers == "auto" else cfg.num_workers,
             one_by_one=cfg.deterministic,
             retry_errors=cfg.retry_errors,
@@ -112,36 +117,6 @@ def play_options(cfg: EvalConfig, path: Path, benchmark: Benchmark) -> Play:
         gifs=cfg.save_gifs,
         benchmark=benchmark,
     )
-
-
-def load_policy(cfg: EvalConfig) -> evaluation.Loaded:
-    quantize, backend = precision(cfg)
-    return setup.load_policy(
-        cfg.pretrained_checkpoint,
-        seed=cfg.seed,
-        to_act=not cfg.open_loop,
-        adapter=cfg.lora_checkpoint,
-        quantize=quantize,
-        backend=backend,
-        drafting=None if cfg.drafting == "auto" else cfg.drafting,
-        unnorm_key=cfg.unnorm_key,
-        center_crop=cfg.center_crop,
-        **{name: getattr(cfg, name) for name in setup.SAID_OF_FOREIGN if getattr(cfg, name) is not None},
-    )
-
-
-def precision(cfg: EvalConfig) -> tuple[str, str | None]:
-    """Precision and backend; None: the default one, or none is needed."""
-    if cfg.load_in_8bit or cfg.load_in_4bit:
-        return "int8" if cfg.load_in_8bit else "int4", "bitsandbytes"
-    return cfg.quantize, None
-
-
-def run_name(cfg: EvalConfig) -> str:
-    actor = f"replay-{cfg.dataset_name}" if cfg.policy == "replay" else cfg.policy
-    if cfg.policy == "checkpoint":
-        actor = setup.checkpoint_name(cfg.lora_checkpoint or cfg.pretrained_checkpoint, precision(cfg))
-    return setup.run_name(cfg.task_suite_name, actor, instruction=cfg.instruction, note=cfg.run_id_note)
 
 
 def identity(cfg: EvalConfig, benchmark: Benchmark, renderer: str) -> Facts:

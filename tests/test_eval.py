@@ -49,6 +49,10 @@ def identity(cfg: EvalConfig, renderer: str = "osmesa", **changes: Any) -> dict[
     return script.identity(dataclasses.replace(cfg, **changes), FAKE, renderer)
 
 
+def run_name(cfg: EvalConfig) -> str:
+    return setup.run_name(vars(cfg))
+
+
 def summary_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text())
 
@@ -71,15 +75,15 @@ def test_flags_as_people_type_them(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_run_names(tmp_path: Path) -> None:
-    assert script.run_name(EvalConfig(policy="expert")) == "EVAL-libero_spatial-expert"
+    assert run_name(EvalConfig(policy="expert")) == "EVAL-libero_spatial-expert"
     hub = EvalConfig(pretrained_checkpoint="openvla/openvla-7b", task_suite_name="libero_10", run_id_note="mine 2")
-    assert script.run_name(hub) == "EVAL-libero_10-openvla-7b--mine_2"
+    assert run_name(hub) == "EVAL-libero_10-openvla-7b--mine_2"
     step = tmp_path / "openvla-7b+libero_spatial_no_noops+b16" / "step-000200"
     step.mkdir(parents=True)
     (step.parent / "latest").symlink_to("step-000200")
     for adapter in (step.parent / "latest", step.parent):  # a run stands for its newest
         lora = EvalConfig(pretrained_checkpoint="base", lora_checkpoint=adapter)
-        assert script.run_name(lora) == f"EVAL-libero_spatial-{step.parent.name}-step-000200"
+        assert run_name(lora) == f"EVAL-libero_spatial-{step.parent.name}-step-000200"
 
 
 @pytest.fixture
@@ -105,7 +109,7 @@ def test_a_quantised_run_has_its_own_folder_and_says_so(tmp_path: Path, loaded: 
         dataclasses.replace(plain, **changes)
         for changes in ({}, {"quantize": "int8"}, {"quantize": "int4"}, {"load_in_8bit": True}, {"load_in_4bit": True})
     ]
-    assert [script.run_name(cfg).removeprefix("EVAL-fake-policy") for cfg in runs] == [
+    assert [run_name(cfg).removeprefix("EVAL-fake-policy") for cfg in runs] == [
         *("", "-int8", "-int4", "-int8-bitsandbytes", "-int4-bitsandbytes")
     ]
     assert len({json.dumps(identity(cfg)) for cfg in runs}) == 5
@@ -113,7 +117,7 @@ def test_a_quantised_run_has_its_own_folder_and_says_so(tmp_path: Path, loaded: 
     # the towers are whole since version 2, and a folder of before must not be continued
     assert ["quantisation" in identity(cfg) for cfg in runs] == [False, True, True, False, True]
     for cfg in runs:
-        script.load_policy(cfg)
+        setup.load_policy(vars(cfg))
     asked = [(options["quantize"], options["backend"]) for options in loaded]
     assert asked == [("none", None), ("int8", None), ("int4", None), ("int8", "bitsandbytes"), ("int4", "bitsandbytes")]
 
@@ -122,8 +126,8 @@ def test_a_quantised_run_has_its_own_folder_and_says_so(tmp_path: Path, loaded: 
 def test_a_policy_of_another_width_ends_before_the_first_episode() -> None:
     cfg = EvalConfig(pretrained_checkpoint="arms")
     with pytest.raises(ConfigError, match="arms answers with 14 numbers and LIBERO takes 7"):
-        script.load_policy(cfg)
-    script.load_policy(dataclasses.replace(cfg, open_loop=True))
+        setup.load_policy(vars(cfg))
+    setup.load_policy(vars(dataclasses.replace(cfg, open_loop=True)))
 
 
 def test_identity_follows_the_weights_and_not_the_workers(tmp_path: Path) -> None:
