@@ -96,7 +96,7 @@ class Schedule:
     def _stem(self, task_id: int) -> str:
         return f"task{task_id:02d}-{self._after}"  # episodes that a policy begins lie beside the expert's
 
-    def next_job(self, scene: Hashable = None, busy: Counter[Hashable] | None = None) -> Demonstration | None:
+    def next_job(self, scene: Hashable = None) -> Demonstration | None:
         """The next attempt that is needed, task after task; None while those under way may be enough."""
         cfg = self._cfg
         for task_id in self.tasks:

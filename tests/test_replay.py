@@ -185,7 +185,7 @@ def test_demonstrations_come_in_their_numbers_order_and_once(tmp_path: Path) -> 
         ("no folder", "there is no folder"),
         ("no file", rf"lacks {FILE} \(task 0\)"),
         ("truncated", r"can't be read \(.*truncated"),
-        ("no data", "has no group named data"),
+        ("no data", "holds no demonstration"),
         ("empty", "holds no demonstration"),
         ("six numbers", r"data/demo_0/actions of .* should be \(steps, 7\) and is \(4, 6\)"),
         ("no states", rf"data/demo_0/states of .* should be \(steps, {STATE_SIZE}\) and is missing"),

@@ -20,7 +20,7 @@ LEVELS = (0, 100, 255)
 
 def questions(*levels: int) -> list[Question]:
     frames = [np.full((8, 8, 3), level, np.uint8) for level in levels]
-    return [Question("job", 0, Observation(frame, "a", frame, np.zeros(8, np.float32))) for frame in frames]
+    return [Question("job", Observation(frame, "a", frame, np.zeros(8, np.float32))) for frame in frames]
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])

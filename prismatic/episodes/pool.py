@@ -35,9 +35,12 @@ _context = multiprocessing.get_context("spawn")  # a forked child would inherit 
 
 
 class Source(Protocol):
-    """Gives out jobs: hashable, with a `scene`, for which a simulator is built. None: nothing now, perhaps more when a running job has ended."""
+    """Gives out jobs: hashable, with a `scene`, for which a simulator is built (`next_job` is told that of the process which asks).
 
-    def next_job(self, scene: Hashable, busy: Counter[Hashable]) -> Any: ...
+    None: nothing now, perhaps more when a running job has ended.
+    """
+
+    def next_job(self, scene: Hashable) -> Any: ...
 
 
 class Work(Protocol):
@@ -50,10 +53,9 @@ class Work(Protocol):
 
 @dataclass(frozen=True)
 class Question:
-    """What a process asks. attempt: counts the job's repeats, so that (job, attempt) names one stream of questions."""
+    """What a process asks about its job."""
 
     job: Any
-    attempt: int
     content: Any
 
 
@@ -204,8 +206,7 @@ class Pool:
                 worker.stop()
 
     def _next(self, scene: Hashable) -> Any:
-        busy = Counter(worker.scene for worker in self.workers if worker.job)
-        return self.again.popleft() if self.again else self.source.next_job(scene, busy)
+        return self.again.popleft() if self.again else self.source.next_job(scene)
 
     def _assign(self) -> bool:
         """Give a job to whoever is idle, start processes while there are jobs for them; False when nothing is left to do."""
@@ -278,8 +279,8 @@ class Pool:
         if self.answer is None or time.monotonic() < self._answer_at():
             return
         waiting = [worker for worker in self.workers if worker.asked is not None]
-        questions = [Question(worker.job, self.attempts[worker.job], worker.question) for worker in waiting]
-        for worker, answer in zip(waiting, self.answer(questions), strict=True):
+        answers = self.answer([Question(worker.job, worker.question) for worker in waiting])
+        for worker, answer in zip(waiting, answers, strict=True):
             worker.asked, worker.heard = None, time.monotonic()
             worker.send(answer)
         self.free = time.monotonic()

@@ -59,7 +59,7 @@ class Session:
                 [row.instruction for row in rows],
                 wrists=[row.wrist for row in rows] if self._policy.num_images > 1 else None,
                 states=[np.asarray(row.state) for row in rows] if self._policy.uses_state else None,
-                episodes=[(question.job, question.attempt) for question in questions],
+                episodes=[question.job for question in questions],
             )
         except PolicyError as error:
             if len(rows) == 1:

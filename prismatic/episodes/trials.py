@@ -75,10 +75,10 @@ class TrialQueue:
     def __init__(self, trials: Iterable[Trial]) -> None:
         self._pending = list(trials)
 
-    def next_job(self, scene: Hashable, busy: Counter[Hashable]) -> Trial | None:
-        """One of the same scene if there is any, else of the scene with the most trials left per process on it."""
+    def next_job(self, scene: Hashable) -> Trial | None:
+        """One of the same scene if there is any, else of the scene with the most trials left."""
         left = Counter(trial.scene for trial in self._pending)
         if not left:
             return None
-        chosen = scene if scene in left else max(left, key=lambda scene: left[scene] / (1 + busy[scene]))
+        chosen = scene if scene in left else max(left, key=lambda scene: left[scene])
         return self._pending.pop([trial.scene for trial in self._pending].index(chosen))
