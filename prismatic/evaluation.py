@@ -19,10 +19,10 @@ import msgspec
 from tqdm import tqdm
 
 from prismatic.atomic import append_line, write_json
-from prismatic.episodes import actions, pool
+from prismatic.episodes import pool
 from prismatic.episodes.controls import KNOWN_LATER, beside
 from prismatic.episodes.player import Outcome, Play
-from prismatic.episodes.result import EpisodeResult, Facts, Run, read_rows, read_run
+from prismatic.episodes.result import EpisodeResult, Facts, Run, read_rows, read_run, save_actions
 from prismatic.episodes.session import Session
 from prismatic.episodes.trials import Trial, TrialQueue
 from prismatic.errors import ConfigError
@@ -123,7 +123,7 @@ class RolloutFolder:
                 if made.is_file():
                     made.replace(self.path / name)
         if outcome.actions is not None:
-            row.actions = actions.save(self.path, row.episode_id, outcome.actions)
+            row.actions = save_actions(self.path, row.episode_id, outcome.actions)
         with self.locked():
             append_line(self.path / RESULTS, msgspec.json.encode(row))
         return row

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from prismatic import statistics
-from prismatic.episodes import actions as traces
+from prismatic.episodes.result import save_actions
 from prismatic.errors import ConfigError
 from prismatic.pages import comparison
 from tests.drawn_results import Reader, folder_with, row
@@ -23,7 +23,7 @@ def run(path: Path, outcomes: list[bool | None], **identity: Any) -> Path:
     rows = [row(n // 3, n % 3, outcome, "died" if outcome is None else None) for n, outcome in enumerate(outcomes)]
     for line in [line for line in rows if line.success is not None]:
         line.verdict, line.reason = VERDICTS[bool(line.success)]
-        line.actions = traces.save(path, line.episode_id, np.zeros((5, 7)))
+        line.actions = save_actions(path, line.episode_id, np.zeros((5, 7)))
     identity = {"policy": path.name, "env_seed": 0} | identity
     (path / "run.json").write_text(json.dumps({"identity": identity, "record": {}}))
     return folder_with(path, rows)

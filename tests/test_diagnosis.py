@@ -1,4 +1,4 @@
-"""stages.py and diagnosis.py on trajectories of made-up episodes (drawn_trajectory.py), and against LIBERO's own task files."""
+"""trajectory.py and diagnosis.py on trajectories of made-up episodes (drawn_trajectory.py), and against LIBERO's own task files."""
 
 import re
 from dataclasses import replace

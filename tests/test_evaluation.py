@@ -15,9 +15,8 @@ from typing import Any, NoReturn
 import pytest
 
 from prismatic import evaluation
-from prismatic.episodes import actions
 from prismatic.episodes.player import Play
-from prismatic.episodes.result import read_rows
+from prismatic.episodes.result import load_actions, read_rows
 from prismatic.episodes.trials import Trial, list_trials
 from prismatic.errors import ConfigError
 from tests import drawn_results
@@ -69,7 +68,7 @@ def test_continues_where_it_stopped_and_drops_a_torn_line(tmp_path: Path) -> Non
     rows = read_rows(parts)
     assert len(results.read_text().splitlines()) == len(rows) == 8
     for row in rows:
-        acted = actions.load(parts, row.actions)
+        acted = load_actions(parts, row.actions)
         assert acted is not None and acted.shape == (row.steps, 7)
         assert hashlib.sha256(acted.tobytes()).hexdigest()[:16] == row.actions_sha256
     assert len(kept) == 4 and all(path.read_bytes() == content for path, content in kept.items())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prismatic import evaluation, report
-from prismatic.episodes import actions as traces
+from prismatic.episodes.result import save_actions
 from prismatic.errors import ConfigError
 from tests.drawn_results import Reader, folder_with, row
 
@@ -65,7 +65,7 @@ def explained(path: Path) -> Path:
     rows = [row(0, 0, True), row(0, 1, False), row(1, 0, False), row(1, 1, None, "died")]
     for line, steps in zip(rows[:3], ((3, 5, 9, 20), (4, None, None, None), (2, 6, None, None)), strict=True):
         line.stages = dict(zip(STAGES, steps, strict=True))
-        line.actions = traces.save(path, line.episode_id, np.linspace(-1, 1, 140).reshape(20, 7))
+        line.actions = save_actions(path, line.episode_id, np.linspace(-1, 1, 140).reshape(20, 7))
     for line, verdict in zip(rows, ("success", "never_touched", "closed_beside", "error"), strict=True):
         line.verdict, line.reason = verdict, f"Because of {verdict} & <b>more</b>."
     return folder_with(path, rows)

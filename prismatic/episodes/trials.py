@@ -81,4 +81,4 @@ class TrialQueue:
         if not left:
             return None
         chosen = scene if scene in left else max(left, key=lambda scene: left[scene])
-        return self._pending.pop([trial.scene for trial in self._pending].index(chosen))
+        return self._pending.pop(next(n for n, trial in enumerate(self._pending) if trial.scene == chosen))
