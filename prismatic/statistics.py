@@ -124,9 +124,8 @@ class Comparison:
     margin: float
     not_worse: bool  # A is not worse than B by as much as the margin, at the 97.5 % one-sided level
     sentence: str
-    episodes_needed: (
-        int | None
-    )  # shared ones, to show the difference asked, if any, when as many of them end differently as here
+    # shared ones, to show the difference asked, if any, when as many of them end differently as here
+    episodes_needed: int | None
 
 
 def compare(

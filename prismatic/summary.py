@@ -36,8 +36,8 @@ def summarise(rows: Sequence[EpisodeResult], *, protocol: Facts, controls: Facts
         **counts,
         "interval_95_by_task": list(clustered_bootstrap(outcomes)[1:]) if spread else None,
         "episodes_needed": needed(counts["success_rate"], protocol.get("difference_asked")),
-        "moved_by_env_seed_mm": moved
-        or None,  # task → what stands elsewhere than with the protocol's seed; None with that
+        # task → what stands elsewhere than with the protocol's seed; None with that
+        "moved_by_env_seed_mm": moved or None,
         "replay": _replay(rows),
         "per_task": per_task,
         "controls": {"open_loop": protocol.get("open_loop"), **(controls or {})},

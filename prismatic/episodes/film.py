@@ -19,12 +19,8 @@ GIF_FRAMES_PER_SECOND = 10  # half the video's: GIFs are large
 POSTER_QUALITY = 80  # of JPEG's 100, about 10 KB
 HOLD = FRAMES_PER_SECOND  # frames for which an outcome that is drawn stays, so that it can be read
 FULL_DISK_BYTES = 1 << 20  # with less free than this, a failed write is put down to the disk
-TEXT_SIZE, LINE, MARGIN, LETTER = (
-    12,
-    15,
-    5,
-    6,
-)  # pixels, of a caption; a letter's width is that of most sentences on average
+# pixels, of a caption; a letter's width is the average of LIBERO's sentences
+TEXT_SIZE, LINE, MARGIN, LETTER = 12, 15, 5, 6
 INK, SOFT, PAPER = (240, 240, 240), (170, 180, 190), (24, 28, 34)
 COLOURS = {"success": (110, 210, 150), "failure": (250, 150, 120)}  # of a status that begins with the word
 

@@ -19,9 +19,7 @@ from prismatic.versions import SIMULATOR_PACKAGES, folder_fingerprint, versions
 ACTION_DIM = 7  # numbers of LIBERO's actions
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # set by torchrun
 LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, which they share
-GATHERING = (
-    0.03  # s for which a GPU's answer waits for other simulators to ask: a batch costs it little more than a row
-)
+GATHERING = 0.03  # s for which a GPU's answer waits for others to ask: a batch costs it little more than a row
 # What the numbers depend on: always, of a checkpoint, and where it is not at its default.
 IDENTITY = ("task_suite_name", "policy", "num_steps_wait", "env_seed", "seed", "render_quality")
 OF_A_CHECKPOINT = ("unnorm_key", "center_crop", "load_in_8bit", "load_in_4bit", "deterministic")

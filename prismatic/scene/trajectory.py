@@ -98,9 +98,7 @@ class Goal:
     subject: str
     target: str | None = None
     place: Place | None = None  # where it puts an object
-    joint: JointGoal | None = (
-        None  # of the part that it moves, or of the drawer or door that must be open for what it puts
-    )
+    joint: JointGoal | None = None  # of the part that it moves, or that must be open for what it puts
 
     def stage_names(self) -> tuple[str, ...]:
         """Its stages in order."""
