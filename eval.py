@@ -44,10 +44,8 @@ def main(cfg: EvalConfig, benchmark: Benchmark | None = None) -> None:
     check_simulator(allow_unpinned=cfg.allow_unpinned_simulator)
     setup.check(vars(cfg))
     trials = plan(cfg, benchmark)
-    facts, path = (
-        identity(cfg, benchmark, choose_renderer(setup.LOCAL_RANK)),
-        cfg.local_log_dir / setup.run_name(vars(cfg)),
-    )
+    facts = identity(cfg, benchmark, choose_renderer(setup.LOCAL_RANK))
+    path = cfg.local_log_dir / setup.run_name(vars(cfg))
     with (
         RolloutFolder(path, identity=facts, record=record(cfg), rank=RANK) as folder,
         evaluation.at_the_end(lambda: report.update(folder)),
@@ -55,9 +53,8 @@ def main(cfg: EvalConfig, benchmark: Benchmark | None = None) -> None:
         if cfg.open_loop:  # the control that plays nothing; its result stands in the run's record, beside its score
             from prismatic.episodes.open_loop import open_loop
 
-            folder.note(
-                open_loop=open_loop(setup.load_policy(vars(cfg)).policy, open_data(cfg), frames=cfg.open_loop_frames)
-            )
+            policy = setup.load_policy(vars(cfg)).policy
+            folder.note(open_loop=open_loop(policy, open_data(cfg), frames=cfg.open_loop_frames))
         summary = evaluation.evaluate(
             trials,
             folder,

@@ -66,17 +66,14 @@ def funnel(rows: Sequence[EpisodeResult]) -> dict[str, dict[str, float]]:
 
     An episode with several goals counts as reaching a stage when each goal that has it reached it.
     """
-    counts: dict[str, list[bool]] = {}
+    episodes, missed = Counter[str](), Counter[str]()
     for row in rows:
-        bare: dict[str, bool] = {}
-        for name, step in row.stages.items():
-            stage = name.rpartition(": ")[2]
-            bare[stage] = bare.get(stage, True) and step is not None
-        for stage, there in bare.items():
-            counts.setdefault(stage, []).append(there)
+        steps = [(name.rpartition(": ")[2], step) for name, step in row.stages.items()]
+        episodes.update({stage for stage, _ in steps})
+        missed.update({stage for stage, step in steps if step is None})
     return {
-        stage: {"episodes": len(found), "reached": sum(found), "share": sum(found) / len(found)}
-        for stage, found in sorted(counts.items(), key=lambda item: STAGES.index(item[0]))
+        stage: {"episodes": count, "reached": count - missed[stage], "share": (count - missed[stage]) / count}
+        for stage, count in sorted(episodes.items(), key=lambda item: STAGES.index(item[0]))
     }
 
 
@@ -198,12 +195,9 @@ def mean_over_suites(folders: Sequence[Path]) -> Iterator[str]:
         rows += found
     outcomes = by_suite_and_task(rows)
     for suite, tasks in outcomes.items():
-        flat = [outcome for task in tasks.values() for outcome in task]
-        wins, count = sum(flat), len(flat)
-        yield (
-            f"{suite}: {100 * wins / count:.1f} %, 95 % interval {percent(wilson_interval(wins, count))} "
-            f"({wins} of {count} episodes, {len(tasks)} tasks)"
-        )
+        wins, count = sum(map(sum, tasks.values())), sum(map(len, tasks.values()))
+        interval = percent(wilson_interval(wins, count))
+        yield f"{suite}: {100 * wins / count:.1f} %, 95 % interval {interval} ({wins} of {count} episodes, {len(tasks)} tasks)"
     mean, *interval = clustered_bootstrap(outcomes)
     told = f"95 % interval {percent(interval)} (bootstrap of whole tasks)"
     if min(map(len, outcomes.values())) == 1:
