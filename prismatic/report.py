@@ -3,6 +3,7 @@
 python -m prismatic.report FOLDER
 """
 
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -73,13 +74,10 @@ def _sections(rows: Sequence[EpisodeResult]) -> Iterator[tuple[str, list[Episode
     """Title, rows that are shown, how many are not."""
     yield "Failures", [row for row in rows if row.success is False], 0
     yield "Errors", [row for row in rows if row.success is None], 0
-    seen: Counter[tuple[str, int]] = Counter()
-    shown = []
-    for row in rows:
-        if row.success:
-            seen[row.suite, row.task_id] += 1
-            shown += [row] if seen[row.suite, row.task_id] <= SUCCESSES_A_TASK else []
-    yield "Successes", shown, sum(seen.values()) - len(shown)
+    successes = [row for row in rows if row.success]
+    tasks = itertools.groupby(successes, key=lambda row: (row.suite, row.task_id))
+    shown = [row for _, task in tasks for row in itertools.islice(task, SUCCESSES_A_TASK)]
+    yield "Successes", shown, len(successes) - len(shown)
 
 
 def _filters(rows: Sequence[EpisodeResult]) -> list[Facts]:

@@ -73,22 +73,21 @@ def clustered_bootstrap(
     return float(np.mean(means)), float(low), float(high)
 
 
-def episodes_needed(rate: float, difference: float, *, power: float = POWER) -> int:
+def episodes_needed(rate: float, difference: float) -> int:
     """Episodes for each of two separate runs so that `rate` against `rate + difference` is told apart (two-sided 5 %)."""
-    other = rate + difference
-    mean = rate + difference / 2
-    return _size(2 * mean * (1 - mean), rate * (1 - rate) + other * (1 - other), difference, power)
+    other, mean = rate + difference, rate + difference / 2
+    return _size(2 * mean * (1 - mean), rate * (1 - rate) + other * (1 - other), difference)
 
 
 def paired_episodes_needed(discordant: float, difference: float) -> int:
     """Shared episodes for a paired comparison, when a share `discordant` of them ends differently in the two runs."""
-    return _size(discordant, discordant - difference**2, difference, POWER)
+    return _size(discordant, discordant - difference**2, difference)
 
 
-def _size(variance_if_equal: float, variance: float, difference: float, power: float) -> int:
+def _size(variance_if_equal: float, variance: float, difference: float) -> int:
     """Of a two-sided test of means: of one pair's difference, its variance under both hypotheses."""
-    equal = stats.norm.ppf(1 - SIGNIFICANCE / 2) * math.sqrt(variance_if_equal)
-    return math.ceil(((equal + stats.norm.ppf(power) * math.sqrt(variance)) / difference) ** 2)
+    equal, power = stats.norm.ppf([1 - SIGNIFICANCE / 2, POWER])
+    return math.ceil(((equal * math.sqrt(variance_if_equal) + power * math.sqrt(variance)) / difference) ** 2)
 
 
 def needed(rate: float | None, difference: float | None) -> dict[str, Any] | None:

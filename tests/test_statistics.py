@@ -51,8 +51,8 @@ def test_paired_interval_equals_published_value_and_is_symmetric() -> None:
 
 
 def test_how_many_episodes_a_difference_needs() -> None:
-    # R's documented example: power.prop.test(p1 = .50, p2 = .75, power = .90) gives n = 76.7
-    assert episodes_needed(0.50, 0.25, power=0.90) == episodes_needed(0.75, -0.25, power=0.90) == 77
+    # R: power.prop.test(p1 = .75, p2 = .5, power = .8) gives n = 57.7
+    assert episodes_needed(0.50, 0.25) == episodes_needed(0.75, -0.25) == 58
     # Connor (1987): (1.959964 sqrt(0.25) + 0.841621 sqrt(0.25 - 0.01))^2 / 0.01 = 193.9
     assert paired_episodes_needed(0.25, 0.1) == 194
     assert paired_episodes_needed(0.15, 0.1) < episodes_needed(0.8, 0.1)

@@ -76,7 +76,7 @@ def moved_by_seed(sim: Simulator, *, settle: int) -> dict[str, float]:
     for sim.env_seed in (PROTOCOL_SEED, seed):
         sim.reset(0, settle=settle)
         places.append(sim.places())
-    moved = {name: _distance(places[0][name], places[1][name]) for name in places[0]}
+    moved = {name: _distance(place, places[1][name]) for name, place in places[0].items()}
     return {name: round(distance, 1) for name, distance in moved.items() if distance > MOVED}
 
 
@@ -102,8 +102,8 @@ def beside(folder: Path, identity: Facts, *, task_ids: set[int]) -> Facts:
         except (ConfigError, KeyError):  # someone else's file
             continue
         tasks = [task for task in counts["per_task"] if task["task_id"] in task_ids]
-        successes, failures = (sum(task[kind] for task in tasks) for kind in ("successes", "failures"))
-        judged = successes + failures
+        successes = sum(task["successes"] for task in tasks)
+        judged = successes + sum(task["failures"] for task in tasks)
         if name and judged > found.get(name, {"judged": 0})["judged"]:
             found[name] = {
                 "successes": successes,

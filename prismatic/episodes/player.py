@@ -70,14 +70,12 @@ class _Control:
     num_images, uses_state = 0, False
 
     def __init__(self, kind: str, seed: int, trial: Trial) -> None:
-        self.kind = kind
-        self.generator = np.random.default_rng([seed, *trial.id.encode()])
+        self.kind, self.generator = kind, np.random.default_rng([seed, *trial.id.encode()])
 
     def chunk(self, frame: Any, instruction: str, wrist: Any = None, state: Any = None) -> np.ndarray:
         if self.kind == "zero":
             return np.array([[0, 0, 0, 0, 0, 0, 1]], dtype=np.float32)
-        motion, gripper = self.generator.uniform(-1, 1, size=6), self.generator.uniform(0, 1, size=1)
-        return np.concatenate([motion, gripper]).astype(np.float32)[None]
+        return self.generator.uniform([-1] * 6 + [0], 1).astype(np.float32)[None]
 
 
 @dataclass(frozen=True)
