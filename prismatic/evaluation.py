@@ -20,15 +20,14 @@ from tqdm import tqdm
 
 from prismatic.atomic import append_line, write_json
 from prismatic.episodes import pool
-from prismatic.episodes.controls import KNOWN_LATER, beside
 from prismatic.episodes.player import Outcome, Play
-from prismatic.episodes.result import EpisodeResult, Facts, Run, read_rows, read_run, save_actions
+from prismatic.episodes.result import KNOWN_LATER, EpisodeResult, Facts, Run, read_rows, read_run, save_actions
 from prismatic.episodes.session import Session
 from prismatic.episodes.trials import Trial, TrialQueue
 from prismatic.errors import ConfigError
 from prismatic.filenames import REPORT, RESULTS, RUN, SUMMARY, UNFINISHED, VERSIONS
 from prismatic.records import read_object
-from prismatic.summary import summarise
+from prismatic.summary import beside, summarise
 
 if TYPE_CHECKING:  # it needs torch, which an evaluation of the expert does not
     from prismatic.policy import Policy

@@ -3,23 +3,32 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from prismatic.episodes.result import EpisodeResult, Facts, read_rows
+from prismatic.episodes.result import KNOWN_LATER, EpisodeResult, Facts, TaskCounts, read_rows, read_run
 from prismatic.errors import ConfigError
-from prismatic.filenames import REPORT, RESULTS
+from prismatic.filenames import REPORT, RESULTS, SUMMARY
+from prismatic.records import read_record
 from prismatic.scene.trajectory import STAGES
 from prismatic.statistics import clustered_bootstrap, needed, wilson_interval
 from prismatic.versions import unpinned_simulator
 
+FLOORS_AND_CEILINGS = ("zero", "random", "replay", "expert")
+SAME_EPISODES = ("task_suite_name", "env_seed", "num_steps_wait", "step_limit")
 FEWEST_TASKS = 2  # fewer clusters than that have no bootstrap
 MOST_NAMED = 3  # things that a sentence names
+
+
+class _Counts(TypedDict):
+    """What is read of a neighbour's summary.json."""
+
+    per_task: list[TaskCounts]
 
 
 def summarise(rows: Sequence[EpisodeResult], *, protocol: Facts, controls: Facts | None = None) -> Facts:
     """summary.json's content. episodes = successes + failures + errors; rates and intervals leave the errors out.
 
-    protocol: what is known of the run; `difference_asked` and `open_loop` in it are used. controls: from controls.beside.
+    protocol: what is known of the run; `difference_asked` and `open_loop` in it are used. controls: from `beside`.
     """
     tasks: dict[tuple[str, int], list[EpisodeResult]] = {}
     for row in rows:
@@ -203,3 +212,44 @@ def mean_over_suites(folders: Sequence[Path]) -> Iterator[str]:
     if min(map(len, outcomes.values())) == 1:
         told = "no interval: a suite with one task played has no spread over tasks"
     yield f"mean over {len(outcomes)} suites: {100 * mean:.1f} %, {told}"
+
+
+def beside(folder: Path, identity: Facts, *, task_ids: set[int]) -> Facts:
+    """Controls that lie in the neighbouring rollout folders: name → their result on these tasks.
+
+    zero, random, replay and expert count when they played the same suite, env seed and limits; a changed instruction when
+    the weights are this run's too. Of several, the one with most episodes.
+    """
+    found: dict[str, Facts] = {}
+    for path in sorted(folder.resolve().parent.glob(f"*/{SUMMARY}")):
+        if path.parent.name == folder.resolve().name:
+            continue
+        try:
+            counts, other = read_record(path, _Counts), read_run(path.parent).identity
+            name = _control(other, identity)
+        except (ConfigError, KeyError):  # someone else's file
+            continue
+        tasks = [task for task in counts["per_task"] if task["task_id"] in task_ids]
+        successes = sum(task["successes"] for task in tasks)
+        judged = successes + sum(task["failures"] for task in tasks)
+        if name and judged > found.get(name, {"judged": 0})["judged"]:
+            found[name] = {
+                "successes": successes,
+                "judged": judged,
+                "tasks": [task["task_id"] for task in tasks],
+                "success_rate": successes / judged,
+                "interval_95": list(wilson_interval(successes, judged)),
+                "folder": path.parent.name,
+            }
+    return found
+
+
+def _control(other: Facts, own: Facts) -> str | None:
+    """Which control of a run `own` the run `other` is, by their identities."""
+    if any(other.get(name) != own.get(name) for name in SAME_EPISODES):
+        return None
+    if other["policy"] in FLOORS_AND_CEILINGS:
+        return other["policy"] if other["policy"] != own["policy"] else None
+    reworded = other.get("instruction")
+    apart = dict.fromkeys(["instruction", *(name for name in KNOWN_LATER if name not in other or name not in own)])
+    return f"instruction {reworded}" if reworded and {**other, **apart} == {**own, **apart} else None

@@ -1,5 +1,6 @@
 """summary.py: what summary.json says beside the rates, the sentences of it, and the mean over several rollout folders."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from prismatic.episodes.result import EpisodeResult, ReplayResult
 from prismatic.errors import ConfigError
-from prismatic.summary import mean_over_suites, sentences, summarise
+from prismatic.summary import beside, mean_over_suites, sentences, summarise
 from tests import drawn_results
 
 
@@ -62,6 +63,42 @@ def test_replays_and_controls_are_told() -> None:
     assert "control zero: 1 of 4 episodes on these tasks, 95 % interval 4.6 to 69.9 %" in text
     assert "control open loop, 9 train frames: action accuracy 0.500, L1 0.250" in text
     assert "8 validation frames: L1 0.500 (teacher-forced L1 0.500)" in text  # a regression has no tokens
+
+
+# --- runs beside it ------------------------------------------------------------------------------------------
+
+
+def write_run(folder: Path, successes: int, failures: int, **identity: Any) -> dict[str, Any]:
+    folder.mkdir(parents=True)
+    whole = {"task_suite_name": "s", "env_seed": 0, "num_steps_wait": 10, "step_limit": 220} | identity
+    counts = {"successes": successes, "failures": failures, "errors": 1}  # the same in both tasks
+    (folder / "summary.json").write_text(json.dumps({"per_task": [{"task_id": task} | counts for task in (0, 1)]}))
+    (folder / "run.json").write_text(json.dumps({"identity": whole, "record": {}}))
+    return whole
+
+
+def test_controls_of_the_same_episodes_stand_beside(tmp_path: Path) -> None:
+    own = write_run(tmp_path / "own", 5, 5, policy="checkpoint", weights="w")
+    zero = write_run(tmp_path / "zero", 0, 4, policy="zero")
+    write_run(tmp_path / "random-few", 1, 1, policy="random", seed=1)
+    write_run(tmp_path / "random-many", 1, 9, policy="random", seed=2)
+    write_run(tmp_path / "expert-elsewhere", 9, 0, policy="expert", env_seed=1)
+    write_run(tmp_path / "swap", 4, 6, policy="checkpoint", weights="w", instruction="swap")
+    write_run(tmp_path / "swap-other", 0, 99, policy="checkpoint", weights="other", instruction="swap")
+    write_run(tmp_path / "twin", 9, 1, policy="checkpoint", weights="w", note="x")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "summary.json").write_text("{")
+    found = beside(tmp_path / "own", own, task_ids={1})
+    assert {name: (result["successes"], result["judged"], result["folder"]) for name, result in found.items()} == {
+        "zero": (0, 4, "zero"),
+        "random": (1, 10, "random-many"),
+        "instruction swap": (4, 10, "swap"),
+    }
+    later = own | {"benchmark_files": "0123"}  # a run of today beside controls of before that was recorded
+    assert beside(tmp_path / "own", later, task_ids={1}) == found
+    assert found["zero"]["interval_95"] == pytest.approx([0.0, 0.4899], abs=1e-4)
+    assert beside(tmp_path / "own", own, task_ids={7}) == {}
+    assert "zero" not in beside(tmp_path / "zero", zero, task_ids={0})
 
 
 # --- the number that papers give --------------------------------------------------------------------------------------

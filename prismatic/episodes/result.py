@@ -19,6 +19,7 @@ from prismatic.records import read_lines, read_record
 
 AGAIN = "copy it again, or delete its folder and play again"
 REPLAY = "remove that line, its episode is played again"
+KNOWN_LATER = ("benchmark_files",)  # facts of a run that those of before did not record: they go on without
 ACTIONS = "actions"  # folder of the episodes' actions within a rollout folder; an episode takes about 5 KB
 Facts = dict[str, Any]  # of run.json and summary.json: JSON values
 Count = Annotated[int, Meta(ge=0)]

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from prismatic import statistics
 from prismatic.atomic import write_whole
-from prismatic.episodes.controls import KNOWN_LATER
-from prismatic.episodes.result import EpisodeResult, Facts, read_rows, read_run
+from prismatic.episodes.result import KNOWN_LATER, EpisodeResult, Facts, read_rows, read_run
 from prismatic.errors import ConfigError
 from prismatic.filenames import REPORT, RESULTS
 from prismatic.pages import gallery
