@@ -54,8 +54,15 @@ def behaviour(path: Path) -> list[tuple[Any, ...]]:
 # --- stopping and going on ------------------------------------------
 
 
-def test_continues_where_it_stopped_and_drops_a_torn_line(tmp_path: Path) -> None:
-    evaluate(tmp_path / "whole", plan())
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
+    """The behaviour of an evaluation that nothing stopped: four trials of each of three tasks."""
+    folder = tmp_path_factory.mktemp("whole")
+    evaluate(folder, plan(4, (0, 1, 2)), num_workers=2)
+    return behaviour(folder)
+
+
+def test_continues_where_it_stopped_and_drops_a_torn_line(tmp_path: Path, whole: list[tuple[Any, ...]]) -> None:
     parts = tmp_path / "parts"
     evaluate(parts, plan(2))
     results = parts / "results.jsonl"
@@ -64,7 +71,7 @@ def test_continues_where_it_stopped_and_drops_a_torn_line(tmp_path: Path) -> Non
     evaluate(parts, plan())
     assert [row.init_state for row in read_rows(parts)[4:]] == [2, 3, 2, 3]  # and none of those that were there
     assert results.read_bytes().startswith(first)
-    assert behaviour(parts) == behaviour(tmp_path / "whole")
+    assert behaviour(parts) == whole[:8]
     rows = read_rows(parts)
     assert len(results.read_text().splitlines()) == len(rows) == 8
     for row in rows:
@@ -158,8 +165,8 @@ from tests.fake_simulator import FakeBenchmark
 
 if __name__ == "__main__":
     with exit_codes():
-        trials = list_trials(FakeBenchmark(), "fake", num_trials=8)
-        path, slow = Path({folder!r}), BrightnessPolicy(check=lambda frames: time.sleep(0.02))
+        trials = list_trials(FakeBenchmark(), "fake", num_trials=4)
+        path, slow = Path({folder!r}), BrightnessPolicy(check=lambda frames: time.sleep(0.05))
         with evaluation.RolloutFolder(path, identity={{"policy": "x"}}, record={{}}) as folder:
             evaluation.evaluate(trials, folder, play=Play(benchmark=FakeBenchmark(), video_folder=path),
                 load_policy=lambda: evaluation.Loaded(slow), num_workers=2)
@@ -172,7 +179,9 @@ def _is_alive(process: int) -> bool:
 
 
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_stopped_at_any_moment_it_loses_only_what_is_under_way(tmp_path: Path, stop: signal.Signals, code: int) -> None:
+def test_stopped_at_any_moment_it_loses_only_what_is_under_way(
+    tmp_path: Path, stop: signal.Signals, code: int, whole: list[tuple[Any, ...]]
+) -> None:
     script, run = tmp_path / "script.py", tmp_path / "run"
     script.write_text(KILLED.format(repository=str(TESTS.parent), folder=str(run)))
     process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -194,14 +203,13 @@ def test_stopped_at_any_moment_it_loses_only_what_is_under_way(tmp_path: Path, s
         assert time.monotonic() < deadline, "a simulator process outlives its parent"
         time.sleep(0.02)
     before = read_rows(run)
-    assert 3 <= len(before) < 24
+    assert 3 <= len(before) < 12
     if stop != signal.SIGKILL:
         assert json.loads((run / "summary.json").read_text())["episodes"] == len(before)
-    evaluate(run, plan(8, (0, 1, 2)), play=Play(benchmark=FAKE, video_folder=run))
+    evaluate(run, plan(4, (0, 1, 2)), play=Play(benchmark=FAKE, video_folder=run))
     assert read_rows(run)[: len(before)] == before
-    evaluate(tmp_path / "whole", plan(8, (0, 1, 2)))
-    assert behaviour(run) == behaviour(tmp_path / "whole")
-    assert len(list(run.glob("*.mp4"))) == 24
+    assert behaviour(run) == whole
+    assert len(list(run.glob("*.mp4"))) == 12
     assert not list(run.glob(".unfinished*"))
 
 
