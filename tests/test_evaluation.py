@@ -155,15 +155,16 @@ def test_two_processes_cannot_write_to_one_folder(tmp_path: Path) -> None:
 KILLED = """
 import sys, time
 sys.path[:0] = [{repository!r}]
-from pathlib import Path
-from prismatic import evaluation
-from prismatic.errors import exit_codes
-from prismatic.episodes.player import Play
-from prismatic.episodes.trials import list_trials
-from tests.fake_policies import BrightnessPolicy
-from tests.fake_simulator import FakeBenchmark
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # the simulator processes, which import this once more, need no torch
+    from pathlib import Path
+    from prismatic import evaluation
+    from prismatic.errors import exit_codes
+    from prismatic.episodes.player import Play
+    from prismatic.episodes.trials import list_trials
+    from tests.fake_policies import BrightnessPolicy
+    from tests.fake_simulator import FakeBenchmark
+
     with exit_codes():
         trials = list_trials(FakeBenchmark(), "fake", num_trials=4)
         path, slow = Path({folder!r}), BrightnessPolicy(check=lambda frames: time.sleep(0.05))
