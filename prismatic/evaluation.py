@@ -219,10 +219,8 @@ def evaluate(
             trial: Trial = ended.job
             outcome = ended.result or Outcome(play.row(trial, seconds=ended.seconds, error=ended.error))
             session.note(outcome)
-            # as OpenVLA counts; a data set counts its episodes itself
-            before = (
-                0 if trial.recording else trial.task_id * play.benchmark.num_init_states(trial.suite, trial.task_id)
-            )
+            stored = play.benchmark.num_init_states(trial.suite, trial.task_id)
+            before = 0 if trial.recording else trial.task_id * stored  # as OpenVLA counts; a data set does it itself
             row = folder.add(outcome, number=before + trial.init_state + 1)
             if row.error:
                 bar.write(f"error in {row.episode_id}: {row.error}")

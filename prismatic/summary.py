@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from prismatic.episodes.result import KNOWN_LATER, EpisodeResult, Facts, TaskCounts, read_rows, read_run
+from prismatic.episodes.result import KNOWN_LATER, Count, EpisodeResult, Facts, read_rows, read_run
 from prismatic.errors import ConfigError
 from prismatic.filenames import REPORT, RESULTS, SUMMARY
 from prismatic.records import read_record
@@ -19,10 +19,16 @@ FEWEST_TASKS = 2  # fewer clusters than that have no bootstrap
 MOST_NAMED = 3  # things that a sentence names
 
 
+class _Task(TypedDict):
+    task_id: Count
+    successes: Count
+    failures: Count
+
+
 class _Counts(TypedDict):
     """What is read of a neighbour's summary.json."""
 
-    per_task: list[TaskCounts]
+    per_task: list[_Task]
 
 
 def summarise(rows: Sequence[EpisodeResult], *, protocol: Facts, controls: Facts | None = None) -> Facts:

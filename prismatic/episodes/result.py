@@ -4,7 +4,7 @@ import io
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -59,14 +59,6 @@ class EpisodeResult(Struct, kw_only=True):
     instruction_given: str | None = None  # where it is another than the task's; may be ""
     moved_by_env_seed_mm: dict[str, float] | None = None  # against env seed 0
     replay: ReplayResult | None = None
-
-
-class TaskCounts(TypedDict):
-    """Of summary.json's per_task, what other stages count with."""
-
-    task_id: Count
-    successes: Count
-    failures: Count
 
 
 class Run(Struct, kw_only=True):
