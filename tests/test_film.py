@@ -54,11 +54,8 @@ def test_a_gif_with_every_second_frame_that_repeats(tmp_path: Path) -> None:
     gif = Image.open(tmp_path / "7.gif")
     assert (gif.format, gif.size, gif.info["loop"]) == ("GIF", (96, 64), 0)
     assert abs(gif.n_frames - (FRAMES + 1) / 2) <= 1  # type: ignore[attr-defined]
-    shades = []
-    for index in range(gif.n_frames):  # type: ignore[attr-defined]
-        gif.seek(index)
-        shades.append(int(np.asarray(gif.convert("RGB")).mean()))
-    assert shades == sorted(shades) and shades[-1] - shades[0] > 100
+    gif.seek(gif.n_frames - 1)  # type: ignore[attr-defined]
+    assert abs(int(np.asarray(gif.convert("RGB")).mean()) - 15 * FRAMES) < 20  # the last of them
 
 
 def test_an_exception_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
