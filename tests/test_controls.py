@@ -17,16 +17,15 @@ def test_instructions_of_a_policy_that_may_not_read() -> None:
     given = [instruction_given(LIBERO, "libero_goal", 7, kind) for kind in ("empty", "swap", "paraphrase")]
     assert given == ["", suites.instruction("libero_goal", 8), "switch on the stove"]  # the last is LIBERO-PRO's
     assert instruction_given(LIBERO, "libero_goal", 9, "swap") == suites.instruction("libero_goal", 0)
-    top = "close the top drawer of the cabinet"  # LIBERO-90 has no wording of LIBERO-PRO's
-    assert suites.instruction("libero_90", 0) == top
-    assert instruction_given(LIBERO, "libero_90", 0, "paraphrase") == top.replace("close", "shut")
+    with pytest.raises(ConfigError, match="nobody has paraphrased libero_90"):
+        instruction_given(LIBERO, "libero_90", 0, "paraphrase")
 
 
 def test_every_tasks_other_sentence_differs() -> None:
     for suite in suites.STEP_LIMITS:
         for task in range(suites.num_tasks(suite)):
             own = suites.instruction(suite, task)
-            for kind in ("swap", "paraphrase"):
+            for kind in ("swap", "paraphrase")[: 1 if suite == "libero_90" else 2]:
                 assert instruction_given(LIBERO, suite, task, kind) != own
 
     class OneSentence:

@@ -1,7 +1,5 @@
 """Controls in a simulator process: does the policy read (`instruction_given`), and what did the env seed vary (`moved_by_seed`)?"""
 
-import re
-
 import numpy as np
 
 from prismatic.errors import ConfigError
@@ -11,39 +9,26 @@ from prismatic.scene.suites import Benchmark
 PROTOCOL_SEED = 0  # LIBERO's env seed in every published number
 MOVED = 0.5  # mm, below which a thing stands where it stood; turns count by what they move at TURN_RADIUS
 TURN_RADIUS = 100.0  # mm from its middle
-VERBS = {
-    "pick up": "grab",
-    "put": "place",
-    "place": "set",
-    "open": "pull open",
-    "close": "shut",
-    "turn on": "switch on",
-    "turn off": "switch off",
-    "push": "move",
-    "stack": "pile",
-}
 
 
 def instruction_given(benchmark: Benchmark, suite: str, task_id: int, kind: str) -> str:
     """What a policy is given instead of a task's own sentence.
 
-    swap: that of the next task of the suite whose sentence is another. empty: "". paraphrase: LIBERO-PRO's (suite
-    `<suite>_lan`), and where it has none, the sentence with other verbs. ConfigError where a suite has one sentence only.
+    swap: that of the next task of the suite whose sentence is another. empty: "". paraphrase: LIBERO-PRO's (suite `<suite>_lan`).
+    ConfigError where there is none.
     """
-    own = benchmark.instruction(suite, task_id)
     if kind == "empty":
         return ""
-    if kind == "swap":
-        count = benchmark.num_tasks(suite)
-        for step in range(1, count):
-            if (other := benchmark.instruction(suite, (task_id + step) % count)) != own:
-                return other
-        raise ConfigError(f"all tasks of {suite} have one sentence: --instruction swap has no other to give")
-    try:
-        return benchmark.instruction(f"{suite}_lan", task_id)
-    except ConfigError:  # no such suite
-        verbs = re.compile(rf"\b({'|'.join(VERBS)})\b", re.IGNORECASE)
-        return verbs.sub(lambda found: VERBS[found[0].lower()], own)
+    if kind == "paraphrase":
+        try:
+            return benchmark.instruction(f"{suite}_lan", task_id)
+        except ConfigError:
+            raise ConfigError(f"nobody has paraphrased {suite}: give --instruction swap or empty") from None
+    own, count = benchmark.instruction(suite, task_id), benchmark.num_tasks(suite)
+    for step in range(1, count):
+        if (other := benchmark.instruction(suite, (task_id + step) % count)) != own:
+            return other
+    raise ConfigError(f"all tasks of {suite} have one sentence: --instruction swap has no other to give")
 
 
 def moved_by_seed(sim: Simulator, *, settle: int) -> dict[str, float]:
