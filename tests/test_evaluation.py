@@ -187,7 +187,7 @@ def test_stopped_at_any_moment_it_loses_only_what_is_under_way(
     script.write_text(KILLED.format(repository=str(TESTS.parent), folder=str(run)))
     process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True, start_new_session=True)
     results = run / "results.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300  # where other work fills the cores, it takes minutes
     while not (results.exists() and results.read_bytes().count(b"\n") >= 3):
         assert time.monotonic() < deadline
         time.sleep(0.01)
