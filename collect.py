@@ -83,8 +83,8 @@ class Schedule:
         self._limit = cfg.num_demos_per_task * ATTEMPTS_PER_DEMO + SPARE_ATTEMPTS
         self.tasks = list(cfg.task_ids or range(num_tasks(cfg.task_suite_name)))
         self.total = len(self.tasks) * cfg.num_demos_per_task  # episodes wanted
-        options = {"seed": cfg.seed, "perturbation": cfg.perturbation, "policy": str(cfg.policy_checkpoint or "")}
-        self._job = Demonstration(cfg.task_suite_name, 0, cfg.render_quality, stage, attempt=0, **options)
+        suite, policy = cfg.task_suite_name, str(cfg.policy_checkpoint or "")
+        self._job = Demonstration(suite, 0, cfg.render_quality, stage, 0, cfg.seed, cfg.perturbation, policy)
         # of each task: attempts so far, and of them
         self._next, self._running, self.successes, self.failures = (Counter[int]() for _ in range(4))
 
