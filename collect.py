@@ -13,7 +13,7 @@ import fcntl
 import shutil
 from collections import Counter
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,7 @@ from prismatic.data import lerobot_writer, rlds
 from prismatic.data.staging import writing_to
 from prismatic.episodes import pool
 from prismatic.episodes.demonstration import Demonstration, Job, Record
-from prismatic.episodes.replay import Replays, find_replays
+from prismatic.episodes.replay import FAILED, Replays, find_replays
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.filenames import UNFINISHED
 from prismatic.ranges import Count, NonNegative, Positive, Seed, Workers, checked
@@ -82,78 +82,54 @@ class Schedule:
         self._after = f"after-{acting[:6]}-" if acting else ""
         self._limit = cfg.num_demos_per_task * ATTEMPTS_PER_DEMO + SPARE_ATTEMPTS
         self.tasks = list(cfg.task_ids or range(num_tasks(cfg.task_suite_name)))
-        self._next = dict.fromkeys(self.tasks, 0)
-        self.successes = dict.fromkeys(self.tasks, 0)
-        self.failures = dict.fromkeys(self.tasks, 0)
-        self._running = dict.fromkeys(self.tasks, 0)
-
-    @property
-    def total(self) -> int:
-        """Episodes wanted."""
-        return len(self.tasks) * self._cfg.num_demos_per_task
+        self.total = len(self.tasks) * cfg.num_demos_per_task  # episodes wanted
+        suite, policy = cfg.task_suite_name, str(cfg.policy_checkpoint or "")
+        self._job = Demonstration(suite, 0, cfg.render_quality, stage, 0, cfg.seed, cfg.perturbation, policy)
+        # of each task: attempts so far, and of them
+        self._next, self._running, self.successes, self.failures = (Counter[int]() for _ in range(4))
 
     def found(self) -> int:
-        """How many of them earlier calls have left."""
+        """How many of the wanted episodes earlier calls have left."""
         left = [len(list(self._stage.glob(f"{self._stem(task_id)}[0-9]*.npz"))) for task_id in self.tasks]
         return sum(min(count, self._cfg.num_demos_per_task) for count in left)
 
     def _stem(self, task_id: int) -> str:
         return f"task{task_id:02d}-{self._after}"  # episodes that a policy begins lie beside the expert's
 
-    def next_job(self, scene: Hashable = None, busy: Counter[Hashable] | None = None) -> Demonstration | None:
+    def next_job(self, scene: Hashable = None) -> Demonstration | None:
         """The next attempt that is needed, task after task; None while those under way may be enough."""
+        cfg = self._cfg
         for task_id in self.tasks:
-            while self.successes[task_id] + self._running[task_id] < self._cfg.num_demos_per_task:
+            while self.successes[task_id] + self._running[task_id] < cfg.num_demos_per_task:
                 attempt = self._next[task_id]
                 if attempt >= self._limit:
                     raise ConfigError(
-                        f"the expert solved task {task_id} of {self._cfg.task_suite_name} {self.successes[task_id]} "
-                        f"times in {attempt} attempts: leave it out of task_ids, or lower num_demos_per_task or "
-                        "perturbation"
+                        f"the expert solved task {task_id} of {cfg.task_suite_name} {self.successes[task_id]} times in {attempt} "
+                        "attempts: leave it out of task_ids, or lower num_demos_per_task or perturbation"
                     )
                 self._next[task_id] += 1
                 path = self._stage / f"{self._stem(task_id)}{attempt:05d}.npz"
                 if path.is_file():  # an earlier call's
                     self.successes[task_id] += 1
-                elif path.with_suffix(".failed").is_file():
+                elif path.with_suffix(FAILED).is_file():
                     self.failures[task_id] += 1
                 else:
                     self._running[task_id] += 1
-                    return self._job(task_id, attempt, path)
+                    return replace(self._job, task_id=task_id, path=path, attempt=attempt)
         return None
 
-    def _job(self, task_id: int, attempt: int, path: Path) -> Demonstration:
-        return Demonstration(
-            suite=self._cfg.task_suite_name,
-            task_id=task_id,
-            attempt=attempt,
-            seed=self._cfg.seed,
-            perturbation=self._cfg.perturbation,
-            quality=self._cfg.render_quality,
-            path=path,
-            policy=str(self._cfg.policy_checkpoint or ""),
-        )
-
     def finished(self, job: Job, *, success: bool) -> int:
-        """Take note of an outcome; a failure leaves an empty file, so that a later call doesn't repeat it.
-
-        How many episodes nearer to the end that is.
-        """
+        """Take note of an outcome; how many episodes nearer to the end that is."""
         self._running[job.task_id] -= 1
-        if success:
-            self.successes[job.task_id] += 1
-        else:
-            self.failures[job.task_id] += 1
-            with writing_to(self._stage):
-                job.path.with_suffix(".failed").touch()
+        (self.successes if success else self.failures)[job.task_id] += 1
         return int(success)
 
     def report(self) -> list[str]:
         """Sentences about the expert's failures."""
         return [
-            f"task {task_id}: the expert failed in {failures} of {self.successes[task_id] + failures} attempts"
-            for task_id, failures in self.failures.items()
-            if failures
+            f"task {task_id}: the expert failed in {self.failures[task_id]} of {self.successes[task_id] + self.failures[task_id]} attempts"
+            for task_id in self.tasks
+            if self.failures[task_id]
         ]
 
 
@@ -200,10 +176,10 @@ def alone(stage: Path) -> Iterator[None]:
         yield
 
 
-def run(schedule: Schedule | Replays, work: Record, bar: tqdm, *, num_workers: int, hang_limit: float) -> None:
-    """Give out jobs and gather what comes of them until there are none left."""
+def run(schedule: Schedule | Replays, work: Record, bar: tqdm, *, num_workers: int) -> None:
+    """Give out jobs and gather what comes of them until there are none left. A failure leaves an empty file: no later call repeats it."""
     succeeded = tried = 0
-    with contextlib.closing(pool.run(schedule, work, num_workers=num_workers, hang_limit=hang_limit)) as ends:
+    with contextlib.closing(pool.Pool(schedule, work, num_workers).run()) as ends:
         for ended in ends:
             job = ended.job
             if ended.error:
@@ -211,21 +187,13 @@ def run(schedule: Schedule | Replays, work: Record, bar: tqdm, *, num_workers: i
                     f"task {job.task_id} broke {pool.ATTEMPTS} times ({ended.error}), perhaps for want of memory (a simulator "
                     "process needs 2 GB): give the same command again with a smaller num_workers"
                 )
-            done = schedule.finished(job, success=ended.result > 0)
+            if not ended.result:
+                with writing_to(job.path.parent):
+                    job.path.with_suffix(FAILED).touch()
             tried += 1
             succeeded += ended.result > 0
             bar.set_postfix_str(f"{schedule.actor} {succeeded} of {tried}, task {job.task_id}", refresh=False)
-            bar.update(done)
-
-
-def make_schedule(cfg: CollectConfig) -> Schedule | Replays:
-    """What is to be recorded, and the folder for it."""
-    if not cfg.from_hdf5:
-        return Schedule(cfg, open_stage(cfg))
-    suite, task_ids = cfg.task_suite_name, cfg.task_ids or range(num_tasks(cfg.task_suite_name))
-    jobs = find_replays(cfg.from_hdf5, suite, task_ids, stage=stage_folder(cfg), limit=cfg.num_demos_per_task)
-    open_stage(cfg)
-    return Replays(jobs)
+            bar.update(schedule.finished(job, success=ended.result > 0))
 
 
 def collect(cfg: CollectConfig) -> Path:
@@ -236,27 +204,29 @@ def collect(cfg: CollectConfig) -> Path:
         raise ConfigError("policy_checkpoint acts before the expert, and from_hdf5 has none: leave one of them out")
     if cfg.policy_checkpoint and not cfg.policy_checkpoint.is_dir():
         raise ConfigError(f"policy_checkpoint {cfg.policy_checkpoint} isn't there: give a checkpoint or adapter folder")
-    for task_id in cfg.task_ids:
-        instruction(cfg.task_suite_name, task_id)  # a ConfigError for a task that isn't there
-    schedule = make_schedule(cfg)
-    with alone(stage_folder(cfg)):
+    suite, stage = cfg.task_suite_name, stage_folder(cfg)
+    task_ids = cfg.task_ids or range(num_tasks(suite))
+    for task_id in task_ids:
+        instruction(suite, task_id)  # a ConfigError for a task that isn't there
+    if cfg.from_hdf5:
+        schedule = Replays(find_replays(cfg.from_hdf5, suite, task_ids, stage=stage, limit=cfg.num_demos_per_task))
+        open_stage(cfg)
+    else:
+        schedule = Schedule(cfg, open_stage(cfg))
+    with alone(stage):
         found, work = schedule.found(), Record(str(cfg.policy_checkpoint or ""))
-        with tqdm(total=schedule.total, initial=found, unit="episode", desc=cfg.task_suite_name) as bar:
+        with tqdm(total=schedule.total, initial=found, unit="episode", desc=suite) as bar:
             if found < schedule.total:
-                workers = min(cfg.num_workers, schedule.total - found)
-                run(schedule, work, bar, num_workers=workers, hang_limit=pool.HANG_LIMIT)
+                run(schedule, work, bar, num_workers=min(cfg.num_workers, schedule.total - found))
         for line in schedule.report():
             print(line)
         writer = rlds if cfg.format == "rlds" else lerobot_writer
-        return writer.write_dataset(stage_folder(cfg), cfg.data_root_dir, cfg.dataset_name)
-
-
-def main(cfg: CollectConfig) -> None:
-    """Collect and say where the data set is."""
-    cfg = checked(cfg)
-    print(f"data set: {collect(cfg)}")
+        return writer.write_dataset(stage, cfg.data_root_dir, cfg.dataset_name)
 
 
 if __name__ == "__main__":
     with exit_codes():
-        main(tyro.cli(CollectConfig, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
+        flags = tyro.cli(
+            CollectConfig, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True
+        )
+        print(f"data set: {collect(checked(flags))}")

@@ -24,11 +24,10 @@ from prismatic.episodes.trials import list_trials
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.evaluation import RolloutFolder
 from prismatic.pages import comparison
-from prismatic.progress import print_result, progress_bar
 from prismatic.ranges import checked
 from prismatic.scene.renderer import choose_renderer, render_options
 from prismatic.scene.suites import Benchmark, Libero
-from prismatic.summary import mean_over_suites
+from prismatic.summary import mean_over_suites, result
 from prismatic.versions import check_simulator, unpinned_simulator, versions
 
 # Nothing here may import torch at the top: each simulator process imports this file once more.
@@ -45,28 +44,31 @@ def main(cfg: EvalConfig, benchmark: Benchmark | None = None) -> None:
     check_simulator(allow_unpinned=cfg.allow_unpinned_simulator)
     setup.check(vars(cfg))
     trials = plan(cfg, benchmark)
-    facts, path = identity(cfg, benchmark, choose_renderer(setup.LOCAL_RANK)), cfg.local_log_dir / run_name(cfg)
-    with RolloutFolder(path, identity=facts, record=record(cfg), rank=RANK) as folder, report.at_the_end(folder):
+    facts = identity(cfg, benchmark, choose_renderer(setup.LOCAL_RANK))
+    path = cfg.local_log_dir / setup.run_name(vars(cfg))
+    with (
+        RolloutFolder(path, identity=facts, record=record(cfg), rank=RANK) as folder,
+        evaluation.at_the_end(lambda: report.update(folder)),
+    ):
         if cfg.open_loop:  # the control that plays nothing; its result stands in the run's record, beside its score
             from prismatic.episodes.open_loop import open_loop
 
-            folder.note(open_loop=open_loop(load_policy(cfg).policy, open_data(cfg), frames=cfg.open_loop_frames))
-        done = [row for row in folder.rows() if not (cfg.retry_errors and row.error)]
-        with progress_bar(trials[RANK::RANKS], done, path, show=RANK == 0) as progress:
-            summary = evaluation.evaluate(
-                trials,
-                folder,
-                play=play_options(cfg, path, benchmark),
-                load_policy=(lambda: load_policy(cfg)) if cfg.policy == "checkpoint" else None,
-                num_workers=setup.workers_that_fit if cfg.num_workers == "auto" else cfg.num_workers,
-                one_by_one=cfg.deterministic,
-                retry_errors=cfg.retry_errors,
-                ranks=RANKS,
-                on_row=progress,
-            )
+            policy = setup.load_policy(vars(cfg)).policy
+            folder.note(open_loop=open_loop(policy, open_data(cfg), frames=cfg.open_loop_frames))
+        summary = evaluation.evaluate(
+            trials,
+            folder,
+            play=play_options(cfg, path, benchmark),
+            load_policy=(lambda: setup.load_policy(vars(cfg))) if cfg.policy == "checkpoint" else None,
+            num_workers=setup.workers_that_fit if cfg.num_workers == "auto" else cfg.num_workers,
+            one_by_one=cfg.deterministic,
+            retry_errors=cfg.retry_errors,
+            ranks=RANKS,
+            show=RANK == 0,
+        )
     ended = {row.episode_id for row in evaluation.read_rows(path)}
     if RANKS == 1 or ended >= {trial.id for trial in trials}:  # of several ranks, the last one has the whole result
-        print_result(path, summary)
+        print(*result(path, summary), sep="\n")
         if trials and not summary["successes"] + summary["failures"]:
             sys.exit(f"error: none of the {len(trials)} episodes ended with an outcome, see {path}")
 
@@ -112,36 +114,6 @@ def play_options(cfg: EvalConfig, path: Path, benchmark: Benchmark) -> Play:
         gifs=cfg.save_gifs,
         benchmark=benchmark,
     )
-
-
-def load_policy(cfg: EvalConfig) -> evaluation.Loaded:
-    quantize, backend = precision(cfg)
-    return setup.load_policy(
-        cfg.pretrained_checkpoint,
-        seed=cfg.seed,
-        to_act=not cfg.open_loop,
-        adapter=cfg.lora_checkpoint,
-        quantize=quantize,
-        backend=backend,
-        drafting=None if cfg.drafting == "auto" else cfg.drafting,
-        unnorm_key=cfg.unnorm_key,
-        center_crop=cfg.center_crop,
-        **{name: getattr(cfg, name) for name in setup.SAID_OF_FOREIGN if getattr(cfg, name) is not None},
-    )
-
-
-def precision(cfg: EvalConfig) -> tuple[str, str | None]:
-    """Precision and backend; None: the default one, or none is needed."""
-    if cfg.load_in_8bit or cfg.load_in_4bit:
-        return "int8" if cfg.load_in_8bit else "int4", "bitsandbytes"
-    return cfg.quantize, None
-
-
-def run_name(cfg: EvalConfig) -> str:
-    actor = f"replay-{cfg.dataset_name}" if cfg.policy == "replay" else cfg.policy
-    if cfg.policy == "checkpoint":
-        actor = setup.checkpoint_name(cfg.lora_checkpoint or cfg.pretrained_checkpoint, precision(cfg))
-    return setup.run_name(cfg.task_suite_name, actor, instruction=cfg.instruction, note=cfg.run_id_note)
 
 
 def identity(cfg: EvalConfig, benchmark: Benchmark, renderer: str) -> Facts:

@@ -9,23 +9,25 @@ import contextlib
 import fcntl
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
+from tqdm import tqdm
 
 from prismatic.atomic import append_line, write_json
-from prismatic.episodes import actions, pool
-from prismatic.episodes.controls import KNOWN_LATER, beside
+from prismatic.episodes import pool
 from prismatic.episodes.player import Outcome, Play
-from prismatic.episodes.result import EpisodeResult, Facts, Run, read_rows, read_run
+from prismatic.episodes.result import KNOWN_LATER, EpisodeResult, Facts, Run, read_rows, read_run, save_actions
 from prismatic.episodes.session import Session
 from prismatic.episodes.trials import Trial, TrialQueue
 from prismatic.errors import ConfigError
 from prismatic.filenames import REPORT, RESULTS, RUN, SUMMARY, UNFINISHED, VERSIONS
-from prismatic.summary import summarise
+from prismatic.records import read_object
+from prismatic.summary import beside, summarise
 
 if TYPE_CHECKING:  # it needs torch, which an evaluation of the expert does not
     from prismatic.policy import Policy
@@ -53,7 +55,6 @@ class RolloutFolder:
             self.unfinished = path / f"{UNFINISHED}{rank}"
             shutil.rmtree(self.unfinished, ignore_errors=True)
             self.unfinished.mkdir()
-            self._videos = {row.video for row in self.rows()}
         except OSError as error:
             reason = error.strerror or str(error)
             raise ConfigError(f"cannot write to {path} ({reason}): choose another --local_log_dir") from error
@@ -107,34 +108,24 @@ class RolloutFolder:
             write_json(self.path / RUN, {"identity": run.identity, "record": {**run.record, **facts}})
 
     def add(self, outcome: Outcome, *, number: int) -> EpisodeResult:
-        """Give the video its name, save the actions, and append the episode's line, safe on disk when this returns.
+        """Give the video, its poster and GIF their names, save the actions, and append the episode's line, safe on disk when this returns.
 
         number: the video's, unique within the folder. ConfigError when the disk is full.
         """
         row = outcome.row
         row.seconds = round(row.seconds, 2)
         if outcome.video:
-            row.video = self._keep_video(outcome.video, video_name(number, bool(row.success), row.instruction))
+            row.video = video_name(number, bool(row.success), row.instruction)
+            (self.path / POSTERS).mkdir(exist_ok=True)
+            for name in (poster_name(row.video), row.video.removesuffix(".mp4") + ".gif", row.video):
+                made = outcome.video.with_suffix(Path(name).suffix)
+                if made.is_file():
+                    made.replace(self.path / name)
         if outcome.actions is not None:
-            row.actions = actions.save(self.path, row.episode_id, outcome.actions)
+            row.actions = save_actions(self.path, row.episode_id, outcome.actions)
         with self.locked():
             append_line(self.path / RESULTS, msgspec.json.encode(row))
         return row
-
-    def _keep_video(self, unfinished: Path, name: str) -> str | None:
-        """Move it into the folder, with its poster and GIF; never over a recorded one (an episode played again has two)."""
-        if not unfinished.is_file():
-            return None
-        base, again = name, 2
-        while name in self._videos:
-            name, again = base.removesuffix(".mp4") + f"--{again}.mp4", again + 1
-        self._videos.add(name)
-        (self.path / POSTERS).mkdir(exist_ok=True)
-        names = {".jpg": poster_name(name), ".gif": name.removesuffix(".mp4") + ".gif", ".mp4": name}
-        for suffix, place in names.items():
-            if unfinished.with_suffix(suffix).is_file():
-                unfinished.with_suffix(suffix).replace(self.path / place)
-        return name
 
     def summarise(self) -> Facts:
         """Write summary.json from what is on disk and return it."""
@@ -189,59 +180,66 @@ def evaluate(
     one_by_one: bool = False,
     retry_errors: bool = False,
     ranks: int = 1,
-    on_row: Callable[[EpisodeResult], None] = lambda row: None,
+    show: bool = False,
 ) -> Facts:
     """Play the trials that have no line yet, of those that are this rank's; returns the summary of the whole folder.
 
     play.video_folder is set here to the folder's own place when it is not None. load_policy is called, once, only if there is something
     to play, and num_workers (when it is a function) after it, so that it sees the memory that is left. retry_errors: play those again
-    that ended as errors. on_row: called with each new line. However it ends, summary.json is brought up to date.
+    that ended as errors. show: a progress bar. However it ends, summary.json is brought up to date.
     """
-    done = {row.episode_id for row in folder.rows() if not (retry_errors and row.error)}
-    pending = [trial for trial in trials[folder.rank :: ranks] if trial.id not in done]
+    mine = {trial.id: trial for trial in trials[folder.rank :: ranks]}
+    done = [row for row in folder.rows() if row.episode_id in mine and not (retry_errors and row.error)]
+    played = {row.episode_id for row in done}
+    pending = [trial for name, trial in mine.items() if name not in played]
+    if done and show:
+        print(f"{len(done)} of {len(mine)} episodes are already in {folder.path}")
     if not pending:
         return folder.summarise()
-    loaded = load_policy() if load_policy else None
-    if loaded:
-        folder.note(policy_card=loaded.policy.metadata())
-        play = replace(
-            play, num_images=loaded.policy.num_images, uses_state=loaded.policy.uses_state, prepare=loaded.prepare
-        )
+    play = replace(play, golden=True, video_folder=play.video_folder and folder.unfinished.resolve())
+    policy, counts, window = None, None, 0.0
+    if load_policy:
+        loaded = load_policy()
+        policy, counts, window = loaded.policy, loaded.counts, 0.0 if one_by_one else loaded.window
+        folder.note(policy_card=policy.metadata())
+        play = replace(play, num_images=policy.num_images, uses_state=policy.uses_state, prepare=loaded.prepare)
     workers = min(max(num_workers() if callable(num_workers) else num_workers, 1), len(pending))
-    session = Session(
-        loaded and loaded.policy,
-        workers=workers,
-        rank=folder.rank,
-        one_by_one=one_by_one,
-        counts=loaded and loaded.counts,
-    )
-    ends = pool.run(
-        TrialQueue(pending),
-        replace(play, golden=True, video_folder=play.video_folder and folder.unfinished.resolve()),
-        num_workers=workers,
-        answer=session.answer,
-        window=loaded.window if loaded and not one_by_one else 0.0,
-        on_message=session.hear,
-    )
+    session = Session(policy, workers=workers, rank=folder.rank, one_by_one=one_by_one, counts=counts)
+    players = pool.Pool(TrialQueue(pending), play, workers, session.answer, window, on_message=session.hear)
+    outcomes = Counter(row.success for row in done)
+
+    def finish() -> None:
+        if session.episodes:
+            folder.note(session=session.record())
+        folder.summarise()
+
+    bar = tqdm(total=len(mine), initial=len(done), unit="episode", disable=not show, dynamic_ncols=True)
+    with bar, at_the_end(finish), contextlib.closing(players.run()) as ends:
+        for ended in ends:
+            trial: Trial = ended.job
+            outcome = ended.result or Outcome(play.row(trial, seconds=ended.seconds, error=ended.error))
+            session.note(outcome)
+            stored = play.benchmark.num_init_states(trial.suite, trial.task_id)
+            before = 0 if trial.recording else trial.task_id * stored  # as OpenVLA counts; a data set does it itself
+            row = folder.add(outcome, number=before + trial.init_state + 1)
+            if row.error:
+                bar.write(f"error in {row.episode_id}: {row.error}")
+            outcomes[row.success] += 1
+            bar.set_postfix(successes=outcomes[True], errors=outcomes[None], refresh=False)
+            bar.update()
+    return read_object(folder.path / SUMMARY)
+
+
+@contextlib.contextmanager
+def at_the_end(act: Callable[[], None]) -> Iterator[None]:
+    """Do it however the block ends; what broke the block is what is raised."""
     try:
-        with contextlib.closing(ends):
-            for ended in ends:
-                trial: Trial = ended.job
-                outcome = ended.result or Outcome(play.row(trial, seconds=ended.seconds, error=ended.error))
-                session.note(outcome)
-                stored = play.benchmark.num_init_states(trial.suite, trial.task_id)
-                on_row(folder.add(outcome, number=trial.task_id * stored + trial.init_state + 1))  # as OpenVLA counts
+        yield
     except BaseException:
         with contextlib.suppress(ConfigError, OSError):  # what broke first says more
-            _finish(folder, session)
+            act()
         raise
-    return _finish(folder, session)
-
-
-def _finish(folder: RolloutFolder, session: Session) -> Facts:
-    if session.episodes:
-        folder.note(session=session.record())
-    return folder.summarise()
+    act()
 
 
 def _drop_torn_line(path: Path) -> None:

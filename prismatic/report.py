@@ -3,7 +3,7 @@
 python -m prismatic.report FOLDER
 """
 
-import contextlib
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -63,19 +63,8 @@ def _page(folder: Path, summary: Facts) -> bytes:
     )
 
 
-@contextlib.contextmanager
-def at_the_end(folder: RolloutFolder) -> Iterator[None]:
-    """Build the page however the run in this block ends; what broke the run is what is raised."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(ConfigError, OSError):
-            _build_of(folder)
-        raise
-    _build_of(folder)
-
-
-def _build_of(folder: RolloutFolder) -> None:
+def update(folder: RolloutFolder) -> None:
+    """Build the page of a run that goes on; nothing where nothing has been played."""
     if folder.rows():
         with folder.locked():
             build(folder.path)
@@ -85,13 +74,10 @@ def _sections(rows: Sequence[EpisodeResult]) -> Iterator[tuple[str, list[Episode
     """Title, rows that are shown, how many are not."""
     yield "Failures", [row for row in rows if row.success is False], 0
     yield "Errors", [row for row in rows if row.success is None], 0
-    seen: Counter[tuple[str, int]] = Counter()
-    shown = []
-    for row in rows:
-        if row.success:
-            seen[row.suite, row.task_id] += 1
-            shown += [row] if seen[row.suite, row.task_id] <= SUCCESSES_A_TASK else []
-    yield "Successes", shown, sum(seen.values()) - len(shown)
+    successes = [row for row in rows if row.success]
+    tasks = itertools.groupby(successes, key=lambda row: (row.suite, row.task_id))
+    shown = [row for _, task in tasks for row in itertools.islice(task, SUCCESSES_A_TASK)]
+    yield "Successes", shown, len(successes) - len(shown)
 
 
 def _filters(rows: Sequence[EpisodeResult]) -> list[Facts]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from prismatic.errors import ConfigError, PolicyError
+from prismatic.errors import PolicyError
 
 
 class Simulator(Protocol):
@@ -58,13 +58,11 @@ class Recorder(Protocol):
 
 @dataclass
 class Episode:
-    """What came of one episode. `error` is the text of a crash, which is no failure; `actions` is (7,) arrays."""
+    """What came of one episode. `error`: the policy's answer was no action, which is no failure."""
 
     success: bool = False
-    steps: int = 0
-    actions: list[np.ndarray] = field(default_factory=list)
+    actions: list[np.ndarray] = field(default_factory=list)  # (7,) each
     error: str | None = None
-    policys_fault: bool = False  # the error would come again, however often the episode is played
     trajectory: Any = None  # the recorder's, unless there is an error
 
 
@@ -83,14 +81,15 @@ def rollout(
     """Let the actor act until success or `max_steps`, from an initial state as `Simulator.reset` takes it.
 
     num_open_loop_steps: execute only the first so many actions of each chunk (None: all). recorder: makes one, after the reset.
-    on_step(step, frame): called before each step, with the frame where one has been rendered for the actor.
+    on_step(step, frame): called before each step, with the frame where one has been rendered for the actor. What else than the policy
+    breaks is raised: it may go better when the episode is played again.
     """
     episode = Episode()
     try:
         sim.reset(init_state, seed=seed, settle=settle)
         watching = recorder() if recorder else None
         queue: deque[np.ndarray] = deque()
-        while episode.steps < max_steps and not episode.success:
+        while len(episode.actions) < max_steps and not episode.success:
             frame = None
             if not queue:
                 frame = sim.frame() if actor.num_images else None
@@ -98,17 +97,13 @@ def rollout(
                 state = sim.state() if actor.uses_state else None
                 queue.extend(actor.chunk(frame, sim.instruction, wrist=wrist, state=state)[:num_open_loop_steps])
             if on_step:
-                on_step(episode.steps, frame)
+                on_step(len(episode.actions), frame)
             action = queue.popleft()
             episode.success = sim.step(action)
             if watching:
                 watching.note(action)
             episode.actions.append(action)
-            episode.steps += 1
         episode.trajectory = watching.trajectory() if watching else None
-    except ConfigError:
-        raise
-    except Exception as error:  # whatever broke, the episode counts as a crash and the evaluation goes on
+    except PolicyError as error:
         episode.error = f"{type(error).__name__}: {error}"
-        episode.policys_fault = isinstance(error, PolicyError)
     return episode

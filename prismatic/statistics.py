@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import optimize, stats
+
+# scipy is imported where it is used: each simulator process imports eval.py once more, and does without the second that it takes
 
 CONFIDENCE = 0.95
 SIGNIFICANCE = 0.05  # of a two-sided test
@@ -21,18 +22,24 @@ def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
     """Wilson's 95 % score interval of a success rate; (0, 1) when there are no episodes."""
     if episodes == 0:
         return 0.0, 1.0
+    from scipy import stats
+
     interval = stats.binomtest(successes, episodes).proportion_ci(CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
     """Two-sided exact p-value that A and B succeed equally often, from the episodes that only one of them solved."""
+    from scipy import stats
+
     discordant = only_a + only_b
     return float(stats.binomtest(only_a, discordant, 0.5).pvalue) if discordant else 1.0
 
 
 def paired_interval(only_a: int, only_b: int, episodes: int) -> tuple[float, float]:
     """Tango's (1998) 95 % score interval of rate(A) - rate(B) over the same episodes: right for few and for no differences."""
+    from scipy import optimize, stats
+
     z = stats.norm.ppf(0.5 + CONFIDENCE / 2)
 
     def score(difference: float) -> float:
@@ -73,22 +80,23 @@ def clustered_bootstrap(
     return float(np.mean(means)), float(low), float(high)
 
 
-def episodes_needed(rate: float, difference: float, *, power: float = POWER) -> int:
+def episodes_needed(rate: float, difference: float) -> int:
     """Episodes for each of two separate runs so that `rate` against `rate + difference` is told apart (two-sided 5 %)."""
-    other = rate + difference
-    mean = rate + difference / 2
-    return _size(2 * mean * (1 - mean), rate * (1 - rate) + other * (1 - other), difference, power)
+    other, mean = rate + difference, rate + difference / 2
+    return _size(2 * mean * (1 - mean), rate * (1 - rate) + other * (1 - other), difference)
 
 
 def paired_episodes_needed(discordant: float, difference: float) -> int:
     """Shared episodes for a paired comparison, when a share `discordant` of them ends differently in the two runs."""
-    return _size(discordant, discordant - difference**2, difference, POWER)
+    return _size(discordant, discordant - difference**2, difference)
 
 
-def _size(variance_if_equal: float, variance: float, difference: float, power: float) -> int:
+def _size(variance_if_equal: float, variance: float, difference: float) -> int:
     """Of a two-sided test of means: of one pair's difference, its variance under both hypotheses."""
-    equal = stats.norm.ppf(1 - SIGNIFICANCE / 2) * math.sqrt(variance_if_equal)
-    return math.ceil(((equal + stats.norm.ppf(power) * math.sqrt(variance)) / difference) ** 2)
+    from scipy import stats
+
+    equal, power = stats.norm.ppf([1 - SIGNIFICANCE / 2, POWER])
+    return math.ceil(((equal * math.sqrt(variance_if_equal) + power * math.sqrt(variance)) / difference) ** 2)
 
 
 def needed(rate: float | None, difference: float | None) -> dict[str, Any] | None:
@@ -124,9 +132,8 @@ class Comparison:
     margin: float
     not_worse: bool  # A is not worse than B by as much as the margin, at the 97.5 % one-sided level
     sentence: str
-    episodes_needed: (
-        int | None
-    )  # shared ones, to show the difference asked, if any, when as many of them end differently as here
+    # shared ones, to show the difference asked, if any, when as many of them end differently as here
+    episodes_needed: int | None
 
 
 def compare(

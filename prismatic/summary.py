@@ -3,22 +3,38 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from prismatic.episodes.result import EpisodeResult, Facts, read_rows
+from prismatic.episodes.result import KNOWN_LATER, Count, EpisodeResult, Facts, read_rows, read_run
 from prismatic.errors import ConfigError
-from prismatic.filenames import RESULTS
+from prismatic.filenames import REPORT, RESULTS, SUMMARY
+from prismatic.records import read_record
 from prismatic.scene.trajectory import STAGES
 from prismatic.statistics import clustered_bootstrap, needed, wilson_interval
+from prismatic.versions import unpinned_simulator
 
+FLOORS_AND_CEILINGS = ("zero", "random", "replay", "expert")
+SAME_EPISODES = ("task_suite_name", "env_seed", "num_steps_wait", "step_limit")
 FEWEST_TASKS = 2  # fewer clusters than that have no bootstrap
 MOST_NAMED = 3  # things that a sentence names
+
+
+class _Task(TypedDict):
+    task_id: Count
+    successes: Count
+    failures: Count
+
+
+class _Counts(TypedDict):
+    """What is read of a neighbour's summary.json."""
+
+    per_task: list[_Task]
 
 
 def summarise(rows: Sequence[EpisodeResult], *, protocol: Facts, controls: Facts | None = None) -> Facts:
     """summary.json's content. episodes = successes + failures + errors; rates and intervals leave the errors out.
 
-    protocol: what is known of the run; `difference_asked` and `open_loop` in it are used. controls: from controls.beside.
+    protocol: what is known of the run; `difference_asked` and `open_loop` in it are used. controls: from `beside`.
     """
     tasks: dict[tuple[str, int], list[EpisodeResult]] = {}
     for row in rows:
@@ -35,8 +51,8 @@ def summarise(rows: Sequence[EpisodeResult], *, protocol: Facts, controls: Facts
         **counts,
         "interval_95_by_task": list(clustered_bootstrap(outcomes)[1:]) if spread else None,
         "episodes_needed": needed(counts["success_rate"], protocol.get("difference_asked")),
-        "moved_by_env_seed_mm": moved
-        or None,  # task → what stands elsewhere than with the protocol's seed; None with that
+        # task → what stands elsewhere than with the protocol's seed; None with that
+        "moved_by_env_seed_mm": moved or None,
         "replay": _replay(rows),
         "per_task": per_task,
         "controls": {"open_loop": protocol.get("open_loop"), **(controls or {})},
@@ -65,17 +81,14 @@ def funnel(rows: Sequence[EpisodeResult]) -> dict[str, dict[str, float]]:
 
     An episode with several goals counts as reaching a stage when each goal that has it reached it.
     """
-    counts: dict[str, list[bool]] = {}
+    episodes, missed = Counter[str](), Counter[str]()
     for row in rows:
-        bare: dict[str, bool] = {}
-        for name, step in row.stages.items():
-            stage = name.rpartition(": ")[2]
-            bare[stage] = bare.get(stage, True) and step is not None
-        for stage, there in bare.items():
-            counts.setdefault(stage, []).append(there)
+        steps = [(name.rpartition(": ")[2], step) for name, step in row.stages.items()]
+        episodes.update({stage for stage, _ in steps})
+        missed.update({stage for stage, step in steps if step is None})
     return {
-        stage: {"episodes": len(found), "reached": sum(found), "share": sum(found) / len(found)}
-        for stage, found in sorted(counts.items(), key=lambda item: STAGES.index(item[0]))
+        stage: {"episodes": count, "reached": count - missed[stage], "share": (count - missed[stage]) / count}
+        for stage, count in sorted(episodes.items(), key=lambda item: STAGES.index(item[0]))
     }
 
 
@@ -104,6 +117,32 @@ def _replay(rows: Sequence[EpisodeResult]) -> Facts | None:
 def crashed(summary: Facts) -> int:
     """Errors that may pass when the episode is played again: a replay that was left out begins as it did."""
     return summary["errors"] - ((summary.get("replay") or {}).get("left_out") or 0)
+
+
+def result(folder: Path, summary: Facts) -> Iterator[str]:
+    """What eval.py prints at the end: the rate, what stands beside it, and where the files are."""
+    judged = summary["successes"] + summary["failures"]
+    rate = "no episode has ended with an outcome"
+    if judged:
+        rate = f"{100 * summary['success_rate']:.1f} % success, 95 % interval {percent(summary['interval_95'])} "
+        rate += f"({summary['successes']} of {judged} episodes)"
+    yield f"{summary['protocol']['task_suite_name']}, {folder.name}: {rate}"
+    if crashes := crashed(summary):
+        yield f"{crashes} more ended in an error and do not count: --retry_errors True plays them again"
+    yield from (f"    {line}" for line in sentences(summary))
+    for found in unpinned_simulator():
+        yield f"beware: {found}: not to be compared with scores of the pinned version"
+    for label, file in (("report ", REPORT), ("results", RESULTS)):
+        if (folder / file).exists():  # neither is there after an open loop alone
+            yield f"{label}  {folder / file}"
+    yield from filmed(folder, read_rows(folder))
+
+
+def filmed(folder: Path, rows: Sequence[EpisodeResult]) -> Iterator[str]:
+    """Where the first success and the first failure with a video can be watched, a line each."""
+    for success, label in ((True, "a success"), (False, "a failure")):
+        for video in [row.video for row in rows if row.success is success and row.video][:1]:
+            yield f"{label}: {folder / video}"
 
 
 def sentences(summary: Facts) -> Iterator[str]:
@@ -171,14 +210,52 @@ def mean_over_suites(folders: Sequence[Path]) -> Iterator[str]:
         rows += found
     outcomes = by_suite_and_task(rows)
     for suite, tasks in outcomes.items():
-        flat = [outcome for task in tasks.values() for outcome in task]
-        wins, count = sum(flat), len(flat)
-        yield (
-            f"{suite}: {100 * wins / count:.1f} %, 95 % interval {percent(wilson_interval(wins, count))} "
-            f"({wins} of {count} episodes, {len(tasks)} tasks)"
-        )
+        wins, count = sum(map(sum, tasks.values())), sum(map(len, tasks.values()))
+        interval = percent(wilson_interval(wins, count))
+        yield f"{suite}: {100 * wins / count:.1f} %, 95 % interval {interval} ({wins} of {count} episodes, {len(tasks)} tasks)"
     mean, *interval = clustered_bootstrap(outcomes)
     told = f"95 % interval {percent(interval)} (bootstrap of whole tasks)"
     if min(map(len, outcomes.values())) == 1:
         told = "no interval: a suite with one task played has no spread over tasks"
     yield f"mean over {len(outcomes)} suites: {100 * mean:.1f} %, {told}"
+
+
+def beside(folder: Path, identity: Facts, *, task_ids: set[int]) -> Facts:
+    """Controls that lie in the neighbouring rollout folders: name → their result on these tasks.
+
+    zero, random, replay and expert count when they played the same suite, env seed and limits; a changed instruction when
+    the weights are this run's too. Of several, the one with most episodes.
+    """
+    found: dict[str, Facts] = {}
+    for path in sorted(folder.resolve().parent.glob(f"*/{SUMMARY}")):
+        if path.parent.name == folder.resolve().name:
+            continue
+        try:
+            counts, other = read_record(path, _Counts), read_run(path.parent).identity
+            name = _control(other, identity)
+        except (ConfigError, KeyError):  # someone else's file
+            continue
+        tasks = [task for task in counts["per_task"] if task["task_id"] in task_ids]
+        successes = sum(task["successes"] for task in tasks)
+        judged = successes + sum(task["failures"] for task in tasks)
+        if name and judged > found.get(name, {"judged": 0})["judged"]:
+            found[name] = {
+                "successes": successes,
+                "judged": judged,
+                "tasks": [task["task_id"] for task in tasks],
+                "success_rate": successes / judged,
+                "interval_95": list(wilson_interval(successes, judged)),
+                "folder": path.parent.name,
+            }
+    return found
+
+
+def _control(other: Facts, own: Facts) -> str | None:
+    """Which control of a run `own` the run `other` is, by their identities."""
+    if any(other.get(name) != own.get(name) for name in SAME_EPISODES):
+        return None
+    if other["policy"] in FLOORS_AND_CEILINGS:
+        return other["policy"] if other["policy"] != own["policy"] else None
+    reworded = other.get("instruction")
+    apart = dict.fromkeys(["instruction", *(name for name in KNOWN_LATER if name not in other or name not in own)])
+    return f"instruction {reworded}" if reworded and {**other, **apart} == {**own, **apart} else None

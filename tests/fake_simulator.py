@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from prismatic.errors import ConfigError
-from prismatic.scene import golden
+from prismatic.scene import renderer
 from prismatic.scene.trajectory import Goal, Place, Trajectory
 
 STATES, TASKS, LIMIT, SIDE = 8, 3, 12, 32
@@ -52,7 +52,7 @@ class FakeBenchmark:
         return FakeRecorder(sim)
 
     def golden_frame(self) -> dict[str, Any]:
-        return golden.compare(np.zeros((256, 256, 3), np.uint8), "osmesa") | {"gl_renderer": "none"}
+        return renderer.compare_with_golden(np.zeros((256, 256, 3), np.uint8), "osmesa") | {"gl_renderer": "none"}
 
 
 class FakeSimulator:

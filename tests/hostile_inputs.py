@@ -30,8 +30,7 @@ from prismatic.data.frames import FrameCache
 from prismatic.data.lerobot_meta import LeRobotFolder
 from prismatic.data.staging import load_episode, stage_episode
 from prismatic.dataset_statistics import check_entry, load_statistics
-from prismatic.episodes import actions
-from prismatic.episodes.result import read_run
+from prismatic.episodes.result import load_actions, read_run
 from prismatic.errors import ConfigError
 from prismatic.filenames import RESULTS, WEIGHTS
 from prismatic.models.config_file import read_config
@@ -124,7 +123,7 @@ def read_cache(folder: Path) -> Any:
 
 
 def read_actions(folder: Path) -> Any:
-    found = actions.load(folder, "actions.npz")
+    found = load_actions(folder, "actions.npz")
     if found is None:
         raise ConfigError("a report does without")
     return found

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from prismatic import statistics
-from prismatic.episodes import actions as traces
+from prismatic.episodes.result import save_actions
 from prismatic.errors import ConfigError
 from prismatic.pages import comparison
 from tests.drawn_results import Reader, folder_with, row
@@ -23,7 +23,7 @@ def run(path: Path, outcomes: list[bool | None], **identity: Any) -> Path:
     rows = [row(n // 3, n % 3, outcome, "died" if outcome is None else None) for n, outcome in enumerate(outcomes)]
     for line in [line for line in rows if line.success is not None]:
         line.verdict, line.reason = VERDICTS[bool(line.success)]
-        line.actions = traces.save(path, line.episode_id, np.zeros((5, 7)))
+        line.actions = save_actions(path, line.episode_id, np.zeros((5, 7)))
     identity = {"policy": path.name, "env_seed": 0} | identity
     (path / "run.json").write_text(json.dumps({"identity": identity, "record": {}}))
     return folder_with(path, rows)
@@ -82,6 +82,13 @@ def test_equal_runs_and_hostile_names(tmp_path: Path) -> None:
     assert (tmp_path / "after" / "compared-with-_b_x.html").is_file()
 
 
-def test_a_folder_without_results_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"has no results\.jsonl: give two rollout folders"):
-        comparison.Run.load(tmp_path)
+def test_folders_that_cannot_be_compared_are_one_sentence(tmp_path: Path) -> None:
+    before, after = run(tmp_path / "before", [True, None]), run(tmp_path / "after", [None, True])
+    for wrong, sentence in (
+        ((before, tmp_path / "nowhere"), r"nowhere has no results\.jsonl: give two rollout folders"),
+        ((before, after, before), "in twos, before and after, not 3"),
+        ((before, after, before, after), "before is given more than once"),
+        ((before, after), "share no episode that ended"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            list(comparison.compare_folders(wrong))

@@ -1,13 +1,11 @@
-"""controls.py: what a policy is told, what an env seed moved, which neighbouring runs stand beside a score."""
+"""controls.py: what a policy is told, and what an env seed moved."""
 
-import json
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from prismatic.episodes.controls import beside, instruction_given, moved_by_seed
+from prismatic.episodes.controls import instruction_given, moved_by_seed
 from prismatic.errors import ConfigError
 from prismatic.scene import suites
 from tests.fake_simulator import FakeSimulator
@@ -19,16 +17,15 @@ def test_instructions_of_a_policy_that_may_not_read() -> None:
     given = [instruction_given(LIBERO, "libero_goal", 7, kind) for kind in ("empty", "swap", "paraphrase")]
     assert given == ["", suites.instruction("libero_goal", 8), "switch on the stove"]  # the last is LIBERO-PRO's
     assert instruction_given(LIBERO, "libero_goal", 9, "swap") == suites.instruction("libero_goal", 0)
-    top = "close the top drawer of the cabinet"  # LIBERO-90 has no wording of LIBERO-PRO's
-    assert suites.instruction("libero_90", 0) == top
-    assert instruction_given(LIBERO, "libero_90", 0, "paraphrase") == top.replace("close", "shut")
+    with pytest.raises(ConfigError, match="nobody has paraphrased libero_90"):
+        instruction_given(LIBERO, "libero_90", 0, "paraphrase")
 
 
 def test_every_tasks_other_sentence_differs() -> None:
     for suite in suites.STEP_LIMITS:
         for task in range(suites.num_tasks(suite)):
             own = suites.instruction(suite, task)
-            for kind in ("swap", "paraphrase"):
+            for kind in ("swap", "paraphrase")[: 1 if suite == "libero_90" else 2]:
                 assert instruction_given(LIBERO, suite, task, kind) != own
 
     class OneSentence:
@@ -75,36 +72,3 @@ def test_the_env_seed_is_put_back() -> None:
     sim = FakeSimulator("fake", 0, env_seed=9)
     assert moved_by_seed(sim, settle=0) == {"point": 9.0}  # mm; the goal stands still
     assert sim.env_seed == 9
-
-
-def write_run(folder: Path, successes: int, failures: int, **identity: Any) -> dict[str, Any]:
-    folder.mkdir(parents=True)
-    whole = {"task_suite_name": "s", "env_seed": 0, "num_steps_wait": 10, "step_limit": 220} | identity
-    counts = {"successes": successes, "failures": failures, "errors": 1}  # the same in both tasks
-    (folder / "summary.json").write_text(json.dumps({"per_task": [{"task_id": task} | counts for task in (0, 1)]}))
-    (folder / "run.json").write_text(json.dumps({"identity": whole, "record": {}}))
-    return whole
-
-
-def test_controls_of_the_same_episodes_stand_beside(tmp_path: Path) -> None:
-    own = write_run(tmp_path / "own", 5, 5, policy="checkpoint", weights="w")
-    zero = write_run(tmp_path / "zero", 0, 4, policy="zero")
-    write_run(tmp_path / "random-few", 1, 1, policy="random", seed=1)
-    write_run(tmp_path / "random-many", 1, 9, policy="random", seed=2)
-    write_run(tmp_path / "expert-elsewhere", 9, 0, policy="expert", env_seed=1)
-    write_run(tmp_path / "swap", 4, 6, policy="checkpoint", weights="w", instruction="swap")
-    write_run(tmp_path / "swap-other", 0, 99, policy="checkpoint", weights="other", instruction="swap")
-    write_run(tmp_path / "twin", 9, 1, policy="checkpoint", weights="w", note="x")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "summary.json").write_text("{")
-    found = beside(tmp_path / "own", own, task_ids={1})
-    assert {name: (result["successes"], result["judged"], result["folder"]) for name, result in found.items()} == {
-        "zero": (0, 4, "zero"),
-        "random": (1, 10, "random-many"),
-        "instruction swap": (4, 10, "swap"),
-    }
-    later = own | {"benchmark_files": "0123"}  # a run of today beside controls of before that was recorded
-    assert beside(tmp_path / "own", later, task_ids={1}) == found
-    assert found["zero"]["interval_95"] == pytest.approx([0.0, 0.4899], abs=1e-4)
-    assert beside(tmp_path / "own", own, task_ids={7}) == {}
-    assert "zero" not in beside(tmp_path / "zero", zero, task_ids={0})

@@ -1,4 +1,4 @@
-"""stages.py and diagnosis.py on trajectories of made-up episodes (drawn_trajectory.py), and against LIBERO's own task files."""
+"""trajectory.py and diagnosis.py on trajectories of made-up episodes (drawn_trajectory.py), and against LIBERO's own task files."""
 
 import re
 from dataclasses import replace
@@ -13,7 +13,6 @@ from prismatic.scene.trajectory import MOVE_STAGES, MOVING, PLACE_STAGES, PLACIN
 from prismatic.summary import funnel
 from tests.drawn_results import row
 from tests.drawn_trajectory import CUP, JUG, ON_PLATE, PLATE, T, grasp, hand_at, scene
-from tests.scripted_failures import CASES
 
 UP, OVER_PLATE = {40: (0.0, 0.0, 0.2)}, {40: (0.0, 0.0, 0.2), 60: (0.4, 0.02, 0.2)}
 TO_JUG = {40: (0.0, 0.0, 0.1), 60: (0.3, 0.3, 0.1)}
@@ -154,16 +153,13 @@ def test_stages_of_a_drawer_a_zone_and_two_goals() -> None:
     assert list(diagnose(FAILURES["a knob"][0], success=False).stages) == list(MOVE_STAGES)
 
 
-def test_a_flicker_of_the_contact_is_no_end_of_a_grasp() -> None:
+def test_what_is_a_grasp_and_that_a_flicker_of_the_contact_is_no_end_of_it() -> None:
     trajectory = grasp(CUP, OVER_PLATE)
     trajectory.touch[45:47, CUP, 0] = False
     found = diagnose(trajectory, success=False)
     assert found.verdict == "never_released" and found.stages["released"] is None
     trajectory.touch[45:49, CUP, 0] = False
     assert trajectory.lifts(CUP)[0][1] == 45
-
-
-def test_what_is_a_grasp() -> None:
     trajectory = grasp(CUP, {40: (0.0, 0.0, 0.2)})
     assert not replace(trajectory, opening=np.full(T + 1, 0.002)).grasps(CUP)  # nothing is between the fingers
     assert not replace(trajectory, opening=np.linspace(0.5, 0.0, T + 1)).grasps(CUP)  # they are still closing
@@ -201,10 +197,9 @@ def test_funnel_counts_what_has_the_stage() -> None:
     assert list(found) == ["touched", "grasped", "moved", "predicate_held"]
 
 
-def test_every_verdict_has_a_script_that_earns_it() -> None:
+def test_every_verdict_of_the_table_is_earned_here() -> None:
     rows = [line.split("|")[1] for line in (diagnosis.__doc__ or "").splitlines() if line.startswith("|")]
     codes = {code.strip() for row in rows for code in row.split(",") if re.fullmatch(r"[a-z_]+", code.strip())}
-    assert codes - {"verdict", "error"} == {case.verdict for case in CASES}
     assert codes - {"verdict", "error", "success"} == {verdict for _, verdict, _ in FAILURES.values()}
 
 

@@ -49,50 +49,41 @@ def identity(cfg: EvalConfig, renderer: str = "osmesa", **changes: Any) -> dict[
     return script.identity(dataclasses.replace(cfg, **changes), FAKE, renderer)
 
 
+def run_name(cfg: EvalConfig) -> str:
+    return setup.run_name(vars(cfg))
+
+
 def summary_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text())
 
 
-def test_flags_as_people_type_them() -> None:
+def test_flags_as_people_type_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ours, openvla's and openvla-oft's."""
     cfg = parse(
         *("--model_family", "openvla", "--pretrained_checkpoint", "openvla/openvla-7b-finetuned-libero-goal"),
-        *("--task_suite_name", "libero_goal", "--center_crop", "True", "--task_ids", "0", "3"),
-        *("--workers", "auto", "--load_in_8bit", "True", "--local_log_dir", "logs"),
+        *("--task_suite_name", "libero_goal", "--center_crop", "True", "--task_ids", "0", "3", "--workers", "auto"),
+        *("--load_in_8bit", "True", "--local_log_dir", "logs", "--use_l1_regression", "True", "--use_film=False"),
+        *("--num_images_in_input", "2", "--use_proprio", "True", "--num_open_loop_steps", "8", "--env_img_res", "256"),
+        *("--use_wandb", "True", "--initial_states_path", "DEFAULT"),
     )
-    assert cfg.center_crop is True
-    assert cfg.task_ids == (0, 3)
-    assert cfg.num_workers == "auto"
-    assert cfg.local_log_dir == Path("logs")
-    assert parse("--center_crop", "False").center_crop is False
-    assert parse().center_crop is None
-    assert parse("--num_workers", "12").num_workers == 12
-
-
-def test_the_originals_own_flags_are_taken(capsys: pytest.CaptureFixture[str]) -> None:
-    """Those of openvla's and openvla-oft's run_libero_eval.py."""
-    cfg = parse(
-        *("--model_family", "openvla", "--use_l1_regression", "True", "--use_diffusion", "False", "--use_film=False"),
-        *("--num_images_in_input", "2", "--use_proprio", "True", "--num_open_loop_steps", "8", "--lora_rank", "32"),
-        *("--use_wandb", "True", "--wandb_project", "p", "--wandb_entity", "e", "--initial_states_path", "DEFAULT"),
-        *("--env_img_res", "256", "--task_suite_name", "libero_10"),
-    )
-    assert (cfg.num_images_in_input, cfg.num_open_loop_steps, cfg.task_suite_name) == (2, 8, "libero_10")
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 9 and said[0].startswith("notice: --model_family openvla has no effect")
+    assert (cfg.center_crop, cfg.task_ids, cfg.num_workers, cfg.local_log_dir) == (True, (0, 3), "auto", Path("logs"))
+    assert (cfg.num_images_in_input, cfg.num_open_loop_steps) == (2, 8)
+    assert "notice: --model_family openvla has no effect" in capsys.readouterr().out
+    assert (parse("--center_crop", "False").center_crop, parse().center_crop) == (False, None)
     with pytest.raises(ConfigError, match="--use_film True is not built here"):
         parse("--use_film", "True")
 
 
 def test_run_names(tmp_path: Path) -> None:
-    assert script.run_name(EvalConfig(policy="expert")) == "EVAL-libero_spatial-expert"
+    assert run_name(EvalConfig(policy="expert")) == "EVAL-libero_spatial-expert"
     hub = EvalConfig(pretrained_checkpoint="openvla/openvla-7b", task_suite_name="libero_10", run_id_note="mine 2")
-    assert script.run_name(hub) == "EVAL-libero_10-openvla-7b--mine_2"
+    assert run_name(hub) == "EVAL-libero_10-openvla-7b--mine_2"
     step = tmp_path / "openvla-7b+libero_spatial_no_noops+b16" / "step-000200"
     step.mkdir(parents=True)
     (step.parent / "latest").symlink_to("step-000200")
     for adapter in (step.parent / "latest", step.parent):  # a run stands for its newest
         lora = EvalConfig(pretrained_checkpoint="base", lora_checkpoint=adapter)
-        assert script.run_name(lora) == f"EVAL-libero_spatial-{step.parent.name}-step-000200"
+        assert run_name(lora) == f"EVAL-libero_spatial-{step.parent.name}-step-000200"
 
 
 @pytest.fixture
@@ -118,7 +109,7 @@ def test_a_quantised_run_has_its_own_folder_and_says_so(tmp_path: Path, loaded: 
         dataclasses.replace(plain, **changes)
         for changes in ({}, {"quantize": "int8"}, {"quantize": "int4"}, {"load_in_8bit": True}, {"load_in_4bit": True})
     ]
-    assert [script.run_name(cfg).removeprefix("EVAL-fake-policy") for cfg in runs] == [
+    assert [run_name(cfg).removeprefix("EVAL-fake-policy") for cfg in runs] == [
         *("", "-int8", "-int4", "-int8-bitsandbytes", "-int4-bitsandbytes")
     ]
     assert len({json.dumps(identity(cfg)) for cfg in runs}) == 5
@@ -126,7 +117,7 @@ def test_a_quantised_run_has_its_own_folder_and_says_so(tmp_path: Path, loaded: 
     # the towers are whole since version 2, and a folder of before must not be continued
     assert ["quantisation" in identity(cfg) for cfg in runs] == [False, True, True, False, True]
     for cfg in runs:
-        script.load_policy(cfg)
+        setup.load_policy(vars(cfg))
     asked = [(options["quantize"], options["backend"]) for options in loaded]
     assert asked == [("none", None), ("int8", None), ("int4", None), ("int8", "bitsandbytes"), ("int4", "bitsandbytes")]
 
@@ -135,8 +126,8 @@ def test_a_quantised_run_has_its_own_folder_and_says_so(tmp_path: Path, loaded: 
 def test_a_policy_of_another_width_ends_before_the_first_episode() -> None:
     cfg = EvalConfig(pretrained_checkpoint="arms")
     with pytest.raises(ConfigError, match="arms answers with 14 numbers and LIBERO takes 7"):
-        script.load_policy(cfg)
-    script.load_policy(dataclasses.replace(cfg, open_loop=True))
+        setup.load_policy(vars(cfg))
+    setup.load_policy(vars(dataclasses.replace(cfg, open_loop=True)))
 
 
 def test_identity_follows_the_weights_and_not_the_workers(tmp_path: Path) -> None:
@@ -167,21 +158,20 @@ def test_identity_follows_the_weights_and_not_the_workers(tmp_path: Path) -> Non
         ({"open_loop": True}, "--open_loop asks a checkpoint"),
         ({"policy": "replay", "env_seed": 1}, "replay begins where each episode was recorded"),
         ({"policy": "replay", "data_root_dir": Path("no")}, "no is no folder"),
+        ({"policy": "replay"}, "isn't there"),  # the default folder is no hub id
         ({"task_suite_name": "libero_spatal"}, "unknown suite 'libero_spatal'"),
         ({"task_ids": (7,)}, "no task 7"),
-        ({"num_trials_per_task": 99}, "8 stored initial states"),
+        ({"num_trials_per_task": 9}, "8 stored initial states.*num_trials_per_task 9"),
+        ({"num_trials_per_task": 2, "first_init_state": 7}, "from first_init_state 7 on asks for more"),
     ],
 )
-def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, changes: dict[str, Any], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=sentence):
         run(tmp_path / "rollouts", **changes)
     assert not (tmp_path / "rollouts").exists()
-
-
-def test_the_default_folder_of_data_sets_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="isn't there"):
-        run(tmp_path / "rollouts", policy="replay")
 
 
 def test_a_run_and_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,8 +192,6 @@ def test_a_run_and_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert read_rows(folder)[:2] == rows
     assert len(read_rows(folder)) == 3
     assert "2 of 3 episodes are already in" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="holds a run with num_steps_wait 10, this one has 5"):
-        run(tmp_path, num_steps_wait=5)
 
 
 def test_controls_stand_beside_the_score(
@@ -227,10 +215,7 @@ def test_controls_stand_beside_the_score(
     summary = summary_of(folder)
     assert summary["episodes"] == 3
     assert set(summary["controls"]) == {"open_loop", "zero", "random", "instruction swap"}
-    assert summary["controls"]["open_loop"]["splits"]["train"]["frames"] == 5
-    printed = capsys.readouterr().out
-    assert "control zero: 0 of 3 episodes on these tasks" in printed
-    assert "control instruction swap: " in printed
+    assert "control zero: 0 of 3 episodes on these tasks" in capsys.readouterr().out
     # what must be known of how it was measured
     protocol = summary["protocol"]
     assert protocol.keys() >= {
@@ -243,13 +228,7 @@ def test_controls_stand_beside_the_score(
         *("picture", "num_images_in_input", "decode", "device", "dtype", "backend"),
     }
     assert (card["dtype"], card["device"], card["adapter"]) == ("float32", "cpu", None)
-    assert "JPEG quality 95" in card["picture"] and "256 action tokens" in card["decode"]
-    assert card["backend"].startswith(f"torch {protocol['versions']['torch']}") and ", cpu, " in card["backend"]
-    assert len(protocol["versions"]["git_commit"]) >= 40
-    assert 0 < session["policy_latency_ms"]["p50"] <= session["policy_latency_ms"]["p95"]
-    memory = session["host_memory_peak_bytes"]
-    assert memory["sum"] == memory["parent"] + sum(memory["workers"]) and len(memory["workers"]) == 1
-    assert session["gpu_memory_peak_bytes"] is None  # the CPU computed
+    assert session["policy_latency_ms"]["calls"] and session["gpu_memory_peak_bytes"] is None  # the CPU computed
     page = (folder / "report.html").read_text()
     for fact in (card["checkpoint_fingerprint"], card["picture"], card["decode"], session["golden_frame"]["sha256"]):
         assert fact in page
@@ -297,13 +276,6 @@ def test_runs_are_compared_on_a_page_and_averaged(tmp_path: Path, capsys: pytest
     assert "to show a difference of 50 points takes 14 shared episodes" in printed
     assert f"side by side: {page}" in printed
     assert "A minus B over the 6 episodes" in page.read_text()
-    for wrong, sentence in (
-        ((before, tmp_path / "nowhere"), r"nowhere has no results\.jsonl"),
-        ((before, after, before), "in twos, before and after, not 3"),
-        ((before, after, before, after), "EVAL-fake-zero is given more than once"),
-    ):
-        with pytest.raises(ConfigError, match=sentence):
-            run(tmp_path, compare=wrong)
     more = [after.with_name(name) for name in ("EVAL-fake-zero--more", "EVAL-fake-random--more")]
     for folder, copied in zip(more, (before, after), strict=True):
         shutil.copytree(copied, folder)

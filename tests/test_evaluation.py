@@ -12,13 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import pytest
 
 from prismatic import evaluation
-from prismatic.episodes import actions
-from prismatic.episodes.player import Outcome, Play
-from prismatic.episodes.result import read_rows
+from prismatic.episodes.player import Play
+from prismatic.episodes.result import load_actions, read_rows
 from prismatic.episodes.trials import Trial, list_trials
 from prismatic.errors import ConfigError
 from tests import drawn_results
@@ -34,16 +32,15 @@ def plan(num_trials: int = 4, task_ids: tuple[int, ...] = (0, 1)) -> list[Trial]
 
 
 @contextlib.contextmanager
-def opened(path: Path, identity: dict[str, Any] | None = None, rank: int = 0) -> Iterator[evaluation.RolloutFolder]:
-    folder = evaluation.RolloutFolder(path, identity=identity or {"policy": "x"}, record={"command": "test"}, rank=rank)
-    with folder:
+def opened(path: Path, identity: dict[str, Any] | None = None) -> Iterator[evaluation.RolloutFolder]:
+    with evaluation.RolloutFolder(path, identity=identity or {"policy": "x"}, record={"command": "test"}) as folder:
         yield folder
 
 
-def evaluate(path: Path, trials: list[Trial], *, videos: bool = False, **options: Any) -> dict[str, Any]:
-    play = options.pop("play", Play(benchmark=FAKE, video_folder=path if videos else None))
+def evaluate(path: Path, trials: list[Trial], **options: Any) -> dict[str, Any]:
+    play = options.pop("play", Play(benchmark=FAKE))
     load = options.pop("load_policy", lambda: evaluation.Loaded(BrightnessPolicy()))
-    with opened(path, options.pop("identity", None), rank=options.pop("rank", 0)) as folder:
+    with opened(path, options.pop("identity", None)) as folder:
         return evaluation.evaluate(
             trials, folder, play=play, load_policy=load if play.policy == "parent" else None, **options
         )
@@ -57,22 +54,28 @@ def behaviour(path: Path) -> list[tuple[Any, ...]]:
 # --- stopping and going on ------------------------------------------
 
 
-def test_continues_where_it_stopped_and_drops_a_torn_line(tmp_path: Path) -> None:
-    evaluate(tmp_path / "whole", plan())
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
+    """The behaviour of an evaluation that nothing stopped: four trials of each of three tasks."""
+    folder = tmp_path_factory.mktemp("whole")
+    evaluate(folder, plan(4, (0, 1, 2)), num_workers=2)
+    return behaviour(folder)
+
+
+def test_continues_where_it_stopped_and_drops_a_torn_line(tmp_path: Path, whole: list[tuple[Any, ...]]) -> None:
     parts = tmp_path / "parts"
     evaluate(parts, plan(2))
     results = parts / "results.jsonl"
     first, kept = results.read_bytes(), {path: path.read_bytes() for path in (parts / "actions").iterdir()}
     results.write_bytes(first + b'{"episode_id": "fake/task0/state2/seed0", "succ')
-    played: list[Any] = []
-    evaluate(parts, plan(), on_row=played.append)
-    assert [row.init_state for row in played] == [2, 3, 2, 3]  # and none of those that were there
+    evaluate(parts, plan())
+    assert [row.init_state for row in read_rows(parts)[4:]] == [2, 3, 2, 3]  # and none of those that were there
     assert results.read_bytes().startswith(first)
-    assert behaviour(parts) == behaviour(tmp_path / "whole")
+    assert behaviour(parts) == whole[:8]
     rows = read_rows(parts)
     assert len(results.read_text().splitlines()) == len(rows) == 8
     for row in rows:
-        acted = actions.load(parts, row.actions)
+        acted = load_actions(parts, row.actions)
         assert acted is not None and acted.shape == (row.steps, 7)
         assert hashlib.sha256(acted.tobytes()).hexdigest()[:16] == row.actions_sha256
     assert len(kept) == 4 and all(path.read_bytes() == content for path, content in kept.items())
@@ -149,30 +152,22 @@ def test_two_processes_cannot_write_to_one_folder(tmp_path: Path) -> None:
         evaluation.RolloutFolder(tmp_path / "file" / "run", identity={}, record={})
 
 
-def test_ranks_share_out_the_episodes_and_merge(tmp_path: Path) -> None:
-    evaluate(tmp_path / "one", plan())
-    evaluate(tmp_path / "two", plan(), ranks=2, rank=0)
-    assert len(read_rows(tmp_path / "two")) == 4
-    summary = evaluate(tmp_path / "two", plan(), ranks=2, rank=1)
-    assert summary["episodes"] == 8
-    assert behaviour(tmp_path / "one") == behaviour(tmp_path / "two")
-
-
 KILLED = """
 import sys, time
 sys.path[:0] = [{repository!r}]
-from pathlib import Path
-from prismatic import evaluation
-from prismatic.errors import exit_codes
-from prismatic.episodes.player import Play
-from prismatic.episodes.trials import list_trials
-from tests.fake_policies import BrightnessPolicy
-from tests.fake_simulator import FakeBenchmark
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # the simulator processes, which import this once more, need no torch
+    from pathlib import Path
+    from prismatic import evaluation
+    from prismatic.errors import exit_codes
+    from prismatic.episodes.player import Play
+    from prismatic.episodes.trials import list_trials
+    from tests.fake_policies import BrightnessPolicy
+    from tests.fake_simulator import FakeBenchmark
+
     with exit_codes():
-        trials = list_trials(FakeBenchmark(), "fake", num_trials=8)
-        path, slow = Path({folder!r}), BrightnessPolicy(check=lambda frames: time.sleep(0.02))
+        trials = list_trials(FakeBenchmark(), "fake", num_trials=4)
+        path, slow = Path({folder!r}), BrightnessPolicy(check=lambda frames: time.sleep(0.05))
         with evaluation.RolloutFolder(path, identity={{"policy": "x"}}, record={{}}) as folder:
             evaluation.evaluate(trials, folder, play=Play(benchmark=FakeBenchmark(), video_folder=path),
                 load_policy=lambda: evaluation.Loaded(slow), num_workers=2)
@@ -185,12 +180,14 @@ def _is_alive(process: int) -> bool:
 
 
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_stopped_at_any_moment_it_loses_only_what_is_under_way(tmp_path: Path, stop: signal.Signals, code: int) -> None:
+def test_stopped_at_any_moment_it_loses_only_what_is_under_way(
+    tmp_path: Path, stop: signal.Signals, code: int, whole: list[tuple[Any, ...]]
+) -> None:
     script, run = tmp_path / "script.py", tmp_path / "run"
     script.write_text(KILLED.format(repository=str(TESTS.parent), folder=str(run)))
     process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True, start_new_session=True)
     results = run / "results.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300  # where other work fills the cores, it takes minutes
     while not (results.exists() and results.read_bytes().count(b"\n") >= 3):
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -207,35 +204,37 @@ def test_stopped_at_any_moment_it_loses_only_what_is_under_way(tmp_path: Path, s
         assert time.monotonic() < deadline, "a simulator process outlives its parent"
         time.sleep(0.02)
     before = read_rows(run)
-    assert 3 <= len(before) < 24
+    assert 3 <= len(before) < 12
     if stop != signal.SIGKILL:
         assert json.loads((run / "summary.json").read_text())["episodes"] == len(before)
-    evaluate(run, plan(8, (0, 1, 2)), videos=True)
+    evaluate(run, plan(4, (0, 1, 2)), play=Play(benchmark=FAKE, video_folder=run))
     assert read_rows(run)[: len(before)] == before
-    evaluate(tmp_path / "whole", plan(8, (0, 1, 2)))
-    assert behaviour(run) == behaviour(tmp_path / "whole")
-    assert len(list(run.glob("*.mp4"))) == 24
+    assert behaviour(run) == whole
+    assert len(list(run.glob("*.mp4"))) == 12
     assert not list(run.glob(".unfinished*"))
 
 
 # --- what is written ------------------------------------------
 
 
-def test_a_line_a_video_and_a_summary(tmp_path: Path) -> None:
+def test_a_line_a_video_with_its_poster_and_gif_and_a_summary(tmp_path: Path) -> None:
     import imageio.v3 as imageio
 
-    summary = evaluate(tmp_path, plan(2), videos=True, num_workers=2)
+    play = Play(benchmark=FAKE, video_folder=tmp_path, gifs=True)
+    summary = evaluate(tmp_path, plan(2), play=play, num_workers=2)
     row = next(row for row in read_rows(tmp_path) if row.episode_id == "fake/task1/state1/seed0")
     assert (row.suite, row.task_id, row.init_state, row.env_seed, row.error) == ("fake", 1, 1, 0, None)
     assert row.instruction == "push the point to the goal, 1." and row.seconds > 0
     assert row.video and row.video == f"episode=10--success={row.success}--task=push_the_point_to_the_goal__1_.mp4"
+    assert (tmp_path / evaluation.poster_name(row.video)).is_file()
+    assert (tmp_path / row.video).with_suffix(".gif").is_file()
+    assert len(list(tmp_path.rglob("*.gif"))) == len(list(tmp_path.rglob("*.jpg"))) == 4
     frames = imageio.imread(tmp_path / row.video)
     assert len(frames) == row.steps + 1  # what the policy saw, and how it ended
     assert abs(int(frames[0].mean()) - 17) <= 3
     assert frames[-1].mean() > frames[0].mean()
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert [task["task_id"] for task in summary["per_task"]] == [0, 1]
-    assert sum(task["successes"] for task in summary["per_task"]) == summary["successes"]
     protocol = dict(summary["protocol"])
     (session,) = protocol.pop("sessions")
     assert protocol == {"policy": "x", "command": "test", "policy_card": {"decode": "brightness"}}
@@ -246,22 +245,9 @@ def test_a_line_a_video_and_a_summary(tmp_path: Path) -> None:
     assert session["golden_frame"]["as_expected"] is False  # the fake simulator's is black
 
 
-def test_posters_and_gifs_go_with_their_video(tmp_path: Path) -> None:
-    play = Play(benchmark=FAKE, video_folder=tmp_path, gifs=True, annotate=True)
-    evaluate(tmp_path, plan(1), play=play)
-    for row in read_rows(tmp_path):
-        assert row.video is not None
-        stem = row.video.removesuffix(".mp4")
-        assert (tmp_path / row.video).is_file() and (tmp_path / f"{stem}.gif").is_file()
-        assert evaluation.poster_name(row.video) == f"posters/{stem}.jpg"
-        assert (tmp_path / "posters" / f"{stem}.jpg").is_file()
-    assert len(list(tmp_path.rglob("*.gif"))) == len(list(tmp_path.rglob("*.jpg"))) == 2
-
-
 def test_each_line_says_how_far_it_got_and_why(tmp_path: Path) -> None:
-    play = Play(benchmark=FAKE, policy="random")
-    summary = evaluate(tmp_path / "run", plan(8), play=play)
-    for row in read_rows(tmp_path / "run"):
+    summary = evaluate(tmp_path, plan(8), play=Play(benchmark=FAKE, policy="random"))
+    for row in read_rows(tmp_path):
         assert list(row.stages)[:2] == ["approached", "touched"] and row.stages["touched"] == 1
         assert (row.verdict == "success") == row.success
         assert row.success or row.verdict in ("beside_target", "never_grasped", "idle")
@@ -272,17 +258,3 @@ def test_each_line_says_how_far_it_got_and_why(tmp_path: Path) -> None:
     assert summary["verdicts"].get("success", 0) == summary["successes"] == reached
     assert summary["funnel"]["touched"] == {"episodes": 16, "reached": 16, "share": 1.0}
     assert [task["funnel"]["touched"]["episodes"] for task in summary["per_task"]] == [8, 8]
-    parallel = evaluate(tmp_path / "two", plan(8), play=play, num_workers=2)
-    assert (parallel["verdicts"], parallel["funnel"]) == (summary["verdicts"], summary["funnel"])
-
-
-def test_a_recorded_video_is_never_overwritten(tmp_path: Path) -> None:
-    with opened(tmp_path) as folder:
-        names = []
-        for content in (b"first", b"second"):
-            video = folder.unfinished / "1.mp4"
-            video.write_bytes(content)
-            row = drawn_results.row(0, 0, True, instruction="go")
-            names.append(folder.add(Outcome(row, np.zeros((1, 7)), video), number=1).video)
-    assert names == ["episode=1--success=True--task=go.mp4", "episode=1--success=True--task=go--2.mp4"]
-    assert [(tmp_path / str(name)).read_bytes() for name in names] == [b"first", b"second"]

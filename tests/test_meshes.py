@@ -33,13 +33,6 @@ def test_what_is_left_lies_on_the_surface_and_covers_it(cell: float) -> None:
     assert len(np.unique(triples, axis=0)) > 0.99 * len(triples)
 
 
-def test_a_mesh_that_is_coarse_already_stays() -> None:
-    vertices, faces = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1.0]]), np.array([[0, 1, 2], [3, 2, 1]])
-    left, fewer = merged_vertices(vertices, faces, 0.01)
-    np.testing.assert_array_equal(left, [0, 1])
-    np.testing.assert_array_equal(fewer, faces)
-
-
 def test_the_model_is_whole_again_afterwards() -> None:
     vertices, faces = sphere(60)
     model = SimpleNamespace(

@@ -14,10 +14,9 @@ from prismatic.episodes import pool
 from prismatic.episodes.player import Outcome, Play
 from prismatic.episodes.session import Session
 from prismatic.episodes.setup import GATHERING
-from prismatic.episodes.trials import Trial, TrialQueue
+from prismatic.episodes.trials import Trial, TrialQueue, list_trials
 from prismatic.errors import ConfigError, PolicyError
 from prismatic.image import ImagePath
-from tests.conftest import REPOSITORY
 from tests.fake_policies import BrightnessPolicy, RoundingPolicy
 from tests.fake_simulator import STATES, FakeBenchmark
 
@@ -25,12 +24,8 @@ FAKE = Play(benchmark=FakeBenchmark())
 CRASH_TIME = 60.0  # s of silence before a simulator counts as hung: far longer than any test takes
 
 
-def trials(tasks: int = 2, states: int = 4, env_seed: int = 0) -> list[Trial]:
-    return [
-        Trial(suite="fake", task_id=task, init_state=state, env_seed=env_seed)
-        for task in range(tasks)
-        for state in range(states)
-    ]
+def trials(tasks: int = 2, states: int = 4) -> list[Trial]:
+    return list_trials(FAKE.benchmark, "fake", task_ids=range(tasks), num_trials=states)
 
 
 def play(played: list[Trial], **options: Any) -> list[Outcome]:
@@ -39,7 +34,7 @@ def play(played: list[Trial], **options: Any) -> list[Outcome]:
     workers, one_by_one = options.pop("num_workers", 1), options.pop("one_by_one", False)
     session = Session(options.pop("policy", BrightnessPolicy()), workers=workers, one_by_one=one_by_one)
     options = {"hang_limit": CRASH_TIME} | options
-    ends = pool.run(TrialQueue(played), setup, num_workers=workers, answer=session.answer, **options)
+    ends = pool.Pool(TrialQueue(played), setup, workers, session.answer, **options).run()
     return [end.result or Outcome(setup.row(end.job, seconds=end.seconds, error=end.error)) for end in ends]
 
 
@@ -48,6 +43,14 @@ def behaviour(outcomes: list[Outcome]) -> dict[str, tuple[Any, ...]]:
     rows = {outcome.row.episode_id: (outcome.row, outcome.actions) for outcome in outcomes}
     assert len(rows) == len(outcomes)
     return {name: (row.success, row.steps, acted.tobytes()) for name, (row, acted) in rows.items() if acted is not None}
+
+
+def test_plan_names_every_episode_by_what_it_is() -> None:
+    planned = list_trials(FAKE.benchmark, "fake", task_ids=(2, 0), num_trials=2, first_init_state=3, env_seed=5)
+    assert [trial.id for trial in planned] == [
+        f"fake/task{task}/state{state}/seed5" for task in (0, 2) for state in (3, 4)
+    ]
+    assert len(list_trials(FAKE.benchmark, "fake", num_trials=8)) == 24  # no task named: all
 
 
 @pytest.fixture
@@ -72,7 +75,7 @@ def test_parallel_equals_sequential_and_batches(trouble: Path) -> None:
     assert set(alone.batch_sizes) == {1} and max(together.batch_sizes) > 1
     assert sum(alone.batch_sizes) == sum(together.batch_sizes)
     # a policy that drafts is told which episode a frame belongs to
-    assert together.calls == {(trial, 0): alone.calls[trial, 0] for trial in played}
+    assert together.calls == alone.calls and together.calls.keys() == set(played)
 
 
 def test_one_by_one_not_even_rounding_depends_on_who_else_waits(trouble: Path) -> None:
@@ -83,15 +86,6 @@ def test_one_by_one_not_even_rounding_depends_on_who_else_waits(trouble: Path) -
     options["policy"] = RoundingPolicy(log=log, simulators=len(log.read_text().splitlines()) + 3)
     assert behaviour(play(played, one_by_one=True, **options)) == sequential
     assert set(options["policy"].batch_sizes) == {1}
-
-
-def test_a_real_policy_gives_the_same_actions_side_by_side_as_alone() -> None:
-    from prismatic.checkpoint import load_policy
-
-    policy = load_policy(str(REPOSITORY / "checkpoints" / "openvla-tiny"), device="cpu")
-    setup = replace(FAKE, num_images=2)  # it gets the wrist's camera, too
-    alone, together = (play(trials(states=2), setup=setup, policy=policy, num_workers=number) for number in (1, 3))
-    assert behaviour(together) == behaviour(alone)
 
 
 def test_what_the_policy_is_told_and_what_the_seed_moved_stand_in_the_outcome() -> None:
@@ -152,17 +146,16 @@ def test_the_third_crash_is_an_error_and_no_failure(trouble: Path) -> None:
     assert len(good) == 6 and good.items() <= undisturbed.items()
 
 
-def test_a_simulator_that_never_starts_ends_in_a_sentence(trouble: Path) -> None:
+def test_a_simulator_that_never_starts_ends_in_a_sentence_and_one_task_that_cannot_be_built_leaves_the_others(
+    trouble: Path,
+) -> None:
+    (trouble / "1-build").write_text("die 99")
+    outcomes = play(trials(states=1))
+    assert [(outcome.row.task_id, outcome.row.success is None) for outcome in outcomes] == [(0, False), (1, True)]
     (trouble / "0-build").write_text("die 99")
     with pytest.raises(ConfigError, match=r"cannot be started, nothing was played: .*SIGKILL"):
         play(trials())
     assert (trouble / "0-build").read_text() == "die 96"
-
-
-def test_one_task_that_cannot_be_built_leaves_the_others(trouble: Path) -> None:
-    (trouble / "1-build").write_text("die 99")
-    outcomes = play(trials(states=1))
-    assert [(outcome.row.task_id, outcome.row.success is None) for outcome in outcomes] == [(0, False), (1, True)]
 
 
 def test_an_error_of_the_policy_is_not_played_again() -> None:
@@ -191,17 +184,6 @@ def test_threads_of_a_process_and_who_draws_the_golden_frame(trouble: Path, monk
     assert len(drawn) == 1 and len(drawn[0]["sha256"]) == 16
     assert (trouble / "log").read_text().split()[3:5] == ["OMP_NUM_THREADS=1", "LP_NUM_THREADS=7"]
     assert "OMP_NUM_THREADS" not in os.environ
-
-
-def test_closing_leaves_no_process_behind() -> None:
-    answer = Session(BrightnessPolicy(), workers=2).answer
-    outcomes = pool.run(TrialQueue(trials()), FAKE, num_workers=2, answer=answer)
-    next(outcomes)
-    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    players = [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
-    assert len(players) == 2
-    outcomes.close()
-    assert not [player for player in players if Path(f"/proc/{player}").exists()]
 
 
 def test_a_process_born_as_its_parent_dies_ends_at_once() -> None:

@@ -1,6 +1,5 @@
 """report.py on a folder as eval.py leaves it."""
 
-import json
 import re
 from pathlib import Path
 from urllib.parse import unquote
@@ -9,9 +8,8 @@ import numpy as np
 import pytest
 
 from prismatic import evaluation, report
-from prismatic.episodes import actions as traces
+from prismatic.episodes.result import save_actions
 from prismatic.errors import ConfigError
-from prismatic.summary import summarise
 from tests.drawn_results import Reader, folder_with, row
 
 ROWS = [
@@ -58,15 +56,6 @@ def test_every_video_failures_first_and_nothing_from_outside(tmp_path: Path) -> 
     assert "the simulator process died (signal SIGKILL)" in page.texts
 
 
-def test_an_episode_played_again_is_shown_once(tmp_path: Path) -> None:
-    rows = [row(2, 0, None, "the simulator hung"), row(2, 0, True)]
-    folder = folder_with(tmp_path, rows)
-    (folder / "summary.json").write_text(json.dumps(summarise(rows[1:], protocol={})))
-    page = report.build(folder).read_text()
-    assert "the simulator hung" not in page
-    assert page.count("<video") == 1
-
-
 STAGES = ("approached", "touched", "grasped", "predicate_held")
 
 
@@ -76,7 +65,7 @@ def explained(path: Path) -> Path:
     rows = [row(0, 0, True), row(0, 1, False), row(1, 0, False), row(1, 1, None, "died")]
     for line, steps in zip(rows[:3], ((3, 5, 9, 20), (4, None, None, None), (2, 6, None, None)), strict=True):
         line.stages = dict(zip(STAGES, steps, strict=True))
-        line.actions = traces.save(path, line.episode_id, np.linspace(-1, 1, 140).reshape(20, 7))
+        line.actions = save_actions(path, line.episode_id, np.linspace(-1, 1, 140).reshape(20, 7))
     for line, verdict in zip(rows, ("success", "never_touched", "closed_beside", "error"), strict=True):
         line.verdict, line.reason = verdict, f"Because of {verdict} & <b>more</b>."
     return folder_with(path, rows)

@@ -118,6 +118,6 @@ def test_the_queue_is_empty_at_an_episodes_start_and_a_frame_is_rendered_when_so
 def test_an_answer_that_is_no_action_is_the_policys_error() -> None:
     for chunk in (np.full((1, 1, 7), np.nan), np.zeros((1, 1, 6))):
         episode = rollout(Recorded(None), Chunks(chunk), init_state=0, max_steps=5)
-        assert episode.policys_fault and (episode.error or "").startswith(PolicyError.__name__)
+        assert (episode.error or "").startswith(PolicyError.__name__) and not episode.success
     with pytest.raises(ConfigError, match="num_trials_per_task"):
         rollout(Recorded(None), Chunks(np.zeros((1, 1, 7))), init_state=1, max_steps=5)

@@ -20,7 +20,7 @@ LEVELS = (0, 100, 255)
 
 def questions(*levels: int) -> list[Question]:
     frames = [np.full((8, 8, 3), level, np.uint8) for level in levels]
-    return [Question("job", 0, Observation(frame, "a", frame, np.zeros(8, np.float32))) for frame in frames]
+    return [Question("job", Observation(frame, "a", frame, np.zeros(8, np.float32))) for frame in frames]
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])
@@ -59,8 +59,5 @@ def test_what_a_call_measured_of_itself(monkeypatch: pytest.MonkeyPatch) -> None
     assert 10_000_000 < host["parent"] <= machine.peak_memory()
     assert (record["rank"], record["episodes"], record["workers"]) == (3, 4, 2)
     assert record["golden_frame"] == {"sha256": "0123"}
-
-
-def test_nothing_measured_is_null() -> None:
-    record = Session(None, workers=1).record()
-    assert not any(record[name] for name in ("policy_latency_ms", "gpu_memory_peak_bytes", "golden_frame", "decoding"))
+    nothing = Session(None, workers=1).record()
+    assert not any(nothing[name] for name in ("policy_latency_ms", "gpu_memory_peak_bytes", "golden_frame", "decoding"))

@@ -1,5 +1,6 @@
 """summary.py: what summary.json says beside the rates, the sentences of it, and the mean over several rollout folders."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from prismatic.episodes.result import EpisodeResult, ReplayResult
 from prismatic.errors import ConfigError
-from prismatic.summary import mean_over_suites, sentences, summarise
+from prismatic.summary import beside, mean_over_suites, sentences, summarise
 from tests import drawn_results
 
 
@@ -15,16 +16,13 @@ def row(task: int, success: bool | None, **facts: Any) -> EpisodeResult:
     return drawn_results.row(task, 0, success, **facts)
 
 
-def test_rates_leave_errors_out() -> None:
+def test_rates_of_tasks_leave_errors_out_and_have_an_interval_over_tasks() -> None:
     rows = [row(0, success) for success in (True, True, False, None)]
     summary = summarise(rows, protocol={})
     assert (summary["episodes"], summary["successes"], summary["failures"], summary["errors"]) == (4, 2, 1, 1)
     assert summary["success_rate"] == pytest.approx(2 / 3)
     assert summary["interval_95"] == pytest.approx([0.2077, 0.9385], abs=1e-4)
     assert summarise(rows[3:], protocol={})["success_rate"] is None
-
-
-def test_rates_of_tasks_and_the_interval_over_tasks() -> None:
     rows = [row(task, task < 5) for task in range(10) for _ in range(20)]
     summary = summarise(rows, protocol={})
     assert [task["success_rate"] for task in summary["per_task"]] == [1.0] * 5 + [0.0] * 5
@@ -33,15 +31,10 @@ def test_rates_of_tasks_and_the_interval_over_tasks() -> None:
     assert summary["interval_95_by_task"] == [0.2, 0.8]  # the tasks differ, not their episodes
     assert any(line.startswith("20.0 to 80.0 % when whole tasks are drawn") for line in sentences(summary))
     assert summarise(rows[:20], protocol={})["interval_95_by_task"] is None  # one task has no spread
-
-
-def test_episodes_needed_for_the_difference_asked() -> None:
-    rows = [row(0, number < 15) for number in range(20)]
-    summary = summarise(rows, protocol={"difference_asked": 0.25})
-    assert summary["episodes_needed"]["separate_runs"] == 58  # R: power.prop.test(p1 = .75, p2 = .5, power = .8), 57.7
-    assert any("a difference of 25 points from 75.0 % shows in 58 episodes" in line for line in sentences(summary))
-    assert summarise(rows, protocol={})["episodes_needed"] is None
-    assert summarise([row(0, None)], protocol={"difference_asked": 0.25})["episodes_needed"] is None
+    assert summary["episodes_needed"] is None  # nobody asked
+    needs = summarise(rows, protocol={"difference_asked": 0.1})
+    assert needs["episodes_needed"]["separate_runs"] == 388
+    assert needs["episodes_needed"]["sentence"] in sentences(needs)
 
 
 def test_it_says_what_the_env_seed_varied() -> None:
@@ -70,6 +63,42 @@ def test_replays_and_controls_are_told() -> None:
     assert "control zero: 1 of 4 episodes on these tasks, 95 % interval 4.6 to 69.9 %" in text
     assert "control open loop, 9 train frames: action accuracy 0.500, L1 0.250" in text
     assert "8 validation frames: L1 0.500 (teacher-forced L1 0.500)" in text  # a regression has no tokens
+
+
+# --- runs beside it ------------------------------------------------------------------------------------------
+
+
+def write_run(folder: Path, successes: int, failures: int, **identity: Any) -> dict[str, Any]:
+    folder.mkdir(parents=True)
+    whole = {"task_suite_name": "s", "env_seed": 0, "num_steps_wait": 10, "step_limit": 220} | identity
+    counts = {"successes": successes, "failures": failures, "errors": 1}  # the same in both tasks
+    (folder / "summary.json").write_text(json.dumps({"per_task": [{"task_id": task} | counts for task in (0, 1)]}))
+    (folder / "run.json").write_text(json.dumps({"identity": whole, "record": {}}))
+    return whole
+
+
+def test_controls_of_the_same_episodes_stand_beside(tmp_path: Path) -> None:
+    own = write_run(tmp_path / "own", 5, 5, policy="checkpoint", weights="w")
+    zero = write_run(tmp_path / "zero", 0, 4, policy="zero")
+    write_run(tmp_path / "random-few", 1, 1, policy="random", seed=1)
+    write_run(tmp_path / "random-many", 1, 9, policy="random", seed=2)
+    write_run(tmp_path / "expert-elsewhere", 9, 0, policy="expert", env_seed=1)
+    write_run(tmp_path / "swap", 4, 6, policy="checkpoint", weights="w", instruction="swap")
+    write_run(tmp_path / "swap-other", 0, 99, policy="checkpoint", weights="other", instruction="swap")
+    write_run(tmp_path / "twin", 9, 1, policy="checkpoint", weights="w", note="x")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "summary.json").write_text("{")
+    found = beside(tmp_path / "own", own, task_ids={1})
+    assert {name: (result["successes"], result["judged"], result["folder"]) for name, result in found.items()} == {
+        "zero": (0, 4, "zero"),
+        "random": (1, 10, "random-many"),
+        "instruction swap": (4, 10, "swap"),
+    }
+    later = own | {"benchmark_files": "0123"}  # a run of today beside controls of before that was recorded
+    assert beside(tmp_path / "own", later, task_ids={1}) == found
+    assert found["zero"]["interval_95"] == pytest.approx([0.0, 0.4899], abs=1e-4)
+    assert beside(tmp_path / "own", own, task_ids={7}) == {}
+    assert "zero" not in beside(tmp_path / "zero", zero, task_ids={0})
 
 
 # --- the number that papers give --------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def measure(trials: Sequence[Trial], play: Play, policy: Any, *, rendering: str,
     ended: list[tuple[float, Outcome]] = []
     threads = {"LP_NUM_THREADS": str(0 if rendering == ONE_CORE else machine.available_cores())}
     with mock.patch.dict(os.environ, threads):  # of the simulator processes that start meanwhile
-        for end in pool.run(TrialQueue(trials), play, num_workers=workers, answer=session.answer):
+        for end in pool.Pool(TrialQueue(trials), play, workers, session.answer).run():
             if end.error:
                 raise RuntimeError(f"{end.job.id}: {end.error}")
             ended.append((time.monotonic(), end.result))

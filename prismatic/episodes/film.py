@@ -5,6 +5,7 @@ if asked, a GIF beside it. Frames are written as they come, none is kept in memo
 import contextlib
 import shutil
 import subprocess
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ GIF_FRAMES_PER_SECOND = 10  # half the video's: GIFs are large
 POSTER_QUALITY = 80  # of JPEG's 100, about 10 KB
 HOLD = FRAMES_PER_SECOND  # frames for which an outcome that is drawn stays, so that it can be read
 FULL_DISK_BYTES = 1 << 20  # with less free than this, a failed write is put down to the disk
-TEXT_SIZE, LINE, MARGIN = 12, 15, 5  # pixels, of a caption
+# pixels, of a caption; a letter's width is the average of LIBERO's sentences
+TEXT_SIZE, LINE, MARGIN, LETTER = 12, 15, 5, 6
 INK, SOFT, PAPER = (240, 240, 240), (170, 180, 190), (24, 28, 34)
 COLOURS = {"success": (110, 210, 150), "failure": (250, 150, 120)}  # of a status that begins with the word
 
@@ -69,11 +71,9 @@ class Film:
 
         if self._writer is not None:
             with _written(self.path):
-                try:
-                    self._writer.close()
-                    count_frames_and_secs(
-                        str(self.path)
-                    )  # ffmpeg runs on its own, and imageio doesn't ask how it ended
+                self._writer.close()
+                try:  # ffmpeg runs on its own, and imageio doesn't ask how it ended
+                    count_frames_and_secs(str(self.path))
                 except RuntimeError:
                     raise OSError("ffmpeg left it unfinished") from None
 
@@ -122,13 +122,7 @@ def _written(path: Path) -> Any:
 def draw_caption(frame: np.ndarray, instruction: str, status: str) -> np.ndarray:
     """(H, W, 3) uint8 with a strip under it: the instruction, and how far the episode is or how it ended. The strip's height is even."""
     width, font = frame.shape[1], ImageFont.load_default(TEXT_SIZE)
-    lines = [""]
-    for word in instruction.split():  # a single word that does not fit is cut by the edge
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width - 2 * MARGIN:
-            lines.append(word)
-        else:
-            lines[-1] = longer
+    lines = textwrap.wrap(instruction, (width - 2 * MARGIN) // LETTER) or [""]
     height = 2 * MARGIN + LINE * (len(lines) + 1)
     strip = Image.new("RGB", (width, height + height % 2), PAPER)
     pen = ImageDraw.Draw(strip)

@@ -82,9 +82,7 @@ def teacher_forced(policy: VLAPolicy, batch: Batch) -> np.ndarray:
         assert out.actions is not None
         return out.actions.float().cpu().numpy()
     tokenizer, targets = policy.processor.action_tokenizer, batch.labels[:, 1:][batch.labels[:, 1:] != IGNORE]
-    logits = out.logits[
-        targets >= tokenizer.first_id
-    ]  # of the labels that count; the policy chooses among the action ids
+    logits = out.logits[targets >= tokenizer.first_id]  # of the labels that count; it chooses among the action ids
     ids = tokenizer.first_id + logits[:, tokenizer.first_id : policy.processor.config.vocab_size].argmax(dim=-1)
     return ids.cpu().numpy().reshape(len(batch.labels), policy.num_actions_chunk, -1)
 

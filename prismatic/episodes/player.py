@@ -18,7 +18,7 @@ import numpy as np
 from prismatic import machine
 from prismatic.episodes.controls import PROTOCOL_SEED, instruction_given, moved_by_seed
 from prismatic.episodes.film import Film
-from prismatic.episodes.pool import Crashed, Parent
+from prismatic.episodes.pool import Parent
 from prismatic.episodes.recorded import RecordedActions
 from prismatic.episodes.result import EpisodeResult
 from prismatic.episodes.trials import Trial
@@ -56,13 +56,7 @@ class _ParentsPolicy:
         self.num_images, self.uses_state = play.num_images, play.uses_state
         self._prepare, self._parent = play.prepare or (lambda image: image), parent
 
-    def chunk(
-        self,
-        frame: np.ndarray | None,
-        instruction: str,
-        wrist: np.ndarray | None = None,
-        state: np.ndarray | None = None,
-    ) -> np.ndarray:
+    def chunk(self, frame: Any, instruction: str, wrist: Any = None, state: Any = None) -> np.ndarray:
         image, second = (None if one is None else self._prepare(one) for one in (frame, wrist))
         answer = self._parent.ask(Observation(image, instruction, second, state))
         if isinstance(answer, Exception):
@@ -76,14 +70,12 @@ class _Control:
     num_images, uses_state = 0, False
 
     def __init__(self, kind: str, seed: int, trial: Trial) -> None:
-        self.kind = kind
-        self.generator = np.random.default_rng([seed, *trial.id.encode()])
+        self.kind, self.generator = kind, np.random.default_rng([seed, *trial.id.encode()])
 
     def chunk(self, frame: Any, instruction: str, wrist: Any = None, state: Any = None) -> np.ndarray:
         if self.kind == "zero":
             return np.array([[0, 0, 0, 0, 0, 0, 1]], dtype=np.float32)
-        motion, gripper = self.generator.uniform(-1, 1, size=6), self.generator.uniform(0, 1, size=1)
-        return np.concatenate([motion, gripper]).astype(np.float32)[None]
+        return self.generator.uniform([-1] * 6 + [0], 1).astype(np.float32)[None]
 
 
 @dataclass(frozen=True)
@@ -126,11 +118,11 @@ class Play:
         return sim
 
     def play(self, sim: Simulator, job: Trial, parent: Parent) -> Outcome:
-        """Play one trial. Crashed: it may go better when it is played again."""
+        """Play one trial. Whatever is raised may pass when it is played again."""
         start, recording = time.monotonic(), job.recording
-        moved = None
-        if sim.env_seed != PROTOCOL_SEED and not recording:
-            moved = moved_by_seed(sim, settle=self.settle)
+        limit = len(recording.actions) if recording else self.max_steps or self.benchmark.step_limit(job.suite)
+        seeded = sim.env_seed != PROTOCOL_SEED and not recording
+        moved = moved_by_seed(sim, settle=self.settle) if seeded else None
         actor, film = self._actor(sim, job, parent), self._film(sim, job)
 
         def on_step(step: int, frame: np.ndarray | None) -> None:
@@ -144,21 +136,18 @@ class Play:
                 actor,
                 init_state=recording.start if recording else job.init_state,
                 seed=recording and recording.seed,
-                max_steps=len(recording.actions)
-                if recording
-                else self.max_steps or self.benchmark.step_limit(job.suite),
+                max_steps=limit,
                 settle=self.settle,
                 num_open_loop_steps=self.num_open_loop_steps,
                 recorder=lambda: self.benchmark.recorder(sim),
                 on_step=on_step,
             )
-            if episode.error and not episode.policys_fault:
-                raise Crashed(episode.error)
+            steps = len(episode.actions)
             if film and episode.error is None:
-                film.end(sim.frame(), f"{'success' if episode.success else 'failure'} after {episode.steps} steps")
+                film.end(sim.frame(), f"{'success' if episode.success else 'failure'} after {steps} steps")
         actions = np.array(episode.actions, dtype=np.float32).reshape(-1, 7)
         facts: dict[str, Any] = {
-            "steps": episode.steps,
+            "steps": steps,
             "actions_sha256": hashlib.sha256(actions.tobytes()).hexdigest()[:16],
             "instruction_given": None if self.instruction == "keep" else sim.instruction,
             "moved_by_env_seed_mm": moved,

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import time
+import unittest.mock
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,9 +35,12 @@ _context = multiprocessing.get_context("spawn")  # a forked child would inherit 
 
 
 class Source(Protocol):
-    """Gives out jobs: hashable, with a `scene`, for which a simulator is built. None: nothing now, perhaps more when a running job has ended."""
+    """Gives out jobs: hashable, with a `scene`, for which a simulator is built (`next_job` is told that of the process which asks).
 
-    def next_job(self, scene: Hashable, busy: Counter[Hashable]) -> Any: ...
+    None: nothing now, perhaps more when a running job has ended.
+    """
+
+    def next_job(self, scene: Hashable) -> Any: ...
 
 
 class Work(Protocol):
@@ -47,16 +51,11 @@ class Work(Protocol):
     def play(self, sim: Any, job: Any, parent: "Parent") -> Any: ...
 
 
-class Crashed(Exception):
-    """A job broke in a way that may pass."""
-
-
 @dataclass(frozen=True)
 class Question:
-    """What a process asks. attempt: counts the job's repeats, so that (job, attempt) names one stream of questions."""
+    """What a process asks about its job."""
 
     job: Any
-    attempt: int
     content: Any
 
 
@@ -121,7 +120,7 @@ def serve(connection: Connection, work: Work, first: bool, parent_id: int) -> No
         except ConfigError as error:
             parent.send("refused", str(error))
         except Exception as error:
-            parent.send("crashed", str(error) if isinstance(error, Crashed) else f"{type(error).__name__}: {error}")
+            parent.send("crashed", f"{type(error).__name__}: {error}")
 
 
 # --- in the parent --------------------------------------------------------------------------------------------------
@@ -133,17 +132,14 @@ class _Worker:
     def __init__(self, work: Work, *, first: bool) -> None:
         self.connection, theirs = _context.Pipe()
         self.process = _context.Process(target=serve, args=(theirs, work, first, os.getpid()), daemon=True)
-        added = {name: value for name, value in ONE_THREAD.items() if name not in os.environ}
-        os.environ.update(added)
         # Ctrl-C reaches every process of the terminal. The mask is inherited: the child never sees the signal,
         # the parent a moment later, so that the parent alone decides what stops.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            self.process.start()
+            with unittest.mock.patch.dict(os.environ, {**ONE_THREAD, **os.environ}):
+                self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            for name in added:
-                del os.environ[name]
         theirs.close()
         self.job: Any = None
         self.scene: Hashable = None
@@ -179,22 +175,28 @@ def answer_at(asked: Sequence[float], *, playing: int, window: float, free: floa
 
 
 @dataclass
-class _Pool:
+class Pool:
+    """The source's jobs, done in `num_workers` processes."""
+
     source: Source
     work: Work
-    num_workers: int
-    answer: Callable[[Sequence[Question]], Sequence[Any]] | None
-    window: float
-    hang_limit: float
-    on_message: Callable[[str, Any], None]
-    again: deque[Any] = field(default_factory=deque)  # jobs of processes that broke
-    workers: list[_Worker] = field(default_factory=list)
-    attempts: Counter[Any] = field(default_factory=Counter)
-    any_started: bool = False
-    any_built: bool = False
-    free: float = 0.0  # when the last answer had been given
+    num_workers: int = 1
+    answer: Callable[[Sequence[Question]], Sequence[Any]] | None = None  # gives one answer a question
+    window: float = 0.0  # s for which an answer waits for others to ask, see answer_at
+    hang_limit: float = HANG_LIMIT  # s after which a silent process counts as hung
+    on_message: Callable[[str, Any], None] = lambda kind, content: None  # what a process says unasked
+    again: deque[Any] = field(default_factory=deque, init=False)  # jobs of processes that broke
+    workers: list[_Worker] = field(default_factory=list, init=False)
+    attempts: Counter[Any] = field(default_factory=Counter, init=False)
+    any_started: bool = field(default=False, init=False)
+    any_built: bool = field(default=False, init=False)
+    free: float = field(default=0.0, init=False)  # when the last answer had been given
 
     def run(self) -> Generator[Ended, None, None]:
+        """Yield the jobs' ends, in the order in which they end; closing the generator kills the processes.
+
+        ConfigError when a process refuses its configuration or none can ever be started.
+        """
         try:
             while self._assign():
                 yield from self._listen()
@@ -204,8 +206,7 @@ class _Pool:
                 worker.stop()
 
     def _next(self, scene: Hashable) -> Any:
-        busy = Counter(worker.scene for worker in self.workers if worker.job)
-        return self.again.popleft() if self.again else self.source.next_job(scene, busy)
+        return self.again.popleft() if self.again else self.source.next_job(scene)
 
     def _assign(self) -> bool:
         """Give a job to whoever is idle, start processes while there are jobs for them; False when nothing is left to do."""
@@ -242,7 +243,9 @@ class _Pool:
             kind, content = worker.connection.recv()
         except (EOFError, OSError):
             worker.process.join(timeout=5)
-            yield from self._replace(worker, f"the simulator process died ({_exit_reason(worker.process.exitcode)})")
+            code = worker.process.exitcode
+            how = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
+            yield from self._replace(worker, f"the simulator process died ({how})")
             return
         worker.heard = time.monotonic()
         if kind == "question":
@@ -276,33 +279,8 @@ class _Pool:
         if self.answer is None or time.monotonic() < self._answer_at():
             return
         waiting = [worker for worker in self.workers if worker.asked is not None]
-        questions = [Question(worker.job, self.attempts[worker.job], worker.question) for worker in waiting]
-        for worker, answer in zip(waiting, self.answer(questions), strict=True):
+        answers = self.answer([Question(worker.job, worker.question) for worker in waiting])
+        for worker, answer in zip(waiting, answers, strict=True):
             worker.asked, worker.heard = None, time.monotonic()
             worker.send(answer)
         self.free = time.monotonic()
-
-
-def _exit_reason(code: int | None) -> str:
-    if code is not None and code < 0:
-        return f"signal {signal.Signals(-code).name}"
-    return f"exit code {code}"
-
-
-def run(
-    source: Source,
-    work: Work,
-    *,
-    num_workers: int = 1,
-    answer: Callable[[Sequence[Question]], Sequence[Any]] | None = None,
-    window: float = 0.0,
-    hang_limit: float = HANG_LIMIT,
-    on_message: Callable[[str, Any], None] = lambda kind, content: None,
-) -> Generator[Ended, None, None]:
-    """Do the source's jobs in `num_workers` processes and yield their ends, in the order in which they end.
-
-    answer: gives one answer a question. window: s for which an answer waits for others to ask, see answer_at. hang_limit: s after
-    which a silent process counts as hung. on_message(kind, content): what a process says unasked. ConfigError when a process refuses
-    its configuration or none can ever be started. Closing the generator kills the processes.
-    """
-    return _Pool(source, work, num_workers, answer, window, hang_limit, on_message).run()

@@ -34,9 +34,7 @@ START_IMAGE = 30.0  # levels of 255 by which a block of the first image may diff
 BLOCK = 8  # pixels a side
 PATH = 10.0  # mm from the recorded hand, above which a replay has left the recorded path
 
-Beginning = tuple[
-    int, int, np.ndarray | None, int | None
-]  # number in the data set, task, state, or seed of a random one
+Beginning = tuple[int, int, np.ndarray | None, int | None]  # number in the data set, task, state, seed of a random one
 
 
 class OtherStart(PolicyError):

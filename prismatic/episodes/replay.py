@@ -8,7 +8,6 @@ step is a success. Unlike there, fixtures stand where `env_seed` 0 puts them at 
 
 import contextlib
 import re
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,15 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from prismatic.data.staging import writing_to
+from prismatic.arrays import read_arrays
 from prismatic.episodes.demonstration import EpisodeWriter, Job
 from prismatic.errors import ConfigError
 from prismatic.normalize import ACTION_DIMENSIONS
 from prismatic.scene.suites import init_states, task_name
 from prismatic.simulator import LiberoSimulator
 
-MOST_NAMED = 3  # missing files that an error names
+DEMO = re.compile(r"demo_\d+")  # a demonstration's group in a file
+FAILED = ".failed"  # suffix of an empty file that tells that an episode was no success
 
 
 @dataclass(frozen=True)
@@ -57,27 +57,19 @@ class Replays:
     actor = "replay"
 
     def __init__(self, jobs: Sequence[Replay]) -> None:
-        self.jobs = jobs
+        self.jobs, self.total = jobs, len(jobs)
         self._next = (job for job in jobs if not _is_done(job))
-
-    @property
-    def total(self) -> int:
-        """Demonstrations there are."""
-        return len(self.jobs)
 
     def found(self) -> int:
         """How many of them earlier calls have played."""
         return sum(map(_is_done, self.jobs))
 
-    def next_job(self, scene: Hashable = None, busy: Counter[Hashable] | None = None) -> Replay | None:
+    def next_job(self, scene: Hashable = None) -> Replay | None:
         """The next one to be played; None when all have been given out."""
         return next(self._next, None)
 
     def finished(self, job: Job, *, success: bool) -> int:
-        """Take note of an outcome, a failure as an empty file; 1, by which the work is nearer to its end."""
-        if not success:
-            with writing_to(job.path.parent):
-                job.path.with_suffix(".failed").touch()
+        """1, by which the work is nearer to its end."""
         return 1
 
     def report(self) -> list[str]:
@@ -95,7 +87,7 @@ class Replays:
             if dropped:
                 lines.append(f"task {task_id}: {dropped} of {wanted} demonstrations dropped, they don't end in success")
         steps = sum(job.steps for job in kept)
-        no_ops = steps - sum(_kept_steps(job.path) for job in kept)
+        no_ops = steps - sum(len(read_arrays(job.path)["action"]) for job in kept)
         return [
             *lines,
             f"{len(kept)} of {self.total} demonstrations kept; {no_ops} of their {steps} steps are no-ops, dropped",
@@ -103,12 +95,7 @@ class Replays:
 
 
 def _is_done(job: Job) -> bool:
-    return job.path.is_file() or job.path.with_suffix(".failed").is_file()
-
-
-def _kept_steps(path: Path) -> int:
-    with np.load(path, allow_pickle=False) as arrays:
-        return len(arrays["action"])
+    return job.path.is_file() or job.path.with_suffix(FAILED).is_file()
 
 
 def find_replays(folder: Path, suite: str, task_ids: Iterable[int], *, stage: Path, limit: int) -> list[Replay]:
@@ -121,13 +108,11 @@ def find_replays(folder: Path, suite: str, task_ids: Iterable[int], *, stage: Pa
             f"there is no folder {folder} (from_hdf5): give the one that holds LIBERO's *_demo.hdf5 files"
         )
     files = {task_id: folder / f"{task_name(suite, task_id)}_demo.hdf5" for task_id in task_ids}
-    missing = [(task_id, path.name) for task_id, path in files.items() if not path.is_file()]
-    if missing:
-        named = ", ".join(f"{name} (task {task_id})" for task_id, name in missing[:MOST_NAMED])
-        more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
-        raise ConfigError(
-            f"{folder} (from_hdf5) lacks {named}{more}: download what is missing, or name the tasks there are (task_ids)"
-        )
+    for task_id, path in files.items():
+        if not path.is_file():
+            raise ConfigError(
+                f"{folder} (from_hdf5) lacks {path.name} (task {task_id}): download it, or name the tasks there are (task_ids)"
+            )
     return [
         Replay(
             suite=suite,
@@ -146,13 +131,8 @@ def find_replays(folder: Path, suite: str, task_ids: Iterable[int], *, stage: Pa
 def _lengths(path: Path, *, state_size: int) -> list[tuple[int, int]]:
     """Number and steps of each demonstration in a file, once all of them are seen to be in LIBERO's layout."""
     with _data(path) as data:
-        numbers = sorted(int(name[5:]) for name in map(str, data.keys()) if re.fullmatch(r"demo_\d+", name))
-        if not numbers:
-            raise ConfigError(
-                f"{path} (from_hdf5) holds no demonstration (data/demo_0 …): it is not a file of LIBERO's"
-            )
         lengths = []
-        for number in numbers:
+        for number in sorted(int(name[5:]) for name in data if DEMO.fullmatch(name)):
             for name, size in (("states", state_size), ("actions", len(ACTION_DIMENSIONS))):
                 array = data.get(f"demo_{number}/{name}")
                 shape = array.shape if isinstance(array, h5py.Dataset) else ()
@@ -181,9 +161,9 @@ def _data(path: Path) -> Iterator[h5py.Group]:
     try:
         with h5py.File(path, "r") as file:
             data = file.get("data")
-            if not isinstance(data, h5py.Group):
+            if not isinstance(data, h5py.Group) or not any(map(DEMO.fullmatch, data)):
                 raise ConfigError(
-                    f"{path} (from_hdf5) has no group named data: it is not a demonstration file of LIBERO's"
+                    f"{path} (from_hdf5) holds no demonstration (data/demo_0 …): it is not a file of LIBERO's"
                 )
             yield data
     except (OSError, RuntimeError, KeyError) as error:  # truncated, damaged inside, or changed since it was listed

@@ -1,17 +1,26 @@
-"""A line of results.jsonl, what came of one episode, and run.json beside it, as every later stage reads them."""
+"""A line of results.jsonl, what came of one episode, its actions step by step, and run.json, as every later stage reads them."""
 
+import io
+import zipfile
+import zlib
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any
 
 import msgspec
+import numpy as np
 from msgspec import Meta, Struct
 
+from prismatic.arrays import read_arrays
+from prismatic.atomic import write_whole
 from prismatic.errors import ConfigError
 from prismatic.filenames import RESULTS, RUN
+from prismatic.normalize import ACTION_DIMENSIONS
 from prismatic.records import read_lines, read_record
 
 AGAIN = "copy it again, or delete its folder and play again"
 REPLAY = "remove that line, its episode is played again"
+KNOWN_LATER = ("benchmark_files",)  # facts of a run that those of before did not record: they go on without
+ACTIONS = "actions"  # folder of the episodes' actions within a rollout folder; an episode takes about 5 KB
 Facts = dict[str, Any]  # of run.json and summary.json: JSON values
 Count = Annotated[int, Meta(ge=0)]
 FileName = Annotated[str, Meta(pattern=r"^[^/\x00]+$")]  # within the rollout folder
@@ -43,21 +52,13 @@ class EpisodeResult(Struct, kw_only=True):
     seconds: float
     video: FileName | None = None
     actions_sha256: str | None = None  # tells whether two runs did the same, not only whether they ended alike
-    stages: dict[str, int | None] = msgspec.field(default_factory=dict)  # stage → its first step (scene/stages.py)
+    stages: dict[str, int | None] = msgspec.field(default_factory=dict)  # stage → its first step (scene/trajectory.py)
     verdict: str | None = None  # a code of scene/diagnosis.py
     reason: str | None = None
     actions: Annotated[str, Meta(pattern=r"^actions/[^/\x00]+$")] | None = None  # file of them
     instruction_given: str | None = None  # where it is another than the task's; may be ""
     moved_by_env_seed_mm: dict[str, float] | None = None  # against env seed 0
     replay: ReplayResult | None = None
-
-
-class TaskCounts(TypedDict):
-    """Of summary.json's per_task, what other stages count with."""
-
-    task_id: Count
-    successes: Count
-    failures: Count
 
 
 class Run(Struct, kw_only=True):
@@ -83,3 +84,27 @@ def read_rows(folder: Path) -> list[EpisodeResult]:
         rows.pop(row.episode_id, None)
         rows[row.episode_id] = row
     return list(rows.values())
+
+
+def save_actions(folder: Path, episode_id: str, actions: np.ndarray) -> str:
+    """Write (steps, 7) float32 to actions/<episode>.npz and return that name. ConfigError when it cannot be written.
+
+    The name is the episode's own, so an episode played again replaces what an interrupted call may have left.
+    """
+    name = f"{ACTIONS}/{episode_id.replace('/', '-')}.npz"
+    stream = io.BytesIO()
+    np.savez_compressed(stream, actions=actions.astype(np.float32))
+    (folder / ACTIONS).mkdir(exist_ok=True)
+    write_whole(folder / name, stream.getvalue())
+    return name
+
+
+def load_actions(folder: Path, name: str | None) -> np.ndarray | None:
+    """(steps, 7) float32; None where an older run kept none, or the file is gone or damaged: a report does without."""
+    if not name or not (folder / name).is_file():
+        return None
+    try:
+        actions = read_arrays(folder / name)["actions"]
+    except (OSError, EOFError, TypeError, ValueError, KeyError, zlib.error, zipfile.BadZipFile):
+        return None
+    return actions if actions.ndim == 2 and actions.shape[1] == len(ACTION_DIMENSIONS) else None

@@ -59,7 +59,7 @@ class Session:
                 [row.instruction for row in rows],
                 wrists=[row.wrist for row in rows] if self._policy.num_images > 1 else None,
                 states=[np.asarray(row.state) for row in rows] if self._policy.uses_state else None,
-                episodes=[(question.job, question.attempt) for question in questions],
+                episodes=[question.job for question in questions],
             )
         except PolicyError as error:
             if len(rows) == 1:
@@ -94,9 +94,8 @@ class Session:
                 "passes_per_call": round(self._counts["passes"] / self._counts["calls"], 2),
                 "accepted_tokens": round(self._counts.get("accepted", 0) / self._counts["actions"], 2),
             }
-        if (
-            cuda := _cuda()
-        ):  # torch's own peaks, loading included, and the most that the whole device held (renderers too)
+        # torch's own peaks, loading included, and the most that the whole device held (renderers too)
+        if cuda := _cuda():
             own = {"allocated": cuda.max_memory_allocated(), "reserved": cuda.max_memory_reserved()}
             gpu = {**own, "device": self._device_bytes}
         # each process's own peak; of replaced processes the largest, as no more than `workers` live at once

@@ -19,9 +19,7 @@ from prismatic.versions import SIMULATOR_PACKAGES, folder_fingerprint, versions
 ACTION_DIM = 7  # numbers of LIBERO's actions
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # set by torchrun
 LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, which they share
-GATHERING = (
-    0.03  # s for which a GPU's answer waits for other simulators to ask: a batch costs it little more than a row
-)
+GATHERING = 0.03  # s for which a GPU's answer waits for others to ask: a batch costs it little more than a row
 # What the numbers depend on: always, of a checkpoint, and where it is not at its default.
 IDENTITY = ("task_suite_name", "policy", "num_steps_wait", "env_seed", "seed", "render_quality")
 OF_A_CHECKPOINT = ("unnorm_key", "center_crop", "load_in_8bit", "load_in_4bit", "deterministic")
@@ -52,16 +50,16 @@ def check(values: Mapping[str, Any]) -> None:
             raise ConfigError(sentence)
 
 
-def load_policy(checkpoint: str, *, seed: int, to_act: bool = True, **options: Any) -> Loaded:
-    """A policy on this rank's GPU, or on one thread of the CPU. options: checkpoint.load_policy's.
+def load_policy(values: Mapping[str, Any]) -> Loaded:
+    """The policy that eval.py's flags name, on this rank's GPU, or on one thread of the CPU.
 
-    to_act: in LIBERO; ConfigError for a policy that gives another number of numbers than it takes.
+    ConfigError for one that is to act in LIBERO and gives another number of numbers than that takes.
     """
     import torch
 
     from prismatic import checkpoint as checkpoints
 
-    torch.manual_seed(seed)
+    torch.manual_seed(values["seed"])
     device = None
     if torch.cuda.is_available():
         device = f"cuda:{LOCAL_RANK}"
@@ -69,15 +67,29 @@ def load_policy(checkpoint: str, *, seed: int, to_act: bool = True, **options: A
     elif "OMP_NUM_THREADS" not in os.environ:
         # The simulators fill the cores, and a number that followed theirs would change the last digits of actions.
         torch.set_num_threads(1)
-    policy = checkpoints.load_policy(checkpoint, device=device, **options)
-    if to_act and policy.processor.action_dim != ACTION_DIM:
+    name, (quantize, backend) = values["pretrained_checkpoint"], precision(values)
+    policy = checkpoints.load_policy(
+        name,
+        adapter=values["lora_checkpoint"],
+        quantize=quantize,
+        device=device,
+        backend=backend,
+        drafting=None if values["drafting"] == "auto" else values["drafting"],
+        **{flag: values[flag] for flag in ("unnorm_key", "center_crop", *SAID_OF_FOREIGN)},
+    )
+    if not values["open_loop"] and policy.processor.action_dim != ACTION_DIM:
         raise ConfigError(
-            f"{checkpoint} answers with {policy.processor.action_dim} numbers and LIBERO takes {ACTION_DIM}: "
+            f"{name} answers with {policy.processor.action_dim} numbers and LIBERO takes {ACTION_DIM}: "
             "--open_loop True compares it with recorded actions instead"
         )
-    return Loaded(
-        policy, prepare=policy.processor.image_path, counts=policy.counts, window=GATHERING if device else 0.0
-    )
+    return Loaded(policy, policy.processor.image_path, policy.counts, GATHERING if device else 0.0)
+
+
+def precision(values: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Precision and backend; None: the default one, or none is needed."""
+    if values["load_in_8bit"] or values["load_in_4bit"]:
+        return "int8" if values["load_in_8bit"] else "int4", "bitsandbytes"
+    return values["quantize"], None
 
 
 def workers_that_fit() -> int:
@@ -91,19 +103,20 @@ def workers_that_fit() -> int:
     return machine.simulators_that_fit(LOCAL_RANKS, spare_cores=1, gpu_memory=free)
 
 
-def run_name(suite: str, actor: str, *, instruction: str = "keep", note: str | None = None) -> str:
-    """OpenVLA's EVAL-{suite}-{…}--{note}, with the policy's name and without the date, so that a run can be continued."""
-    name = f"EVAL-{suite}-{actor}"
-    name += "" if instruction == "keep" else f"--instruction-{instruction}"
-    name += f"--{note}" if note else ""
+def run_name(values: Mapping[str, Any]) -> str:
+    """OpenVLA's EVAL-{suite}-{…}--{note}, with the policy's name and without the date, so that a run can be continued.
+
+    A step folder is called by its run's name too; precision and backend are named where they are not the default.
+    """
+    name = values["policy"] + (f"-{values['dataset_name']}" if values["policy"] == "replay" else "")
+    if values["policy"] == "checkpoint":
+        folder = newest_step(Path(values["lora_checkpoint"] or values["pretrained_checkpoint"])).resolve()
+        name = f"{folder.parent.name}-{folder.name}" if STEP_FOLDER.fullmatch(folder.name) else folder.name
+        name += "".join(f"-{part}" for part in precision(values) if part and part != "none")
+    name = f"EVAL-{values['task_suite_name']}-{name}"
+    name += "" if values["instruction"] == "keep" else f"--instruction-{values['instruction']}"
+    name += f"--{values['run_id_note']}" if values["run_id_note"] else ""
     return check_folder_name(re.sub(r"[^\w.+=-]", "_", name), "--run_id_note")
-
-
-def checkpoint_name(checkpoint: str | Path, precision: tuple[str, str | None]) -> str:
-    """What a run calls its checkpoint: a step folder by its run's name too; precision and backend where they are not the default."""
-    folder = newest_step(Path(checkpoint)).resolve()
-    name = f"{folder.parent.name}-{folder.name}" if STEP_FOLDER.fullmatch(folder.name) else folder.name
-    return name + "".join(f"-{part}" for part in precision if part and part != "none")
 
 
 def weights(checkpoint: str | Path | None) -> str | None:

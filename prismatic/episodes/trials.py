@@ -1,6 +1,6 @@
 """Which episodes a run consists of, and in which order simulator processes take them."""
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -73,17 +73,12 @@ class TrialQueue:
     """A list of trials as the pool's Source: a process keeps its scene as long as there are trials of it."""
 
     def __init__(self, trials: Iterable[Trial]) -> None:
-        self._pending: dict[Hashable, deque[Trial]] = {}
-        for trial in trials:
-            self._pending.setdefault(trial.scene, deque()).append(trial)
+        self._pending = list(trials)
 
-    def next_job(self, scene: Hashable, busy: Counter[Hashable]) -> Trial | None:
-        """One of the same scene if there is any, else of the scene with the most trials left per process on it."""
-        if not self._pending:
+    def next_job(self, scene: Hashable) -> Trial | None:
+        """One of the same scene if there is any, else of the scene with the most trials left."""
+        left = Counter(trial.scene for trial in self._pending)
+        if not left:
             return None
-        if scene not in self._pending:
-            scene = max(self._pending, key=lambda scene: len(self._pending[scene]) / (1 + busy[scene]))
-        trial = self._pending[scene].popleft()
-        if not self._pending[scene]:
-            del self._pending[scene]
-        return trial
+        chosen = scene if scene in left else max(left, key=lambda scene: left[scene])
+        return self._pending.pop(next(n for n, trial in enumerate(self._pending) if trial.scene == chosen))

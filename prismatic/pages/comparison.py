@@ -4,6 +4,7 @@ A is the second run, B the first, as in statistics.compare: "A succeeds more oft
 """
 
 import functools
+import itertools
 import os
 import re
 from collections import Counter
@@ -13,12 +14,12 @@ from pathlib import Path
 
 from prismatic import statistics
 from prismatic.atomic import write_whole
-from prismatic.episodes.controls import KNOWN_LATER
-from prismatic.episodes.result import EpisodeResult, Facts, read_rows, read_run
+from prismatic.episodes.result import KNOWN_LATER, EpisodeResult, Facts, read_rows, read_run
 from prismatic.errors import ConfigError
 from prismatic.filenames import REPORT, RESULTS
 from prismatic.pages import gallery
 from prismatic.statistics import Comparison, wilson_interval
+from prismatic.summary import filmed
 from prismatic.versions import SIMULATOR_PACKAGES
 
 # What two runs must have in common for a comparison to mean the policies.
@@ -94,7 +95,7 @@ def _rate(run: Run) -> Iterator[str]:
     low, high = (100 * limit for limit in wilson_interval(wins, len(run.rows)))
     yield f"{run.path.name}: {wins} of {len(run.rows)} episodes, 95 % interval {low:.0f} to {high:.0f} %"
     yield f"    {run.path / REPORT}"
-    yield from (f"    {line}" for line in gallery.filmed(run.path, list(run.rows.values())))
+    yield from (f"    {line}" for line in filmed(run.path, list(run.rows.values())))
 
 
 def warnings(before: Run, after: Run) -> list[str]:
@@ -108,23 +109,20 @@ def warnings(before: Run, after: Run) -> list[str]:
 
 def _differences(before: Run, after: Run) -> list[tuple[str, object, object]]:
     """Fact, its value in A, its value in B: what the numbers depend on and is not the same."""
-    values = [
-        (name, after.identity.get(name), before.identity.get(name)) for name in {**after.identity, **before.identity}
-    ]
-    return [(name, ours, theirs) for name, ours, theirs in values if ours != theirs]
+    ours, theirs = after.identity, before.identity
+    return [(name, ours.get(name), theirs.get(name)) for name in ours | theirs if ours.get(name) != theirs.get(name)]
 
 
 def build(before: Run, after: Run, result: Comparison) -> Path:
     """Write the page into the second run's folder and return its path. result: statistics.compare of its and the first's outcomes."""
     name = re.sub(r"[^\w.+=-]", "_", before.path.resolve().name)
     path = after.path / f"compared-with-{name}.html"
-    runs, firsts = {"A": after, "B": before}, after.rows
-    shared = sorted(
-        before.rows.keys() & firsts.keys(), key=lambda name: (firsts[name].task_id, firsts[name].init_state)
-    )
-    tasks: dict[tuple[str, int, str], list[str]] = {}
-    for name in shared:
-        tasks.setdefault((firsts[name].suite, firsts[name].task_id, firsts[name].instruction), []).append(name)
+    runs = {"A": after, "B": before}
+    both = [row for name, row in after.rows.items() if name in before.rows]
+    both.sort(key=lambda row: (row.suite, row.task_id, row.instruction, row.init_state))
+    shared = [row.episode_id for row in both]
+    tasks = itertools.groupby(both, key=lambda row: (row.suite, row.task_id, row.instruction))
+    names = {task: [row.episode_id for row in rows] for task, rows in tasks}
     verdicts = {
         letter: Counter(run.rows[name].verdict for name in shared if not run.outcomes[name] and run.rows[name].verdict)
         for letter, run in runs.items()
@@ -141,15 +139,15 @@ def build(before: Run, after: Run, result: Comparison) -> Path:
         notes=warnings(before, after),
         totals={letter: _total(run, shared) for letter, run in runs.items()},
         tasks=[
-            {"task_id": task_id, "instruction": instruction, "episodes": len(names)}
-            | {letter: _total(run, names) for letter, run in runs.items()}
-            for (_, task_id, instruction), names in sorted(tasks.items(), key=lambda item: item[0])
+            {"task_id": task_id, "instruction": instruction, "episodes": len(found)}
+            | {letter: _total(run, found) for letter, run in runs.items()}
+            for (_, task_id, instruction), found in names.items()
         ],
         verdicts=[
             {"verdict": verdict} | {letter: found[verdict] for letter, found in verdicts.items()}
             for verdict, _ in sum(verdicts.values(), Counter()).most_common()
         ],
-        filters=[{"name": "task", "choices": sorted({(task_id, f"{task_id} {words}") for _, task_id, words in tasks})}],
+        filters=[{"name": "task", "choices": sorted({(task_id, f"{task_id} {words}") for _, task_id, words in names})}],
         sections=[
             {
                 "title": f"Only {winner} succeeded",

@@ -31,7 +31,7 @@ that holds is the verdict.
 | never_touched | a part: approached, never touched |
 | never_near | the hand never came within 5 cm of it |
 
-"Carried" and "lifted" are stages.py's. `done` ends an episode: "placed, but it did not stop" can only mean that the
+"Carried" and "lifted" are trajectory.py's. `done` ends an episode: "placed, but it did not stop" can only mean that the
 predicate never held (beside_target, never_held, wrong_target say by what).
 """
 
@@ -40,8 +40,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prismatic.scene.stages import MOVED, named, progress, reached
-from prismatic.scene.trajectory import OPENED, JointGoal, Place, Trajectory, miss, runs
+from prismatic.scene.trajectory import MOVED, OPENED, JointGoal, Place, Trajectory, miss, runs
 
 SHUT = 0.004  # m between the fingers, below which they have shut: on nothing, or on a bowl's rim (3.6 to 4.6 mm)
 FALL = 0.05  # m
@@ -71,7 +70,7 @@ class Diagnosis:
 
 def diagnose(trajectory: Trajectory, *, success: bool) -> Diagnosis:
     """The diagnosis of an episode that ended without a crash."""
-    stages, goals = named(trajectory), len(trajectory.goals)
+    stages, goals = trajectory.stages(), len(trajectory.goals)
     if success:
         return Diagnosis(stages, "success", f"Solved in {trajectory.steps} steps.")
     unmet = [goal for goal in range(goals) if not trajectory.held[-1, goal]]
@@ -91,7 +90,7 @@ class _Case:
 
     def __init__(self, trajectory: Trajectory, number: int) -> None:
         self.trajectory, self.number, self.goal = trajectory, number, trajectory.goals[number]
-        self.stages = reached(trajectory, number)
+        self.stages = trajectory.reached(number)
         self.share = sum(step is not None for step in self.stages.values()) / len(self.stages)
         self.name, self.aim = (_plain(name or "", trajectory) for name in (self.goal.subject, self.goal.target))
         self.offset = trajectory.offset[-1, number]
@@ -116,7 +115,7 @@ class _Case:
         trajectory, thing = self.trajectory, self.trajectory.objects.index(self.goal.subject)
         lifts = trajectory.lifts(thing)
         if self.goal.joint and self.stages[OPENED] is None:  # in what is shut it cannot be
-            tried = not lifts and (np.abs(progress(self.goal.joint, trajectory.values)) >= MOVED).any()
+            tried = not lifts and (np.abs(self.goal.joint.progress(trajectory.values)) >= MOVED).any()
             if tried or self.stages["released"] is not None:
                 part = trajectory.parts[self.goal.joint.part].name
                 return "not_open_enough", self._how_far(self.goal.joint, "open", part)
@@ -208,7 +207,7 @@ class _Case:
                 way = _amount(travel, part.hinge)
                 return "wrong_part", f"Moved the {_plain(part.name, trajectory)} by {way}, not the {self.name}"
         if self.stages["touched"] is not None:
-            best = f"moved it only {100 * progress(goal, trajectory.values).max():.0f} % of the way"
+            best = f"moved it only {100 * goal.progress(trajectory.values).max():.0f} % of the way"
             return "not_moved", f"Touched the {self.name} at step {self.stages['touched']}, but {best}"
         if other := self._other_lift():
             return "wrong_object", f"Lifted the {other} and never touched the {self.name}"

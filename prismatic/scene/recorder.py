@@ -46,22 +46,18 @@ class SceneRecorder:
     def _find_parts(self) -> None:
         """Slides and hinges of all fixtures, and which geoms each of them moves."""
         model = self._model
-        self._parts: list[Part] = []
-        joints: list[int] = []
-        for fixture, thing in self._environment.fixtures_dict.items():
-            for name in thing.joints:
-                joint = model.joint(name).id
-                if model.jnt_type[joint] in (SLIDE, HINGE):
-                    low, high = model.jnt_range[joint]
-                    hinge = bool(model.jnt_type[joint] == HINGE)
-                    self._parts.append(Part(name=name, fixture=fixture, hinge=hinge, span=float(high - low)))
-                    joints.append(joint)
-        found = np.array(joints, dtype=int)
+        fixtures = self._environment.fixtures_dict.items()
+        joints = [(model.joint(name).id, name, fixture) for fixture, thing in fixtures for name in thing.joints]
+        joints = [joint for joint in joints if model.jnt_type[joint[0]] in (SLIDE, HINGE)]
+        self._parts = [
+            Part(name, fixture, hinge=bool(model.jnt_type[joint] == HINGE), span=float(np.ptp(model.jnt_range[joint])))
+            for joint, name, fixture in joints
+        ]
+        found = np.array([joint for joint, _, _ in joints], dtype=int)
         self._addresses = model.jnt_qposadr[found]
         # A thing's number for each geom: an object's, len(objects) + a part's, or one past the last.
-        numbers: dict[int, int] = {}
-        for number, body in enumerate([*self._bodies.tolist(), *model.jnt_bodyid[found].tolist()]):
-            numbers.setdefault(body, number)
+        bodies = [*self._bodies.tolist(), *model.jnt_bodyid[found].tolist()]
+        numbers = {body: bodies.index(body) for body in bodies}
         thing_of_body = np.full(model.nbody, len(self._objects) + len(self._parts))
         for body in range(1, model.nbody):  # a parent's id is smaller than its children's
             thing_of_body[body] = numbers.get(body, thing_of_body[model.body_parentid[body]])

@@ -1,9 +1,11 @@
-"""Where frames are drawn: chooses MuJoCo's renderer and its GPU, and gives the simulator's libraries the writable folders that they expect.
+"""Where frames are drawn: chooses MuJoCo's renderer and its GPU, gives the simulator's libraries the writable folders that they expect, and
+tells whether this machine draws what scores were made with.
 
 CUDA's device numbers are not EGL's: MUJOCO_EGL_DEVICE_ID alone says where frames are drawn.
 """
 
 import ctypes.util
+import hashlib
 import os
 import subprocess
 import sys
@@ -11,11 +13,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from prismatic.errors import ConfigError
 from prismatic.simulator import RESOLUTION
 
 RENDERER_PACKAGES = "apt-get install libosmesa6 libegl1 libgl1"
 MOST_EGL_DEVICES = 16  # that are tried
+GOLDEN_FRAME = Path(__file__).with_name("golden_frame.png")  # libero_spatial, task 0, state 0, with osmesa
+TOLERANCE = {"osmesa": 0.5, "egl": 3.0}  # mean |difference| of 255 from it; drivers shade a little differently
 SOFTWARE = ("llvmpipe", "softpipe", "swrast")  # words in GL_RENDERER of what draws without a GPU
 
 
@@ -116,4 +122,21 @@ def render_options(quality: str) -> dict[str, Any]:
         "reflections": of_fast,
         "meshes": "fewer triangles" if fast else "LIBERO's own",
         "LP_NUM_THREADS": os.environ.get("LP_NUM_THREADS"),
+    }
+
+
+def compare_with_golden(frame: np.ndarray, renderer: str) -> dict[str, Any]:
+    """This machine's frame of golden_frame.png's scene, (256, 256, 3) uint8 → its hash and its distance, in levels of 255.
+
+    The hash tells whether two runs drew the same pixels; the difference, whether a policy would notice.
+    """
+    from PIL import Image
+
+    difference = float(np.abs(frame.astype(int) - np.asarray(Image.open(GOLDEN_FRAME))).mean())
+    limit = TOLERANCE[renderer]
+    return {
+        "sha256": hashlib.sha256(frame.tobytes()).hexdigest()[:16],
+        "differs_by": round(difference, 3),
+        "at_most": limit,
+        "as_expected": difference <= limit,
     }

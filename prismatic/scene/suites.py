@@ -18,7 +18,7 @@ import numpy as np
 
 from prismatic.errors import ConfigError
 from prismatic.rollout import Recorder, Simulator
-from prismatic.scene import golden, renderer
+from prismatic.scene import renderer
 from prismatic.scene.recorder import SceneRecorder
 from prismatic.simulator import LiberoSimulator, Task
 
@@ -187,7 +187,7 @@ class Libero:
         """How this machine draws golden_frame.png's scene: about 3 s of one core."""
         sim = self.simulator("libero_spatial", 0)
         sim.reset(0)
-        found = golden.compare(sim.frame(), renderer.choose_renderer())
+        found = renderer.compare_with_golden(sim.frame(), renderer.choose_renderer())
         found["gl_renderer"] = renderer.drawn_by()
         sim.close()
         return found

@@ -1,6 +1,29 @@
-"""What an episode's states say of its objects: positions, contacts, the gripper, and LIBERO's predicates, as arrays over time. No simulator here.
+"""What an episode's states say of its objects, as arrays over time, and which stages of its goals they reach. No simulator here.
 
-scene/recorder.py fills a Trajectory; stages.py and diagnosis.py read it.
+scene/recorder.py fills a Trajectory; diagnosis.py says why it ended so.
+
+A goal is a predicate of the task's BDDL file. Its stages, in order, and what must hold:
+
+| to put one thing on or in another (on, in) | |
+|---|---|
+| opened | the drawer or door of the target is open as LIBERO wants it (only where the target has one) |
+| approached | the hand is within 5 cm of the object's box |
+| touched | some part of the robot touches the object |
+| grasped | both fingers touch it and have stopped at more than 3 mm, told to close, in two steps running |
+| lifted | held, it is 2 cm higher than at its lowest in the half second before it was grasped (a hand may rise as it closes) |
+| carried | held and lifted (to a zone of the table: pushed, too), it is over the target's outline |
+| released | held no longer, and over the target's outline when let go |
+| predicate_held | LIBERO's own predicate holds |
+
+| to move a part (open, close, turnon, turnoff) | |
+|---|---|
+| approached | the hand is within 5 cm of the drawer, door or knob |
+| touched | some part of the robot touches it |
+| moved | it has gone a tenth of the way that is needed |
+| predicate_held | LIBERO's own predicate holds |
+
+A step is the number of actions before that moment: 0 is the state that the policy found. An episode ends as soon as all
+predicates hold, often before the fingers open: a success may have no `released`, and a push no `grasped`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +43,8 @@ EMPTY = 0.003  # m between the fingers, at which nothing can be between them
 STOPPED = 0.002  # m a step: fingers that close on nothing move faster
 GRASP_STEPS = 2  # running, that make a grasp
 FLICKER = 2  # steps without contact that don't end one
+NEAR = 0.05  # m between the grip site and a box
+MOVED = 0.1  # share of the way
 CLOSING_STEPS = 10  # before a grasp, in which the hand may lift what its fingers are still closing on
 
 
@@ -45,6 +70,14 @@ class JointGoal:
         """How far it still is; negative when it is there."""
         return (self.end - values) * self.sign
 
+    def progress(self, values: np.ndarray) -> np.ndarray:
+        """(T + 1,) share of the way that the part has gone from its first value to the end; zeros where it was there from the start.
+
+        values: (T + 1, J).
+        """
+        left = self.left(values[:, self.part])
+        return 1 - left / left[0] if left[0] > 0 else np.zeros_like(left)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -65,9 +98,7 @@ class Goal:
     subject: str
     target: str | None = None
     place: Place | None = None  # where it puts an object
-    joint: JointGoal | None = (
-        None  # of the part that it moves, or of the drawer or door that must be open for what it puts
-    )
+    joint: JointGoal | None = None  # of the part that it moves, or that must be open for what it puts
 
     def stage_names(self) -> tuple[str, ...]:
         """Its stages in order."""
@@ -136,6 +167,45 @@ class Trajectory:
         assert place is not None
         return miss(self.offset[:, goal], place.outline) <= OVER
 
+    def reached(self, number: int) -> dict[str, int | None]:
+        """A goal's stages in order, each with the step at which it was first reached, or None."""
+        goal = self.goals[number]
+        found = {"predicate_held": first(self.held[:, number])}
+        if goal.place:
+            found |= self._placing(number, goal, zone=goal.place.owner is None)
+        elif goal.joint:
+            part = goal.joint.part
+            found |= _contact(self.touch[:, len(self.objects) + part], self.part_gap[:, part])
+            found["moved"] = first(goal.joint.progress(self.values) >= MOVED)
+        return dict.fromkeys(goal.stage_names()) | found
+
+    def _placing(self, number: int, goal: Goal, *, zone: bool) -> dict[str, int | None]:
+        thing, over = self.objects.index(goal.subject), self.over(number)
+        touch, lifts = self.touch[:, thing], self.lifts(thing)
+        carried = np.zeros_like(over)
+        for start, stop in lifts:
+            carried[start:stop] = over[start:stop]
+        if zone:
+            carried |= over & np.maximum.accumulate(touch.any(axis=1))
+        found = _contact(touch, self.gap(thing)) | {
+            "grasped": next((start for start, _ in self.grasps(thing)), None),
+            "lifted": next((start for start, _ in lifts), None),
+            "carried": first(carried),
+            "released": next((stop for _, stop in lifts if stop <= self.steps and over[stop - 1]), None),
+        }
+        if goal.joint:
+            found[OPENED] = first(goal.joint.left(self.values[:, goal.joint.part]) < 0)
+        return found
+
+    def stages(self) -> dict[str, int | None]:
+        """All goals' stages in one dict; where there are several goals, a name begins with the goal's subject."""
+        several = len(self.goals) > 1
+        return {
+            f"{goal.subject}: {stage}" if several else stage: step
+            for number, goal in enumerate(self.goals)
+            for stage, step in self.reached(number).items()
+        }
+
 
 def miss(offset: np.ndarray, half: np.ndarray) -> np.ndarray:
     """(...,) horizontal distance beyond a rectangle of half sizes (3,), of points (..., 3) from its middle."""
@@ -151,3 +221,8 @@ def runs(mask: np.ndarray) -> Iterator[tuple[int, int]]:
 def first(mask: np.ndarray) -> int | None:
     """Index of the first True."""
     return int(np.argmax(mask)) if mask.any() else None
+
+
+def _contact(touch: np.ndarray, gap: np.ndarray) -> dict[str, int | None]:
+    touched = np.asarray(touch.any(axis=1))
+    return {"approached": first((gap < NEAR) | touched), "touched": first(touched)}
