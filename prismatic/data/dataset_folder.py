@@ -79,10 +79,8 @@ def check_no_pointer(path: Path) -> None:
     try:
         with path.open("rb") as file:
             start = file.read(len(LFS_POINTER))
-    except PermissionError:  # some writers leave files that only they may read
-        raise ConfigError(f"{path} may not be read by this user: its owner has to run chmod a+r on it") from None
     except OSError as error:
-        raise ConfigError(f"{path} can't be read ({error.strerror}): {AGAIN}") from None
+        raise ConfigError(f"{path} can't be read ({error.strerror}): {AGAIN}, or as a user who may read it") from None
     if start == LFS_POINTER:
         raise ConfigError(f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull in its folder")
 

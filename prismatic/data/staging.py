@@ -3,7 +3,6 @@
 A file is there whole or not at all, so that collecting can go on after any interruption.
 """
 
-import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from prismatic.arrays import read_arrays
+from prismatic.atomic import writing_to
 from prismatic.errors import ConfigError
+from prismatic.filenames import UNFINISHED
 
 
 class StagedEpisode(NamedTuple):
@@ -25,16 +26,6 @@ class StagedEpisode(NamedTuple):
     action: np.ndarray  # (T, D) float32; LIBERO's as it takes it: gripper -1 open, +1 close
     instruction: str
     file_path: str  # where the demonstration came from
-
-
-@contextlib.contextmanager
-def writing_to(place: Path) -> Iterator[None]:
-    """Turn what the operating system refuses (no space, no permission) into a ConfigError."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(f"can't write to {place} ({reason}): free space or give another folder") from None
 
 
 def stage_episode(
@@ -70,7 +61,7 @@ def stage_episode(
     path = Path(path)
     with writing_to(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=path.parent) as folder:
             np.savez(Path(folder) / path.name, allow_pickle=False, **content)
             (Path(folder) / path.name).replace(path)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from prismatic.data.staging import writing_to
+from prismatic.atomic import writing_to
 from prismatic.episodes.demonstration import EpisodeWriter, Job
 from prismatic.errors import ConfigError
 from prismatic.normalize import ACTION_DIMENSIONS
