@@ -22,5 +22,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             raise ValueError("it unpacks to far more than such numbers do")
         if damaged := archive.testzip():  # numpy stops where a header says, before a member's checksum
             raise ValueError(f"{damaged} has another checksum than it should")
-    with np.load(path, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except MemoryError as error:
+        raise ValueError(f"an array claims more than there is memory ({error})") from None

@@ -1,6 +1,7 @@
 """RLDS data sets in the forms that people have, written and read in one process, as TensorFlow starts slowly: python -m tests.drawn_rlds FOLDER
 
-Out: FOLDER/<kind>/ is each one's cache, or FOLDER/<kind>.error the sentence that refused it.
+Out: FOLDER/<kind>/ is each one's cache, or FOLDER/<kind>.error the sentence that refused it. TWO_ARMS is what our own writer makes of episodes
+without a wrist view and a state.
 """
 
 import json
@@ -10,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from prismatic.image import encode_jpeg
+
 LENGTHS = (3, 1, 4)
 INSTRUCTION = "pick up the red block"
+TWO_ARMS = "two_arms"
 
 
 def picture(t: int, size: tuple[int, int] = (48, 64)) -> np.ndarray:
@@ -62,6 +66,7 @@ def kinds(f: Any) -> dict[str, dict[str, Any]]:
         "long_state": {"state": (vector(10), lambda t: state(t, 10))},
         "gripper_one_open": {"action": (vector(7), lambda t: action(t, gripper=(1.0, 0.0)))},
         "rotated": {"image": (png, lambda t: picture(t)[::-1, ::-1].copy()), "rotate": True},
+        "lean": {"state": None},  # with a split for validation
         "other_cameras": {"image": None, "left": (png, picture), "right": (png, picture)},
     }  # fmt: skip
 
@@ -86,7 +91,8 @@ def write(tfds: Any, folder: Path, kind: str, changes: dict[str, Any]) -> Path:
             return tfds.core.DatasetInfo(builder=self, features=f.FeaturesDict({"steps": f.Dataset(step)}))
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            return {"train": self._generate_examples()}
+            names = ("train", "val") if kind == "lean" else ("train",)
+            return {name: self._generate_examples() for name in names}
 
         def _generate_examples(self) -> Any:
             for number, length in enumerate(LENGTHS):
@@ -109,14 +115,22 @@ def main(folder: Path) -> None:
     from prismatic.errors import ConfigError
 
     tfds.disable_progress_bar()
-    for kind, changes in kinds(tfds.features).items():
-        source = write(tfds, folder / "sets", kind, changes)
-        cache = folder / kind
-        cache.mkdir()
-        options = {"told": changes.get("keys", {}), "rotate": changes.get("rotate", False)}
+    sets = {
+        kind: (write(tfds, folder / "sets", kind, changes), changes.get("keys", {}), changes.get("rotate", False))
+        for kind, changes in kinds(tfds.features).items()
+    }
+    for number, length in enumerate(LENGTHS):
+        arms = np.stack([np.tile(action(t), 2) for t in range(length)])
+        jpegs = [encode_jpeg(picture(t)) for t in range(length)]
+        rlds.stage_episode(folder / f"staged/{number}.npz", images=jpegs, action=arms, instruction=INSTRUCTION)
+    (folder / "sets" / TWO_ARMS).mkdir()
+    rlds._write(folder / "staged", folder / "sets" / TWO_ARMS, TWO_ARMS)
+    sets[TWO_ARMS] = (folder / "sets" / TWO_ARMS, {}, False)
+    for kind, (source, told, rotate) in sets.items():
+        (folder / kind).mkdir()
         try:
             check_whole(source)
-            rlds._read(source, cache, json.dumps(options))
+            rlds._read(source, folder / kind, json.dumps([told, rotate]))
         except ConfigError as error:
             (folder / f"{kind}.error").write_text(str(error))
 
