@@ -26,7 +26,15 @@ CONFIGS: dict[str, Any] = {
         if isinstance(kind, type) and issubclass(kind, bench.BenchConfig)
     },
 }
-PLACES = "run_root_dir cache_dir local_log_dir lora_checkpoint output vla_path pretrained_checkpoint".split()
+PLACES = [
+    "run_root_dir",
+    "cache_dir",
+    "local_log_dir",
+    "lora_checkpoint",
+    "output",
+    "vla_path",
+    "pretrained_checkpoint",
+]
 BAD_NAMES = ("../x", "a/b", "/abs", "..", ".hidden", "a\0b", "a\nb", "a\\b", "x" * 300, "\udc80")
 GOOD_NAMES = ("a", "libero_spatial_no_noops", "lr 5e-4", "v1.2+x", "naïve")
 
