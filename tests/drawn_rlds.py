@@ -74,37 +74,31 @@ def kinds(f: Any) -> dict[str, dict[str, Any]]:
 def write(tfds: Any, folder: Path, kind: str, changes: dict[str, Any]) -> Path:
     """A data set `folder/kind/1.0.0`."""
     f = tfds.features
-    vector = lambda n: f.Tensor(shape=(n,), dtype=np.float32)  # noqa: E731
-    usual = {"image": (f.Image(shape=(48, 64, 3), encoding_format="png"), picture), "state": (vector(8), state)}
-    usual |= {"action": (vector(7), action), "language_instruction": (f.Text(), lambda t: INSTRUCTION)}
-    fields = {name: form for name, form in (usual | changes).items() if form and name not in ("keys", "rotate")}
-    outside = ("action", "language_instruction")
-    observation = {name: form for name, form in fields.items() if name not in outside}
-    step = {name: form[0] for name, form in fields.items() if name in outside}
-    step["observation"] = f.FeaturesDict({name: form[0] for name, form in observation.items()})
+    usual = {"image": (f.Image(shape=(48, 64, 3), encoding_format="png"), picture)}
+    usual |= {"state": (f.Tensor(shape=(8,), dtype=np.float32), state)}
+    usual |= {
+        "action": (f.Tensor(shape=(7,), dtype=np.float32), action),
+        "language_instruction": (f.Text(), lambda t: INSTRUCTION),
+    }
+    forms = {name: form for name, form in (usual | changes).items() if form and name not in ("keys", "rotate")}
 
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # pyright: ignore
-        name = kind
-        VERSION = tfds.core.Version("1.0.0")
+    def step(part: int, t: Any = None) -> dict[str, Any]:
+        """part 0: the features, 1: the values at step t."""
+        fields = {name: form[1](t) if part else form[0] for name, form in forms.items()}
+        outside = {name: fields.pop(name) for name in ("action", "language_instruction") if name in fields}
+        return outside | {"observation": fields if part else f.FeaturesDict(fields)}
 
-        def _info(self) -> Any:
-            return tfds.core.DatasetInfo(builder=self, features=f.FeaturesDict({"steps": f.Dataset(step)}))
-
-        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            names = ("train", "val") if kind == "lean" else ("train",)
-            return {name: self._generate_examples() for name in names}
-
-        def _generate_examples(self) -> Any:
-            for number, length in enumerate(LENGTHS):
-                steps = []
-                for t in range(length):
-                    seen = {name: form[1](t) for name, form in observation.items()}
-                    steps.append({n: form[1](t) for n, form in fields.items() if n in outside} | {"observation": seen})
-                yield f"episode_{number}", {"steps": steps}
-
-    builder = Builder(data_dir=folder, **({"file_format": "array_record"} if kind == "array_record" else {}))
-    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-    return folder / kind / "1.0.0"
+    episodes = [(f"episode_{i}", {"steps": [step(1, t) for t in range(length)]}) for i, length in enumerate(LENGTHS)]
+    builder = tfds.dataset_builders.store_as_tfds_dataset(
+        kind,
+        "1.0.0",
+        f.FeaturesDict({"steps": f.Dataset(step(0))}),
+        {name: episodes for name in (("train", "val") if kind == "lean" else ("train",))},
+        data_dir=folder,
+        file_format="array_record" if kind == "array_record" else None,
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+    )
+    return Path(builder.data_dir)
 
 
 def main(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ from prismatic.data.mixture import open_cache
 from prismatic.data.staging import stage_episode
 from prismatic.errors import ConfigError
 from prismatic.filenames import LEROBOT_INFO
+from prismatic.image import decode_jpeg, encode_jpeg
 from tests.drawn_episodes import drawn_episode
 
 EPISODES = [drawn_episode(number) for number in range(3)]
@@ -52,6 +54,11 @@ def test_several_files_are_one_set(staged: Path, tmp_path: Path, monkeypatch: py
     cache = open_cache(tmp_path / "lerobot", "drawn", cache_dir=tmp_path / "cache")
     images = [image for episode in EPISODES for image in episode["wrist_images"]]
     assert [cache.wrist_bytes(frame) for frame in range(len(cache))] == images
+    how: dict[str, Any] = {"data_keys": "image=image2,wrist=none,state=none", "rotate_images": True}
+    told = open_cache(tmp_path / "lerobot", "drawn", cache_dir=tmp_path / "cache", **how)
+    assert told.state is None and not told.has_wrist
+    turned = encode_jpeg(np.ascontiguousarray(decode_jpeg(images[3])[::-1, ::-1]))
+    assert told.image_bytes(3) == turned
 
 
 def test_two_arms_one_camera_and_no_state(tmp_path: Path) -> None:

@@ -77,9 +77,13 @@ def test_a_field_outside_its_limits_is_named(field: str, values: tuple[Any, ...]
 
 
 def test_what_is_no_json_is_refused() -> None:
-    deep = '{"x": ' + "[" * 10**5 + "]" * 10**5 + "}"
-    for content in ("", "{", "[]", "null", "\ufeff{}", '{"count": 1e999}', "[" * 10**5, '{"a":' * 10**5, deep,
-                    '{"key": "\\ud800"}', b"\xff\xfe"):  # fmt: skip
+    for content in (
+        "\ufeff{}",
+        '{"count": 1e999}',
+        "[" * 10**5,
+        '{"x": ' + "[" * 10**5 + "]" * 10**5 + "}",
+        '{"key": "\\ud800"}',
+    ):
         refused(content)
     assert "NaN" in refused('{"count": NaN}') and "Infinity" in refused('{"count": Infinity}')
 
