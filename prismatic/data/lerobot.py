@@ -36,11 +36,11 @@ class Rows(NamedTuple):
     time: np.ndarray  # (N,) float64, seconds since the episode's start
     columns: dict[str, np.ndarray]  # (N, D) each
 
-    def spans(self) -> Iterator[tuple[int, slice]]:
-        """Of each episode its number and its rows."""
+    def spans(self) -> dict[int, slice]:
+        """Of each episode, by number, its rows."""
         numbers, starts = np.unique(self.episode, return_index=True)
         ends = [*starts[1:].tolist(), len(self.episode)]
-        yield from zip(numbers.tolist(), map(slice, starts.tolist(), ends), strict=True)
+        return dict(zip(numbers.tolist(), map(slice, starts.tolist(), ends), strict=True))
 
 
 def build_cache(
@@ -79,8 +79,8 @@ def _read(dataset: LeRobotFolder, keys: DataKeys, folder: Path, *, name: str, ro
     from tqdm import tqdm
 
     rows = read_rows(dataset, [*keys.state, *keys.action], text=keys.instruction)
-    spans = dict(rows.spans())
-    dataset.check_lengths({number: rows_.stop - rows_.start for number, rows_ in spans.items()})
+    spans = rows.spans()
+    dataset.check_lengths({number: span.stop - span.start for number, span in spans.items()})
     said = _instructions(dataset, rows, keys.instruction)
     streams = [frames(dataset, rows, view) for view in keys.views]
     writer = CacheWriter(folder, name=name, source=str(dataset.source), views=keys.views, rotate=rotate)
@@ -125,8 +125,7 @@ def read_rows(dataset: LeRobotFolder, vectors: Sequence[str], *, text: str | Non
     order = np.lexsort((joined["frame_index"][:, 0], joined["episode_index"][:, 0]))
     joined = {name: values[order] for name, values in joined.items()}
     episode, frame = joined["episode_index"][:, 0], joined["frame_index"][:, 0]
-    first = np.r_[True, episode[1:] != episode[:-1]]
-    expected = np.where(first, 0, np.r_[0, frame[:-1]] + 1)
+    expected = np.concatenate([np.arange(length) for length in np.unique(episode, return_counts=True)[1]])
     if (frame != expected).any():
         bad = int(np.argmax(frame != expected))
         raise ConfigError(
@@ -203,7 +202,7 @@ def _video_frames(dataset: LeRobotFolder, rows: Rows, camera: str) -> Iterator[n
         )
     steps = np.diff(rows.time)
     fps = dataset.fps or 1 / float(np.median(steps[steps > 0]))
-    spans = dict(rows.spans())
+    spans = rows.spans()
     runs: list[tuple[Path, list[float]]] = []
     for (path, begins), span in zip(dataset.video_places(camera, [*spans]), spans.values(), strict=True):
         seconds = (begins + rows.time[span]).tolist()

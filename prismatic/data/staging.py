@@ -4,7 +4,8 @@ A file is there whole or not at all, so that collecting can go on after any inte
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,14 +72,10 @@ def load_episode(path: Path) -> StagedEpisode:
     try:
         staged = read_arrays(path)
         images, wrist_images = (
-            [staged[f"{view}_jpeg"][start:end].tobytes() for start, end in _spans(staged[f"{view}_offsets"])]
+            [staged[f"{view}_jpeg"][start:end].tobytes() for start, end in pairwise(staged[f"{view}_offsets"].tolist())]
             for view in ("image", "wrist")
         )
         numbers = (staged.get("state"), staged.get("joint_state"), staged["action"])
         return StagedEpisode(images, wrist_images, *numbers, str(staged["instruction"]), str(staged["file_path"]))
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
         raise ConfigError(f"the staged episode {path} is damaged ({error}): delete it and go on") from None
-
-
-def _spans(offsets: np.ndarray) -> Iterator[tuple[int, int]]:
-    return zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
