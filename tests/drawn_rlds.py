@@ -76,29 +76,33 @@ def write(tfds: Any, folder: Path, kind: str, changes: dict[str, Any]) -> Path:
     f = tfds.features
     usual = {"image": (f.Image(shape=(48, 64, 3), encoding_format="png"), picture)}
     usual |= {"state": (f.Tensor(shape=(8,), dtype=np.float32), state)}
-    usual |= {
-        "action": (f.Tensor(shape=(7,), dtype=np.float32), action),
-        "language_instruction": (f.Text(), lambda t: INSTRUCTION),
-    }
+    usual |= {"action": (f.Tensor(shape=(7,), dtype=np.float32), action)}
+    usual |= {"language_instruction": (f.Text(), lambda t: INSTRUCTION)}
     forms = {name: form for name, form in (usual | changes).items() if form and name not in ("keys", "rotate")}
 
-    def step(part: int, t: Any = None) -> dict[str, Any]:
-        """part 0: the features, 1: the values at step t."""
-        fields = {name: form[1](t) if part else form[0] for name, form in forms.items()}
+    def step(t: int | None = None) -> dict[str, Any]:
+        """The values at step t, or the features."""
+        fields = {name: form[0] if t is None else form[1](t) for name, form in forms.items()}
         outside = {name: fields.pop(name) for name in ("action", "language_instruction") if name in fields}
-        return outside | {"observation": fields if part else f.FeaturesDict(fields)}
+        return outside | {"observation": f.FeaturesDict(fields) if t is None else fields}
 
-    episodes = [(f"episode_{i}", {"steps": [step(1, t) for t in range(length)]}) for i, length in enumerate(LENGTHS)]
-    builder = tfds.dataset_builders.store_as_tfds_dataset(
-        kind,
-        "1.0.0",
-        f.FeaturesDict({"steps": f.Dataset(step(0))}),
-        {name: episodes for name in (("train", "val") if kind == "lean" else ("train",))},
-        data_dir=folder,
-        file_format="array_record" if kind == "array_record" else None,
-        download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-    )
-    return Path(builder.data_dir)
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # pyright: ignore
+        name = kind
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self) -> Any:
+            return tfds.core.DatasetInfo(builder=self, features=f.FeaturesDict({"steps": f.Dataset(step())}))
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            return {name: self._generate_examples() for name in (("train", "val") if kind == "lean" else ("train",))}
+
+        def _generate_examples(self) -> Any:
+            for number, length in enumerate(LENGTHS):
+                yield f"episode_{number}", {"steps": [step(t) for t in range(length)]}
+
+    builder = Builder(data_dir=folder, **({"file_format": "array_record"} if kind == "array_record" else {}))
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    return folder / kind / "1.0.0"
 
 
 def main(folder: Path) -> None:
@@ -118,6 +122,7 @@ def main(folder: Path) -> None:
         jpegs = [encode_jpeg(picture(t)) for t in range(length)]
         rlds.stage_episode(folder / f"staged/{number}.npz", images=jpegs, action=arms, instruction=INSTRUCTION)
     (folder / "sets" / TWO_ARMS).mkdir()
+    rlds.__name__ = "__main__"  # as in its own child: tfds asks for the file of a builder of another module
     rlds._write(folder / "staged", folder / "sets" / TWO_ARMS, TWO_ARMS)
     sets[TWO_ARMS] = (folder / "sets" / TWO_ARMS, {}, False)
     for kind, (source, told, rotate) in sets.items():
