@@ -215,10 +215,11 @@ def _write(episodes: Path, folder: Path, name: str) -> None:
                 yield path.stem, _example(path)
 
     offline = tfds.download.DownloadConfig(try_download_gcs=False)
-    Builder(data_dir=folder).download_and_prepare(download_config=offline)
-    for file in (folder / name / VERSION).iterdir():
+    place = folder / "tfds"  # where it also makes folders that nobody wants
+    Builder(data_dir=place).download_and_prepare(download_config=offline)
+    for file in (place / name / VERSION).iterdir():
         file.rename(folder / file.name)
-    shutil.rmtree(folder / name)
+    shutil.rmtree(place)
 
 
 def _features(tfds: Any, first: StagedEpisode) -> Any:
