@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -152,7 +153,7 @@ def test_the_lerobot_twin_trains_alike(staged: Path, cache: FrameCache, tmp_path
     # and deviations differ, which nothing reads.
     for part in ("action", "proprio"):
         for name, values in cache.statistics[part].items():
-            tolerance = {"rtol": 2e-6, "atol": 2e-7} if name in ("mean", "std") else {"rtol": 0}
+            tolerance: dict[str, Any] = {"rtol": 2e-6, "atol": 2e-7} if name in ("mean", "std") else {"rtol": 0}
             np.testing.assert_allclose(ours.statistics[part][name], values, **tolerance, err_msg=f"{part} {name}")
 
 
