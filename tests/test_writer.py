@@ -93,7 +93,7 @@ def test_an_episode_comes_back_as_it_was_and_a_full_disk_leaves_no_half_one(tmp_
     assert [path.name for path in path.parent.iterdir()] == ["e.npz"]
 
 
-def test_a_claim_beyond_the_memory_is_refused(tmp_path: Path) -> None:
+def test_arrays_that_claim_too_much_or_too_little_are_refused(tmp_path: Path) -> None:
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({5 * 10**12},)}}".ljust(117) + "\n"
     claim = np.lib.format.MAGIC_PREFIX + b"\x01\x00" + struct.pack("<H", len(header)) + header.encode()
     with zipfile.ZipFile(tmp_path / "claim.npz", "w") as archive:
@@ -101,9 +101,12 @@ def test_a_claim_beyond_the_memory_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("action.npy", b"\0" * (65 << 20))
     np.savez(tmp_path / "objects.npz", a=np.array([{}], dtype=object))
+    np.savez(tmp_path / "fewer.npz", a=np.zeros((9000, 7)))
+    content = (tmp_path / "fewer.npz").read_bytes()
+    (tmp_path / "fewer.npz").write_bytes(content.replace(b"(9000, 7)", b"(8000, 7)"))  # numpy would not notice
     before = peak_memory()
-    for name in ("claim.npz", "bomb.npz", "objects.npz"):
-        with pytest.raises(ValueError, match=r"claims|far more|Object arrays"):
+    for name in ("claim.npz", "bomb.npz", "objects.npz", "fewer.npz"):
+        with pytest.raises(ValueError, match=r"claims|far more|Object arrays|checksum"):
             read_arrays(tmp_path / name)
     assert peak_memory() - before < 10 << 20
 
