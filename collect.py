@@ -21,9 +21,8 @@ import tyro
 from tqdm import tqdm
 
 from config import WORKSPACE
-from prismatic.atomic import write_json
+from prismatic.atomic import write_json, writing_to
 from prismatic.data import lerobot_writer, rlds
-from prismatic.data.staging import writing_to
 from prismatic.episodes import pool
 from prismatic.episodes.demonstration import Demonstration, Job, Record
 from prismatic.episodes.replay import FAILED, Replays, find_replays

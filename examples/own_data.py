@@ -8,6 +8,7 @@ An .npz holds `action` (T, D), `instruction`, and if you have it `state` (T, S);
 """
 
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 from prismatic.arrays import read_arrays
 from prismatic.data import lerobot_writer, rlds
-from prismatic.data.made_once import unfinished
 from prismatic.data.staging import stage_episode
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.image import encode_jpeg
@@ -106,20 +106,21 @@ def main(cfg: OwnDataConfig) -> Path:
     cfg = checked(cfg)
     rlds.check_name(cfg.dataset_name)
     episodes = recorded(cfg.recordings) if cfg.recordings else drawn(cfg.episodes, cfg.action_dim)
-    with unfinished(cfg.output) as staged:
+    cfg.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".staged-", dir=cfg.output) as staged:
         for number, episode in enumerate(episodes):
             views = [name for name in ("images", "wrist_images") if name in episode]
             jpegs: dict[str, Any] = {view: [encode_jpeg(frame) for frame in episode[view]] for view in views}
             try:
-                stage_episode(staged / f"episode_{number:06d}.npz", **(episode | jpegs))
+                stage_episode(Path(staged) / f"episode_{number:06d}.npz", **(episode | jpegs))
             except ValueError as error:
                 raise ConfigError(
                     f"recording {number + 1}: {error}: give a frame and an action (T, D) a step"
                 ) from None
         if cfg.format == "rlds":
-            made = rlds.write_dataset(staged, cfg.output, cfg.dataset_name)
+            made = rlds.write_dataset(Path(staged), cfg.output, cfg.dataset_name)
         else:
-            made = lerobot_writer.write_dataset(staged, cfg.output, cfg.dataset_name, fps=cfg.fps)
+            made = lerobot_writer.write_dataset(Path(staged), cfg.output, cfg.dataset_name, fps=cfg.fps)
     where = f"--data_root_dir {cfg.output} --dataset_name {cfg.dataset_name}"
     print(f"data set: {made}")
     print(f"look:    python doctor.py --simulator False {where}")

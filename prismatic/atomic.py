@@ -11,6 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from prismatic.errors import ConfigError
+from prismatic.filenames import UNFINISHED
+
+
+@contextlib.contextmanager
+def writing_to(place: Path) -> Iterator[None]:
+    """Turn what the disk refuses (no space, no permission) into a ConfigError; any other error stays what it is."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors and torch have their own errors for a full disk
+        full = "No space left" in str(error) or "SafetensorError" in type(error).__name__
+        if isinstance(error, ConfigError) or not (full or isinstance(error, OSError)):
+            raise
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        said = f"cannot write {place} ({reason}): make room, or give another folder; the same command then continues"
+        raise ConfigError(said) from error
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -20,43 +36,38 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_whole(path: Path, content: bytes) -> None:
     """ConfigError when it cannot be written, for instance because the disk is full; what was there stays."""
-    temporary = path.with_name(f".unfinished-{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # the first error is the one to tell
-            temporary.unlink(missing_ok=True)
-        raise _no_room(path, error) from error
+    temporary = path.with_name(f"{UNFINISHED}{path.name}.{os.getpid()}")
+    with writing_to(path):
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        finally:
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A new folder to fill, which takes the place of `folder` when the block ends well and vanishes when it doesn't.
 
-    ConfigError when the disk is full or refuses; an error that isn't the disk's stays what it is.
+    For one process at a time: what another call for this folder has begun is deleted, as that one was killed.
     """
-    partial = folder.with_name(f".unfinished-{folder.name}")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
-        partial.mkdir(parents=True)
-        yield partial
-        for path in (*partial.iterdir(), partial):
-            flush(path)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    except OSError as error:
-        raise _no_room(folder, error) from error
-    except Exception as error:  # safetensors and torch have their own errors for a full disk
-        if "No space left" in str(error) or "SafetensorError" in type(error).__name__:
-            raise _no_room(folder, error) from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.with_name(f"{UNFINISHED}{folder.name}")
+    with writing_to(folder):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            for path in (*partial.iterdir(), partial):
+                flush(path)
+            if folder.exists():
+                shutil.rmtree(folder)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def flush(path: Path) -> None:
@@ -68,18 +79,10 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _no_room(path: Path, error: Exception) -> ConfigError:
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    return ConfigError(f"cannot write {path} ({reason}): make room; the same command then continues")
-
-
 def append_line(path: Path, line: bytes) -> None:
     """Add a line (without its newline) that is safe on disk when this returns. ConfigError when it cannot be written."""
     line += b"\n"
-    try:
-        with path.open("ab", buffering=0) as file:
-            if file.write(line) != len(line):
-                raise OSError("the disk is full")
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise _no_room(path, error) from error
+    with writing_to(path), path.open("ab", buffering=0) as file:
+        if file.write(line) != len(line):
+            raise OSError("the disk is full")
+        os.fsync(file.fileno())

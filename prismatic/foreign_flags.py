@@ -3,71 +3,63 @@
 A flag stands with its value, `--flag value` or `--flag=value`, as their scripts take them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from prismatic.errors import ConfigError
 
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
-Translation = Callable[[str, str], Sequence[str]]  # a flag's name and its value → our arguments
-Table = Mapping[str, Translation]
 
 
-def _renamed(name: str, *more: str) -> Translation:
-    """The same thing under another name, and what else it brings along."""
-    return lambda flag, value: [f"--{name}", value, *more]
+class Rule(NamedTuple):
+    """Our arguments for a flag, {} for its value."""
 
+    any: str | None = None  # for any value, but for those that `on` and `off` name
+    on: str | None = None  # where it is true
+    off: str | None = None  # where it is false
+    notice: str = ""  # why it has no effect
+    instead: str = ""  # what to do, as it asks for something that isn't there
 
-def _switch(on: Sequence[str] = (), off: Sequence[str] = ()) -> Translation:
-    """A flag of true or false that stands for other flags."""
-
-    def translation(flag: str, value: str) -> Sequence[str]:
-        if value.lower() not in YES + NO:
+    def arguments(self, flag: str, value: str) -> list[str]:
+        """ConfigError for a value that is none of a switch, and for what is not built."""
+        named = self.on if value.lower() in YES else self.off if value.lower() in NO else None
+        text = self.any if named is None else named
+        if text is None and self.instead:
+            raise ConfigError(f"--{flag} {value} is not built here: {self.instead}")
+        if text is None:
             raise ConfigError(f"--{flag} {value!r}: give True or False")
-        return on if value.lower() in YES else off
-
-    return translation
-
-
-def _ignored(reason: str) -> Translation:
-    """A flag without a meaning here."""
-    return lambda flag, value: print(f"notice: --{flag} {value} has no effect: {reason}") or []
+        if self.notice:
+            print(f"notice: --{flag} {value} has no effect: {self.notice}")
+        return [part.format(value) for part in text.split()]
 
 
-def _not_built(instead: str) -> Translation:
-    """A flag that asks for something that isn't there; to switch it off is right."""
-
-    def translation(flag: str, value: str) -> Sequence[str]:
-        if value.lower() not in NO:
-            raise ConfigError(f"--{flag} {value} is not built here: {instead}")
-        return []
-
-    return translation
+Table = Mapping[str, Rule]
 
 
-def _resume(flag: str, value: str) -> Sequence[str]:
-    """OpenVLA-OFT's True and False: a run that exists is continued either way, one that doesn't is begun."""
-    return ["--resume", "auto" if value.lower() in YES + NO else value]
+def _ignored(reason: str) -> Rule:
+    return Rule("", notice=reason)
 
 
 FINETUNE: Table = {
-    "save_freq": _renamed("save_steps"),
-    "val_freq": _renamed("val_steps"),
-    "wandb_log_freq": _renamed("log_steps"),
-    "num_steps_before_decay": _renamed("lr_decay_step"),
-    "lr_warmup_steps": _renamed("warmup_steps", "--warmup_start", "0.1"),
-    "use_l1_regression": _switch(on=("--action_head", "l1"), off=("--action_head", "parallel")),
-    "use_wandb": _switch(on=("--log_to", "wandb")),
-    "use_val_set": _switch(off=("--val_steps", "0")),
-    "save_latest_checkpoint_only": _switch(on=("--keep", "1"), off=("--keep", "1000000")),
-    "use_diffusion": _not_built("train with --action_head l1, which scores as well and answers faster"),
-    "use_film": _not_built("leave the flag out"),
+    "save_freq": Rule("--save_steps {}"),
+    "val_freq": Rule("--val_steps {}"),
+    "wandb_log_freq": Rule("--log_steps {}"),
+    "num_steps_before_decay": Rule("--lr_decay_step {}"),
+    "lr_warmup_steps": Rule("--warmup_steps {} --warmup_start 0.1"),
+    "use_l1_regression": Rule(on="--action_head l1", off="--action_head parallel"),
+    "use_wandb": Rule(on="--log_to wandb", off=""),
+    "use_val_set": Rule(on="", off="--val_steps 0"),
+    "save_latest_checkpoint_only": Rule(on="--keep 1", off="--keep 1000000"),
+    "use_diffusion": Rule(off="", instead="train with --action_head l1, which scores as well and answers faster"),
+    "use_film": Rule(off="", instead="leave the flag out"),
     "adapter_tmp_dir": _ignored("the adapter is saved in the run's folder; export.py merges it"),
     "merge_lora_during_training": _ignored("the adapter is saved by itself; export.py merges it"),
     "shuffle_buffer_size": _ignored("frames are read in random order from disk"),
     "val_time_limit": _ignored("validation looks at a fixed number of frames"),
     "num_diffusion_steps_train": _ignored("there is no diffusion head"),
     "diffusion_sample_freq": _ignored("there is no diffusion head"),
-    "resume": _resume,
+    # OpenVLA-OFT's True and False: a run that exists is continued either way, one that doesn't is begun
+    "resume": Rule("--resume {}", on="--resume auto", off="--resume auto"),
     "resume_step": _ignored("a run goes on from its newest checkpoint"),
     "run_id_override": _ignored("give --run_id_note"),
     "model_family": _ignored("there is only OpenVLA"),
@@ -83,8 +75,8 @@ EVALUATE: Table = {
     **dict.fromkeys(("initial_states_path", "env_img_res"), _ignored("LIBERO's own states and 256 pixels are used")),
     "num_diffusion_steps_train": FINETUNE["num_diffusion_steps_train"],
     "num_diffusion_steps_inference": FINETUNE["num_diffusion_steps_train"],
-    "use_diffusion": _not_built("evaluate a checkpoint with another head"),
-    "use_film": _not_built("evaluate a checkpoint without FiLM"),
+    "use_diffusion": Rule(off="", instead="evaluate a checkpoint with another head"),
+    "use_film": Rule(off="", instead="evaluate a checkpoint without FiLM"),
 }
 
 
@@ -102,5 +94,5 @@ def translate(arguments: Sequence[str], table: Table) -> list[str]:
             if not given or given[0].startswith("--"):
                 raise ConfigError(f"{argument} needs a value behind it")
             value = given.pop(0)
-        translated += table[name](name, value)
+        translated += table[name].arguments(name, value)
     return translated

@@ -76,13 +76,19 @@ def _git(*arguments: str) -> str:
 
 
 def folder_fingerprint(path: Path, *, weights_only: bool = False) -> str:
-    """16 hex digits of a checkpoint or adapter, a folder or a file: of its JSON files and weights, wherever it lies.
+    """16 hex digits of a checkpoint's or an adapter's folder: of its JSON files and weights, wherever it lies. They stand in run.json and in the
+    names of staged episodes; processor.json has weights.fingerprint, which is of the weights alone, however they are stored.
 
     weights_only: an adapter's JSON names its base by where that lies. Of a large file 8 MB are read, spread over its length: 15 GB take well
     under a second.
     """
     digest = hashlib.sha256()
-    files = [file for file in _files(path) if file.suffix in WEIGHTS or not weights_only]
+    kinds = WEIGHTS if weights_only else (*WEIGHTS, ".json")
+    there = [
+        *path.glob("*"),
+        *path.glob("checkpoints/*"),
+    ]  # the second is where a native Prismatic folder keeps its .pt
+    files = [file for file in there if file.suffix in kinds and file.name not in NOT_BEHAVIOUR and file.is_file()]
     for file in sorted(files, key=lambda file: file.name):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
@@ -94,11 +100,3 @@ def folder_fingerprint(path: Path, *, weights_only: bool = False) -> str:
                 stream.seek(sample * (size - SAMPLE_BYTES) // (SAMPLES - 1))
                 digest.update(stream.read(SAMPLE_BYTES))
     return digest.hexdigest()[:16]
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    folders = [path, path / "checkpoints"]  # the second is where a native Prismatic folder keeps its .pt
-    files = [file for folder in folders if folder.is_dir() for file in folder.iterdir() if file.is_file()]
-    return [file for file in files if file.suffix in (*WEIGHTS, ".json") and file.name not in NOT_BEHAVIOUR]

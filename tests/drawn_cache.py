@@ -13,13 +13,12 @@ def write_cache(
 ) -> FrameCache:
     """episodes: images (and wrist_images) as JPEG bytes, action (T, D), state (T, S) or none, instruction (one, or one a step), file_path."""
     folder.mkdir(parents=True)
-    has_wrist = "wrist_images" in episodes[0]
-    writer = CacheWriter(folder, name=name, has_wrist=has_wrist)
+    views = ["images", "wrist_images"][: 1 + ("wrist_images" in episodes[0])]
+    writer = CacheWriter(folder, name=name, views=views)
     for episode in episodes:
-        views = [episode["images"], *([episode["wrist_images"]] if has_wrist else [])]
         said = episode["instruction"]
         writer.add(
-            zip(*views, strict=True),
+            zip(*(episode[view] for view in views), strict=True),
             action=episode["action"],
             state=episode.get("state"),
             instructions=[said] * len(episode["action"]) if isinstance(said, str) else said,

@@ -1,6 +1,7 @@
 """RLDS data sets in the forms that people have, written and read in one process, as TensorFlow starts slowly: python -m tests.drawn_rlds FOLDER
 
-Out: FOLDER/<kind>/ is each one's cache, or FOLDER/<kind>.error the sentence that refused it.
+Out: FOLDER/<kind>/ is each one's cache, or FOLDER/<kind>.error the sentence that refused it. TWO_ARMS is what our own writer makes of episodes
+without a wrist view and a state.
 """
 
 import json
@@ -10,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from prismatic.image import encode_jpeg
+
 LENGTHS = (3, 1, 4)
 INSTRUCTION = "pick up the red block"
+TWO_ARMS = "two_arms"
 
 
 def picture(t: int, size: tuple[int, int] = (48, 64)) -> np.ndarray:
@@ -62,6 +66,7 @@ def kinds(f: Any) -> dict[str, dict[str, Any]]:
         "long_state": {"state": (vector(10), lambda t: state(t, 10))},
         "gripper_one_open": {"action": (vector(7), lambda t: action(t, gripper=(1.0, 0.0)))},
         "rotated": {"image": (png, lambda t: picture(t)[::-1, ::-1].copy()), "rotate": True},
+        "lean": {"state": None},  # with a split for validation
         "other_cameras": {"image": None, "left": (png, picture), "right": (png, picture)},
     }  # fmt: skip
 
@@ -69,32 +74,31 @@ def kinds(f: Any) -> dict[str, dict[str, Any]]:
 def write(tfds: Any, folder: Path, kind: str, changes: dict[str, Any]) -> Path:
     """A data set `folder/kind/1.0.0`."""
     f = tfds.features
-    vector = lambda n: f.Tensor(shape=(n,), dtype=np.float32)  # noqa: E731
-    usual = {"image": (f.Image(shape=(48, 64, 3), encoding_format="png"), picture), "state": (vector(8), state)}
-    usual |= {"action": (vector(7), action), "language_instruction": (f.Text(), lambda t: INSTRUCTION)}
-    fields = {name: form for name, form in (usual | changes).items() if form and name not in ("keys", "rotate")}
-    outside = ("action", "language_instruction")
-    observation = {name: form for name, form in fields.items() if name not in outside}
-    step = {name: form[0] for name, form in fields.items() if name in outside}
-    step["observation"] = f.FeaturesDict({name: form[0] for name, form in observation.items()})
+    usual = {"image": (f.Image(shape=(48, 64, 3), encoding_format="png"), picture)}
+    usual |= {"state": (f.Tensor(shape=(8,), dtype=np.float32), state)}
+    usual |= {"action": (f.Tensor(shape=(7,), dtype=np.float32), action)}
+    usual |= {"language_instruction": (f.Text(), lambda t: INSTRUCTION)}
+    forms = {name: form for name, form in (usual | changes).items() if form and name not in ("keys", "rotate")}
+
+    def step(t: int | None = None) -> dict[str, Any]:
+        """The values at step t, or the features."""
+        fields = {name: form[0] if t is None else form[1](t) for name, form in forms.items()}
+        outside = {name: fields.pop(name) for name in ("action", "language_instruction") if name in fields}
+        return outside | {"observation": f.FeaturesDict(fields) if t is None else fields}
 
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # pyright: ignore
         name = kind
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self) -> Any:
-            return tfds.core.DatasetInfo(builder=self, features=f.FeaturesDict({"steps": f.Dataset(step)}))
+            return tfds.core.DatasetInfo(builder=self, features=f.FeaturesDict({"steps": f.Dataset(step())}))
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            return {"train": self._generate_examples()}
+            return {name: self._generate_examples() for name in (("train", "val") if kind == "lean" else ("train",))}
 
         def _generate_examples(self) -> Any:
             for number, length in enumerate(LENGTHS):
-                steps = []
-                for t in range(length):
-                    seen = {name: form[1](t) for name, form in observation.items()}
-                    steps.append({n: form[1](t) for n, form in fields.items() if n in outside} | {"observation": seen})
-                yield f"episode_{number}", {"steps": steps}
+                yield f"episode_{number}", {"steps": [step(t) for t in range(length)]}
 
     builder = Builder(data_dir=folder, **({"file_format": "array_record"} if kind == "array_record" else {}))
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
@@ -109,14 +113,23 @@ def main(folder: Path) -> None:
     from prismatic.errors import ConfigError
 
     tfds.disable_progress_bar()
-    for kind, changes in kinds(tfds.features).items():
-        source = write(tfds, folder / "sets", kind, changes)
-        cache = folder / kind
-        cache.mkdir()
-        options = {"told": changes.get("keys", {}), "rotate": changes.get("rotate", False)}
+    sets = {
+        kind: (write(tfds, folder / "sets", kind, changes), changes.get("keys", {}), changes.get("rotate", False))
+        for kind, changes in kinds(tfds.features).items()
+    }
+    for number, length in enumerate(LENGTHS):
+        arms = np.stack([np.tile(action(t), 2) for t in range(length)])
+        jpegs = [encode_jpeg(picture(t)) for t in range(length)]
+        rlds.stage_episode(folder / f"staged/{number}.npz", images=jpegs, action=arms, instruction=INSTRUCTION)
+    (folder / "sets" / TWO_ARMS).mkdir()
+    rlds.__name__ = "__main__"  # as in its own child: tfds asks for the file of a builder of another module
+    rlds._write(folder / "staged", folder / "sets" / TWO_ARMS, TWO_ARMS)
+    sets[TWO_ARMS] = (folder / "sets" / TWO_ARMS, {}, False)
+    for kind, (source, told, rotate) in sets.items():
+        (folder / kind).mkdir()
         try:
             check_whole(source)
-            rlds._read(source, cache, json.dumps(options))
+            rlds._read(source, folder / kind, json.dumps([told, rotate]))
         except ConfigError as error:
             (folder / f"{kind}.error").write_text(str(error))
 

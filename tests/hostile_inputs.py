@@ -32,7 +32,7 @@ from prismatic.data.staging import load_episode, stage_episode
 from prismatic.dataset_statistics import check_entry, load_statistics
 from prismatic.episodes.result import load_actions, read_run
 from prismatic.errors import ConfigError
-from prismatic.filenames import RESULTS, WEIGHTS
+from prismatic.filenames import WEIGHTS
 from prismatic.models.config_file import read_config
 from prismatic.models.weights import stored_tensors
 from prismatic.processor_files import load_tokenizer
@@ -50,7 +50,7 @@ ODD: tuple[Any, ...] = (
 )  # fmt: skip
 WHOLE = (b"", b"null", b"[]", b"3", b'"x"', b"{}", b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe\x00", b"\x80\x04K\x01.",
          b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", b"\0" * 4096)  # fmt: skip
-FLIPS, MOST_VALUES = 12, 300  # of a file
+FLIPS = 12  # of a file
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,8 @@ def make_weights(folder: Path) -> None:
 
 
 def read_weights(folder: Path) -> Any:
-    return {
-        name: tensor.load(name, dtype=torch.float64).sum().item() for name, tensor in stored_tensors(folder).items()
-    }
+    stored = stored_tensors(folder)
+    return {name: tensor.load(name, dtype=torch.float64).sum().item() for name, tensor in stored.items()}
 
 
 def read_statistics(folder: Path) -> Any:
@@ -111,10 +110,6 @@ def read_statistics(folder: Path) -> Any:
     for key in found:
         check_entry(found[key], key, state=False)
     return found
-
-
-def read_page(folder: Path) -> Any:
-    return report.build(folder).read_bytes()
 
 
 def read_cache(folder: Path) -> Any:
@@ -129,13 +124,10 @@ def read_actions(folder: Path) -> Any:
     return found
 
 
-def read_loose(path: Path) -> Any:
-    return load_episode(path)
-
-
 ROWS = [row(0, 0, True), row(0, 1, False, verdict="missed"), row(1, 0, None, "crashed")]
 STAGED: dict[str, Any] = {
-    "images": [b"one", b"two"], "action": np.ones((2, 7)), "state": np.zeros((2, 8)), "instruction": "go", "file_path": "here",
+    "images": [b"\xff\xd8one", b"\xff\xd8two"], "action": np.arange(14.0).reshape(2, 7), "state": np.ones((2, 8)), "instruction": "go",
+    "file_path": "here",
 }  # fmt: skip
 ADAPTER = {
     "peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj"], "bias": "none",
@@ -188,18 +180,12 @@ def make_rlds(folder: Path) -> None:
 
 def make_cache(folder: Path) -> None:
     folder.rmdir()
-    episode = {
-        "images": [b"one", b"two"],
-        "action": np.arange(14.0).reshape(2, 7),
-        "state": np.ones((2, 8)),
-        "instruction": "go",
-    }
-    write_cache(folder, [episode, episode | {"instruction": "stop"}])
+    write_cache(folder, [STAGED, STAGED | {"instruction": "stop"}])
 
 
 KINDS = (
     Kind("results.jsonl", lambda folder: folder_with(folder, ROWS), evaluation.read_rows),
-    Kind("summary.json", lambda folder: folder_with(folder, ROWS), read_page),
+    Kind("summary.json", lambda folder: folder_with(folder, ROWS), lambda folder: report.build(folder).read_bytes()),
     Kind("run.json", written("run.json", {"identity": {"a": 1}, "record": {"sessions": []}}), read_run),
     Kind("metrics.jsonl", written("metrics.jsonl", [{"step": s, "loss": 1 / s, "l1_loss": 0.1} for s in (1, 2, 3)]), curves.draw),
     Kind("config.json", copied(TINY, "config.json"), lambda folder: read_config(folder / "config.json")),
@@ -212,7 +198,7 @@ KINDS = (
     Kind("meta.json", make_cache, read_cache, has_sums=True),
     Kind("steps.npz", make_cache, read_cache, has_sums=True),
     Kind("frames.bin", make_cache, read_cache, has_sums=True),
-    Kind("staged.npz", lambda folder: stage_episode(folder / "staged.npz", **STAGED), lambda folder: read_loose(folder / "staged.npz"), True),
+    Kind("staged.npz", lambda folder: stage_episode(folder / "staged.npz", **STAGED), lambda folder: load_episode(folder / "staged.npz"), True),
     Kind("actions.npz", lambda folder: np.savez_compressed(folder / "actions.npz", actions=np.ones((9, 7), np.float32)), read_actions, True),
     Kind("meta/info.json", make_lerobot, read_lerobot),
     Kind("meta/tasks.jsonl", make_lerobot, read_lerobot),
@@ -244,8 +230,8 @@ def changed(content: Any, path: tuple[Any, ...], value: Any) -> Any:
     return content
 
 
-def damages(good: bytes, chance: random.Random, name: str) -> Iterator[bytes]:
-    """The file's content, damaged: cut off, a bit flipped, something else in its place, and in JSON an odd value at each field."""
+def damages(good: bytes, chance: random.Random, name: str, most: int) -> Iterator[bytes]:
+    """The file's content, damaged: cut off, a bit flipped, something else in its place, and in JSON odd values at fields, `most` in all."""
     yield from (good[: len(good) * part // 5] for part in range(1, 5))
     yield good[:-1]
     yield good + b"\0"
@@ -258,7 +244,7 @@ def damages(good: bytes, chance: random.Random, name: str) -> Iterator[bytes]:
         content = json.loads(first)
         places = list(fields(content))
         tries = [(path, value) for path in places for value in ODD]
-        for path, value in chance.sample(tries, min(MOST_VALUES, len(tries))):
+        for path, value in chance.sample(tries, min(most, len(tries))):
             yield json.dumps(changed(content, path, value)).encode() + newline + rest
 
 
@@ -272,7 +258,7 @@ def outcome(kind: Kind, folder: Path, expected: str) -> str:
     return "equal" if found == expected else "wrong" if kind.has_sums else "plausible"
 
 
-def tried(kind: Kind, seed: int = 0) -> Counter[str]:
+def tried(kind: Kind, most: int = 300) -> Counter[str]:
     """How often each came of a kind's damages."""
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as place:
@@ -281,7 +267,7 @@ def tried(kind: Kind, seed: int = 0) -> Counter[str]:
         kind.make(folder)
         path, expected = folder / kind.file, same(kind.read(folder))
         good = path.read_bytes()
-        for content in damages(good, random.Random(seed), kind.file):
+        for content in damages(good, random.Random(0), kind.file, most):
             path.write_bytes(content)
             counts[outcome(kind, folder, expected)] += 1
         for become in (os.mkfifo, Path.mkdir, lambda path: Path(path).symlink_to("/dev/zero"), lambda path: None):
@@ -297,17 +283,15 @@ def main() -> None:
     total: Counter[str] = Counter()
     for kind in KINDS:
         counts = tried(kind)
-        short = Counter({column: sum(n for what, n in counts.items() if what.startswith(column)) for column in columns})
-        total += short
-        print(
-            f"| {kind} | {counts.total()} | " + " | ".join(str(short[column]) for column in columns) + " |", flush=True
-        )
+        total += counts
+        numbers = (sum(n for what, n in counts.items() if what.startswith(column)) for column in columns)
+        print(f"| {kind} | {counts.total()} | " + " | ".join(map(str, numbers)) + " |", flush=True)
         for what, number in counts.items():
             if what.startswith(("traceback", "wrong")):
                 print(f"    {number} x {what}", flush=True)
-    print(f"| all | {total.total()} | " + " | ".join(str(total[column]) for column in columns) + " |")
+    numbers = (sum(n for what, n in total.items() if what.startswith(column)) for column in columns)
+    print(f"| all | {total.total()} | " + " | ".join(map(str, numbers)) + " |")
 
 
 if __name__ == "__main__":
-    assert RESULTS in {kind.file for kind in KINDS}
     main()

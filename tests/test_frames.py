@@ -1,7 +1,6 @@
 """The frame cache, read from a folder made here, and the order in which mixtures give their frames."""
 
 import json
-import multiprocessing
 import pickle
 from pathlib import Path
 
@@ -21,11 +20,12 @@ HALF_SILENT_EPISODE = 4  # only its first step has no instruction
 
 
 def image_of(name: str, frame: int, view: str = "image") -> bytes:
-    return f"{view} {frame} of {name}".encode()
+    """What begins like a JPEG is stored as it is."""
+    return b"\xff\xd8" + f"{view} {frame} of {name}".encode()
 
 
 def make_cache(folder: Path, lengths: list[int], *, wrist: bool = True) -> FrameCache:
-    """A cache of the folder's name, whose "images" are words, and whose instruction is empty in the two places above."""
+    """A cache of the folder's name, whose images are words, and whose instruction is empty in the two places above."""
     name, generator, start, episodes = folder.name, np.random.default_rng(0), 0, []
     for number, length in enumerate(lengths):
         frames = range(start, start := start + length)
@@ -62,28 +62,18 @@ def drawn(mixture: Mixture, start: int, end: int) -> list[tuple[int, int]]:
 def test_every_frame_has_its_own_bytes_and_row(tmp_path, wrist):
     cache = make_cache(tmp_path / "one", LENGTHS, wrist=wrist)
     assert len(cache) == sum(LENGTHS)
+    copy = pickle.loads(pickle.dumps(cache))  # as a loader's process gets it: by its path
     for frame in (0, 3, 7, len(cache) - 1):
-        step = cache[frame]
-        assert (step.dataset, step.image, step.instruction == cache.instruction(frame)) == (
-            "one",
-            image_of("one", frame),
-            True,
-        )
+        step = copy[frame]
+        assert (step.dataset, step.image, step.instruction) == ("one", image_of("one", frame), cache.instruction(frame))
         assert step.wrist == (image_of("one", frame, "wrist_image") if wrist else None)
         assert (step.actions == cache.actions[frame : frame + 1]).all() and step.actions.dtype == np.float32
     for outside in (-1, len(cache)):
         with pytest.raises(IndexError):
             cache.image_bytes(outside)
     if not wrist:
-        with pytest.raises(ConfigError, match="no wrist_image"):
+        with pytest.raises(ConfigError, match=r"no wrist_image.*num_images_in_input"):
             cache.wrist_bytes(5)
-
-
-def test_actions_have_the_gripper_open_at_one(cache):
-    with np.load(cache.folder / "steps.npz") as arrays:
-        raw = arrays["action"]
-    assert (cache.actions[:, 6] == np.where(raw[:, 6] < 0, 1, 0)).all()
-    assert (cache.actions[:, :6] == raw[:, :6]).all()
 
 
 def test_silent_episodes_and_the_last_five_percent_are_left_out_of_training(cache):
@@ -92,11 +82,8 @@ def test_silent_episodes_and_the_last_five_percent_are_left_out_of_training(cach
     assert len(cache.train_indices()) == sum(LENGTHS[episode] for episode in trained)
     assert cache.validation_indices().tolist() == [30, 31, 32]
     assert cache.instructions == ["" if e in (SILENT_EPISODE, HALF_SILENT_EPISODE) else "do one" for e in range(11)]
-
-
-@pytest.mark.parametrize(("episodes", "train"), [(1, 1), (6, 6), (10, 10), (11, 10), (30, 28), (432, 410), (500, 475)])
-def test_train_split_rounds_half_to_even(episodes, train):
-    assert num_train_episodes(episodes) == train
+    rounded_half_to_even = {1: 1, 6: 6, 10: 10, 11: 10, 30: 28, 432: 410, 500: 475}
+    assert {episodes: num_train_episodes(episodes) for episodes in rounded_half_to_even} == rounded_half_to_even
 
 
 def test_another_share_can_be_held_out(cache, pair):
@@ -104,38 +91,17 @@ def test_another_share_can_be_held_out(cache, pair):
     assert set(cache.episode[validation]) == {7, 8, 9, 10} and not set(validation) & set(cache.train_indices(0.4))
     assert len(cache.validation_indices(0)) == 0 and len(cache.train_indices(0.999)) == LENGTHS[0]
     mixture = Mixture(pair, seed=0, val_share=0.5)
-    learnt = {mixture.locate(draw) for draw in range(2 * len(mixture))}
-    assert mixture.held_out(10**6) == [] and len(learnt) == len(mixture)  # the only episode with words is learnt
+    assert mixture.held_out(10**6) == [] and len(mixture) == 30  # the only episode with words is learnt
     mixture = Mixture([cache], seed=0, val_share=0.4)
     assert mixture.held_out(10**6) == [(0, frame) for frame in validation]
     assert mixture.held_out(2) == [(0, validation[0]), (0, validation[-1])]
 
 
-def test_statistics_count_every_episode(cache):
+def test_statistics_count_every_episode_and_each_data_set_keeps_its_own(cache, pair):
     statistics = cache.statistics
     assert (statistics["num_transitions"], statistics["num_trajectories"]) == (sum(LENGTHS), len(LENGTHS))
     assert statistics["action"]["max"] == cache.actions.max(0).tolist()
-
-
-def test_a_copy_in_another_process_reads_the_same(cache):
-    assert len(pickle.dumps(cache)) < 500
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(cache.wrist_bytes, (9,)) == cache.wrist_bytes(9)
-
-
-DAMAGES = {
-    "no meta": lambda folder: (folder / "meta.json").unlink(),
-    "cut frames": lambda folder: (folder / "frames.bin").write_bytes(b"short"),
-    "cut steps": lambda folder: (folder / "steps.npz").write_bytes((folder / "steps.npz").read_bytes()[:500]),
-    "other meta": lambda folder: (folder / "meta.json").write_text((folder / "meta.json").read_text() + " "),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_caches_are_refused(cache, damage):
-    DAMAGES[damage](cache.folder)
-    with pytest.raises(ConfigError, match="delete it and run again"):
-        FrameCache(cache.folder)
+    assert Mixture(pair, seed=0).statistics == {"big": pair[0].statistics, "small": pair[1].statistics}
 
 
 def test_a_cache_of_the_first_format_stays_readable(cache):
@@ -167,11 +133,6 @@ def test_a_chunk_ends_with_its_episode(cache, chunk):
     assert cache.episodes_shorter_than(chunk) == sum(length < chunk for length in LENGTHS)
 
 
-def test_a_data_set_without_one_whole_chunk_is_refused(cache):
-    with pytest.raises(ConfigError, match=r"no training episode of one has .* 6 steps"):
-        Mixture([cache], seed=0, num_actions_chunk=6)
-
-
 def test_chunks_and_state_are_the_original_s(both_numbers, tmp_path):
     """Which frames give a chunk, what is in it, the state beside it and the statistics of both, from the raw arrays of the data set."""
     plain, oft = both_numbers
@@ -180,7 +141,10 @@ def test_chunks_and_state_are_the_original_s(both_numbers, tmp_path):
     lengths = arrays["episode_length"].tolist()
     ends = np.cumsum(lengths)
     episodes = [
-        {"images": [b"jpeg"] * n, "action": raw["raw_action"][end - n : end], "state": arrays["all_state_raw"][end - n : end], "instruction": said}
+        {
+            "images": [b"\xff\xd8"] * n, "action": raw["raw_action"][end - n : end],
+            "state": arrays["all_state_raw"][end - n : end], "instruction": said,
+        }
         for n, end, said in zip(lengths, ends, facts["episode_instructions_in_order"], strict=True)
     ]  # fmt: skip
     cache = write_cache(tmp_path / "cache", episodes)
@@ -239,22 +203,18 @@ def test_weights_set_the_share_of_each_data_set(pair):
     assert {dataset for dataset, _ in first[:15]} == {0, 1}  # mixed, not one after the other
 
 
-def test_each_data_set_keeps_its_own_statistics(pair):
-    assert Mixture(pair, seed=0).statistics == {"big": pair[0].statistics, "small": pair[1].statistics}
-
-
-def test_mixtures_that_make_no_sense_are_refused(pair, tmp_path):
+def test_mixtures_that_make_no_sense_are_refused(cache, pair, tmp_path):
     silent = make_cache(tmp_path / "silent", [0, 0, 4])
+    bad_weights = ([1.0], [1.0, 0.0], [1.0, -1.0], [1.0, float("nan")])
     for caches, weights, sentence in (
-        *(
-            (pair, weights, "a weight above 0 for each")
-            for weights in ([1.0], [1.0, 0.0], [1.0, -1.0], [1.0, float("nan")])
-        ),
+        *((pair, weights, "a weight above 0 for each") for weights in bad_weights),
         ([pair[0], pair[0]], None, "two data sets of one name"),
         ([silent], None, "no training episode of silent"),
     ):
         with pytest.raises(ConfigError, match=sentence):
             Mixture(caches, seed=0, weights=weights)
+    with pytest.raises(ConfigError, match=r"no training episode of one has .* 6 steps"):
+        Mixture([cache], seed=0, num_actions_chunk=6)
 
 
 def test_ranks_share_the_batches_without_repeats():
@@ -264,13 +224,12 @@ def test_ranks_share_the_batches_without_repeats():
     assert [next(resumed), next(resumed)] == [[9, 10, 11], [15, 16, 17]]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_the_same_with_any_number_of_workers(cache, workers):
+def test_batches_of_workers_are_the_draws(cache):
     mixture = Mixture([cache], seed=3)
     loader = DataLoader(
         mixture,  # pyright: ignore[reportArgumentType]  (any object with __getitem__ serves)
         batch_sampler=DrawBatches(batch_size=4, first=2),
-        num_workers=workers,
+        num_workers=2,
         collate_fn=list,
     )
     batches = iter(loader)

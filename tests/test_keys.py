@@ -6,7 +6,7 @@ import pytest
 from prismatic.data.gripper import choose_gripper, detect_gripper
 from prismatic.data.keys import find_keys, parse_data_keys
 from prismatic.errors import ConfigError
-from prismatic.normalize import Gripper, action_statistics, gripper_open_is_one, normalize, unnormalize
+from prismatic.normalize import Gripper, gripper_open_is_one
 
 CAMERAS = ["observation.images.top", "observation.images.image2"]
 
@@ -81,14 +81,3 @@ def test_a_convention_that_is_none_is_refused_and_auto_keeps_what_was_found() ->
     with pytest.raises(ConfigError, match=r"--gripper 'open'.*minus_one_open"):
         choose_gripper("open", gripper, 7)
     assert choose_gripper("one_open", Gripper((), "none"), 4).dims == (3,)
-
-
-def test_two_arms_are_normalised_and_back() -> None:
-    actions = np.random.default_rng(0).normal(size=(50, 14)).astype(np.float32)
-    actions[:, [6, 13]] = np.sign(actions[:, [6, 13]])
-    gripper = detect_gripper(actions, [*"abcdef", "grip_left", *"ghijkl", "grip_right"])
-    units = gripper_open_is_one(actions, gripper)
-    stats = action_statistics(units, None, 1, gripper.dims)["action"]
-    assert [dim for dim, kept in enumerate(stats["mask"]) if not kept] == [6, 13]
-    inside = (units >= stats["q01"]) & (units <= stats["q99"])
-    np.testing.assert_allclose(unnormalize(normalize(units, stats), stats)[inside], units[inside], atol=1e-5)

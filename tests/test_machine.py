@@ -23,12 +23,17 @@ def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(("cpu", "memory"), [("", ""), ("max 100000\n", "max\n")], ids=["bare", "no limits"])
-def test_without_limits_the_machine_counts(container: Path, cpu: str, memory: str) -> None:
+def test_without_limits_the_machine_counts(
+    container: Path, monkeypatch: pytest.MonkeyPatch, cpu: str, memory: str
+) -> None:
     (container / "cpu.max").write_text(cpu)
     (container / "memory.max").write_text(memory)
     assert machine.available_cores() == 64
     assert machine.available_memory() == 400_000_000_000
     assert [machine.simulators_that_fit(shares) for shares in (1, 4, 100)] == [64, 16, 1]
+    for free, fit in ((24_000_000_000, [12, 3]), (1_000_000, [1, 1])):  # by the memory
+        available(monkeypatch, free)
+        assert [machine.simulators_that_fit(shares) for shares in (1, 4)] == fit
 
 
 def test_a_containers_limits_count(container: Path) -> None:
@@ -39,14 +44,6 @@ def test_a_containers_limits_count(container: Path) -> None:
     assert machine.available_cores() == 4
     assert machine.available_memory() == 4_500_000_000  # cached files can be given up
     assert machine.simulators_that_fit() == 2
-
-
-@pytest.mark.parametrize(("free", "fit"), [(24_000_000_000, [12, 3]), (1_000_000, [1, 1])])
-def test_simulators_go_by_the_memory(
-    container: Path, monkeypatch: pytest.MonkeyPatch, free: int, fit: list[int]
-) -> None:
-    available(monkeypatch, free)
-    assert [machine.simulators_that_fit(shares) for shares in (1, 4)] == fit
 
 
 def test_memory_of_this_process_and_its_children() -> None:

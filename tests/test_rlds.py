@@ -1,5 +1,7 @@
-"""RLDS written and read back, and what is said about damaged folders. TensorFlow's few starts are shared."""
+"""RLDS written and read back, its LeRobot twin, and what is said about damaged folders. TensorFlow's few starts are shared."""
 
+import dataclasses
+import io
 import json
 import os
 import shutil
@@ -8,13 +10,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+from PIL import Image
 
-from prismatic.data import rlds
+from prismatic.data import lerobot_writer, rlds
+from prismatic.data.examples import example
 from prismatic.data.frames import FrameCache
+from prismatic.data.mixture import open_cache
 from prismatic.errors import ConfigError
+from prismatic.image import decode_jpeg, jpeg_round_trip
+from prismatic.processor import Processor
+from prismatic.processor_files import load_processor
+from tests.conftest import REPOSITORY
 from tests.drawn_episodes import drawn_episode
 
 NAME = "drawn_set"
@@ -22,15 +35,20 @@ EPISODES = 5
 RECORD = f"{NAME}-train.tfrecord-00000-of-00001"
 
 
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("staged")
     for number in range(EPISODES):
         rlds.stage_episode(folder / f"episode_{number}.npz", **drawn_episode(number))
-    return rlds.write_dataset(folder, tmp_path_factory.mktemp("rlds"), NAME)
+    return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def dataset(staged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rlds.write_dataset(staged, tmp_path_factory.mktemp("rlds"), NAME)
+
+
+@pytest.fixture(scope="module")
 def cache(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> FrameCache:
     return FrameCache(rlds.build_cache(dataset, tmp_path_factory.mktemp("cache")))
 
@@ -53,17 +71,7 @@ def reference_name(reference: Path) -> str:
     return json.loads((reference / "rlds_pipeline.json").read_text())["dataset_name"]
 
 
-def drop_features(version: Path, *fields: str) -> None:
-    path = version / "features.json"
-    content = json.loads(path.read_text())
-    steps = content["featuresDict"]["features"]["steps"]["sequence"]["feature"]["featuresDict"]["features"]
-    observation = steps["observation"]["featuresDict"]["features"]
-    for field in fields:
-        (steps if field in steps else observation).pop(field)
-    path.write_text(json.dumps(content))
-
-
-# Writing
+# Writing and reading
 
 
 def test_written_files_are_laid_out_as_the_references(dataset: Path, reference: Path) -> None:
@@ -99,14 +107,6 @@ def test_everything_staged_comes_back_unchanged(cache: FrameCache) -> None:
     assert "tensorflow" not in sys.modules
 
 
-def test_a_name_that_tfds_would_not_take_is_refused(tmp_path: Path, no_child: None) -> None:
-    with pytest.raises(ConfigError, match="can't name a data set"):
-        rlds.write_dataset(tmp_path, tmp_path / "rlds", "My-Set")
-
-
-# Reading
-
-
 def test_a_cache_is_made_once_and_anew_when_the_data_changes(
     cache: FrameCache, dataset: Path, copy: Path, no_child: None
 ) -> None:
@@ -116,21 +116,58 @@ def test_a_cache_is_made_once_and_anew_when_the_data_changes(
         rlds.build_cache(copy, cache.folder.parent)
 
 
-def test_own_validation_split_and_missing_optional_fields(copy: Path, cache: FrameCache, tmp_path: Path) -> None:
-    drop_features(copy, "wrist_image", "state", "joint_state", "reward", "discount", "is_first")
-    shutil.copy(copy / RECORD, copy / RECORD.replace("train", "val"))
-    info = json.loads((copy / "dataset_info.json").read_text())
-    info["splits"].insert(0, info["splits"][0] | {"name": "val"})
-    (copy / "dataset_info.json").write_text(json.dumps(info))
-    lean = FrameCache(rlds.build_cache(copy, tmp_path / "cache"))
-    assert lean.file_paths == cache.file_paths * 2
-    assert lean.state is None and not lean.has_wrist
-    assert [lean.image_bytes(f) for f in range(len(cache))] == [cache.image_bytes(f) for f in range(len(cache))]
-    said = {number for number, text in enumerate(cache.instructions) if text}
-    assert {*lean.episode[lean.train_indices()]} == said
-    assert {*lean.episode[lean.validation_indices()]} == {number + EPISODES for number in said}
-    with pytest.raises(ConfigError, match=r"no wrist_image.*num_images_in_input"):
-        lean.wrist_bytes(0)
+def png(jpeg: bytes) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(decode_jpeg(jpeg)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("form", ["jpeg", "png"])
+def test_the_lerobot_twin_trains_alike(staged: Path, cache: FrameCache, tmp_path: Path, form: str) -> None:
+    """PNG is what the real library writes: what RLDS decodes to is stored without loss, and becomes a JPEG of quality 95 when it is read."""
+    twin = lerobot_writer.write_dataset(staged, tmp_path / "root", NAME, fps=10)
+    for path in twin.glob("data/*/*") if form == "png" else ():
+        table = pq.read_table(path)
+        for name in (lerobot_writer.IMAGE, lerobot_writer.WRIST):
+            rows = [row | {"bytes": png(row["bytes"])} for row in table.column(name).to_pylist()]
+            column = pa.array(rows, type=table.schema.field(name).type)
+            table = table.set_column(table.column_names.index(name), name, column)
+        pq.write_table(table, path)
+    ours = open_cache(tmp_path / "root", NAME, cache_dir=tmp_path / "cache")
+    assert (ours.fps, cache.fps) == (10, None)
+    once_more = jpeg_round_trip if form == "png" else np.asarray
+    plain = load_processor(REPOSITORY / "checkpoints" / "openvla-tiny")
+    config = dataclasses.replace(plain.config, unnorm_key=NAME, num_images_in_input=2, proprio_dim=8)
+    processor, other = (Processor(config, plain.tokenizer, {NAME: c.statistics}) for c in (ours, cache))
+    place = {cache.instruction(f): f for f in reversed(range(len(cache)))}  # each episode's first frame
+    for frame in range(len(ours)):
+        twin_frame = place[ours.instruction(frame)] + int(ours.timestep[frame])
+        mine, theirs = ours[frame], cache[twin_frame]
+        for image, wanted in ((mine.image, theirs.image), (mine.wrist, theirs.wrist)):
+            assert image and wanted and (image == wanted) == (form == "jpeg")
+            assert (decode_jpeg(image) == once_more(decode_jpeg(wanted))).all()
+        mine, theirs = example(mine, processor), example(theirs, other)
+        for name in ("input_ids", "labels", "actions", "proprio", *(["pixel_values"] if form == "jpeg" else [])):
+            assert torch.equal(getattr(mine, name), getattr(theirs, name)), (frame, name)
+    # All that scales an action or a state is bit-equal. tfds shuffles the episodes, and float32 sums round by their order: so much may means
+    # and deviations differ, which nothing reads.
+    for part in ("action", "proprio"):
+        for name, values in cache.statistics[part].items():
+            tolerance: dict[str, Any] = {"rtol": 2e-6, "atol": 2e-7} if name in ("mean", "std") else {"rtol": 0}
+            np.testing.assert_allclose(ours.statistics[part][name], values, **tolerance, err_msg=f"{part} {name}")
+
+
+# What goes wrong
+
+
+def test_what_is_wrong_is_said_before_tensorflow_starts(copy: Path, tmp_path: Path, no_child: None) -> None:
+    (copy / RECORD).write_bytes((copy / RECORD).read_bytes()[:-1])
+    for folder, sentence in ((copy, "00000-of-00001 is cut off"), (tmp_path / "missing", "missing doesn't exist")):
+        with pytest.raises(ConfigError, match=sentence):
+            rlds.build_cache(folder, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    with pytest.raises(ConfigError, match="can't name a data set"):
+        rlds.write_dataset(tmp_path, tmp_path / "rlds", "My-Set")
 
 
 def test_a_changed_byte_is_found_by_the_checksum(copy: Path, tmp_path: Path) -> None:
@@ -139,14 +176,6 @@ def test_a_changed_byte_is_found_by_the_checksum(copy: Path, tmp_path: Path) -> 
     (copy / RECORD).write_bytes(content)
     with pytest.raises(ConfigError, match=r"reading .* failed .*: download or collect the data set again"):
         rlds.build_cache(copy, tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_damaged_folders_are_named_before_tensorflow_starts(copy: Path, tmp_path: Path, no_child: None) -> None:
-    (copy / RECORD).write_bytes((copy / RECORD).read_bytes()[:-1])
-    for folder, sentence in ((copy, "00000-of-00001 is cut off"), (tmp_path / "missing", "missing doesn't exist")):
-        with pytest.raises(ConfigError, match=sentence):
-            rlds.build_cache(folder, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -173,8 +202,7 @@ sys.executable = "{tmp_path}/slow.sh"
 with exit_codes():
     rlds.build_cache(Path("{copy}"), Path("{tmp_path}/cache"))
 """
-    root = Path(rlds.__file__).parents[2]
-    run = subprocess.Popen([sys.executable, "-c", program], cwd=root, start_new_session=True)
+    run = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, start_new_session=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         assert run.poll() is None and time.monotonic() < deadline

@@ -12,7 +12,7 @@ from prismatic.data import rlds
 from prismatic.data.frames import FrameCache
 from prismatic.image import decode_jpeg, jpeg_round_trip
 from tests.conftest import REPOSITORY
-from tests.drawn_rlds import INSTRUCTION, LENGTHS, action, picture, state
+from tests.drawn_rlds import INSTRUCTION, LENGTHS, TWO_ARMS, action, picture, state
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,17 @@ def test_what_is_assumed_is_said(forms: Path) -> None:
     assert any("several instructions" in note for note in FrameCache(forms / "many_words").notes)
 
 
+def test_no_state_no_wrist_and_a_split_for_validation(forms: Path) -> None:
+    lean, arms = (FrameCache(forms / kind) for kind in ("lean", TWO_ARMS))
+    for cache, episodes in ((lean, 2 * len(LENGTHS)), (arms, len(LENGTHS))):
+        assert cache.state is None and not cache.has_wrist and len(cache.file_paths) == episodes
+    assert {*lean.episode[lean.train_indices()]} == {0, 1, 2}
+    assert {*lean.episode[lean.validation_indices()]} == {3, 4, 5}
+    assert arms.actions.shape == (sum(LENGTHS), 14) and arms.gripper.dims == ()
+    assert arms.statistics["action"]["mask"] == [True] * 14
+
+
 def test_what_is_refused_names_what_is_there(forms: Path) -> None:
     sentence = (forms / "other_cameras.error").read_text()
     assert all(part in sentence for part in ("observation/left", "observation/right", "--data_keys image="))
-    assert {path.name for path in (forms / "sets").iterdir()} - {"downloads"} == {*USUAL, "other_cameras"}
+    assert [path.name for path in forms.glob("*.error")] == ["other_cameras.error"]

@@ -17,6 +17,7 @@ from prismatic.records import parse_record, read_bytes
 
 CACHE_FORMAT = 2  # open_cache makes a new one where there is another
 OLD_FORMAT = 1  # is read too: RLDS in LIBERO's convention, without checksums
+COLUMNS = {"action", "episode", "timestep", "instruction"}  # a row a step in steps.npz; there may be state, too
 AGAIN = "delete it and run again"
 
 
@@ -50,7 +51,7 @@ def read_cache(folder: Path) -> tuple[CacheMeta, dict[str, np.ndarray]]:
     try:
         steps = read_arrays(folder / CACHE_STEPS)
         unchanged = meta.format == OLD_FORMAT or (steps["meta_digest"] == meta_digest(text)).all()
-        whole = unchanged and (folder / CACHE_FRAMES).stat().st_size == steps["offsets"][-1]
+        whole = unchanged and (folder / CACHE_FRAMES).stat().st_size == steps["offsets"][-1] and steps.keys() >= COLUMNS
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
         raise ConfigError(f"{folder} is no frame cache ({error}): {AGAIN}") from None
     if not whole or meta.format not in (OLD_FORMAT, CACHE_FORMAT):

@@ -35,41 +35,34 @@ def find_dataset(data_root_dir: Path, dataset_name: str) -> Path:
     A root that is one level off, the data set itself or the folder above its root, is taken where that leaves no doubt.
     ConfigError lists what there is.
     """
-    root = Path(data_root_dir).expanduser()
+    root = Path(data_root_dir).expanduser().absolute()
     if not root.is_dir():
         raise ConfigError(f"data_root_dir {root} doesn't exist: give the folder that holds {dataset_name}/")
-    deeper = [folder for folder in root.glob(f"*/{dataset_name}") if dataset_in(folder)] if dataset_name else []
-    itself = [root] if root.absolute().name == dataset_name else []
-    for folder in (root / dataset_name, *itself, *(deeper if len(deeper) == 1 else [])):
-        found = dataset_in(folder)
-        if found:
-            return found
-    if dataset_in(root):
-        flags = f"--data_root_dir {root.absolute().parent} --dataset_name {root.absolute().name}"
-        raise ConfigError(f"data_root_dir {root} is itself a data set: give {flags}")
-    below = ", ".join(_names(root / dataset_name))
-    if below:
-        said = f"{root / dataset_name} is a folder of data sets ({below})"
-        raise ConfigError(f"{said}: give it as data_root_dir, and one of them as dataset_name")
-    there = _names(root) or sorted(f"{at.parent.name}/{at.name}" for at in root.glob("*/*") if dataset_in(at))
-    remedy = (
-        f"set dataset_name to one that it holds ({', '.join(there)})" if there else "nor any other: give their folder"
-    )
-    raise ConfigError(f"data_root_dir {root} holds no data set {dataset_name!r}, neither RLDS nor LeRobot: {remedy}")
+    if found := _dataset_in(root / dataset_name):
+        return found
+    near = {folder: found for folder in [root, *root.glob("*"), *root.glob("*/*")] if (found := _dataset_in(folder))}
+    meant = [folder for folder in near if folder.name == dataset_name]
+    if root in meant or len(meant) == 1:
+        return near[meant[0]]
+    there: dict[Path, list[str]] = {}
+    for folder in sorted(near):
+        there.setdefault(folder.parent, []).append(folder.name)
+    flags = [f"--data_root_dir {parent} --dataset_name {' | '.join(names)}" for parent, names in there.items()]
+    said = f"data_root_dir {root} holds no data set {dataset_name!r}, neither RLDS nor LeRobot"
+    raise ConfigError(f"{said}: give {'; or '.join(flags) or 'the folder of one'}")
 
 
-def dataset_in(folder: Path) -> Path | None:
+def _dataset_in(folder: Path) -> Path | None:
     """The folder if it is a LeRobot data set, its newest version if it is an RLDS one, else None."""
-    return folder if is_lerobot(folder) else _newest_version(folder)
+    if is_lerobot(folder):
+        return folder
+    versions = [info.parent for info in folder.glob(f"*/{RLDS_INFO}") if _is_version(info.parent.name)]
+    return max(versions, key=lambda version: [int(part) for part in version.name.split(".")], default=None)
 
 
 def is_lerobot(folder: Path) -> bool:
     """Whether it has a LeRobot data set's description."""
     return (folder / LEROBOT_INFO).is_file()
-
-
-def _names(root: Path) -> list[str]:
-    return sorted(folder.name for folder in root.glob("*") if dataset_in(folder))
 
 
 def check_no_pointer(path: Path) -> None:
@@ -79,10 +72,8 @@ def check_no_pointer(path: Path) -> None:
     try:
         with path.open("rb") as file:
             start = file.read(len(LFS_POINTER))
-    except PermissionError:  # some writers leave files that only they may read
-        raise ConfigError(f"{path} may not be read by this user: its owner has to run chmod a+r on it") from None
     except OSError as error:
-        raise ConfigError(f"{path} can't be read ({error.strerror}): {AGAIN}") from None
+        raise ConfigError(f"{path} can't be read ({error.strerror}): {AGAIN}, or as a user who may read it") from None
     if start == LFS_POINTER:
         raise ConfigError(f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull in its folder")
 
@@ -127,11 +118,6 @@ def check_whole(source: Path) -> None:
                 found += 1
     if found != expected or found == 0:
         raise ConfigError(f"{source} has {found} of the {expected} episodes that it should have: {AGAIN}")
-
-
-def _newest_version(dataset: Path) -> Path | None:
-    versions = [info.parent for info in dataset.glob(f"*/{RLDS_INFO}") if _is_version(info.parent.name)]
-    return max(versions, key=lambda folder: [int(part) for part in folder.name.split(".")], default=None)
 
 
 def _is_version(name: str) -> bool:

@@ -125,24 +125,22 @@ class FrameCache:
         So the last K - 1 frames of an episode are left out, as in OpenVLA-OFT: nothing is padded or repeated.
         val_share, in [0, 1): the part of the episodes that is held out where the data set has no split named val.
         """
-        return np.flatnonzero(self._is_training(val_share) & self._gives_a_sample(num_actions_chunk))
+        return self._indices(val_share, num_actions_chunk, training=True)
 
     def validation_indices(self, val_share: float = VAL_SHARE, num_actions_chunk: int = 1) -> np.ndarray:
         """Frames (int64) of the other episodes, with the same omissions; may be empty."""
-        return np.flatnonzero(~self._is_training(val_share) & self._gives_a_sample(num_actions_chunk))
+        return self._indices(val_share, num_actions_chunk, training=False)
 
     def episodes_shorter_than(self, num_actions_chunk: int) -> int:
         """How many episodes give no chunk at all."""
         return int((self._lengths < num_actions_chunk).sum())
 
-    def _is_training(self, val_share: float) -> np.ndarray:
+    def _indices(self, val_share: float, num_actions_chunk: int, *, training: bool) -> np.ndarray:
         by_share = num_train_episodes(len(self.file_paths), val_share)
-        return self.episode < (by_share if self._train_episodes is None else self._train_episodes)
-
-    def _gives_a_sample(self, num_actions_chunk: int) -> np.ndarray:
+        of_split = (self.episode < (by_share if self._train_episodes is None else self._train_episodes)) == training
         whole = self.timestep + num_actions_chunk <= self._lengths[self.episode]
         said = np.array([text != "" for text in self._distinct_instructions])[self._instruction]
-        return whole & np.isin(self.episode, self.episode[said])
+        return np.flatnonzero(of_split & whole & np.isin(self.episode, self.episode[said]))
 
 
 @functools.lru_cache(maxsize=16)  # an epoch needs 1 to 3 a data set

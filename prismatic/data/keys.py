@@ -37,6 +37,11 @@ class DataKeys(NamedTuple):
     action: tuple[str, ...]
     instruction: str | None
 
+    @property
+    def views(self) -> list[str]:
+        """The cameras that are read: one or two."""
+        return [self.image, *([self.wrist] if self.wrist else [])]
+
 
 def parse_data_keys(text: str) -> dict[str, str]:
     """What --data_keys tells, per role; ConfigError for anything else than role=field."""

@@ -5,6 +5,7 @@ is that of the row's `task_index`. A frame of a video is the one whose time in t
 is decoded once, from its beginning to its end.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,11 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from pyarrow.compute import call_function
+from pyarrow.compute import StructFieldOptions, call_function
 
 from prismatic.data.dataset_folder import AGAIN, is_lerobot, listing
-from prismatic.data.jpegs import to_jpeg
 from prismatic.data.keys import DataKeys, find_keys, parse_data_keys, sentences
 from prismatic.data.lerobot_meta import COUNTERS, DATA_FILES, LeRobotFolder, read_table
 from prismatic.data.made_once import cached
@@ -25,8 +24,6 @@ from prismatic.data.writer import CacheWriter
 from prismatic.errors import ConfigError
 from prismatic.filenames import LEROBOT_INFO
 from prismatic.hub import resolve
-
-ROWS_AT_ONCE = 64  # of an image column that are in memory
 
 
 class Rows(NamedTuple):
@@ -39,11 +36,11 @@ class Rows(NamedTuple):
     time: np.ndarray  # (N,) float64, seconds since the episode's start
     columns: dict[str, np.ndarray]  # (N, D) each
 
-    def spans(self) -> Iterator[tuple[int, slice]]:
-        """Of each episode its number and its rows."""
+    def spans(self) -> dict[int, slice]:
+        """Of each episode, by number, its rows."""
         numbers, starts = np.unique(self.episode, return_index=True)
         ends = [*starts[1:].tolist(), len(self.episode)]
-        yield from zip(numbers.tolist(), map(slice, starts.tolist(), ends), strict=True)
+        return dict(zip(numbers.tolist(), map(slice, starts.tolist(), ends), strict=True))
 
 
 def build_cache(
@@ -58,12 +55,11 @@ def build_cache(
     dataset = LeRobotFolder(source)
     keys = find_keys(dataset.fields(told), told, str(source))
     patterns = ["meta/**/*.parquet", "meta/*.jsonl", DATA_FILES]
-    patterns += [f"videos/**/{camera}/**/*.mp4" for camera in (keys.image, keys.wrist) if camera]
+    patterns += [f"videos/**/{camera}/**/*.mp4" for camera in keys.views]
     files = [source / LEROBOT_INFO, *(path for pattern in patterns for path in source.glob(pattern))]
     identity, title = [listing(files), sorted(told.items()), rotate_images], name or source.name
-    return cached(
-        cache_dir, title, identity, lambda folder: _read(dataset, keys, folder, name=title, rotate=rotate_images)
-    )
+    fill = functools.partial(_read, dataset, keys, name=title, rotate=rotate_images)
+    return cached(cache_dir, title, identity, fill)
 
 
 def fetch(repo_id: str, data_keys: str) -> Path | None:
@@ -73,29 +69,26 @@ def fetch(repo_id: str, data_keys: str) -> Path | None:
         return None
     dataset, told = LeRobotFolder(source), parse_data_keys(data_keys)
     keys = find_keys(dataset.fields(told), told, repo_id)
-    cameras = [view for view in (keys.image, keys.wrist) if view and dataset.cameras()[view] == "video"]
+    cameras = [view for view in keys.views if dataset.cameras()[view] == "video"]
     videos = [f"videos/{place}{name}/*" for name in cameras for place in ("", "*/")]  # v3.0, v2.x
     return resolve(repo_id, kind="dataset", patterns=["meta/*", "data/*", *videos])
 
 
 def _read(dataset: LeRobotFolder, keys: DataKeys, folder: Path, *, name: str, rotate: bool) -> None:
-    """Rows first, without images; then frame after frame. In memory: numbers, a few rows' images, a video's decoder for each camera."""
+    """Rows first, without images; then frame after frame. In memory: numbers, and for each camera a file's images or a video's decoder."""
     from tqdm import tqdm
 
     rows = read_rows(dataset, [*keys.state, *keys.action], text=keys.instruction)
-    spans = dict(rows.spans())
-    dataset.check_lengths({number: rows_.stop - rows_.start for number, rows_ in spans.items()})
+    spans = rows.spans()
+    dataset.check_lengths({number: span.stop - span.start for number, span in spans.items()})
     said = _instructions(dataset, rows, keys.instruction)
-    views = [view for view in (keys.image, keys.wrist) if view]
-    streams = [frames(dataset, rows, view) for view in views]
-    writer = CacheWriter(folder, name=name, source=str(dataset.source), has_wrist=keys.wrist is not None)
+    streams = [frames(dataset, rows, view) for view in keys.views]
+    writer = CacheWriter(folder, name=name, source=str(dataset.source), views=keys.views, rotate=rotate)
     action = np.concatenate([rows.columns[column] for column in keys.action], axis=1)
     state = np.concatenate([rows.columns[column] for column in keys.state], axis=1) if keys.state else None
     for number, span in tqdm(spans.items(), desc=f"reading {name}", unit="episode"):
-        where = [f"{view} of episode {number} of {dataset.source}" for view in views]
-        images = itertools.islice(zip(*streams, strict=True), span.stop - span.start)
         writer.add(
-            ([to_jpeg(i, rotate=rotate, where=w) for i, w in zip(step, where, strict=True)] for step in images),
+            itertools.islice(zip(*streams, strict=True), span.stop - span.start),
             action=action[span],
             state=None if state is None else state[span],
             instructions=said[span],
@@ -132,8 +125,7 @@ def read_rows(dataset: LeRobotFolder, vectors: Sequence[str], *, text: str | Non
     order = np.lexsort((joined["frame_index"][:, 0], joined["episode_index"][:, 0]))
     joined = {name: values[order] for name, values in joined.items()}
     episode, frame = joined["episode_index"][:, 0], joined["frame_index"][:, 0]
-    first = np.r_[True, episode[1:] != episode[:-1]]
-    expected = np.where(first, 0, np.r_[0, frame[:-1]] + 1)
+    expected = np.concatenate([np.arange(length) for length in np.unique(episode, return_counts=True)[1]])
     if (frame != expected).any():
         bad = int(np.argmax(frame != expected))
         raise ConfigError(
@@ -186,24 +178,20 @@ def frames(dataset: LeRobotFolder, rows: Rows, camera: str) -> Iterator[Any]:
 
 
 def _parquet_frames(rows: Rows, camera: str) -> Iterator[bytes]:
-    """A few are in memory at a time where a file has the order of the rows."""
+    """A file's images are in memory at a time, encoded: some 100 MB, as the library writes them."""
     for number, group in itertools.groupby(range(len(rows.file)), key=rows.file.__getitem__):
-        path, order = rows.files[number], rows.place[list(group)]
-        with pq.ParquetFile(path, pre_buffer=False) as file:
-            if camera not in file.schema_arrow.names:
-                raise ConfigError(f"{path} has no column {camera}: {AGAIN}")
-            if len(order) == file.metadata.num_rows and (np.diff(order) == 1).all():
-                batches: Any = (batch.column(0) for batch in file.iter_batches(ROWS_AT_ONCE, columns=[camera]))
-            else:
-                batches = [file.read(columns=[camera]).column(0).combine_chunks().take(pa.array(order))]
-            for batch in batches:
-                images = batch
-                if pa.types.is_struct(batch.type):
-                    images = batch.flatten()[batch.type.get_field_index("bytes")]
-                for image in images:
-                    if not image.is_valid:
-                        raise ConfigError(f"{camera} in {path} has a row without an image's bytes: {AGAIN}")
-                    yield image.as_py()
+        path = rows.files[number]
+        table = read_table(path, {camera}.__contains__)
+        if not table.column_names:
+            raise ConfigError(f"{path} has no column {camera}: {AGAIN}")
+        images = table.column(0)
+        if pa.types.is_struct(images.type):
+            images = call_function("struct_field", [images], StructFieldOptions("bytes"))
+        for place in rows.place[list(group)].tolist():
+            image = images[place].as_py()
+            if image is None:
+                raise ConfigError(f"{camera} in {path} has a row without an image's bytes: {AGAIN}")
+            yield image
 
 
 def _video_frames(dataset: LeRobotFolder, rows: Rows, camera: str) -> Iterator[np.ndarray]:
@@ -214,7 +202,7 @@ def _video_frames(dataset: LeRobotFolder, rows: Rows, camera: str) -> Iterator[n
         )
     steps = np.diff(rows.time)
     fps = dataset.fps or 1 / float(np.median(steps[steps > 0]))
-    spans = dict(rows.spans())
+    spans = rows.spans()
     runs: list[tuple[Path, list[float]]] = []
     for (path, begins), span in zip(dataset.video_places(camera, [*spans]), spans.values(), strict=True):
         seconds = (begins + rows.time[span]).tolist()

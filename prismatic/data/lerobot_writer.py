@@ -1,5 +1,6 @@
 """Staged episodes → a LeRobot data set (v3.0) that the real library reads; images in parquet, as the JPEG bytes that they were staged as."""
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,14 +30,11 @@ def write_dataset(episodes: Path, output: Path, name: str, *, fps: float = LIBER
     What an earlier call wrote is replaced. ConfigError where there is no episode, or a data set from elsewhere in the way.
     """
 
-    def fill(folder: Path, paths: Sequence[Path]) -> Path:
-        _write(folder, paths, fps)
-        return folder
-
+    fill = functools.partial(_write, fps=fps)
     return made_of_staged(episodes, Path(output).absolute() / name, fill, fps=fps)
 
 
-def _write(folder: Path, paths: Sequence[Path], fps: float) -> None:
+def _write(folder: Path, paths: Sequence[Path], *, fps: float) -> None:
     """All files of it. Memory holds an episode at a time, and the numbers of all."""
     features = _features(load_episode(paths[0]))
     schema = _schema(features)

@@ -21,12 +21,8 @@ def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
     # an ordinary end aborts now and then: the thread that sends batches may still be in C++
     atexit.register(os._exit, 0)
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-        signal.SIGUSR1,
-    ):  # they may reach the whole group; the parent ends us
+    # they may reach the whole group; the parent ends us
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -3,7 +3,7 @@
 The only user of TensorFlow, which crashes beside triton, torchvision or an osmesa context: both functions
 start `python -m prismatic.data.rlds` as a child that imports it, and what goes wrong there comes back as a
 ConfigError. A frame that is a JPEG is neither decoded nor encoded: its bytes stay the same from its first writing to the
-training batch. Fields are found by `keys.find_keys`.
+training batch.
 """
 
 import ctypes
@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,8 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from prismatic.data.dataset_folder import AGAIN, check_whole, dataset_name, find_dataset, listing
-from prismatic.data.jpegs import to_jpeg
-from prismatic.data.keys import FLAG, find_keys, parse_data_keys, sentences
+from prismatic.data.keys import find_keys, parse_data_keys, sentences
 from prismatic.data.made_once import cached, made_of_staged
 from prismatic.data.staging import StagedEpisode, load_episode, stage_episode
 from prismatic.data.writer import CacheWriter
@@ -57,8 +57,7 @@ def build_cache(rlds_dir: Path, cache_dir: Path, *, data_keys: str = "", rotate_
 
     def fill(folder: Path) -> None:
         check_whole(source)
-        options = json.dumps({"told": told, "rotate": rotate_images})
-        _in_child(f"reading {source}", "read", source, folder, options)
+        _in_child(f"reading {source}", "read", source, folder, json.dumps([told, rotate_images]))
 
     identity = [listing(source.iterdir()), sorted(told.items()), rotate_images]
     return cached(cache_dir, dataset_name(source), identity, fill)
@@ -79,15 +78,14 @@ def write_dataset(episodes: Path, output: Path, name: str) -> Path:
     check_name(name)
     target = Path(output).absolute() / name / VERSION
 
-    def fill(folder: Path, paths: Sequence[Path]) -> Path:
+    def fill(folder: Path, paths: Sequence[Path]) -> None:
         _in_child(f"writing {target}", "write", paths[0].parent, folder, name)
-        return folder / name / VERSION
 
     return made_of_staged(episodes, target, fill)
 
 
 def _in_child(doing: str, *arguments: str | Path) -> None:
-    """Run `main` below in a new process. It answers one JSON object; its progress bar goes to our stderr."""
+    """Run `main` below in a new process. Its progress bar goes to our stderr. ConfigError for whatever goes wrong."""
     child = subprocess.run(
         [sys.executable, "-m", "prismatic.data.rlds", *map(str, arguments)],
         cwd=Path(__file__).resolve().parents[2],  # where it finds this package
@@ -98,12 +96,12 @@ def _in_child(doing: str, *arguments: str | Path) -> None:
     if child.returncode != 0 or not child.stdout:
         hint = ", perhaps for want of memory" if child.returncode == -signal.SIGKILL else ""
         raise ConfigError(f"{doing} failed, its process ended with code {child.returncode}{hint}: start it again")
-    answer = json.loads(child.stdout)
-    if "config_error" in answer:
-        raise ConfigError(answer["config_error"])
-    if "failure" in answer:
-        remedy = next((do for sign, do in REMEDIES.items() if sign in answer["failure"]), "nothing was changed")
-        raise ConfigError(f"{doing} failed ({answer['failure']}): {remedy}") from RuntimeError(answer["trace"])
+    kind, sentence, trace = json.loads(child.stdout)
+    if kind == ConfigError.__name__:
+        raise ConfigError(sentence)
+    if kind:
+        remedy = next((do for sign, do in REMEDIES.items() if sign in f"{kind} {sentence}"), "nothing was changed")
+        raise ConfigError(f"{doing} failed ({kind}: {sentence}): {remedy}") from RuntimeError(trace)
 
 
 # From here on: the child.
@@ -114,28 +112,25 @@ def _read(source: Path, folder: Path, options: str) -> None:
     import tensorflow_datasets as tfds
     from tqdm import tqdm
 
-    told, rotate = json.loads(options)["told"], json.loads(options)["rotate"]
+    told, rotate = json.loads(options)
     builder: Any = tfds.builder_from_directory(source)
     splits = {name: split.num_examples for name, split in builder.info.splits.items() if name in ("train", "val")}
     if "train" not in splits:
         raise ConfigError(f"{source} has no split named train, only {list(builder.info.splits)}: rename one")
     keys = find_keys(_fields(tfds, builder.info.features), told, str(source))
-    if keys.instruction is None:
-        raise ConfigError(f"{source} has no instruction: give {FLAG} instruction=…")
-    writer = CacheWriter(folder, name=dataset_name(source), source=str(source), has_wrist=keys.wrist is not None)
-    views, several = [keys.image, *([keys.wrist] if keys.wrist else [])], False
+    assert keys.instruction  # else find_keys, which was given texts, would have raised
+    several = False
+    writer = CacheWriter(folder, name=dataset_name(source), source=str(source), views=keys.views, rotate=rotate)
     stored = itertools.chain.from_iterable(_stored_episodes(tfds, builder, split) for split in sorted(splits))
     bar = tqdm(stored, total=sum(splits.values()), desc=f"reading {dataset_name(source)}", unit="episode")
-    for number, example in enumerate(bar, start=1):  # train, then val
+    for example in bar:  # train, then val
         metadata = example.get("episode_metadata", {})
         fields = dict(_flat(example["steps"])) | dict(_flat({"episode_metadata": metadata}))
-        where = [f"{view} of episode {number} of {source}" for view in views]
-        images = zip(*(fields[view] for view in views), strict=True)
         action, text = _vector(fields, keys.action), fields[keys.instruction]
         said = [text] * len(action) if np.ndim(text) == 0 else list(text)
         several |= np.ndim(text) > 1
         writer.add(
-            ([to_jpeg(i, rotate=rotate, where=w) for i, w in zip(step, where, strict=True)] for step in images),
+            zip(*(fields[view] for view in keys.views), strict=True),
             action=action,
             state=_vector(fields, keys.state) if keys.state else None,
             instructions=[next(filter(None, map(_decoded, np.ravel(texts))), "") for texts in said],
@@ -197,7 +192,7 @@ def _fields(tfds: Any, features: Any) -> dict[str, list[str]]:
 
 
 def _write(episodes: Path, folder: Path, name: str) -> None:
-    """Write `folder/name/1.0.0` with tfds' own writer."""
+    """Write a version's files into folder with tfds' own writer."""
     import tensorflow_datasets as tfds
     from tqdm import tqdm
 
@@ -220,7 +215,11 @@ def _write(episodes: Path, folder: Path, name: str) -> None:
                 yield path.stem, _example(path)
 
     offline = tfds.download.DownloadConfig(try_download_gcs=False)
-    Builder(data_dir=folder).download_and_prepare(download_config=offline)
+    place = folder / "tfds"  # where it also makes folders that nobody wants
+    Builder(data_dir=place).download_and_prepare(download_config=offline)
+    for file in (place / name / VERSION).iterdir():
+        file.rename(folder / file.name)
+    shutil.rmtree(place)
 
 
 def _features(tfds: Any, first: StagedEpisode) -> Any:
@@ -280,24 +279,21 @@ def _example(path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The child: `read SOURCE FOLDER OPTIONS` or `write EPISODES FOLDER NAME`; answers one JSON object on stdout."""
+    """The child: `read SOURCE FOLDER OPTIONS` or `write EPISODES FOLDER NAME`; answers on stdout what went wrong: kind, sentence, traceback."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(os.environ[PARENT]):  # it died before we asked
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both: the parent ends us and tidies up
     answer_to = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # tfds prints there that it is "downloading"
-    answer: dict[str, str] = {}
+    answer = ("", "", "")
     try:
-        command, source, folder, *rest = sys.argv[1:]
-        (_read if command == "read" else _write)(Path(source), Path(folder), *rest)
-    except ConfigError as error:
-        answer = {"config_error": str(error)}
+        command, source, folder, more = sys.argv[1:]
+        (_read if command == "read" else _write)(Path(source), Path(folder), more)
     except Exception as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        answer = {"failure": f"{type(error).__name__}: {first_line}", "trace": traceback.format_exc()}
-    json.dump(answer, answer_to)
-    answer_to.close()
+        answer = (type(error).__name__, (str(error).splitlines() or [""])[0], traceback.format_exc())
+    with answer_to:
+        json.dump(answer, answer_to)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,18 @@
 A file is there whole or not at all, so that collecting can go on after any interruption.
 """
 
-import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from prismatic.arrays import read_arrays
+from prismatic.atomic import writing_to
 from prismatic.errors import ConfigError
+from prismatic.filenames import UNFINISHED
 
 
 class StagedEpisode(NamedTuple):
@@ -25,16 +27,6 @@ class StagedEpisode(NamedTuple):
     action: np.ndarray  # (T, D) float32; LIBERO's as it takes it: gripper -1 open, +1 close
     instruction: str
     file_path: str  # where the demonstration came from
-
-
-@contextlib.contextmanager
-def writing_to(place: Path) -> Iterator[None]:
-    """Turn what the operating system refuses (no space, no permission) into a ConfigError."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(f"can't write to {place} ({reason}): free space or give another folder") from None
 
 
 def stage_episode(
@@ -70,7 +62,7 @@ def stage_episode(
     path = Path(path)
     with writing_to(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=path.parent) as folder:
             np.savez(Path(folder) / path.name, allow_pickle=False, **content)
             (Path(folder) / path.name).replace(path)
 
@@ -80,14 +72,10 @@ def load_episode(path: Path) -> StagedEpisode:
     try:
         staged = read_arrays(path)
         images, wrist_images = (
-            [staged[f"{view}_jpeg"][start:end].tobytes() for start, end in _spans(staged[f"{view}_offsets"])]
+            [staged[f"{view}_jpeg"][start:end].tobytes() for start, end in pairwise(staged[f"{view}_offsets"].tolist())]
             for view in ("image", "wrist")
         )
         numbers = (staged.get("state"), staged.get("joint_state"), staged["action"])
         return StagedEpisode(images, wrist_images, *numbers, str(staged["instruction"]), str(staged["file_path"]))
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
         raise ConfigError(f"the staged episode {path} is damaged ({error}): delete it and go on") from None
-
-
-def _spans(offsets: np.ndarray) -> Iterator[tuple[int, int]]:
-    return zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)

@@ -22,8 +22,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from prismatic.atomic import flush, whole_folder, write_json, write_whole
-from prismatic.data.staging import writing_to
+from prismatic.atomic import flush, whole_folder, write_json, write_whole, writing_to
 from prismatic.errors import ConfigError
 from prismatic.filenames import (
     BEST,
