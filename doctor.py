@@ -96,10 +96,15 @@ def checks(cfg: DoctorConfig) -> Iterator[Check]:
         return
     yield from libraries()
     yield from gpus()
+    cache = None
     if cfg.data_root_dir:
-        yield from data(cfg)
+        try:
+            cache = opened(cfg)
+            yield from data(cfg, cache)
+        except ConfigError as error:
+            yield Check(False, str(error), about_data=True)
     if cfg.checkpoint:
-        yield from policy(cfg)
+        yield from policy(cfg, cache)
     if cfg.simulator:
         yield from scenes()
 
@@ -139,19 +144,14 @@ def opened(cfg: DoctorConfig) -> "FrameCache":
     return open_cache(str(cfg.data_root_dir), cfg.dataset_name, cache_dir=cfg.cache_dir, **how)
 
 
-def data(cfg: DoctorConfig) -> Iterator[Check]:
-    """What training would read, read: the page, and each finding as a line."""
+def data(cfg: DoctorConfig, cache: "FrameCache") -> Iterator[Check]:
+    """What training would read, read: the page, and each finding as a line. ConfigError where it can't be."""
     from prismatic.data.look import look
     from prismatic.data.mixture import sentences
     from prismatic.pages.dataset import write_page
 
-    try:
-        cache = opened(cfg)
-        found, reading = look(cache), sentences(cache, rotate_images=cfg.rotate_images)
-        page, sheet = write_page(cache, found, reading, cfg.page_dir)
-    except ConfigError as error:
-        yield Check(False, str(error), about_data=True)
-        return
+    found, reading = look(cache), sentences(cache, rotate_images=cfg.rotate_images)
+    page, sheet = write_page(cache, found, reading, cfg.page_dir)
     yield from (Check(None, sentence) for sentence in reading)
     for finding in found.findings:
         if finding.severity == "wrong":
@@ -161,7 +161,7 @@ def data(cfg: DoctorConfig) -> Iterator[Check]:
     yield Check(True, f"data set {cache.name} was read to its end; {page} and {sheet} show it")
 
 
-def policy(cfg: DoctorConfig) -> Iterator[Check]:
+def policy(cfg: DoctorConfig, cache: "FrameCache | None") -> Iterator[Check]:
     """Does it load, with which head and statistics; what would go wrong with the data that is given, and does it look at the picture."""
     from prismatic.checkpoint import load_policy
 
@@ -173,15 +173,14 @@ def policy(cfg: DoctorConfig) -> Iterator[Check]:
         return
     acts = loaded.processor.config
     yield Check(True, f"{cfg.checkpoint} loads, statistics {acts.unnorm_key}")
-    reads = f"{acts.num_images_in_input} images" + (
-        f" and a state of {acts.proprio_dim} numbers" if acts.proprio_dim else ", no state"
-    )
+    state = f" and a state of {acts.proprio_dim} numbers" if acts.proprio_dim else ", no state"
+    reads = f"{acts.num_images_in_input} images{state}"
     gives = f"chunks of {acts.num_actions_chunk} actions of {loaded.processor.action_dim} numbers"
     yield Check(None, f"its head is {acts.action_head}: {gives} from {reads}")
     for name, value in loaded.metadata()["assumed"].items():
         yield Check(None, f"its folder doesn't say {name}: {value} is assumed, as published (--{name} says otherwise)")
-    if cfg.data_root_dir:
-        yield from fits(cfg, loaded.processor)
+    if cache is not None:
+        yield from fits(cache, loaded.processor)
     ids = torch.tensor([loaded.processor.prompt_ids("pick up the black bowl")], device=loaded.device)
     kind: dict[str, Any] = {"device": loaded.device, "dtype": loaded.dtype}
     pixels = torch.ones(1, 6 * loaded.num_images, acts.image_size, acts.image_size, **kind)
@@ -193,14 +192,10 @@ def policy(cfg: DoctorConfig) -> Iterator[Check]:
     yield Check(change > 1e-3, text, "the picture is ignored: the vision weights are wrong")
 
 
-def fits(cfg: DoctorConfig, processor: "Processor") -> Iterator[Check]:
+def fits(cache: "FrameCache", processor: "Processor") -> Iterator[Check]:
     """Whether a data set has what a policy reads, and is one that it learnt from. Acting on it, as eval.py --open_loop does, would fail otherwise."""
     from prismatic.dataset_statistics import NO_NOOPS
 
-    try:
-        cache = opened(cfg)
-    except ConfigError:  # said by data()
-        return
     reads, trained = processor.config, sorted(processor.statistics)
     state, actions = 0 if cache.state is None else cache.state.shape[1], cache.actions.shape[1]
     if reads.num_images_in_input > 1 and not cache.has_wrist:
@@ -215,10 +210,8 @@ def fits(cfg: DoctorConfig, processor: "Processor") -> Iterator[Check]:
         yield Check(False, text, "--data_keys action=… names another field, or take another checkpoint")
     same = cache.name.removesuffix(NO_NOOPS) == str(reads.unnorm_key).removesuffix(NO_NOOPS)
     remedy = f"it has statistics of {', '.join(trained)} alone: fine-tune it on {cache.name} first"
-    if cache.name in trained:
-        remedy = f"--unnorm_key {cache.name}"
     text = f"the checkpoint acts with the statistics of {reads.unnorm_key}, the data set is {cache.name}"
-    yield Check(same, text, remedy)
+    yield Check(same, text, f"--unnorm_key {cache.name}" if cache.name in trained else remedy)
 
 
 def scenes() -> Iterator[Check]:
@@ -262,8 +255,7 @@ def model_counts() -> Iterator[Check]:
 
 if __name__ == "__main__":
     with exit_codes():
-        sys.exit(
-            main(
-                tyro.cli(DoctorConfig, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
-            )
+        config = tyro.cli(
+            DoctorConfig, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True
         )
+        sys.exit(main(config))

@@ -20,7 +20,6 @@ from prismatic import checkpoint as files
 from prismatic.dataset_statistics import base_statistics, load_statistics
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.filenames import ADAPTER_CONFIG, CONFIG, PROCESSOR, STATISTICS
-from prismatic.head_files import refuse_merged
 from prismatic.models import quantize, weights
 from prismatic.models.vla import ActionHead
 from prismatic.processor import Processor
@@ -52,16 +51,10 @@ class ExportConfig:
     # For such a folder: 1, or 2 with the wrist camera. None: 2 where the model reads the robot's state.
     num_images_in_input: Literal[1, 2] | None = None
 
-    def choice(self) -> dict[str, Any]:
-        """What the folder itself may not say."""
-        names = ("action_head", "num_actions_chunk", "num_images_in_input")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
 
 def main(cfg: ExportConfig) -> Path:
     cfg = checked(cfg)
     base, adapter = files.base_and_adapter(cfg.checkpoint, cfg.adapter)
-    refuse_merged(adapter)
     if cfg.output.exists() and (not cfg.output.is_dir() or any(cfg.output.iterdir())):
         raise ConfigError(f"--output {cfg.output} is not empty: give a new folder")
     if adapter is not None and not (adapter / ADAPTER_CONFIG).exists():
@@ -69,12 +62,12 @@ def main(cfg: ExportConfig) -> Path:
             f"--adapter {adapter} has no {ADAPTER_CONFIG}: give the folder that finetune.py or peft wrote"
         )
     quantize.refuse(base / CONFIG, "export.py starts from weights that are not")
-    refuse_a_second_merge(base, adapter)
-    processor = exported_processor(cfg, base, adapter)
+    choice = {name: getattr(cfg, name) for name in ("action_head", "num_actions_chunk", "num_images_in_input")}
+    processor = exported_processor(cfg, base, adapter, choice)
     own = weights.stored_dtype(weights.stored_tensors(base))
     dtype, is_whole = getattr(torch, cfg.dtype) if cfg.dtype else own, cfg.quantize == "none"
     # Quantised from the checkpoint's own numbers, as load_policy does.
-    vla = files.load_merged(base, adapter, dtype=dtype if is_whole else own, **cfg.choice())
+    vla = files.load_merged(base, adapter, dtype=dtype if is_whole else own, **choice)
     parameters = sum(p.numel() for p in vla.parameters())
     how: dict[str, Any] = {"dtype": dtype, "precision": cfg.quantize, "published": is_whole, "tokenizer_from": base}
     try:
@@ -91,31 +84,31 @@ def main(cfg: ExportConfig) -> Path:
     return cfg.output
 
 
-def refuse_a_second_merge(base: Path, adapter: Path | None) -> None:
-    """ConfigError if the adapter is in the base's weights already."""
-    if adapter is None or not (base / PROCESSOR).exists():
-        return
-    merged = read_processor(base / PROCESSOR).merged_adapter
-    if merged and merged == files.adapter_fingerprint(adapter):
-        raise ConfigError(f"{adapter} is merged into {base} already: use {base} as it is")
+def exported_processor(cfg: ExportConfig, base: Path, adapter: Path | None, choice: dict[str, Any]) -> Processor:
+    """The adapter's processor where there is one; statistics of both. A foreign checkpoint with several keys leaves the choice open.
 
-
-def exported_processor(cfg: ExportConfig, base: Path, adapter: Path | None) -> Processor:
-    """The adapter's processor where there is one; statistics of both. A foreign checkpoint with several keys leaves the choice open."""
+    ConfigError if the adapter is in the base's weights already.
+    """
+    merged = read_processor(base / PROCESSOR).merged_adapter if (base / PROCESSOR).exists() else ""
+    if adapter is not None:
+        added = files.adapter_fingerprint(adapter)
+        if merged == added:
+            raise ConfigError(f"{adapter} is merged into {base} already: use {base} as it is")
+        merged = added
     statistics = base_statistics(base)
     if adapter is not None and (adapter / STATISTICS).exists():
         statistics |= load_statistics(adapter)
     statistics = statistics or load_statistics(base)  # which says what is missing
     known = any((folder / PROCESSOR).exists() for folder in (adapter, base) if folder is not None)
-    # to build a processor at all; taken out again below
+    # To build a processor at all; taken out again below.
     key = cfg.unnorm_key or (None if known else next(iter(statistics)))
-    processor = load_processor(base, adapter, unnorm_key=key, center_crop=cfg.center_crop, **cfg.choice())
+    processor = load_processor(base, adapter, unnorm_key=key, center_crop=cfg.center_crop, **choice)
     config = dataclasses.replace(
         processor.config,
         unnorm_key=processor.config.unnorm_key if known or cfg.unnorm_key or len(statistics) == 1 else None,
         base_model="",
         base_fingerprint="",
-        merged_adapter=files.adapter_fingerprint(adapter) if adapter is not None else processor.config.merged_adapter,
+        merged_adapter=merged,
     )
     return Processor(config, processor.tokenizer, statistics)
 

@@ -14,7 +14,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 from msgspec import Meta
@@ -23,9 +23,6 @@ from prismatic.errors import ConfigError, exit_codes
 from prismatic.ranges import BatchSize, Positive, checked
 from prismatic.serving.guard import read_key
 from prismatic.serving.observation import Limits
-
-if TYPE_CHECKING:
-    from prismatic.serving.app import Server
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ def main(cfg: ServeConfig) -> None:
     from prismatic.checkpoint import load_policy
     from prismatic.serving.app import Server
     from prismatic.serving.recording import Recorder
-    from prismatic.serving.service import Service
+    from prismatic.serving.service import Service, WarmUp
 
     recorder = None if cfg.record is None else Recorder(cfg.record)
     start = time.monotonic()
@@ -95,29 +92,12 @@ def main(cfg: ServeConfig) -> None:
         prepare=policy.processor.image_path,
         recorder=recorder,
     )
-    asyncio.run(serve(Server(service, key), listener, cfg))
 
-
-async def serve(server: "Server", listener: socket.socket, cfg: ServeConfig) -> None:
-    """Listen, warm up, answer until a signal comes."""
-    service = server.service
-
-    async def warm_up_and_answer() -> None:
-        times = await service.warm_up()
+    def announce(times: WarmUp) -> None:
         sizes = ", ".join(f"{rows} in {seconds:.2f} s" for rows, seconds in times)
         print(f"warmed up with batches of {sizes}", *addresses(cfg, listener.getsockname()[1]), sep="\n", flush=True)
-        await service.queue.run()
 
-    worker = asyncio.create_task(warm_up_and_answer())
-
-    def stop(task: asyncio.Task[None]) -> None:
-        server.should_exit = True
-
-    worker.add_done_callback(stop)
-    await server.serve([listener])
-    if worker.done():
-        worker.result()  # raises what stopped it
-    worker.cancel()
+    asyncio.run(Server(service, key).run_until_stopped(listener, announce))
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -126,6 +106,10 @@ def bind(host: str, port: int) -> socket.socket:
     # Unless the protocol is named, asyncio leaves Nagle's algorithm on: 40 ms more on each answer of a kept connection.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Its connections inherit this: the kernel asks a silent peer whether it is still there, and closes after some two minutes without an answer.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4)):
+        listener.setsockopt(socket.IPPROTO_TCP, option, value)
     try:
         listener.bind((host.strip("[]"), port))
     except (OSError, UnicodeError) as error:

@@ -1,13 +1,18 @@
 """Errors that a person can act on, and the exit codes of every script.
 
 A wrong configuration is one sentence on stderr and exit 2; Ctrl-C is 130 and SIGTERM (in training SIGHUP and SIGUSR1
-too) 143, so that `finetune.py … && eval.py …` doesn't go on after a stop. Anything else is a bug and keeps its traceback.
+too) 143, so that `finetune.py … && eval.py …` doesn't go on after a stop. Output that nobody reads on (`… --help | head`)
+is 1, without a word. Anything else is a bug and keeps its traceback.
 """
 
 import contextlib
+import os
+import select
 import signal
 import sys
 from collections.abc import Iterator
+
+STDOUT = 1  # file descriptor
 
 
 class ConfigError(Exception):
@@ -41,3 +46,17 @@ def exit_codes() -> Iterator[None]:
     except Terminated as error:
         print(f"stopped by {error}", file=sys.stderr)
         sys.exit(143)
+    except BrokenPipeError:
+        if not _stdout_is_broken():
+            raise
+        sys.exit(1)
+    finally:
+        if _stdout_is_broken():  # so that what is still buffered goes nowhere, without a complaint as Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+
+
+def _stdout_is_broken() -> bool:
+    """Whether it is a pipe whose reader has gone."""
+    poll = select.poll()
+    poll.register(STDOUT, 0)
+    return bool(poll.poll(0))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from prismatic.policy import Policy
+from prismatic.policy import Frames, Names, Policy, Rows, Texts
 
 
 class BrightnessPolicy(Policy):
@@ -35,13 +35,7 @@ class BrightnessPolicy(Policy):
         self.check, self.log, self.simulators = check, log, simulators
 
     def batch_chunks(
-        self,
-        frames: Sequence[Any],
-        instructions: Sequence[str],
-        wrists: Sequence[Any] | None = None,
-        states: Sequence[np.ndarray] | None = None,
-        *,
-        episodes: Sequence[Any] | None = None,
+        self, frames: Frames, instructions: Texts, wrists: Rows = None, states: Rows = None, *, episodes: Names = None
     ) -> np.ndarray:
         assert (wrists is not None) == (self.num_images > 1)
         assert (states is not None) == self.uses_state
@@ -64,7 +58,7 @@ class BrightnessPolicy(Policy):
 class RoundingPolicy(BrightnessPolicy):
     """As with rounding, the batch's size decides."""
 
-    def batch_chunks(self, frames: Sequence[Any], *rest: Any, **named: Any) -> np.ndarray:
+    def batch_chunks(self, frames: Frames, *rest: Any, **named: Any) -> np.ndarray:
         time.sleep(0.01)  # so that others wait together
         chunks = super().batch_chunks(frames, *rest, **named)
         chunks[..., 0] += 1e-4 * len(frames)

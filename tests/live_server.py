@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,12 @@ from tests.fake_policy import picture
 
 @dataclass
 class Live:
-    service: Service
     server: Server
     port: int
+
+    @property
+    def service(self) -> Service:
+        return self.server.service
 
     @property
     def url(self) -> str:
@@ -63,29 +67,20 @@ def live(
     warm: bool = True,
     prepare: Callable[[Any], Any] = lambda frame: frame,
 ) -> Iterator[Live]:
+    """warm: wait until it answers."""
     listener = bind("127.0.0.1", 0)
     recorder = None if record is None else Recorder(record)
     how: dict[str, Any] = {"max_batch": max_batch, "max_wait": 0.005, "prepare": prepare, "recorder": recorder}
-    service = Service(policy, limits or Limits(), **how)
-    server = Server(service, key, stop_seconds=5)
-    up = threading.Event()
-
-    async def main() -> None:
-        serving = asyncio.create_task(server.serve([listener]))
-        if warm:
-            await service.warm_up()
-        worker = asyncio.create_task(service.queue.run())
-        while not server.started:
-            await asyncio.sleep(0.01)
-        up.set()
-        await serving
-        worker.cancel()
-
-    thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
+    server = Server(Service(policy, limits or Limits(), **how), key, stop_seconds=5)
+    ready = threading.Event()
+    work = server.run_until_stopped(listener, lambda times: ready.set())
+    thread = threading.Thread(target=asyncio.run, args=(work,), daemon=True)
     thread.start()
-    assert up.wait(30)
     try:
-        yield Live(service, server, listener.getsockname()[1])
+        while not server.started:
+            time.sleep(0.01)
+        assert not warm or ready.wait(30)
+        yield Live(server, listener.getsockname()[1])
     finally:
         server.should_exit = True
         thread.join(20)

@@ -67,7 +67,7 @@ def l1(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def told(cfg: DoctorConfig) -> list[tuple[bool | None, str]]:
-    return [(check.good, f"{check.text}: {check.remedy}") for check in doctor.policy(cfg)]
+    return [(check.good, f"{check.text}: {check.remedy}") for check in doctor.policy(cfg, None)]
 
 
 def test_what_a_checkpoint_is_is_named(l1: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_published_folder_s_assumptions_are_said(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_data_that_lack_what_a_checkpoint_reads_are_bad(
-    l1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], said: list[str]
+    l1: Path, tmp_path: Path, change: dict[str, Any], said: list[str]
 ) -> None:
     episode, widths = drawn_episode(1), {"action": 7, "state": 5} | change
     for field in ("action", "state"):
@@ -123,8 +123,7 @@ def test_data_that_lack_what_a_checkpoint_reads_are_bad(
     if "wrist_images" in change:
         del episode["wrist_images"]
     cache = write_cache(tmp_path / "cache", [episode], name=change.get("name", "demo"))
-    monkeypatch.setattr(doctor, "opened", lambda cfg: cache)
-    wrong = [f"{c.text}: {c.remedy}" for c in doctor.fits(DoctorConfig(), load_processor(l1)) if c.good is False]
+    wrong = [f"{c.text}: {c.remedy}" for c in doctor.fits(cache, load_processor(l1)) if c.good is False]
     assert len(wrong) == len(said) and all(map(str.startswith, wrong, said)), wrong
 
 

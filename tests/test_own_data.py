@@ -12,9 +12,10 @@ import pytest
 
 from examples import own_data
 from examples.own_data import OwnDataConfig
+from prismatic.checkpoint import load_policy
 from prismatic.data.mixture import open_cache
 from prismatic.errors import ConfigError
-from prismatic.filenames import LEROBOT_INFO, RLDS_INFO, RUN
+from prismatic.filenames import RLDS_INFO, RUN
 from tests.conftest import REPOSITORY
 
 BASE = REPOSITORY / "checkpoints" / "openvla-tiny"
@@ -90,8 +91,6 @@ def test_another_width_trains_validates_and_acts(tmp_path: Path) -> None:
     assert found["dataset"] == "arms" and {split["frames"] for split in found["splits"].values()} == {3}
     for split in found["splits"].values():
         assert len(split["policy"]["per_dimension"]["l1_loss"]) == 14
-    from prismatic.checkpoint import load_policy
-
     policy = load_policy(run_folder / "latest", device="cpu")
     frame = np.zeros((224, 224, 3), dtype=np.uint8)
     answer = policy(frame, "push the block to the left", wrist=frame)
@@ -99,14 +98,7 @@ def test_another_width_trains_validates_and_acts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_rlds_is_the_same_data_set(tmp_path: Path) -> None:
-    found = []
-    for form, marker in (("lerobot", LEROBOT_INFO), ("rlds", f"1.0.0/{RLDS_INFO}")):
-        root = tmp_path / form
-        how: dict[str, Any] = {"format": form, "episodes": 3}
-        own_data.main(OwnDataConfig(root, "mine", **how))
-        assert (root / "mine" / marker).is_file() and [*root.iterdir()] == [root / "mine"]
-        cache = open_cache(root, "mine", cache_dir=tmp_path / "cache" / form)
-        steps = ((cache.instruction(f), cache.actions[f].tobytes(), cache.image_bytes(f)) for f in range(len(cache)))
-        found.append(sorted(steps))  # an order that both formats share
-    assert found[0] == found[1]
+def test_rlds_is_written(tmp_path: Path) -> None:
+    """That both formats hold the same is a test of their writers'."""
+    own_data.main(OwnDataConfig(tmp_path, "mine", format="rlds", episodes=2))
+    assert (tmp_path / f"mine/1.0.0/{RLDS_INFO}").is_file() and [*tmp_path.iterdir()] == [tmp_path / "mine"]

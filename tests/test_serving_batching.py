@@ -27,11 +27,11 @@ def observation(seed: int, words: str = "go") -> Observation:
     return Observation(picture(seed), words, wrist=picture(seed + 1000))
 
 
-def with_queue(policy: FakePolicy, work: Callable[[BatchQueue], Awaitable[Any]], *, max_wait: float) -> Any:
+def with_queue(policy: FakePolicy, work: Callable[[BatchQueue], Awaitable[Any]], *, max_wait: float = 0.05) -> Any:
     """What work(queue) returns."""
 
     async def main() -> Any:
-        queue = BatchQueue(policy, max_batch=16, max_wait=max_wait, max_waiting=100, on_batch=lambda rows: None)
+        queue = BatchQueue(policy, max_batch=16, max_wait=max_wait, max_waiting=100)
         worker = asyncio.create_task(queue.run())
         found = await work(queue)
         worker.cancel()
@@ -40,22 +40,21 @@ def with_queue(policy: FakePolicy, work: Callable[[BatchQueue], Awaitable[Any]],
     return asyncio.run(main())
 
 
-def answers(policy: FakePolicy, observations: list[Observation]) -> list:
-    """What the queue gives to requests that arrive together; the errors as they are."""
-    return with_queue(
-        policy,
-        lambda queue: asyncio.gather(*map(queue.ask, observations), return_exceptions=True),
-        max_wait=0.05,
-    )
-
-
-def test_what_arrives_together_is_one_batch_and_equals_single_calls() -> None:
+def test_what_arrives_together_is_one_batch_that_equals_single_calls_and_only_the_request_at_fault_is_refused() -> None:
     policy = FakePolicy(num_actions_chunk=3)
-    observations = [observation(n, f"task {n % 5}") for n in range(20)]
-    found = answers(policy, observations)
-    assert policy.batches == [16, 4]
-    for one, asked in zip(found, observations, strict=True):
-        np.testing.assert_array_equal(one.chunk, policy.answer(asked.frame, asked.instruction, asked.wrist))
+    asked = [observation(n, f"task {n % 5}") for n in range(20)]
+    bad = [observation(20, "explode"), observation(21), observation(22, "nan")]
+    together, mixed = with_queue(
+        policy,
+        lambda queue: asyncio.gather(
+            asyncio.gather(*map(queue.ask, asked)), asyncio.gather(*map(queue.ask, bad), return_exceptions=True)
+        ),
+    )
+    assert policy.batches[:2] == [16, 7]
+    for answer, one in zip([*together, mixed[1]], [*asked, bad[1]], strict=True):
+        np.testing.assert_array_equal(answer.chunk, policy.answer(one.frame, one.instruction, one.wrist))
+    assert all(isinstance(error, RequestError) and error.status == 500 for error in mixed[::2])
+    assert "ValueError" in str(mixed[0]) and "NaN" in str(mixed[2])
 
 
 def test_both_images_are_prepared_side_by_side_and_recorded_as_they_came(tmp_path: Path) -> None:
@@ -68,21 +67,16 @@ def test_both_images_are_prepared_side_by_side_and_recorded_as_they_came(tmp_pat
         both.wait()  # broken unless another image is here meanwhile
         return 255 - frame
 
-    with live(policy, prepare=inverted, record=tmp_path) as server:
-        answer = json_numpy.loads(server.act(body(1)).text)
-        np.testing.assert_array_equal(answer, policy.answer(255 - picture(1), "go", 255 - picture(1001))[0])
-        assert server.act(body(7)).status_code == 500
-        assert server.act(body(2)).status_code == 200
-    rows = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
-    recorded = [[decode_jpeg((tmp_path / row[name]).read_bytes()) for name in ("frame", "wrist")] for row in rows]
-    expected = [[decode_jpeg(encode_jpeg(picture(seed + more))) for more in (0, 1000)] for seed in (1, 2)]
-    np.testing.assert_array_equal(recorded, expected)
-
-
-def test_only_the_request_at_fault_is_refused() -> None:
-    found = answers(FakePolicy(), [observation(1), observation(2, "explode"), observation(3), observation(4, "nan")])
-    assert [isinstance(one, RequestError) for one in found] == [False, True, False, True]
-    assert found[1].status == 500 and "ValueError" in str(found[1]) and "NaN" in str(found[3])
+    with live(policy, prepare=inverted, record=tmp_path / "seen") as server:
+        assert [server.act(body(seed)).status_code for seed in (1, 7, 2)] == [200, 500, 200]
+    rows = [json.loads(line) for line in (tmp_path / "seen/requests.jsonl").read_text().splitlines()]
+    for seed, row in zip((1, 2), rows, strict=True):
+        assert (row["instruction"], row["dialect"], row["state"]) == ("go", "openvla", None)
+        frame, wrist = picture(seed), picture(seed + 1000)
+        np.testing.assert_array_equal(row["actions"], policy.answer(255 - frame, "go", 255 - wrist))
+        for name, sent in (("frame", frame), ("wrist", wrist)):
+            found = decode_jpeg((tmp_path / "seen" / row[name]).read_bytes())
+            np.testing.assert_array_equal(found, decode_jpeg(encode_jpeg(sent)))
 
 
 def test_a_batch_waits_for_those_who_were_there_a_moment_ago_and_a_client_alone_for_nobody() -> None:
@@ -123,22 +117,16 @@ def test_a_full_queue_answers_503_with_retry_after() -> None:
 def test_many_clients_of_several_dialects_each_get_their_own_answers_in_order() -> None:
     policy = FakePolicy(delay=0.005)
 
-    def http(server: Live, seeds: range) -> None:
-        for seed in seeds:
+    def client(server: Live, number: int) -> None:
+        ws = WebsocketClientPolicy("127.0.0.1", server.port) if number % 2 else None
+        for seed in range(100 * number, 100 * number + 10):
             expected = policy.answer(picture(seed), "go", picture(seed + 1000))[0]
-            np.testing.assert_array_equal(json_numpy.loads(server.act(body(seed)).text), expected)
-
-    def socket_client(server: Live, seeds: range) -> None:
-        connection = WebsocketClientPolicy("127.0.0.1", server.port)
-        for seed in seeds:
-            expected = policy.answer(picture(seed), "go", picture(seed + 1000))
-            np.testing.assert_array_equal(connection.infer(openpi(seed))["actions"][:, :6], expected[:, :6])
+            found = ws.infer(openpi(seed))["actions"][0] if ws else json_numpy.loads(server.act(body(seed)).text)
+            np.testing.assert_array_equal(found[:6], expected[:6])
 
     with live(policy) as server, ThreadPoolExecutor(12) as pool:
         policy.batches.clear()
-        clients = [(http, socket_client)[n % 2] for n in range(12)]
-        for done in [pool.submit(work, server, range(100 * n, 100 * n + 10)) for n, work in enumerate(clients)]:
-            done.result()
+        list(pool.map(lambda number: client(server, number), range(12)))
         metrics = server.get("/metrics").text
     assert sum(policy.batches) == 120 and np.mean(policy.batches) > 2
     for dialect in ("openvla", "openpi"):
@@ -146,38 +134,21 @@ def test_many_clients_of_several_dialects_each_get_their_own_answers_in_order() 
 
 
 def test_a_slow_or_dead_client_delays_nobody() -> None:
-    with live(FakePolicy()) as server:
+    head = b"POST /act HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+    with live(FakePolicy()) as server, requests.Session() as session:
         slow = socket.create_connection(("127.0.0.1", server.port))
-        slow.sendall(b"POST /act HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{")
+        slow.sendall(head % 1000 + b"{")
         for n in range(20):  # ask, and go without waiting for the answer
             dead = socket.create_connection(("127.0.0.1", server.port))
             data = body(n).encode()
-            dead.sendall(b"POST /act HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+            dead.sendall(head % len(data) + data)
             dead.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             dead.close()
-        start = time.monotonic()
-        assert [server.act(body(n)).status_code for n in range(5)] == [200] * 5
-        assert time.monotonic() - start < 5
-        slow.close()
-
-
-def test_no_answer_waits_for_the_clients_delayed_acknowledgement() -> None:
-    """With Nagle's algorithm each answer on a kept connection took 40 ms more."""
-    times = [time.monotonic()]
-    with live(FakePolicy()) as server, requests.Session() as session:
+        times = [time.monotonic()]
         for _ in range(20):
             assert session.post(server.url + "/act", data=body(), timeout=10).status_code == 200
             times.append(time.monotonic())
+        slow.close()
+    assert times[5] - times[0] < 5
+    # with Nagle's algorithm each answer on a kept connection waited 40 ms for the client's acknowledgement
     assert min(np.diff(times)[1:]) < 0.03
-
-
-def test_record_keeps_what_was_asked_and_answered(tmp_path: Path) -> None:
-    policy = FakePolicy()
-    with live(policy, record=tmp_path / "seen") as server, ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda n: server.act(body(n)), range(3)))
-    rows = [json.loads(line) for line in (tmp_path / "seen" / "requests.jsonl").read_text().splitlines()]
-    expected = [policy.answer(picture(n), "go", picture(n + 1000)).tolist() for n in range(3)]
-    assert sorted(row["actions"] for row in rows) == sorted(expected)
-    assert {(row["instruction"], row["dialect"]) for row in rows} == {("go", "openvla")}
-    files = {row[name] for row in rows for name in ("frame", "wrist")}
-    assert len(files) == 6 and all((tmp_path / "seen" / f).read_bytes().startswith(b"\xff\xd8") for f in files)

@@ -1,5 +1,8 @@
 """Which path is answered by what. In: a Service and an API key. Out: an ASGI application, and a uvicorn server for it."""
 
+import asyncio
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from starlette.routing import Route, WebSocketRoute
 from prismatic.serving.connection import converse
 from prismatic.serving.guard import Guard
 from prismatic.serving.openvla import JSON, act, write_request
-from prismatic.serving.service import Service
+from prismatic.serving.service import Service, WarmUp
 from prismatic.serving.timed import timed_protocols
 
 PAGE = Path(__file__).with_name("page.html")
@@ -22,7 +25,6 @@ PAGE_HEADERS = {
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
 }
-HEAD_BYTES = 64 * 1024  # of a request, at most
 KEEP_ALIVE = 75  # s between two requests of one connection
 
 
@@ -60,12 +62,12 @@ async def example(request: Request) -> Response:
 
 def build_app(service: Service, key: str | None) -> Guard:
     """The ASGI application. key None: no API key is asked for."""
-    pages = (page, healthz, health, metadata, metrics, example)
+    pages = {"": page} | {answer.__name__: answer for answer in (healthz, health, metadata, metrics, example)}
     app = Starlette(
         routes=[
             Route("/act", act, methods=["POST"]),
             *(WebSocketRoute(path, converse) for path in ("/", "/vla-eval")),
-            *(Route("/" if answer is page else f"/{answer.__name__}", answer, methods=["GET"]) for answer in pages),
+            *(Route(f"/{name}", answer) for name, answer in pages.items()),
         ]
     )
     app.state.service = service
@@ -73,10 +75,9 @@ def build_app(service: Service, key: str | None) -> Guard:
 
 
 class Server(uvicorn.Server):
-    """Finishes what is under way before it closes connections."""
+    """Finishes what is under way before it closes connections. stop_seconds: how long that may take."""
 
     def __init__(self, service: Service, key: str | None, *, stop_seconds: float = 30.0) -> None:
-        """stop_seconds: how long a stop may take."""
         limits = service.limits
         http, sockets = timed_protocols(limits.connections, limits.read_seconds)
         super().__init__(
@@ -89,7 +90,6 @@ class Server(uvicorn.Server):
                 ws_max_size=limits.body,
                 ws_per_message_deflate=False,
                 ws_ping_interval=None,  # a harness that builds its simulator answers no ping for minutes; TCP's keep-alive does
-                h11_max_incomplete_event_size=HEAD_BYTES,
                 timeout_keep_alive=KEEP_ALIVE,
                 timeout_graceful_shutdown=int(stop_seconds),
                 log_config=None,
@@ -99,6 +99,23 @@ class Server(uvicorn.Server):
             )
         )
         self.service, self._stop_seconds = service, stop_seconds
+
+    async def run_until_stopped(self, listener: socket.socket, on_ready: Callable[[WarmUp], None]) -> None:
+        """Listen, warm up, then answer until a signal comes. on_ready: is told how the warm-up went."""
+
+        async def work() -> None:
+            on_ready(await self.service.warm_up())
+            await self.service.queue.run()
+
+        def stop(task: asyncio.Task[None]) -> None:
+            self.should_exit = True
+
+        worker = asyncio.create_task(work())
+        worker.add_done_callback(stop)
+        await self.serve([listener])
+        if worker.done():
+            worker.result()  # raises what stopped it
+        worker.cancel()
 
     async def shutdown(self, sockets: Any = None) -> None:
         for server in self.servers:

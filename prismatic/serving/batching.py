@@ -5,9 +5,9 @@ first request, and only for as many as were under way when the last one was answ
 """
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,20 +19,13 @@ from prismatic.policy import Policy
 from prismatic.serving.observation import Observation, RequestError
 
 
-class Busy(RequestError):
-    """Too many requests wait already, or the server can't answer yet or any more."""
-
-    def __init__(self, sentence: str) -> None:
-        super().__init__(sentence, status=503)
-
-
 @dataclass(frozen=True)
 class Answer:
-    """chunk: (K, D) float32. waited, computed: seconds in the queue and in the policy. rows: of the batch that it was part of."""
+    """chunk: (K, D) float32. queue_ms, infer_ms: spent waiting and in the policy. rows: of the batch that it was part of."""
 
     chunk: np.ndarray
-    waited: float
-    computed: float
+    queue_ms: float
+    infer_ms: float
     rows: int
 
 
@@ -46,61 +39,55 @@ class _Waiting:
 class BatchQueue:
     """ask() from any task of one event loop, while run() runs in it."""
 
-    def __init__(
-        self, policy: Policy, *, max_batch: int, max_wait: float, max_waiting: int, on_batch: Callable[[int], None]
-    ) -> None:
-        """max_wait: seconds. on_batch: is told the rows of each batch, in the event loop."""
-        self.policy, self.max_batch, self.max_wait, self.max_waiting = policy, max_batch, max_wait, max_waiting
-        self._on_batch = on_batch
-        self._waiting: deque[_Waiting] = deque()
-        self._arrived = asyncio.Event()
+    def __init__(self, policy: Policy, *, max_batch: int, max_wait: float, max_waiting: int) -> None:
+        """max_wait: seconds. on_batch may be set: it is told the rows of each batch, in the event loop."""
+        self.policy, self.max_batch, self.max_wait = policy, max_batch, max_wait
+        self.on_batch: Callable[[int], None] = lambda rows: None
+        self._requests: asyncio.Queue[_Waiting] = asyncio.Queue(max_waiting)
+        self.waiting = self._requests.qsize
         self._expected = 1  # requests that are worth waiting for
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
 
-    @property
-    def waiting(self) -> int:
-        return len(self._waiting)
-
     async def ask(self, observation: Observation) -> Answer:
-        """Busy when too many wait; RequestError when the policy can't answer this one."""
-        if self.waiting >= self.max_waiting:
-            raise Busy(f"{self.waiting} requests wait already: try again in a moment")
+        """RequestError when too many wait, or the policy can't answer this one."""
         request = _Waiting(observation, time.monotonic(), asyncio.get_running_loop().create_future())
-        self._waiting.append(request)
-        self._arrived.set()
+        try:
+            self._requests.put_nowait(request)
+        except asyncio.QueueFull:
+            raise RequestError(f"{self.waiting()} requests wait already: try again in a moment", 503) from None
         return await request.answer
 
     async def run(self) -> None:
         """Answer for ever."""
         loop = asyncio.get_running_loop()
         while True:
-            await self._gather()
-            taken = [self._waiting.popleft() for _ in range(min(self.waiting, self.max_batch))]
-            batch = [request for request in taken if not request.answer.done()]  # whoever asked may have gone
-            if not batch:
+            batch = [request for request in await self._gather() if not request.answer.done()]
+            if not batch:  # whoever asked has gone
                 continue
             started = time.monotonic()
             results = await loop.run_in_executor(self.thread, self._compute, batch)
-            computed = time.monotonic() - started
-            self._expected = len(batch) + self.waiting
-            self._on_batch(len(batch))
+            infer_ms = 1000 * (time.monotonic() - started)
+            self._expected = len(batch) + self.waiting()
+            self.on_batch(len(batch))
             for request, result in zip(batch, results, strict=True):
                 if request.answer.done():
                     continue
                 if isinstance(result, RequestError):
                     request.answer.set_exception(result)
                 else:
-                    request.answer.set_result(Answer(result, started - request.arrived, computed, len(batch)))
+                    queue_ms = 1000 * (started - request.arrived)
+                    request.answer.set_result(Answer(result, round(queue_ms, 2), round(infer_ms, 2), len(batch)))
 
-    async def _gather(self) -> None:
-        """Return when a batch is worth computing."""
-        while self.waiting < min(self.max_batch, self._expected):
-            self._arrived.clear()
-            left = self._waiting[0].arrived + self.max_wait - time.monotonic() if self._waiting else None
-            try:
-                await asyncio.wait_for(self._arrived.wait(), left)
-            except TimeoutError:
-                return
+    async def _gather(self) -> list[_Waiting]:
+        """The next batch, once it is worth computing."""
+        batch = [await self._requests.get()]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(batch[0].arrived + self.max_wait):  # the event loop's clock is time.monotonic
+                while len(batch) < min(self.max_batch, self._expected):
+                    batch.append(await self._requests.get())
+        while len(batch) < self.max_batch and self.waiting():
+            batch.append(self._requests.get_nowait())
+        return batch
 
     def _compute(self, batch: Sequence[_Waiting]) -> list[np.ndarray | RequestError]:
         """One batch; if it fails, its rows one by one, so that only the one at fault is refused."""
@@ -116,16 +103,11 @@ class BatchQueue:
 
 
 def compute(policy: Policy, observations: Sequence[Observation]) -> np.ndarray:
-    """(B, K, D) float32 finite. PolicyError when the policy's answer is not."""
-    wrists = [o.wrist for o in observations if o.wrist is not None] if policy.num_images > 1 else None
-    states = [o.state for o in observations if o.state is not None] if policy.uses_state else None
-    chunks = policy.batch_chunks(
+    """(B, K, D) float32."""
+    return policy.batch_chunks(
         [o.frame for o in observations],
         [o.instruction for o in observations],
-        wrists,
-        states,
+        [o.wrist for o in observations if o.wrist is not None] or None,
+        [o.state for o in observations if o.state is not None] if policy.uses_state else None,
         episodes=[o.stream for o in observations],
     )
-    if not np.isfinite(chunks).all():
-        raise PolicyError("the policy answered with NaN or infinity: its weights or statistics are damaged")
-    return chunks

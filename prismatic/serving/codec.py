@@ -75,8 +75,6 @@ def read_msgpack(data: bytes, limits: Limits) -> Any:
             max_array_len=MOST_CONTAINERS,
             max_map_len=MOST_CONTAINERS,
             max_ext_len=0,
-            max_str_len=limits.body,
-            max_bin_len=limits.body,
         )
     except RequestError:
         raise
@@ -89,14 +87,14 @@ def write_msgpack(content: Any, array: Callable[[np.ndarray], dict]) -> bytes:
     return bytes(msgpack.packb(content, default=array) or b"")
 
 
-def bytes_keys(array: np.ndarray) -> dict[bytes, Any]:
-    """An array as openpi's clients read it."""
-    return {b"__ndarray__": True, b"data": array.tobytes(), b"dtype": array.dtype.str, b"shape": array.shape}
-
-
 def string_keys(array: np.ndarray) -> dict[str, Any]:
     """An array as vla-eval's harness reads it."""
     return {"__ndarray__": True, "data": array.tobytes(), "dtype": array.dtype.str, "shape": array.shape}
+
+
+def bytes_keys(array: np.ndarray) -> dict[bytes, Any]:
+    """An array as openpi's clients read it."""
+    return {name.encode(): value for name, value in string_keys(array).items()}
 
 
 def _msgpack_array(found: dict[Any, Any], limits: Limits) -> Any:

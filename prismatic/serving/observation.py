@@ -50,19 +50,24 @@ class Observation:
 
 
 def read_observation(
-    message: Mapping[str, Any], limits: Limits, *, stream: Hashable = None, names: Mapping[str, str] | None = None
+    message: Mapping[str, Any],
+    limits: Limits,
+    *,
+    image: str = "image",
+    wrist: str = "wrist_image",
+    instruction: str = "instruction",
+    state: str = "state",
+    stream: Hashable = None,
 ) -> Observation:
-    """Check a message's image, wrist_image, instruction and state; None counts as absent. names: what the client calls them."""
-    named = {name: (names or {}).get(name, name) for name in ("image", "wrist_image", "instruction", "state")}
-    image, wrist, instruction, state = ((message.get(name), name, limits) for name in named.values())
+    """Check a message's fields, which the client calls so; None counts as absent."""
     key = message.get("unnorm_key")
     if key is not None and not isinstance(key, str):
         raise RequestError("unnorm_key must be a string")
     return Observation(
-        frame=_image(*image),
-        wrist=None if wrist[0] is None else _image(*wrist),
-        instruction=_text(*instruction),
-        state=None if state[0] is None else _state(*state),
+        frame=_image(message.get(image), image, limits),
+        instruction=_text(message.get(instruction), instruction, limits),
+        wrist=None if message.get(wrist) is None else _image(message[wrist], wrist, limits),
+        state=None if message.get(state) is None else _state(message[state], state, limits),
         unnorm_key=key,
         stream=stream,
     )

@@ -2,6 +2,7 @@
 
 In: msgpack with bytes-keyed arrays, `observation/image`, `observation/wrist_image`, `observation/state`, `prompt`; images upright. Out:
 `actions` (K, D), gripper -1 open … +1 close, not binarised. Surprising: an error is a *text* frame, then close code 1011.
+A client that executes n actions of each answer needs a policy with num_actions_chunk ≥ n, which the greeting says.
 """
 
 from collections.abc import Mapping
@@ -11,19 +12,15 @@ import numpy as np
 
 from prismatic.serving.codec import bytes_keys, write_msgpack
 from prismatic.serving.observation import Limits, Observation, RequestError, read_observation
-from prismatic.serving.service import Service
 
-
-def metadata(service: Service) -> dict[str, Any]:
-    """What the greeting says. A client that executes n actions of each answer needs num_actions_chunk ≥ n."""
-    return {**service.metadata, "num_actions_chunk": service.policy.num_actions_chunk}
+NAMES = {"image": "observation/image", "wrist": "observation/wrist_image", "state": "observation/state"}
 
 
 class Openpi:
     """Answers one connection."""
 
     name = "openpi"
-    close_code: int | None = 1011
+    close_code = 1011  # of the connection after a refusal
 
     def __init__(self, client: str) -> None:
         self._client = client
@@ -31,10 +28,10 @@ class Openpi:
     def read(self, message: Any, limits: Limits) -> Observation:
         if not isinstance(message, dict):
             raise RequestError("an observation must be a map")
-        names = {name: f"observation/{name}" for name in ("image", "wrist_image", "state")}
-        return read_observation(message, limits, stream=self._client, names=names | {"instruction": "prompt"})
+        return read_observation(message, limits, **NAMES, instruction="prompt", stream=self._client)
 
-    def write(self, chunk: np.ndarray | None, timing: Mapping[str, float]) -> bytes:
+    def write(self, chunk: np.ndarray | None, line: Mapping[str, Any]) -> bytes:
+        timing = {name: line[name] for name in ("queue_ms", "infer_ms")}
         return write_msgpack({"actions": chunk, "server_timing": timing}, bytes_keys)
 
     def refusal(self, error: RequestError) -> str:

@@ -24,6 +24,10 @@ MOST_WAITING = 64  # requests that are not written yet, which lie in memory
 LOG = logging.getLogger("serve")
 
 
+def utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
 class Recorder:
     """Appends to a folder; ConfigError when it can't be written from the start."""
 
@@ -40,15 +44,12 @@ class Recorder:
         self._left_out = 0
 
     def add(self, observation: Observation, chunk: np.ndarray, dialect: str) -> None:
-        """Returns at once."""
-        stamp = datetime.now(UTC).isoformat(timespec="milliseconds")
-        row = {"time": stamp, "dialect": dialect, "stream": str(observation.stream)}
+        """Return at once."""
         if not self._room.acquire(blocking=False):
             self._left_out += 1
             return
-        with contextlib.suppress(
-            RuntimeError
-        ):  # closed: the server stops, and this answer came later than it waited for
+        row = {"time": utc_now(), "dialect": dialect, "stream": str(observation.stream)}
+        with contextlib.suppress(RuntimeError):  # closed: this answer came later than the server waits for as it stops
             self._thread.submit(self._write, row, observation, chunk)
 
     def close(self) -> None:

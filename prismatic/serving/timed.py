@@ -4,7 +4,6 @@ A client that dribbles bytes, or opens sockets and says nothing, is closed; no o
 """
 
 import asyncio
-import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +12,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
-# The kernel asks a silent peer whether it is still there, and closes after some two minutes without an answer.
-KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
 
 
 def timed_protocols(connections: int, read_seconds: float) -> tuple[type[H11Protocol], type[WebSocketsSansIOProtocol]]:
@@ -35,10 +32,6 @@ def _timed(protocol: Any, connections: int, read_seconds: float, unfinished: Cal
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            peer = transport.get_extra_info("socket")
-            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in KEEP_ALIVE:
-                peer.setsockopt(socket.IPPROTO_TCP, option, value)
             if len(self.connections) > connections:
                 transport.write(FULL)
                 transport.close()

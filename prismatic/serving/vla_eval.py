@@ -6,7 +6,7 @@ Surprising: one action an answer, so the rest of a chunk is kept here, for this 
 
 import time
 from collections import deque
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from prismatic.serving.observation import Limits, Observation, RequestError, rea
 from prismatic.serving.service import Service
 
 PROTOCOL_VERSION = 1
+NAMES = {"image": "images.agentview", "wrist": "images.wrist", "instruction": "task_description", "state": "states"}
 # What an action and an observation mean, in the harness's words: it warns where its benchmark means something else.
 ACTION_SPEC = {
     "position": {"name": "position", "dims": 3, "format": "delta_xyz", "range": [-1, 1]},
@@ -61,7 +62,7 @@ class VlaEval:
     """Answers one connection. The rest of a chunk belongs to one of its episodes, and so does the draft."""
 
     name = "vla-eval"
-    close_code: int | None = None
+    close_code = None  # after a refusal it stays open
 
     def __init__(self, client: str) -> None:
         self._client = client
@@ -70,13 +71,18 @@ class VlaEval:
         self._due = False  # whether an action is
 
     def read(self, message: Any, limits: Limits) -> Observation | None:
+        """What the policy is asked by a decoded message, None for nothing. RequestError for one that can't be answered."""
         if not is_message(message):
             raise RequestError("a message must be a map with type, payload, seq and timestamp")
         kind, payload = message["type"], message["payload"]
         self._seq = message.get("seq") if isinstance(message.get("seq"), int) else 0
         self._due = kind == "observation"
         if self._due:
-            observation = read_payload(payload, limits, stream=(self._client, self._episode))
+            images = payload.get("images")
+            if not isinstance(images, dict):
+                raise RequestError("images must be a map of cameras' names to images")
+            fields = payload | {f"images.{name}": image for name, image in images.items()}
+            observation = read_observation(fields, limits, **NAMES, stream=(self._client, self._episode))
             return None if self._rest else observation
         if kind in ("episode_start", "episode_end"):
             self._rest.clear()
@@ -85,7 +91,8 @@ class VlaEval:
             raise RequestError("type must be hello, observation, episode_start, episode_end or error")
         return None
 
-    def write(self, chunk: np.ndarray | None, timing: Mapping[str, float]) -> bytes | None:
+    def write(self, chunk: np.ndarray | None, line: Mapping[str, Any]) -> bytes | None:
+        """The answer to the message last read, None where none is due. chunk: (K, D), gripper -1 open … +1 close; line: of the log."""
         self._rest.extend([] if chunk is None else chunk)
         return self._message("action", {"actions": self._rest.popleft()}) if self._due else None
 
@@ -94,16 +101,3 @@ class VlaEval:
 
     def _message(self, kind: str, payload: dict[str, Any]) -> bytes:
         return write_msgpack(envelope(kind, payload, self._seq), string_keys)
-
-
-def read_payload(payload: dict[str, Any], limits: Limits, *, stream: Hashable) -> Observation:
-    """An observation: of the cameras the one named agentview, or the first that is not on the wrist."""
-    images = payload.get("images")
-    if not isinstance(images, dict):
-        raise RequestError("images must be a map of cameras' names to images")
-    wrist = next((image for name, image in images.items() if "wrist" in str(name)), None)
-    front = next((image for name, image in images.items() if "wrist" not in str(name)), None)
-    fields = payload | {"images.agentview": images.get("agentview", front), "images.wrist": wrist}
-    names = {"image": "images.agentview", "wrist_image": "images.wrist", "instruction": "task_description"}
-    state = "states" if "states" in payload else "state"
-    return read_observation(fields, limits, stream=stream, names=names | {"state": state})

@@ -1,0 +1,35 @@
+"""How a script ends when nobody reads its output any more; the other endings stand in test_signals.py."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+SCRIPT = "import sys\nfrom prismatic.errors import ConfigError, exit_codes\nwith exit_codes():\n    "
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "says"),
+    [
+        ("print('x', flush=True)", 1, []),
+        ("print('x'); sys.exit(0)", 0, []),  # as a flag library leaves after --help, with all still in the buffer
+        ("print('x'); raise ConfigError('no such file')", 2, ["error: no such file"]),
+    ],
+)
+def test_a_reader_that_has_gone_is_no_traceback(body: str, code: int, says: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    command = [sys.executable, "-c", SCRIPT + body]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr.splitlines()) == (code, says)
+
+
+def test_another_pipes_end_keeps_its_traceback() -> None:
+    command = [sys.executable, "-c", SCRIPT + "raise BrokenPipeError('of a worker')"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.endswith("BrokenPipeError: of a worker\n")
