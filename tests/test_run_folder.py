@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from prismatic.errors import ConfigError
+from prismatic.sums import read_sums
 from prismatic.training.run_folder import RunFolder
 
 
@@ -17,34 +18,25 @@ def names(run: RunFolder) -> list[str]:
     return [folder.name for folder in run.checkpoints()]
 
 
-def test_checkpoints_are_in_order_past_a_million(tmp_path: Path) -> None:
+def test_the_newest_stay_also_past_a_million_and_the_best_beside_them(tmp_path: Path) -> None:
     run = RunFolder(tmp_path, keep=2)
-    for step in (999_000, 1_000_000, 1_001_000):
-        run.save(step, nothing, {})
-    assert names(run) == ["step-1000000", "step-1001000"]
-
-
-def test_the_best_stays_beside_the_newest(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path, keep=2)
-    assert run.best() is None
-    for step in range(1, 6):
-        run.save(step, nothing, {})
-        if step in (1, 2):
-            run.mark_best(step, 1 / step)
-    assert names(run) == ["step-000002", "step-000004", "step-000005"]
-    assert run.best() == {"step": 2, "value": 0.5} and (tmp_path / "best").resolve().name == "step-000002"
-    run.mark_best(5, 0.1)
-    assert names(run) == ["step-000004", "step-000005"] and (tmp_path / "best").resolve().name == "step-000005"
-    with pytest.raises(ValueError, match="step 6 is not saved"):
-        run.mark_best(6, 0.0)
+    assert run.best() is None and run.is_best(9.0)
+    for step in (998_000, 999_000, 1_000_000, 1_001_000):
+        run.save(step, nothing, {"step": step})
+        if step < 1_000_000:
+            run.mark_best(step, 1e6 - step)
+    assert names(run) == ["step-999000", "step-1000000", "step-1001000"]
+    assert run.best() == {"step": 999_000, "value": 1000.0} and (tmp_path / "best").resolve().name == "step-999000"
+    assert run.is_best(999.0) and not run.is_best(1000.0)
+    run.mark_best(1_001_000, 0.1)
+    assert names(run) == ["step-1000000", "step-1001000"] and (tmp_path / "best").resolve().name == "step-1001000"
+    assert read_sums(tmp_path / "latest").keys() == {"training_state.pt"}
+    with pytest.raises(ConfigError, match="another process"):
+        RunFolder(tmp_path, keep=2)
     del run
-    assert RunFolder(tmp_path, keep=2).best() == {"step": 5, "value": 0.1}
-
-
-def test_what_a_killed_run_was_writing_is_cleared_away(tmp_path: Path) -> None:
-    (tmp_path / ".unfinished-step-000003.partial").mkdir()
+    (tmp_path / ".unfinished-step-000003.partial").mkdir()  # of a killed run
     (tmp_path / ".unfinished-finetune.json").write_text("{")
-    RunFolder(tmp_path, keep=2)
+    assert RunFolder(tmp_path, keep=2).best() == {"step": 1_001_000, "value": 0.1}
     assert not list(tmp_path.glob(".unfinished*"))
 
 
@@ -58,17 +50,3 @@ def test_what_a_gpu_says_while_saving_is_not_taken_for_a_full_disk(tmp_path: Pat
     with pytest.raises(type(error), match=str(error)):
         run.save(1, write, {})
     assert not names(run) and not list(tmp_path.glob(".unfinished*"))
-
-
-def test_one_process_a_run(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path, keep=2)
-    with pytest.raises(ConfigError, match="another process"):
-        RunFolder(tmp_path, keep=2)
-    del run
-
-
-def test_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path, keep=1).save(1, nothing, {"step": 1})
-    (line,) = (folder / "SHA256SUMS").read_text().splitlines()
-    digest, name = line.split("  ")
-    assert name == "training_state.pt" and len(digest) == 64

@@ -104,12 +104,17 @@ def test_it_is_bounded_and_stops_when_asked(
     assert vla.training
 
 
-def test_when_it_is_due(mixture: Mixture, processor: Processor) -> None:
-    check = Validation(mixture, processor, batch_size=2)
-    assert [done for done in range(1, 9) if check.due(done, every=3, last=8)] == [3, 6, 8]
-    assert not any(check.due(done, every=0, last=8) for done in range(1, 9))
-    check.frames = []
-    assert not check.due(3, every=3, last=8)
+def test_when_it_is_due_and_what_is_said_where_nothing_is_held_out(
+    mixture: Mixture, processor: Processor, capsys: pytest.CaptureFixture
+) -> None:
+    for every, expected in ((3, [3, 6, 8]), (0, [])):
+        check = Validation(mixture, processor, batch_size=2, every=every, last=8)
+        assert [done for done in range(1, 9) if check.due(done)] == expected
+    whole = Mixture(mixture.caches, seed=0, val_share=0.0)
+    assert (
+        not Validation(whole, processor, batch_size=2, every=0).due(3) and "--val_share" not in capsys.readouterr().out
+    )
+    assert not Validation(whole, processor, batch_size=2, every=3).due(3) and "--val_share" in capsys.readouterr().out
 
 
 def test_validation_changes_nothing_that_is_learnt_and_survives_a_stop(cfg: FinetuneConfig) -> None:
@@ -139,8 +144,3 @@ def test_the_best_is_saved_where_no_save_was_due_and_kept(cfg: FinetuneConfig) -
     assert best < 6, "choose another learning rate: the last step should not be the best"
     assert sorted(folder.name for folder in run.glob("step-*")) == [f"step-{best:06d}", "step-000006"]
     assert (run / "best" / "adapter_model.safetensors").is_file()
-
-
-def test_a_share_that_holds_out_nothing_is_said(cfg: FinetuneConfig, capsys: pytest.CaptureFixture) -> None:
-    finetune.main(dataclasses.replace(cfg, max_steps=1, val_steps=1))
-    assert "--val_share" in capsys.readouterr().out

@@ -23,7 +23,7 @@ from prismatic.data.loader import PREFETCHED
 from prismatic.data.mixture import open_mixture, sentences
 from prismatic.dataset_statistics import check_entry, load_statistics, statistics_key
 from prismatic.errors import ConfigError
-from prismatic.filenames import CONFIG, SKIPPED, TOKENIZER
+from prismatic.filenames import CONFIG, SKIPPED, TOKENIZER, TRAINING_STATE
 from prismatic.head_files import model_config
 from prismatic.hub import resolve
 from prismatic.image import AUGMENTATIONS
@@ -33,7 +33,6 @@ from prismatic.processor import IMAGE_MARK, Processor, ProcessorConfig
 from prismatic.processor_files import check_state, check_tokenizer, load_tokenizer
 from prismatic.training.distributed import Ranks
 from prismatic.training.loggers import check_installed
-from prismatic.training.metrics import Metrics
 from prismatic.training.run_folder import RunFolder
 from prismatic.training.state import Progress
 
@@ -67,8 +66,6 @@ class TaskOptions:
     use_quantization: bool
     shard: bool
     log_to: str
-    wandb_project: str | None
-    wandb_entity: str | None
 
 
 @dataclass(frozen=True)
@@ -134,8 +131,6 @@ def check_flags(options: TaskOptions, ranks: Ranks, *, default_root: str) -> Non
         print("notice: --shard has nobody to share with: start it with torchrun --nproc-per-node")
     if options.use_quantization and not options.use_lora:
         raise ConfigError("--use_quantization packs a base that isn't trained: leave out --use_lora False")
-    if options.log_to not in ("wandb", "trackio") and (options.wandb_project or options.wandb_entity):
-        print("notice: --wandb_project and --wandb_entity have no effect without --log_to wandb")
     check_installed(options.log_to)
 
 
@@ -271,7 +266,9 @@ def open_run(
         return found
 
     resumed = ranks.on_main_process(newest)
-    return folder, resumed, folder.load_state(resumed) if resumed else None
+    if resumed is None:
+        return folder, None, None
+    return folder, resumed, torch.load(resumed / TRAINING_STATE, map_location="cpu", weights_only=True, mmap=True)
 
 
 def divide(
@@ -288,15 +285,15 @@ def divide(
     return progress, sizes
 
 
-def report_skipped(run: TrainingRun, metrics: Metrics) -> None:
+def report_skipped(run: TrainingRun, numbers: Mapping[str, float]) -> None:
     """Say which frames were in the last step, whose loss or gradient is not finite."""
     progress, mixture = run.progress, run.task.mixture
     origins = [mixture.origin(draw) for draw in range(progress.draws - progress.effective_batch, progress.draws)]
     frames = ", ".join(f"{dataset} episode {episode} frame {frame}" for dataset, episode, frame in origins)
-    numbers = f"loss {metrics.loss}, gradient norm {metrics.grad_norm}"
+    reason = f"loss {numbers['loss']}, gradient norm {numbers['grad_norm']}"
     if run.ranks.is_main:
-        tqdm.write(f"step {progress.step} skipped: {numbers}; its batch: {frames}", file=sys.stderr)
-        run.folder.log({"step": progress.step, "reason": numbers, "frames": origins}, SKIPPED)
+        tqdm.write(f"step {progress.step} skipped: {reason}; its batch: {frames}", file=sys.stderr)
+        run.folder.log({"step": progress.step, "reason": reason, "frames": origins}, SKIPPED)
 
 
 def too_many_bad_steps(run: TrainingRun) -> ConfigError:
