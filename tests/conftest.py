@@ -70,7 +70,7 @@ def batch(numbers: Path) -> dict[str, torch.Tensor]:
 
 SLOW = (  # files that start a simulator, a training run or child processes; the rest takes about two minutes on two cores
     "bench_data", "bench_eval", "bench_gpu", "bench_train", "collect", "demonstration", "distributed", "doctor", "end_to_end", "expert",
-    "finetune", "golden", "infer", "oft_training", "own_data", "pool", "recorder", "replay", "resume", "rlds", "rlds_forms", "serve",
+    "finetune", "golden", "infer", "own_data", "pool", "recorder", "replay", "resume", "rlds", "rlds_forms", "serve",
     "hostile_inputs", "loader", "serving_guard", "simulator", "training_model", "validation",
 )  # fmt: skip
 

@@ -1,9 +1,12 @@
-"""A run on disk: which step folders stay, and what a killed run leaves."""
+"""A run on disk: which step folders stay, what a killed run leaves, what a damaged folder or a full disk does."""
 
+import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from prismatic.errors import ConfigError
 from prismatic.sums import read_sums
@@ -50,3 +53,60 @@ def test_what_a_gpu_says_while_saving_is_not_taken_for_a_full_disk(tmp_path: Pat
     with pytest.raises(type(error), match=str(error)):
         run.save(1, write, {})
     assert not names(run) and not list(tmp_path.glob(".unfinished*"))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "state cut": ("training_state.pt", cut), "bit flipped": ("training_state.pt", flip), "weights cut": ("weights", cut),
+    "weights lost": ("weights", Path.unlink), "sums empty": ("SHA256SUMS", lambda path: path.write_bytes(b"")),
+    "sums lost": ("SHA256SUMS", Path.unlink),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture
+) -> None:
+    file, harm = DAMAGES[damage]
+    run = RunFolder(tmp_path, keep=2)
+    first, second = (run.save(n, lambda to: (to / "weights").write_bytes(bytes(1000)) and None, {}) for n in (1, 2))
+    assert run.newest_whole() == second
+    harm(second / file)
+    assert run.newest_whole() == first == (tmp_path / "latest").resolve()
+    assert f"step-000002 is damaged ({file}" in (said := capsys.readouterr().out)
+    assert "step-000001 takes its place" in said and (tmp_path / "damaged-step-000002").is_dir()
+    harm(first / file)
+    with pytest.raises(ConfigError, match=rf"step-000001 is damaged \({file}.*delete .* to begin again"):
+        run.newest_whole()
+    assert first.is_dir()
+
+
+@pytest.mark.parametrize("what", ["weights", "state"])
+def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tmp_path: Path, what: str) -> None:
+    """A limit on the size of files stands in for a full disk: writing fails half-way, in the same place."""
+    run, large = RunFolder(tmp_path, keep=2), {"x": torch.zeros(50_000)}
+    kept = run.save(1, nothing, {})
+    write = (lambda folder: save_file(large, folder / "weights")) if what == "weights" else nothing
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(ConfigError, match=r"step-000002 \(.*\): make room; the same command then continues"):
+            run.save(2, write, large if what == "state" else {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert run.checkpoints() == [kept] == [run.newest_whole()] and not list(tmp_path.glob(".unfinished*"))
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--run_root_dir .*file can't be written \(Not a directory\)"):
+        RunFolder(tmp_path / "file" / "run", keep=1)
