@@ -44,8 +44,6 @@ def main(cfg: FinetuneConfig) -> Path:
     cfg = checked(cfg)
     check_folder_name(cfg.run_name, "the run's name (--vla_path, --dataset_name, --run_id_note)")
     with joined() as ranks:
-        options, root = options_of(cfg, setup.TaskOptions), FinetuneConfig.data_root_dir
-        ranks.on_main_process(lambda: setup.check_flags(options, ranks, default_root=root))
         run = prepare(cfg, ranks)
         logger = open_logger(
             cfg.log_to if ranks.is_main else "none", run.folder.path, options=dataclasses.asdict(cfg), first_step=run.progress.step
@@ -127,7 +125,7 @@ def save(cfg: FinetuneConfig, run: setup.TrainingRun, display: Display) -> int:
 def prepare(cfg: FinetuneConfig, ranks: Ranks) -> setup.TrainingRun:
     """Data, model and optimizer, as the run's last checkpoint left them if there is one."""
     seed_torch(cfg.seed)  # the same on all ranks, which have to draw the same adapter
-    task = setup.open_task(options_of(cfg, setup.TaskOptions), ranks)
+    task = setup.open_task(options_of(cfg, setup.TaskOptions), ranks, default_root=FinetuneConfig.data_root_dir)
     folder, resumed, state = setup.open_run(
         cfg.run_root_dir / cfg.run_name, dataclasses.asdict(cfg) | task.identity, ranks,
         keep=cfg.keep, resume=cfg.resume, may_change=MAY_CHANGE_ON_RESUME,

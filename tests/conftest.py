@@ -14,6 +14,8 @@ EXCERPT = Path(__file__).resolve().parent / "reference"
 FULL = Path(os.environ.get("OPENVLA_REFERENCE", REPOSITORY / "../shared/reference"))
 OFT_EXCERPT = Path(__file__).resolve().parent / "reference_oft"
 OFT_FULL = Path(os.environ.get("OPENVLA_OFT_REFERENCE", REPOSITORY / "../shared/reference_oft"))
+# OpenVLA's arrays and OpenVLA-OFT's belong together: both full sets where they are there, else the excerpts.
+SETS = (FULL.resolve(), OFT_FULL.resolve()) if FULL.is_dir() and OFT_FULL.is_dir() else (EXCERPT, OFT_EXCERPT)
 
 torch.set_num_threads(1)  # the suite runs in parallel processes
 # Autograd counts devices at its first use in a process. Fake CUDA tensors (the memory plan's) pretend that there is one, and after a first use
@@ -31,7 +33,7 @@ def reference() -> Path:
 
 @pytest.fixture(scope="session")
 def numbers() -> Path:
-    """The full set where it is there, else the excerpt of the original's arrays that lies in this repository."""
+    """The original's arrays: the full set where it is there, else the excerpt that lies in this repository."""
     return FULL.resolve() if FULL.is_dir() else EXCERPT
 
 
@@ -44,10 +46,9 @@ def oft_reference() -> Path:
 
 
 @pytest.fixture(scope="session")
-def both_numbers(numbers: Path) -> tuple[Path, Path]:
-    """OpenVLA's numbers and OpenVLA-OFT's, which belong together: both full sets where they are there, else the excerpts."""
-    full = FULL.is_dir() and OFT_FULL.is_dir()
-    return (numbers, OFT_FULL.resolve()) if full else (EXCERPT, OFT_EXCERPT)
+def both_numbers() -> tuple[Path, Path]:
+    """OpenVLA's arrays and OpenVLA-OFT's."""
+    return SETS
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,6 @@ from prismatic.errors import ConfigError
 from prismatic.filenames import CONFIG, SKIPPED, TOKENIZER, TRAINING_STATE
 from prismatic.head_files import model_config
 from prismatic.hub import resolve
-from prismatic.image import AUGMENTATIONS
 from prismatic.models import quantize, weights
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.processor import IMAGE_MARK, Processor, ProcessorConfig
@@ -122,9 +121,6 @@ def check_flags(options: TaskOptions, ranks: Ranks, *, default_root: str) -> Non
     """Values that can't work, before anything is opened. default_root: data_root_dir where none is given, which is no hub id."""
     if options.data_root_dir == default_root and not Path(default_root).is_dir():
         raise ConfigError(f"data_root_dir {default_root} isn't there: put the data sets there, or give --data_root_dir")
-    unknown = set(options.augment_order) - set(AUGMENTATIONS)
-    if unknown:
-        raise ConfigError(f"--augment_order: there is no {sorted(unknown)[0]!r}, only {', '.join(AUGMENTATIONS)}")
     if options.shard and options.use_lora:
         raise ConfigError("--shard is for --use_lora False: an adapter's base is not trained, so leave --shard out")
     if options.shard and ranks.size == 1:
@@ -134,8 +130,9 @@ def check_flags(options: TaskOptions, ranks: Ranks, *, default_root: str) -> Non
     check_installed(options.log_to)
 
 
-def open_task(options: TaskOptions, ranks: Ranks) -> Task:
+def open_task(options: TaskOptions, ranks: Ranks, *, default_root: str) -> Task:
     """Base, data and processor. Downloads and frame caches are made by the main process and found by the others."""
+    ranks.on_main_process(lambda: check_flags(options, ranks, default_root=default_root))
     base = ranks.main_process_first(lambda: resolve(options.vla_path))
     config = choose_model(base, options)
     check_shared_memory(config, batch_size=options.batch_size, num_workers=options.num_workers)
