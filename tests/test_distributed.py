@@ -128,7 +128,7 @@ def test_a_stop_signal_to_one_saves_and_ends_all_and_the_same_command_goes_on(
     step = int(saved.name.removeprefix("step-"))
     assert step == rows(run_folder(cfg))[-1]["step"]
     assert "the same command goes on from there" in capfd.readouterr().out
-    finetune.main(dataclasses.replace(cfg, batch_size=4, max_steps=step + 1))
+    finetune.main(dataclasses.replace(cfg, max_steps=step + 1))
     assert [row["step"] for row in rows(run_folder(cfg))] == [*range(1, step + 2)]
 
 
