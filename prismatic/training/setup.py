@@ -159,8 +159,6 @@ def choose_model(base: Path, options: TaskOptions) -> VLAConfig:
     given = {"action_head": options.action_head, "num_images_in_input": options.num_images_in_input}
     found, chunk = model_config(base, new_heads=True, **given), options.num_actions_chunk
     tokens = found.action_head == "tokens"
-    if tokens and chunk not in (None, 1):
-        raise ConfigError(f"--num_actions_chunk {chunk}: --action_head tokens gives one action at a time, leave it out")
     if chunk is None:
         chunk = 1 if tokens else OFT_CHUNK if found.num_actions_chunk == 1 else found.num_actions_chunk
     reads_state = bool(found.proprio_dim) if options.use_proprio is None else options.use_proprio
