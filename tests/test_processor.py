@@ -17,7 +17,7 @@ from prismatic.checkpoint import is_its_own
 from prismatic.errors import ConfigError
 from prismatic.filenames import PREPROCESSOR, PROCESSOR, STATISTICS, TOKENIZER
 from prismatic.models.tiny import TINY
-from prismatic.processor import IGNORE, MAX_LENGTH, Processor, ProcessorConfig
+from prismatic.processor import IGNORE, MAX_LENGTH, PROMPT, Processor, ProcessorConfig
 from prismatic.processor_files import check_tokenizer, load_processor, load_tokenizer
 from prismatic.processor_json import read_processor
 from prismatic.sums import write_sums
@@ -86,7 +86,7 @@ def test_learning_and_acting_see_the_same_pixels(tiny: Processor) -> None:
     assert (learnt != acted).float().mean() < 1e-3  # a value on the edge between two levels may fall either way
 
 
-def test_batches_are_padded_on_the_right(tiny: Processor) -> None:
+def test_batches_are_padded_on_the_right_and_can_be_pinned(tiny: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
     picture = [np.zeros((128, 128, 3), np.uint8)] * 2
     examples = [tiny.example(picture, words, np.zeros(7, np.float32)) for words in ("go", "pick up the black bowl now")]
     batch = tiny.collate(examples)
@@ -94,10 +94,6 @@ def test_batches_are_padded_on_the_right(tiny: Processor) -> None:
     assert (batch.input_ids[0, short:] == TINY.pad_token_id).all() and (batch.labels[0, short:] == IGNORE).all()
     assert batch.attention_mask.sum(1).tolist() == [len(e.input_ids) for e in examples]
     assert batch.pixel_values.shape == (2, 12, 128, 128)
-
-
-def test_a_batch_can_be_pinned_for_its_copy_to_a_gpu(tiny: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = tiny.collate([tiny.example([np.zeros((128, 128, 3), np.uint8)] * 2, "go", np.zeros(7, np.float32))])
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)  # there is no GPU to pin for
     pinned = pin_memory(batch)
     assert isinstance(pinned, type(batch)) and torch.equal(pinned.input_ids, batch.input_ids + 1)
@@ -111,10 +107,8 @@ def test_actions_come_back_within_half_a_bin(tiny: Processor) -> None:
 
 def test_words_it_never_saw_are_spelled_not_lost(tiny: Processor) -> None:
     ids = tiny.prompt_ids("schraube die mutter fest €")
-    assert (
-        tiny.tokenizer.decode(ids[1:-1]) == "In: What action should the robot take to schraube die mutter fest €?\nOut:"
-    )
-    assert torch.tensor(ids).max() < TINY.vocab_size - 256
+    assert tiny.tokenizer.decode(ids[1:-1]) == PROMPT.format(instruction="schraube die mutter fest €")
+    assert max(ids) < TINY.vocab_size - 256
 
 
 def test_a_chunk_and_a_state_are_learnt_as_they_are_acted_on() -> None:
@@ -191,13 +185,10 @@ def test_constants_of_the_towers_make_sense(folder: Path, towers: Any) -> None:
     assert PREPROCESSOR in refused(folder)
 
 
-def test_a_tokenizer_without_bos_is_refused(folder: Path) -> None:
-    edit(folder / TOKENIZER, post_processor=None)
-    assert "BOS" in refused(folder)
-
-
 def test_another_models_tokenizer_is_refused(folder: Path) -> None:
     config, tokenizer = read_processor(folder / PROCESSOR), load_tokenizer(folder)
+    edit(folder / TOKENIZER, post_processor=None)
+    assert "BOS" in refused(folder)
     for change in ({"vocab_size": 300, "pad_token_id": 300}, {"empty_token_id": 5}):
         with pytest.raises(ConfigError, match="another model's tokenizer"):
             check_tokenizer(tokenizer, dataclasses.replace(config, **change), folder / TOKENIZER)
