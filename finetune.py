@@ -12,7 +12,6 @@ import itertools
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import tyro
 
@@ -30,14 +29,12 @@ from prismatic.training.display import Display
 from prismatic.training.distributed import Ranks, joined, no_sync
 from prismatic.training.loggers import open_logger
 from prismatic.training.metrics import is_finite, measured
-from prismatic.training.model import ModelOptions, build_training_model, plan_training
+from prismatic.training.model import build_training_model, plan_training
 from prismatic.training.optimizer import make_optimizer
 from prismatic.training.signals import StopSignal, leave
 from prismatic.training.state import capture, restore, seed_torch
 from prismatic.training.step import backward, clip_gradients, learning_rate
 from prismatic.training.validation import BEST_BY, Validation
-
-Options = TypeVar("Options")
 
 
 def main(cfg: FinetuneConfig) -> Path:
@@ -125,7 +122,8 @@ def save(cfg: FinetuneConfig, run: setup.TrainingRun, display: Display) -> int:
 def prepare(cfg: FinetuneConfig, ranks: Ranks) -> setup.TrainingRun:
     """Data, model and optimizer, as the run's last checkpoint left them if there is one."""
     seed_torch(cfg.seed)  # the same on all ranks, which have to draw the same adapter
-    task = setup.open_task(options_of(cfg, setup.TaskOptions), ranks, default_root=FinetuneConfig.data_root_dir)
+    options = options_of(cfg)
+    task = setup.open_task(options, ranks, default_root=FinetuneConfig.data_root_dir)
     folder, resumed, state = setup.open_run(
         cfg.run_root_dir / cfg.run_name, dataclasses.asdict(cfg) | task.identity, ranks,
         keep=cfg.keep, resume=cfg.resume, may_change=MAY_CHANGE_ON_RESUME,
@@ -133,7 +131,6 @@ def prepare(cfg: FinetuneConfig, ranks: Ranks) -> setup.TrainingRun:
     progress, sizes = setup.divide(
         state, ranks, batch_size=cfg.batch_size, grad_accumulation_steps=cfg.grad_accumulation_steps
     )
-    options = options_of(cfg, ModelOptions)
     plan = partial(plan_training, task.config, options, ranks, sizes=sizes, tokens=task.longest_row)
     checkpointing = ranks.on_main_process(plan)
     vla = build_training_model(task.base, resumed, task.config, options, checkpointing=checkpointing, ranks=ranks)
@@ -148,9 +145,10 @@ def prepare(cfg: FinetuneConfig, ranks: Ranks) -> setup.TrainingRun:
     return run
 
 
-def options_of(cfg: FinetuneConfig, kind: type[Options]) -> Options:
-    """The flags that a part of the package asks for, by name."""
-    return kind(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+def options_of(cfg: FinetuneConfig) -> setup.RunOptions:
+    """The flags that the package asks for, by name."""
+    names = [field.name for field in dataclasses.fields(setup.RunOptions)]
+    return setup.RunOptions(**{name: getattr(cfg, name) for name in names})
 
 
 if __name__ == "__main__":

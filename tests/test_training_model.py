@@ -13,7 +13,7 @@ from prismatic.errors import ConfigError
 from prismatic.models.lora import lora_layers
 from prismatic.training import memory
 from prismatic.training.distributed import SINGLE_PROCESS, Ranks
-from prismatic.training.model import ModelOptions, build_training_model
+from prismatic.training.model import build_training_model
 from tests.drawn_run import SMALL, rows
 
 pytest_plugins = ["tests.drawn_run"]
@@ -21,7 +21,7 @@ pytest_plugins = ["tests.drawn_run"]
 
 def test_dtypes(cfg: FinetuneConfig, place: Path) -> None:
     cfg = dataclasses.replace(cfg, lora_dtype="bfloat16", use_quantization=True)
-    options = finetune.options_of(cfg, ModelOptions)
+    options = finetune.options_of(cfg)
     vla = build_training_model(place / "base", None, SMALL, options, checkpointing=True, ranks=SINGLE_PROCESS)
     trained = [parameter for parameter in vla.parameters() if parameter.requires_grad]
     assert {parameter.dtype for parameter in trained} == {torch.bfloat16}

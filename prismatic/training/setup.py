@@ -32,6 +32,7 @@ from prismatic.processor import IMAGE_MARK, Processor, ProcessorConfig
 from prismatic.processor_files import check_state, check_tokenizer, load_tokenizer
 from prismatic.training.distributed import Ranks
 from prismatic.training.loggers import check_installed
+from prismatic.training.model import ModelOptions
 from prismatic.training.run_folder import RunFolder
 from prismatic.training.state import Progress
 
@@ -40,8 +41,8 @@ OFT_CHUNK = 8  # actions of a chunk in OpenVLA-OFT's LIBERO recipe
 
 
 @dataclass(frozen=True)
-class TaskOptions:
-    """config.py's options of these names: what is learnt from what."""
+class RunOptions(ModelOptions):
+    """config.py's options of these names: what is learnt from what, and by what model."""
 
     vla_path: str
     data_root_dir: str
@@ -61,9 +62,6 @@ class TaskOptions:
     num_actions_chunk: int | None
     num_images_in_input: int | None
     use_proprio: bool | None
-    use_lora: bool
-    use_quantization: bool
-    shard: bool
     log_to: str
 
 
@@ -117,7 +115,7 @@ class TrainingRun:
         )
 
 
-def check_flags(options: TaskOptions, ranks: Ranks, *, default_root: str) -> None:
+def check_flags(options: RunOptions, ranks: Ranks, *, default_root: str) -> None:
     """Values that can't work, before anything is opened. default_root: data_root_dir where none is given, which is no hub id."""
     if options.data_root_dir == default_root and not Path(default_root).is_dir():
         raise ConfigError(f"data_root_dir {default_root} isn't there: put the data sets there, or give --data_root_dir")
@@ -130,7 +128,7 @@ def check_flags(options: TaskOptions, ranks: Ranks, *, default_root: str) -> Non
     check_installed(options.log_to)
 
 
-def open_task(options: TaskOptions, ranks: Ranks, *, default_root: str) -> Task:
+def open_task(options: RunOptions, ranks: Ranks, *, default_root: str) -> Task:
     """Base, data and processor. Downloads and frame caches are made by the main process and found by the others."""
     ranks.on_main_process(lambda: check_flags(options, ranks, default_root=default_root))
     base = ranks.main_process_first(lambda: resolve(options.vla_path))
@@ -153,7 +151,7 @@ def open_task(options: TaskOptions, ranks: Ranks, *, default_root: str) -> Task:
     return Task(base, fingerprint, config, mixture, processor)
 
 
-def choose_model(base: Path, options: TaskOptions) -> VLAConfig:
+def choose_model(base: Path, options: RunOptions) -> VLAConfig:
     """The base's config with what was asked for in its place; proprio_dim is 1 until the data says how many numbers a new state has."""
     quantize.refuse(base / CONFIG, "training needs weights that are not")
     given = {"action_head": options.action_head, "num_images_in_input": options.num_images_in_input}
@@ -187,7 +185,7 @@ def fit_to_data(config: VLAConfig, mixture: Mixture) -> VLAConfig:
 
 
 def build_processor(
-    base: Path, config: VLAConfig, mixture: Mixture, fingerprint: str, options: TaskOptions
+    base: Path, config: VLAConfig, mixture: Mixture, fingerprint: str, options: RunOptions
 ) -> Processor:
     """What the run learns with, and its policy will act with."""
     names = [cache.name for cache in mixture.caches]
