@@ -90,7 +90,7 @@ def shows(path: Path, colour: tuple[int, int, int]) -> bool:
 def test_training_and_validation_have_a_line_each(tmp_path: Path) -> None:
     blue, orange, picture = (31, 119, 180), (255, 127, 14), tmp_path / "curves.png"
     assert curves.read_metrics(tmp_path) == [] and curves.draw(tmp_path) is None
-    for count, held_out in ((1, False), (2, False), (60, False), (60, True)):
+    for count, held_out in ((1, False), (60, True), (60, False)):
         write_rows(tmp_path, count, held_out=held_out)
         assert curves.draw(tmp_path) == picture and shows(picture, blue) and shows(picture, orange) == held_out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
