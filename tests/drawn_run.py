@@ -21,6 +21,7 @@ from prismatic.data.mixture import open_mixture
 from prismatic.data.staging import stage_episode
 from prismatic.errors import exit_codes
 from prismatic.models.tiny import TINY, random_vla
+from prismatic.training import curves, first_batch
 from tests.drawn_checkpoint import saved
 from tests.drawn_episodes import drawn_episode
 
@@ -54,15 +55,25 @@ def config(place: Path, runs: Path) -> FinetuneConfig:
     )  # fmt: skip
 
 
+def leave_out_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the memory plan nor pictures, which take most of a small run's time; test_training_model.py and torchrun's test have them."""
+    monkeypatch.setattr(finetune, "plan_training", lambda *model, **sizes: False)
+    for module in (curves, first_batch):
+        monkeypatch.setattr(module, "draw", lambda *shown: None)
+
+
 @pytest.fixture
-def cfg(place: Path, tmp_path: Path) -> FinetuneConfig:
+def cfg(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FinetuneConfig:
+    leave_out_extras(monkeypatch)
     return config(place, tmp_path / "runs")
 
 
 @pytest.fixture(scope="session")
 def finished(place: Path) -> Path:
     """The folder of a run that ended after one step."""
-    return finetune.main(dataclasses.replace(config(place, place / "runs"), max_steps=1)).parent
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        leave_out_extras(monkeypatch)
+        return finetune.main(dataclasses.replace(config(place, place / "runs"), max_steps=1)).parent
 
 
 @pytest.fixture

@@ -81,7 +81,9 @@ def test_torchrun_starts_it(cfg: FinetuneConfig) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "8 samples each, on cpu x 2" in done.stdout
-    assert (run_folder(cfg) / "latest" / "adapter_model.safetensors").is_file()
+    assert "memory plan" in done.stdout
+    for file in ("latest/adapter_model.safetensors", "curves.png", "first_batch.png"):
+        assert (run_folder(cfg) / file).is_file()
 
 
 @pytest.fixture

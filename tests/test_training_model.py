@@ -14,9 +14,15 @@ from prismatic.models.lora import lora_layers
 from prismatic.training import memory
 from prismatic.training.distributed import SINGLE_PROCESS, Ranks
 from prismatic.training.model import build_training_model
-from tests.drawn_run import SMALL, rows
+from tests.drawn_run import SMALL, config, rows
 
 pytest_plugins = ["tests.drawn_run"]
+
+
+@pytest.fixture
+def cfg(place: Path, tmp_path: Path) -> FinetuneConfig:
+    """A run with its memory plan."""
+    return config(place, tmp_path)
 
 
 def test_dtypes(cfg: FinetuneConfig, place: Path) -> None:
