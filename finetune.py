@@ -80,8 +80,9 @@ def train(cfg: FinetuneConfig, run: setup.TrainingRun, display: Display) -> None
         for group in run.optimizer.param_groups:
             group["lr"] = progress.learning_rate
         with cast_once(run.vla):
-            exchange = {"no_sync": no_sync(model), "mean": ranks.mean}
-            numbers = backward(model, micro_batches, measure=measure, autocast=run.autocast, **exchange)
+            numbers = backward(
+                model, micro_batches, measure=measure, autocast=run.autocast, no_sync=no_sync(model), mean=ranks.mean
+            )
         numbers["grad_norm"] = clip_gradients(run.vla.parameters(), cfg.max_grad_norm)
         progress.step, validated = step + 1, {}
         if is_finite(numbers):

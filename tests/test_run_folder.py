@@ -17,6 +17,10 @@ def nothing(folder: Path) -> None:
     """What a checkpoint holds here."""
 
 
+def weights(folder: Path) -> None:
+    (folder / "weights").write_bytes(bytes(1000))
+
+
 def names(run: RunFolder) -> list[str]:
     return [folder.name for folder in run.checkpoints()]
 
@@ -78,7 +82,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 ) -> None:
     file, harm = DAMAGES[damage]
     run = RunFolder(tmp_path, keep=2)
-    first, second = (run.save(n, lambda to: (to / "weights").write_bytes(bytes(1000)) and None, {}) for n in (1, 2))
+    first, second = (run.save(step, weights, {}) for step in (1, 2))
     assert run.newest_whole() == second
     harm(second / file)
     assert run.newest_whole() == first == (tmp_path / "latest").resolve()

@@ -93,7 +93,8 @@ def test_eight_bit_moments_go_where_the_exact_ones_go_take_a_quarter_and_can_be_
     assert moved > 5 and (eight - exact).norm() < 0.05 * moved and held[1] < 0.27 * held[0]
     other.data = eight.data.clone()
     optimizers[2].load_state_dict(copy.deepcopy(optimizers[1].state_dict()))
-    step(1), step(2)
+    step(1)
+    step(2)
     assert torch.equal(eight, other)
 
 
