@@ -180,7 +180,7 @@ def test_data_without_a_state_is_named(cfg: FinetuneConfig, place: Path, monkeyp
 
     monkeypatch.setattr(setup, "open_mixture", without_state)
     with pytest.raises(ConfigError, match="no robot state: give --use_proprio False"):
-        finetune.main(dataclasses.replace(cfg, action_head="l1", use_proprio=True))
+        finetune.main(dataclasses.replace(cfg, action_head="l1", num_actions_chunk=2, use_proprio=True))
 
 
 def test_a_full_shared_memory_is_named_before_anything_starts(
