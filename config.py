@@ -124,7 +124,7 @@ class FinetuneConfig:
     # Statistics that actions are normalised by: the data set's (OpenVLA) or the base's, so that tokens keep their meaning (better for little data).
     action_statistics: Literal["dataset", "base"] = "dataset"
     # Augmentations that image_aug applies.
-    augment_order: tuple[str, ...] = AUGMENTATIONS
+    augment_order: tuple[Literal[AUGMENTATIONS], ...] = AUGMENTATIONS  # pyright: ignore[reportInvalidTypeForm]
     # Steps between lines of metrics.jsonl.
     log_steps: Positive = 10
     # Project that wandb or trackio shows the run in.

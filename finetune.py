@@ -12,7 +12,6 @@ import itertools
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import tyro
 
@@ -29,23 +28,19 @@ from prismatic.training import first_batch, setup
 from prismatic.training.display import Display
 from prismatic.training.distributed import Ranks, joined, no_sync
 from prismatic.training.loggers import open_logger
-from prismatic.training.metrics import Metrics, measured
-from prismatic.training.model import ModelOptions, load_planned
+from prismatic.training.metrics import is_finite, measured
+from prismatic.training.model import build_training_model, plan_training
 from prismatic.training.optimizer import make_optimizer
 from prismatic.training.signals import StopSignal, leave
-from prismatic.training.state import capture, restore, seed_everything
+from prismatic.training.state import capture, restore, seed_torch
 from prismatic.training.step import backward, clip_gradients, learning_rate
-from prismatic.training.validation import BEST_BY, Validation, is_best
-
-Options = TypeVar("Options")
+from prismatic.training.validation import BEST_BY, Validation
 
 
 def main(cfg: FinetuneConfig) -> Path:
     cfg = checked(cfg)
     check_folder_name(cfg.run_name, "the run's name (--vla_path, --dataset_name, --run_id_note)")
     with joined() as ranks:
-        options, root = options_of(cfg, setup.TaskOptions), FinetuneConfig.data_root_dir
-        ranks.on_main_process(lambda: setup.check_flags(options, ranks, default_root=root))
         run = prepare(cfg, ranks)
         logger = open_logger(
             cfg.log_to if ranks.is_main else "none", run.folder.path, options=dataclasses.asdict(cfg), first_step=run.progress.step
@@ -70,8 +65,8 @@ def train(cfg: FinetuneConfig, run: setup.TrainingRun, display: Display) -> None
         batch_size=run.micro_batch_size, first=progress.step * run.grad_accumulation_steps, rank=ranks.rank, world_size=ranks.size
     )  # fmt: skip
     stream = batches(examples, draws, num_workers=cfg.num_workers, pin_memory=ranks.device != "cpu")
-    validation = Validation(mixture, processor, batch_size=run.micro_batch_size, ranks=ranks)
-    validation.say_what_is_held_out(every=cfg.val_steps)
+    due = {"every": cfg.val_steps, "last": cfg.max_steps}
+    validation = Validation(mixture, processor, batch_size=run.micro_batch_size, ranks=ranks, **due)
     measure = partial(measured, tokenizer=processor.action_tokenizer)
     model, stop, saved = ranks.parallel(run.vla), StopSignal(), progress.step
     run.vla.train()
@@ -85,27 +80,28 @@ def train(cfg: FinetuneConfig, run: setup.TrainingRun, display: Display) -> None
         for group in run.optimizer.param_groups:
             group["lr"] = progress.learning_rate
         with cast_once(run.vla):
-            metrics = Metrics(**backward(
+            numbers = backward(
                 model, micro_batches, measure=measure, autocast=run.autocast, no_sync=no_sync(model), mean=ranks.mean
-            ))  # fmt: skip
-        metrics.grad_norm = clip_gradients(run.vla.parameters(), cfg.max_grad_norm)
+            )
+        numbers["grad_norm"] = clip_gradients(run.vla.parameters(), cfg.max_grad_norm)
         progress.step, validated = step + 1, {}
-        if metrics.is_finite():
+        if is_finite(numbers):
             run.optimizer.step()
             progress.bad_steps = 0
-            if validation.due(progress.step, every=cfg.val_steps, last=cfg.max_steps):
+            if validation.due(progress.step):
                 with display.paused("validation"):
                     validated = validation(run.vla, autocast=run.autocast, stopped=lambda: bool(stop.agreed(ranks)))
-            display.step(metrics, validated)
+            display.step(numbers, validated)
         else:
             progress.bad_steps += 1
-            setup.report_skipped(run, metrics)
+            setup.report_skipped(run, numbers)
         run.optimizer.zero_grad()
-        best, given_up = is_best(run.folder, validated, ranks), progress.bad_steps >= cfg.max_bad_steps
+        value, given_up = validated.get(BEST_BY), progress.bad_steps >= cfg.max_bad_steps
+        best = value is not None and ranks.on_main_process(partial(run.folder.is_best, value))
         if progress.step % cfg.save_steps == 0 or progress.step == cfg.max_steps or best or given_up:
             saved = save(cfg, run, display)
         if best:
-            ranks.on_main_process(partial(run.folder.mark_best, progress.step, validated[BEST_BY]))
+            ranks.on_main_process(partial(run.folder.mark_best, progress.step, value))
         if given_up:
             raise setup.too_many_bad_steps(run)
     if signal := stop.agreed(ranks):
@@ -126,8 +122,9 @@ def save(cfg: FinetuneConfig, run: setup.TrainingRun, display: Display) -> int:
 
 def prepare(cfg: FinetuneConfig, ranks: Ranks) -> setup.TrainingRun:
     """Data, model and optimizer, as the run's last checkpoint left them if there is one."""
-    seed_everything(cfg.seed)  # the same on all ranks, which have to draw the same adapter
-    task = setup.open_task(options_of(cfg, setup.TaskOptions), ranks)
+    seed_torch(cfg.seed)  # the same on all ranks, which have to draw the same adapter
+    options = options_of(cfg)
+    task = setup.open_task(options, ranks, default_root=FinetuneConfig.data_root_dir)
     folder, resumed, state = setup.open_run(
         cfg.run_root_dir / cfg.run_name, dataclasses.asdict(cfg) | task.identity, ranks,
         keep=cfg.keep, resume=cfg.resume, may_change=MAY_CHANGE_ON_RESUME,
@@ -135,22 +132,24 @@ def prepare(cfg: FinetuneConfig, ranks: Ranks) -> setup.TrainingRun:
     progress, sizes = setup.divide(
         state, ranks, batch_size=cfg.batch_size, grad_accumulation_steps=cfg.grad_accumulation_steps
     )
-    options = options_of(cfg, ModelOptions)
-    vla = load_planned(task.base, resumed, task.config, options, ranks, sizes=sizes, tokens=task.longest_row)
+    plan = partial(plan_training, task.config, options, ranks, sizes=sizes, tokens=task.longest_row)
+    checkpointing = ranks.on_main_process(plan)
+    vla = build_training_model(task.base, resumed, task.config, options, checkpointing=checkpointing, ranks=ranks)
     trained = [parameter for parameter in vla.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(cfg.optimizer, trained, learning_rate=cfg.learning_rate, weight_decay=cfg.weight_decay)
     if state:
         progress = restore(state, optimizer, ranks, seed=cfg.seed)
     elif not ranks.is_main:
-        seed_everything(cfg.seed, rank=ranks.rank)  # from here on each has its own: dropout must differ
+        seed_torch(cfg.seed, rank=ranks.rank)  # from here on each has its own: dropout must differ
     run = setup.TrainingRun(ranks, task, folder, vla, optimizer, progress, *sizes, autocast=options.in_bfloat16(ranks))
     print(f"{run.describe()}; steps {progress.step} to {cfg.max_steps}")
     return run
 
 
-def options_of(cfg: FinetuneConfig, kind: type[Options]) -> Options:
-    """The flags that a part of the package asks for, by name."""
-    return kind(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+def options_of(cfg: FinetuneConfig) -> setup.RunOptions:
+    """The flags that the package asks for, by name."""
+    names = [field.name for field in dataclasses.fields(setup.RunOptions)]
+    return setup.RunOptions(**{name: getattr(cfg, name) for name in names})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ nobody runs a foreign expression. A plain list is taken at its word, so that a l
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Required, TypedDict
 
 import peft
 from msgspec import Meta
@@ -25,10 +25,10 @@ PATTERNS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 class HonouredFields(TypedDict, total=False):
     """What changes the answers and is done here as peft does it."""
 
-    r: Rank
-    lora_alpha: Alpha
+    r: Required[Rank]
+    lora_alpha: Required[Alpha]
     lora_dropout: Share
-    target_modules: Names | Annotated[str, Meta(min_length=1)]
+    target_modules: Required[Names | Annotated[str, Meta(min_length=1)]]
     exclude_modules: Names | str | None
     layers_to_transform: list[int] | int | None
     layers_pattern: list[str] | str | None
@@ -54,9 +54,6 @@ def read_adapter_config(folder: Path, adapted: Collection[str]) -> peft.LoraConf
     path = folder / ADAPTER_CONFIG
     raw = read_object(path)
     fields = fields_of(raw, HonouredFields, str(path))
-    for name in ("r", "lora_alpha", "target_modules"):
-        if name not in fields:
-            raise ConfigError(f"{path}: {name} is missing: {COPY_AGAIN}")
     for name in ("rank_pattern", "alpha_pattern"):
         if not all(key.replace(".", "").isidentifier() for key in fields.get(name) or {}):
             raise ConfigError(f"{path}: {name} has an expression for a key: only plain names of modules are taken here")

@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: expected numbers are a CPU's, also where there is a GPU
@@ -15,6 +14,8 @@ EXCERPT = Path(__file__).resolve().parent / "reference"
 FULL = Path(os.environ.get("OPENVLA_REFERENCE", REPOSITORY / "../shared/reference"))
 OFT_EXCERPT = Path(__file__).resolve().parent / "reference_oft"
 OFT_FULL = Path(os.environ.get("OPENVLA_OFT_REFERENCE", REPOSITORY / "../shared/reference_oft"))
+# OpenVLA's arrays and OpenVLA-OFT's belong together: both full sets where they are there, else the excerpts.
+SETS = (FULL.resolve(), OFT_FULL.resolve()) if FULL.is_dir() and OFT_FULL.is_dir() else (EXCERPT, OFT_EXCERPT)
 
 torch.set_num_threads(1)  # the suite runs in parallel processes
 # Autograd counts devices at its first use in a process. Fake CUDA tensors (the memory plan's) pretend that there is one, and after a first use
@@ -30,10 +31,10 @@ def reference() -> Path:
     return FULL.resolve()
 
 
-@pytest.fixture(scope="session", params=["excerpt", "full"])
-def numbers(request: pytest.FixtureRequest) -> Path:
-    """Each of: the excerpt of the original's arrays that lives in this repository, and the full set where it is there."""
-    return EXCERPT if request.param == "excerpt" else request.getfixturevalue("reference")
+@pytest.fixture(scope="session")
+def numbers() -> Path:
+    """The original's arrays: the full set where it is there, else the excerpt that lies in this repository."""
+    return FULL.resolve() if FULL.is_dir() else EXCERPT
 
 
 @pytest.fixture(scope="session")
@@ -44,33 +45,21 @@ def oft_reference() -> Path:
     return OFT_FULL.resolve()
 
 
-@pytest.fixture(scope="session", params=["excerpt", "full"])
-def both_numbers(request: pytest.FixtureRequest) -> tuple[Path, Path]:
-    """OpenVLA's numbers and OpenVLA-OFT's: the excerpts of both, and both full sets where they are there."""
-    if request.param == "excerpt":
-        return EXCERPT, OFT_EXCERPT
-    return request.getfixturevalue("reference"), request.getfixturevalue("oft_reference")
+@pytest.fixture(scope="session")
+def both_numbers() -> tuple[Path, Path]:
+    """OpenVLA's arrays and OpenVLA-OFT's."""
+    return SETS
 
 
 @pytest.fixture(scope="session")
 def oft_numbers(both_numbers: tuple[Path, Path]) -> Path:
-    """Each of: the excerpt of OpenVLA-OFT's arrays in this repository, and the full set."""
+    """OpenVLA-OFT's arrays."""
     return both_numbers[1]
-
-
-@pytest.fixture(scope="session")
-def batch(numbers: Path) -> dict[str, torch.Tensor]:
-    """The right-padded batch of three of forward.npz, as VLA.forward takes it."""
-    arrays = np.load(numbers / "forward.npz")
-    names = ("input_ids", "attention_mask", "pixel_values", "labels")
-    return {name: torch.from_numpy(arrays[name]) for name in names} | {
-        "pixel_values": torch.from_numpy(arrays["pixel_values"]).float()
-    }
 
 
 SLOW = (  # files that start a simulator, a training run or child processes; the rest takes about two minutes on two cores
     "bench_data", "bench_eval", "bench_gpu", "bench_train", "collect", "demonstration", "distributed", "doctor", "end_to_end", "expert",
-    "finetune", "infer", "oft_training", "own_data", "pool", "recorder", "replay", "resume", "rlds", "rlds_forms", "serve",
+    "finetune", "infer", "own_data", "pool", "recorder", "replay", "resume", "rlds", "rlds_forms", "serve",
     "hostile_inputs", "loader", "serving_guard", "simulator", "training_model", "validation",
 )  # fmt: skip
 

@@ -1,75 +1,90 @@
-"""A training run small enough for tests: a base model with random weights and a frame cache of drawn pictures, made without TensorFlow."""
+"""Training runs small enough for tests: a base model with random weights and LeRobot data sets of drawn images, so no TensorFlow is started."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 
 import finetune
 from config import FinetuneConfig
-from prismatic.checkpoint import save_checkpoint
-from prismatic.data.frames import FrameCache, Mixture
+from prismatic.data.frames import Mixture
+from prismatic.data.lerobot_writer import write_dataset
+from prismatic.data.mixture import open_mixture
+from prismatic.data.staging import stage_episode
 from prismatic.errors import exit_codes
-from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
-from prismatic.processor import Processor, ProcessorConfig
-from prismatic.training import setup
-from tests.drawn_cache import write_cache
+from prismatic.models.tiny import TINY, random_vla
+from prismatic.training import curves, first_batch
+from tests.drawn_checkpoint import saved
 from tests.drawn_episodes import drawn_episode
 
-EPISODES = 4
+SMALL = dataclasses.replace(
+    TINY, image_size=64,
+    tiny_timm_kwargs={name: {**sizes, "embed_dim": 48, "depth": 2} for name, sizes in TINY.tiny_timm_kwargs.items()},
+    text_config=dataclasses.replace(TINY.text_config, hidden_size=64, intermediate_size=128, num_hidden_layers=2),
+)  # fmt: skip
+EPISODES = (4, 0, 1, 2)  # of 6, 2, 3 and 4 steps
 
 
-def save_base(place: Path) -> None:
-    """A base model with random weights in place/base."""
-    words = tiny_tokenizer(["put block 1 on the plate"])
-    words.save_pretrained(place / "words")
-    save_checkpoint(
-        place / "base",
-        random_vla(TINY, seed=0),
-        processor=Processor(ProcessorConfig.for_model(TINY, unnorm_key=None, center_crop=True), words, {}),
-        statistics={},
-        tokenizer_from=place / "words",
-        dtype=torch.float32,
-    )
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds base, and in data two sets of the same episodes: drawn, and arms, whose actions have 14 numbers."""
     place = tmp_path_factory.mktemp("place")
-    save_base(place)
-    write_cache(place / "cache", [drawn_episode(number) for number in range(EPISODES)])
+    saved(place / "base", random_vla(SMALL, seed=0))
+    for name in ("drawn", "arms"):
+        for number, episode in enumerate(map(drawn_episode, EPISODES)):
+            if name == "arms":
+                episode["action"] = np.concatenate([episode["action"], episode["action"][::-1]], axis=1)
+            stage_episode(place / "staged" / name / f"episode_{number}.npz", **episode)
+        write_dataset(place / "staged" / name, place / "data", name)
     return place
+
+
+def config(place: Path, runs: Path) -> FinetuneConfig:
+    """A run of four steps of four samples; every step is logged."""
+    return FinetuneConfig(
+        vla_path=str(place / "base"), data_root_dir=str(place / "data"), dataset_name="drawn", cache_dir=place / "cache", run_root_dir=runs,
+        batch_size=2, grad_accumulation_steps=2, lora_rank=4, max_steps=4, save_steps=2, log_steps=1, num_workers=0,
+    )  # fmt: skip
+
+
+def leave_out_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the memory plan nor pictures, which take most of a small run's time; test_training_model.py and torchrun's test have them."""
+    monkeypatch.setattr(finetune, "plan_training", lambda *model, **sizes: False)
+    for module in (curves, first_batch):
+        monkeypatch.setattr(module, "draw", lambda *shown: None)
 
 
 @pytest.fixture
 def cfg(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FinetuneConfig:
-    """A run of four steps of four samples; every step is logged."""
-    monkeypatch.setattr(
-        setup,
-        "open_mixture",
-        lambda root, name, *, seed, val_share, num_actions_chunk, **how: Mixture(
-            [FrameCache(place / "cache")], seed=seed, val_share=val_share, num_actions_chunk=num_actions_chunk
-        ),
-    )
-    return FinetuneConfig(
-        data_root_dir=str(place),
-        log_steps=1,
-        vla_path=str(place / "base"),
-        dataset_name="drawn",
-        run_root_dir=tmp_path / "runs",
-        batch_size=2,
-        grad_accumulation_steps=2,
-        lora_rank=4,
-        max_steps=4,
-        save_steps=2,
-        num_workers=0,
-    )
+    leave_out_extras(monkeypatch)
+    return config(place, tmp_path / "runs")
+
+
+@pytest.fixture(scope="session")
+def finished(place: Path) -> Path:
+    """The folder of a run that ended after one step."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        leave_out_extras(monkeypatch)
+        return finetune.main(dataclasses.replace(config(place, place / "runs"), max_steps=1)).parent
+
+
+@pytest.fixture
+def begun(cfg: FinetuneConfig, finished: Path) -> FinetuneConfig:
+    """A run whose first step is done."""
+    shutil.copytree(finished, run_folder(cfg), symlinks=True)
+    return cfg
+
+
+def drawn_mixture(place: Path, name: str = "drawn", **how: float) -> Mixture:
+    return open_mixture(str(place / "data"), name, cache_dir=place / "cache", **how)  # pyright: ignore[reportArgumentType]
 
 
 def run_folder(cfg: FinetuneConfig) -> Path:

@@ -1,47 +1,14 @@
-"""Greedy decoding: the original's ids, batched rows equal to single ones, no word but an action, and drafts that change nothing."""
+"""Greedy decoding (the original's ids: test_vla.py): batched rows equal to single ones, no word but an action, and drafts that change nothing."""
 
 import copy
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from action_tokenizer import ActionTokenizer
-from prismatic.checkpoint import load_vla
-from prismatic.dataset_statistics import load_statistics
 from prismatic.models.decode import ActionDecoder, prefill, verify
 from prismatic.models.tiny import TINY, random_vla
 from prismatic.models.vla import VLA
-from prismatic.normalize import unnormalize
-from tests.original import cases
-
-
-@pytest.fixture(scope="module")
-def vla(numbers: Path) -> VLA:
-    return load_vla(numbers / "checkpoint").eval()
-
-
-def test_every_case_of_predict_action_alone_and_in_a_padded_batch(vla: VLA, numbers: Path) -> None:
-    statistics, arrays, rows = (
-        load_statistics(numbers / "checkpoint"),
-        np.load(numbers / "generate.npz"),
-        cases(numbers),
-    )
-    for number, (case, pixels) in enumerate(rows):
-        prompt = torch.tensor([case["processor_input_ids"]])
-        ids = vla.generate_action_ids(prompt, pixels[None], len(case["generated_ids"]))[0].numpy()
-        np.testing.assert_array_equal(ids, arrays[f"generated_ids_{number}"])
-        normalized = ActionTokenizer().decode(ids)
-        np.testing.assert_allclose(normalized, arrays[f"normalized_action_{number}"], atol=1e-12)
-        action = unnormalize(normalized, statistics[case["unnorm_key"]]["action"])
-        np.testing.assert_allclose(action, arrays[f"action_{number}"], atol=1e-9)
-    prompts = [torch.tensor([*case["processor_input_ids"]]) for case, _ in rows]
-    padded = F.pad(torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=32000), (0, 3), value=32000)
-    together = vla.generate_action_ids(padded, torch.stack([pixels for _, pixels in rows]), 7, padded != 32000)
-    assert together.tolist() == [case["generated_ids"][:7] for case, _ in rows]
 
 
 def test_only_action_ids_come_out_even_where_another_word_is_likelier() -> None:

@@ -19,15 +19,8 @@ PAGES = sorted([
     *(REPOSITORY / "checkpoints").rglob("README.md"),
 ])  # fmt: skip
 SHELL_FLAGS = {"--quick", "--long", "--fresh", "--oft", "--help"}  # of demo.sh
-FOREIGN_FLAGS = {
-    "--nproc-per-node",
-    "--nnodes",
-    "--standalone",
-    "-m",
-    "--signal",
-    "--no-docker",
-    "--render",
-}  # of torchrun, pytest and vla-eval: not ours to promise
+# of torchrun, pytest and vla-eval: not ours to promise
+FOREIGN_FLAGS = {"--nproc-per-node", "--nnodes", "--standalone", "-m", "--signal", "--no-docker", "--render"}
 
 
 def fields(kind: type) -> Iterator[str]:
@@ -41,17 +34,12 @@ def fields(kind: type) -> Iterator[str]:
 @functools.cache
 def flags(script: str) -> frozenset[str]:
     """Flags of a script: those of the configurations that stand or are imported there."""
-    module = importlib.import_module(script)
-    kinds = [
-        value
-        for name, value in vars(module).items()
-        if name.endswith("Config") and isinstance(value, type) and dataclasses.is_dataclass(value)
-    ]
-    own = (
-        (REPOSITORY / "prismatic/bench/gpu.py").read_text() if script == "bench" else ""
-    )  # parsed before tyro is imported
+    found = vars(importlib.import_module(script)).items()
+    kinds = [kind for name, kind in found if name.endswith("Config") and dataclasses.is_dataclass(kind)]
+    # those of bench.py gpu are parsed before tyro is imported
+    own = (REPOSITORY / "prismatic/bench/gpu.py").read_text() if script == "bench" else ""
     parsed = set(re.findall(r'add_argument\(\s*"(--\w+)"', own))
-    return frozenset(f"--{name}" for kind in kinds for name in fields(kind)) | {"--help"} | parsed
+    return frozenset(f"--{name}" for kind in kinds for name in fields(kind)) | {"--help"} | parsed  # type: ignore[arg-type]
 
 
 def commands(page: Path) -> Iterator[tuple[str, list[str]]]:

@@ -1,100 +1,67 @@
-"""The training script on a few drawn frames: it learns, what it saves acts, and a run that was stopped goes on (bit-equal: test_resume.py)."""
+"""The training script: what it saves acts, all of a small model can learn, OpenVLA-OFT's heads learn; what can't work is one sentence."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import finetune
 from config import FinetuneConfig
+from prismatic.augmentation import drawing
 from prismatic.checkpoint import load_policy
-from prismatic.data import rlds
+from prismatic.data.examples import DrawBatches, Examples
+from prismatic.data.lerobot_writer import write_dataset
+from prismatic.data.loader import batches
 from prismatic.errors import ConfigError
+from prismatic.image import AUGMENTATIONS
+from prismatic.processor import Processor, ProcessorConfig
+from prismatic.training import setup
 from tests.conftest import REPOSITORY
-from tests.drawn_episodes import drawn_episode
-from tests.drawn_run import save_base
+from tests.drawn_checkpoint import ENTRY, tokenizer
+from tests.drawn_run import SMALL, drawn_mixture, rows, run_folder
 
+pytest_plugins = ["tests.drawn_run"]
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model with random weights, and a data set of four drawn episodes."""
-    place = tmp_path_factory.mktemp("place")
-    save_base(place)
-    (place / "staged").mkdir()
-    for number in range(4):
-        rlds.stage_episode(place / "staged" / f"episode_{number}.npz", **drawn_episode(number))
-    rlds.write_dataset(place / "staged", place / "data", "drawn")
-    return place
-
-
-@pytest.fixture
-def cfg(place: Path, tmp_path: Path) -> FinetuneConfig:
-    return FinetuneConfig(
-        vla_path=str(place / "base"),
-        data_root_dir=str(place / "data"),
-        dataset_name="drawn",
-        run_root_dir=tmp_path,
-        cache_dir=place / "cache",
-        batch_size=2,
-        grad_accumulation_steps=2,
-        lora_rank=4,
-        lora_dropout=0.1,
-        max_steps=4,
-        save_steps=2,
-        num_workers=0,
-        log_steps=1,
-    )
+FRAME = np.zeros((64, 64, 3), np.uint8)
+TOLD = (FRAME, "put block 1 on the plate", FRAME)
 
 
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows(run)]
 
 
-def flags(cfg: FinetuneConfig) -> list[str]:
-    """A run's options as its command line."""
-    values = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name != "augment_order"}
-    return [f"--{name}={value}" for name, value in values.items() if value is not None]
-
-
-def test_the_base_s_statistics_keep_the_meaning_of_its_tokens(cfg: FinetuneConfig, place: Path, tmp_path: Path) -> None:
-    wide = {"q01": [-4.0] * 7, "q99": [4.0] * 7, "min": [-5.0] * 7, "max": [5.0] * 7, "mask": [True] * 6 + [False]}
-    base = shutil.copytree(place / "base", tmp_path / "wide")
-    (base / "dataset_statistics.json").write_text(json.dumps({"elsewhere": {"action": wide}}))
-    kept = dataclasses.replace(cfg, vla_path=str(base), max_steps=1, action_statistics="base")
-    adapter = finetune.main(dataclasses.replace(kept, run_root_dir=tmp_path / "kept"))
-    assert json.loads((adapter / "dataset_statistics.json").read_text()) == {"drawn": {"action": wide}}
-    frame = np.zeros((64, 64, 3), np.uint8)
-    assert load_policy(adapter)(frame, "put block 1 on the plate", frame).shape == (7,)
-    own = finetune.main(dataclasses.replace(kept, action_statistics="dataset", run_root_dir=tmp_path / "own"))
-    assert losses(own.parent) != losses(adapter.parent)  # other tokens
-    with pytest.raises(ConfigError, match="statistics"):
-        finetune.main(dataclasses.replace(cfg, action_statistics="base"))  # this base has none
-
-
-def test_an_adapter_acts_and_knows_its_base(cfg: FinetuneConfig, place: Path) -> None:
-    adapter = finetune.main(dataclasses.replace(cfg, max_steps=2))
-    frame = np.zeros((256, 256, 3), np.uint8)
-    policy = load_policy(adapter, device="cpu")
-    action = policy(frame, "put block 1 on the plate", wrist=frame)
+def test_an_adapter_acts_and_knows_its_base_and_its_statistics(
+    cfg: FinetuneConfig, place: Path, finished: Path, tmp_path: Path
+) -> None:
+    policy = load_policy(finished / "latest", device="cpu")
+    action = policy(*TOLD)
     assert action.shape == (7,) and action.dtype == np.float32 and np.isfinite(action).all()
-    np.testing.assert_array_equal(
-        load_policy(place / "base", adapter, device="cpu")(frame, "put block 1 on the plate", frame), action
-    )
+    np.testing.assert_array_equal(load_policy(place / "base", finished, device="cpu")(*TOLD), action)
     assert policy.processor.config.unnorm_key == "drawn" and policy.processor.config.center_crop
     with pytest.raises(ConfigError, match="contradicts"):
-        load_policy(adapter, center_crop=False, device="cpu")
+        load_policy(finished, center_crop=False, device="cpu")
+    kept = finetune.main(dataclasses.replace(cfg, max_steps=1, action_statistics="base"))
+    assert json.loads((kept / "dataset_statistics.json").read_text()) == {"drawn": ENTRY}
+    assert load_policy(kept)(*TOLD).shape == (7,)
+    assert losses(kept.parent) != losses(finished)  # its tokens keep the base's meaning
+    base = Path(shutil.copytree(place / "base", tmp_path / "none"))
+    (base / "dataset_statistics.json").write_text("{}")
+    with pytest.raises(ConfigError, match="statistics"):
+        finetune.main(dataclasses.replace(cfg, vla_path=str(base), action_statistics="base"))
 
 
 def test_all_of_a_small_model_can_be_trained(cfg: FinetuneConfig) -> None:
-    whole = dataclasses.replace(cfg, use_lora=False, learning_rate=1e-3, image_aug=False, max_steps=30, save_steps=30)
+    whole = dataclasses.replace(cfg, use_lora=False, learning_rate=3e-3, image_aug=False, max_steps=40, save_steps=40)
     folder = finetune.main(whole)
     history = losses(folder.parent)
     assert np.mean(history[-5:]) < 0.5 * history[0]
@@ -103,64 +70,136 @@ def test_all_of_a_small_model_can_be_trained(cfg: FinetuneConfig) -> None:
     assert not (folder / "adapter_config.json").exists()
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(cfg: FinetuneConfig) -> None:
-    command = [sys.executable, "finetune.py", *flags(cfg), "--max_steps", "100000", "--save_steps", "100000"]
-    process = subprocess.Popen(
-        command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True
-    )
-    run = cfg.run_root_dir / cfg.run_name
-    deadline = time.monotonic() + 180
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on from there" in output
-    (saved,) = run.glob("step-*")
-    step = int(saved.name.removeprefix("step-"))
-    finetune.main(dataclasses.replace(cfg, max_steps=step + 1))
-    assert (run / f"step-{step + 1:06d}").is_dir()
-
-
 def test_torchrun_starts_it(cfg: FinetuneConfig) -> None:
+    cfg = dataclasses.replace(cfg, max_steps=1)
+    values = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name != "augment_order"}
+    flags = [f"--{name}={value}" for name, value in values.items() if value is not None]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*torchrun, "finetune.py", *flags(cfg), "--max_steps", "1"],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=170,
+        [*torchrun, "finetune.py", *flags], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert "8 samples each, on cpu x 2" in done.stdout
-    assert (cfg.run_root_dir / cfg.run_name / "latest" / "adapter_model.safetensors").is_file()
+    assert "memory plan" in done.stdout
+    for file in ("latest/adapter_model.safetensors", "curves.png", "first_batch.png"):
+        assert (run_folder(cfg) / file).is_file()
 
 
-def test_what_changed_is_named(cfg: FinetuneConfig, place: Path, tmp_path: Path) -> None:
-    finetune.main(dataclasses.replace(cfg, max_steps=1))
-    rlds.stage_episode(place / "staged" / "episode_9.npz", **drawn_episode(5))
-    try:
-        rlds.write_dataset(place / "staged", tmp_path / "data", "drawn")
-    finally:
-        (place / "staged" / "episode_9.npz").unlink()
-    for changes, sentence in (
-        ({"seed": 8}, r"begun with --seed 7, not 8.*--run_id_note"),
-        ({"resume": "never"}, "--resume is never"),
-        ({"data_root_dir": str(tmp_path / "data")}, "begun with --data"),
-    ):
-        with pytest.raises(ConfigError, match=sentence):
-            finetune.main(dataclasses.replace(cfg, **changes))
+@pytest.fixture
+def oft(cfg: FinetuneConfig) -> FinetuneConfig:
+    """OpenVLA-OFT's way with two arms: chunks of two actions of 14 numbers, two images, the robot's state."""
+    return dataclasses.replace(
+        cfg, dataset_name="arms", action_head="l1", num_actions_chunk=2, num_images_in_input=2, use_proprio=True, lora_dropout=0.1, max_steps=3,
+        val_share=0.5, val_steps=3, lr_decay_step=2,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "sentence"),
-    [
-        ("batch_size", 0, "--batch_size 0"), ("augment_order", ("random_resize_crop",), "random_resize_crop"),
-        ("dataset_name", "missing", "drawn"), ("dataset_name", "drawn:much", "is no weight"),
-        ("data_root_dir", "/nowhere/at/all", "/nowhere/at/all"), ("vla_path", "/nowhere/at/all", "no folder, and no hub id"),
-    ],
-)  # fmt: skip
-def test_bad_input_is_one_sentence(cfg: FinetuneConfig, field: str, value: object, sentence: str) -> None:
+def test_chunks_by_regression_learn_and_resume(oft: FinetuneConfig) -> None:
+    whole = finetune.main(dataclasses.replace(oft, run_id_note="whole"))
+    finetune.main(dataclasses.replace(oft, run_id_note="halves", max_steps=2, val_steps=0))
+    halves = finetune.main(dataclasses.replace(oft, run_id_note="halves"))
+    history = rows(whole.parent)
+    assert rows(halves.parent) == history and [row["step"] for row in history] == [1, 2, 3]
+    assert [row["learning_rate"] for row in history] == pytest.approx([5e-4, 5e-4, 5e-5])
+    for name in ("adapter_model.safetensors", "proprio_projector.safetensors", "action_head.safetensors"):
+        mine, theirs, before = (load_file(folder / name) for folder in (whole, halves, whole.parent / "step-000002"))
+        assert all(torch.equal(tensor, theirs[key]) for key, tensor in mine.items()), name
+        assert any(not torch.equal(tensor, before[key]) for key, tensor in mine.items()), name
+    check_chunks(whole, history[-1], "l1")
+
+
+def test_chunks_of_tokens_learn(oft: FinetuneConfig) -> None:
+    folder = finetune.main(dataclasses.replace(oft, action_head="parallel", max_steps=1))
+    assert not (folder / "action_head.safetensors").exists()
+    check_chunks(folder, rows(folder.parent)[-1], "parallel")
+
+
+def check_chunks(folder: Path, row: dict[str, float], head: str) -> None:
+    numbers = {"val_loss", "val_curr_action_l1_loss", "val_next_actions_l1_loss", "val_l1_loss_per_dimension_13"}
+    assert numbers <= set(row) and ("action_accuracy" in row) == (head == "parallel")
+    processor = json.loads((folder / "processor.json").read_text())
+    assert (processor["action_head"], processor["num_actions_chunk"], processor["proprio_dim"]) == (head, 2, 8)
+
+
+def examples_of(place: Path, head: str, augmentations: Sequence[str]) -> Examples:
+    mixture = drawn_mixture(place, seed=0)
+    config = ProcessorConfig.for_model(SMALL, unnorm_key="drawn", center_crop=True)
+    config = dataclasses.replace(config, action_head=head)  # type: ignore[arg-type]
+    processor = Processor(config, tokenizer(), mixture.statistics)
+    return Examples(mixture, processor, augment=drawing(augmentations), seed=0)
+
+
+def test_each_camera_of_a_chunked_head_has_augmentations_of_its_own(place: Path) -> None:
+    for head, same in (("l1", False), ("tokens", True)):
+        first, second = examples_of(place, head, ["random_hue"])._augmentations(5)
+        assert (first == second) == same
+
+
+def test_the_number_of_loader_processes_changes_nothing(place: Path) -> None:
+    examples = examples_of(place, "l1", AUGMENTATIONS)
+    alone, helped = (
+        itertools.islice(batches(examples, DrawBatches(batch_size=2, first=1), num_workers=n, pin_memory=False), 3)
+        for n in (0, 2)
+    )
+    for mine, theirs in zip(alone, helped, strict=True):
+        assert torch.equal(mine.pixel_values, theirs.pixel_values) and torch.equal(mine.input_ids, theirs.input_ids)
+
+
+BAD: dict[str, tuple[dict, str]] = {
+    "batch": ({"batch_size": 0}, "--batch_size 0"),
+    "augmentation": ({"augment_order": ("random_resize_crop",)}, "random_resize_crop"),
+    "no data set": ({"dataset_name": "missing"}, "drawn"),
+    "weight": ({"dataset_name": "drawn:much"}, "is no weight"),
+    "no data": ({"data_root_dir": "/nowhere/at/all"}, "/nowhere/at/all"),
+    "no base": ({"vla_path": "/nowhere/at/all"}, "no folder, and no hub id"),
+    "sharded adapter": ({"shard": True}, "--use_lora False"),
+    "packed and trained": ({"use_quantization": True, "use_lora": False}, "--use_quantization packs a base that isn't trained"),
+    "chunk of tokens": ({"num_actions_chunk": 2, "action_head": "tokens"}, "action_head tokens answers with one action.* num_actions_chunk 2"),
+    "long chunk": ({"num_actions_chunk": 40, "action_head": "l1"}, "40 steps"),
+    "another seed": ({"seed": 8}, r"begun with --seed 7, not 8.*--run_id_note"),
+    "run that exists": ({"resume": "never"}, "--resume is never"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", BAD)
+def test_bad_input_is_one_sentence(begun: FinetuneConfig, mistake: str) -> None:
+    changes, sentence = BAD[mistake]
     with pytest.raises(ConfigError, match=sentence) as caught:
-        finetune.main(dataclasses.replace(cfg, **{field: value}))
+        finetune.main(dataclasses.replace(begun, **changes))
     assert "\n" not in str(caught.value)
+
+
+def test_data_without_a_state_is_named(cfg: FinetuneConfig, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = setup.open_mixture
+
+    def without_state(*names: str, **how: object) -> object:
+        mixture = opened(*names, **how)  # type: ignore[arg-type]
+        mixture.caches[0].state = None
+        return mixture
+
+    monkeypatch.setattr(setup, "open_mixture", without_state)
+    with pytest.raises(ConfigError, match="no robot state: give --use_proprio False"):
+        finetune.main(dataclasses.replace(cfg, action_head="l1", num_actions_chunk=2, use_proprio=True))
+
+
+def test_a_full_shared_memory_is_named_before_anything_starts(
+    cfg: FinetuneConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**20}))
+    with pytest.raises(ConfigError, match=r"/dev/shm has 1 MB free, .*--num_workers 0"):
+        finetune.main(dataclasses.replace(cfg, num_workers=8))
+
+
+def test_a_run_goes_on_where_its_base_lies_now_but_not_with_other_data(
+    begun: FinetuneConfig, place: Path, tmp_path: Path
+) -> None:
+    moved = shutil.copytree(place / "base", tmp_path / "elsewhere" / "base")
+    finetune.main(dataclasses.replace(begun, vla_path=f"{moved}/", data_root_dir=f"{place}/data/", max_steps=2))
+    assert rows(run_folder(begun))[-1]["step"] == 2
+    staged = Path(shutil.copytree(place / "staged" / "drawn", tmp_path / "staged"))
+    (staged / "episode_0.npz").unlink()
+    write_dataset(staged, tmp_path / "data", "drawn")
+    other = dataclasses.replace(begun, data_root_dir=str(tmp_path / "data"), cache_dir=tmp_path / "cache")
+    with pytest.raises(ConfigError, match="begun with --data"):
+        finetune.main(other)

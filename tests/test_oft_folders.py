@@ -85,14 +85,15 @@ def test_a_batch_plays_as_each_row_alone_and_no_number_is_the_policys_error(made
         chunk(policy)
 
 
-@pytest.mark.parametrize(("dtype", "prefix"), [(torch.float64, "module."), (torch.float16, ""), (torch.bfloat16, "module.")])  # fmt: skip
-def test_heads_of_any_dtype_with_or_without_ddps_prefix(published: Path, dtype: torch.dtype, prefix: str) -> None:
-    for file in (HEAD, PROJECTOR):
+def test_heads_of_any_dtype_with_or_without_ddps_prefix(published: Path) -> None:
+    dtypes = {HEAD: torch.float64, PROJECTOR: torch.bfloat16}
+    for (file, dtype), prefix in zip(dtypes.items(), ("module.", ""), strict=True):
         tensors = torch.load(published / file, weights_only=True)
         torch.save({prefix + name: tensor.to(dtype) for name, tensor in tensors.items()}, published / file)
     expected, loaded = random_vla(TINY_OFT, seed=1).state_dict(), load_vla(published).state_dict()
-    for name in (name for name in expected if name.startswith(HEADS)):
-        torch.testing.assert_close(loaded[name], expected[name].to(dtype).float(), rtol=0, atol=0)
+    for part, dtype in zip(HEADS, dtypes.values(), strict=True):
+        for name in (name for name in expected if name.startswith(part)):
+            assert torch.equal(loaded[name], expected[name].to(dtype).float()), name
 
 
 class Evil:
@@ -198,12 +199,11 @@ def test_tokens_at_once_have_the_width_of_their_data(made: Path, tmp_path: Path)
     assert chunk(policy_of(out)).shape == (2, 14)
 
 
-@pytest.mark.parametrize(("precision", "most"), [("int8", 0.2), ("int4", 0.7)])  # random weights: errors are large
-def test_precision_passes_leave_the_heads_whole(made: Path, tmp_path: Path, precision: str, most: float) -> None:
-    whole, rounded = policy_of(made / "own"), policy_of(made / "own", quantize=precision)
+def test_precision_passes_leave_the_heads_whole(made: Path, tmp_path: Path) -> None:
+    whole, rounded = policy_of(made / "own"), policy_of(made / "own", quantize="int8")
     assert type(rounded.vla.get_submodule("action_head.model.fc1")) is torch.nn.Linear
-    assert 0 < np.abs(chunk(whole) - chunk(rounded)).max() < most
-    out = exported(made / "own", tmp_path / "out", quantize=precision)
+    assert 0 < np.abs(chunk(whole) - chunk(rounded)).max() < 0.2  # random weights: errors are large
+    out = exported(made / "own", tmp_path / "out", quantize="int8")
     np.testing.assert_allclose(chunk(policy_of(out)), chunk(rounded), atol=0.1)
 
 

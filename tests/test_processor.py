@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,20 +13,24 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from prismatic import image
 from prismatic.augmentation import Augmentation
+from prismatic.checkpoint import is_its_own
 from prismatic.errors import ConfigError
-from prismatic.models.tiny import TINY, tiny_tokenizer
-from prismatic.processor import IGNORE, MAX_LENGTH, Processor, ProcessorConfig
-from prismatic.processor_files import load_processor, load_tokenizer
+from prismatic.filenames import PREPROCESSOR, PROCESSOR, STATISTICS, TOKENIZER
+from prismatic.models.tiny import TINY
+from prismatic.processor import IGNORE, MAX_LENGTH, PROMPT, Processor, ProcessorConfig
+from prismatic.processor_files import check_tokenizer, load_processor, load_tokenizer
 from prismatic.processor_json import read_processor
+from prismatic.sums import write_sums
 from prismatic.training.first_batch import images_of
+from tests.conftest import REPOSITORY
+from tests.drawn_checkpoint import ENTRY, drawn_processor
 
-ENTRY = {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "min": [-1.0] * 7, "max": [1.0] * 7, "mask": [True] * 7}}
+COMMITTED = REPOSITORY / "checkpoints" / "openvla-tiny"
 
 
 @pytest.fixture(scope="module")
 def tiny() -> Processor:
-    config = ProcessorConfig.for_model(TINY, unnorm_key="demo", center_crop=True)
-    return Processor(config, tiny_tokenizer(["pick up the black bowl and place it on the plate"]), {"demo": ENTRY})
+    return drawn_processor()
 
 
 def test_ids_and_labels_of_every_sentence(reference: Path) -> None:
@@ -60,9 +66,8 @@ def test_a_row_too_long_for_the_model_loses_words_and_no_action(tiny: Processor)
 
 def test_only_the_actions_and_the_end_are_learnt(tiny: Processor) -> None:
     example = tiny.example([np.zeros((256, 256, 3), np.uint8)] * 2, "Pick up the BOWL", np.zeros(7, np.float32))
-    learnt = example.input_ids[example.labels != IGNORE]
-    assert len(learnt) == 8 and learnt[-1] == 2
-    assert example.labels[example.labels != IGNORE].tolist() == learnt.tolist()
+    learnt = example.labels != IGNORE
+    assert example.labels[learnt].equal(example.input_ids[learnt]) and learnt.sum() == 8 and example.input_ids[-1] == 2
     assert example.input_ids[-9] == TINY.empty_token_id
     assert tiny.prompt_ids("Pick up the BOWL") == example.input_ids[:-8].tolist() == tiny.prompt_ids("pick up the bowl")
 
@@ -81,7 +86,7 @@ def test_learning_and_acting_see_the_same_pixels(tiny: Processor) -> None:
     assert (learnt != acted).float().mean() < 1e-3  # a value on the edge between two levels may fall either way
 
 
-def test_batches_are_padded_on_the_right(tiny: Processor) -> None:
+def test_batches_are_padded_on_the_right_and_can_be_pinned(tiny: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
     picture = [np.zeros((128, 128, 3), np.uint8)] * 2
     examples = [tiny.example(picture, words, np.zeros(7, np.float32)) for words in ("go", "pick up the black bowl now")]
     batch = tiny.collate(examples)
@@ -89,10 +94,6 @@ def test_batches_are_padded_on_the_right(tiny: Processor) -> None:
     assert (batch.input_ids[0, short:] == TINY.pad_token_id).all() and (batch.labels[0, short:] == IGNORE).all()
     assert batch.attention_mask.sum(1).tolist() == [len(e.input_ids) for e in examples]
     assert batch.pixel_values.shape == (2, 12, 128, 128)
-
-
-def test_a_batch_can_be_pinned_for_its_copy_to_a_gpu(tiny: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = tiny.collate([tiny.example([np.zeros((128, 128, 3), np.uint8)] * 2, "go", np.zeros(7, np.float32))])
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)  # there is no GPU to pin for
     pinned = pin_memory(batch)
     assert isinstance(pinned, type(batch)) and torch.equal(pinned.input_ids, batch.input_ids + 1)
@@ -104,25 +105,16 @@ def test_actions_come_back_within_half_a_bin(tiny: Processor) -> None:
     assert np.abs(tiny.actions(ids) - action).max() <= 1 / 255 + 1e-6
 
 
-def test_config_survives_the_round_trip(tiny: Processor, tmp_path: Path) -> None:
-    (tmp_path / "processor.json").write_text(tiny.config.to_json())
-    assert read_processor(tmp_path / "processor.json") == tiny.config
-
-
 def test_words_it_never_saw_are_spelled_not_lost(tiny: Processor) -> None:
     ids = tiny.prompt_ids("schraube die mutter fest €")
-    assert (
-        tiny.tokenizer.decode(ids[1:-1]) == "In: What action should the robot take to schraube die mutter fest €?\nOut:"
-    )
-    assert torch.tensor(ids).max() < TINY.vocab_size - 256
+    assert tiny.tokenizer.decode(ids[1:-1]) == PROMPT.format(instruction="schraube die mutter fest €")
+    assert max(ids) < TINY.vocab_size - 256
 
 
 def test_a_chunk_and_a_state_are_learnt_as_they_are_acted_on() -> None:
     config = dataclasses.replace(TINY, action_head="l1", num_actions_chunk=3, proprio_dim=2)
     proprio = {"q01": [0.0, 1.0], "q99": [2.0, 1.0], "min": [0.0, 1.0], "max": [2.0, 1.0]}
-    statistics = {"demo": ENTRY | {"proprio": proprio}}
-    settings = ProcessorConfig.for_model(config, unnorm_key="demo", center_crop=True)
-    processor = Processor(settings, tiny_tokenizer(["go"]), statistics)
+    processor = drawn_processor(config, "demo", {"demo": ENTRY | {"proprio": proprio}})
     frames = [np.zeros((128, 128, 3), np.uint8)] * 2
     actions = np.linspace(-1, 1, 21, dtype=np.float32).reshape(3, 7)
     state = np.array([1.5, 7.0], np.float32)
@@ -145,3 +137,83 @@ def test_each_camera_has_augmentation_parameters_of_its_own(tiny: Processor) -> 
     first, second = images_of(pixels, tiny)
     np.testing.assert_array_equal(first, both[0](frame))
     np.testing.assert_array_equal(second, both[1](frame))
+
+
+# The files that a Processor comes out of, of anybody: one that makes sense, or one sentence
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shutil.copytree(COMMITTED, tmp_path / "checkpoint", ignore=shutil.ignore_patterns("*.safetensors"))
+    return tmp_path / "checkpoint"
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_processor(folder)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"center_crop": None}, {"center_crop": 1}, {"center_crop": "true"}, {"means": [[0.5, 0.5, 0.5]]}, {"means": [[0.5] * 3, [0.5] * 2]},
+        {"means": None}, {"stds": [[0.5] * 3, [0.0] * 3]}, {"stds": [[0.5] * 3, [-0.5] * 3]}, {"stds": "abc"}, {"image_size": 0},
+        {"image_size": "224"}, {"vocab_size": -1}, {"vocab_size": 3.5}, {"unnorm_key": 3}, {"unnorm_key": "no such key"}, {"format": 2},
+        {"num_images_in_input": None}, {"action_head": "other"}, {"a_field_of_a_later_version": 1}, {"empty_token_id": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_field_of_processor_json_without_sense_is_named(folder: Path, change: dict[str, Any]) -> None:
+    edit(folder / PROCESSOR, **change)
+    assert next(iter(change)) in refused(folder) or "unnorm_key" in change
+
+
+@pytest.mark.parametrize(
+    "towers",
+    [None, [], [{}], [{"mean": [0.5] * 3, "std": [0.5] * 3}], [{"mean": [0.5] * 3, "std": [0.0] * 3}] * 2, [{"mean": "a", "std": 1}] * 2],
+    ids=str,
+)  # fmt: skip
+def test_constants_of_the_towers_make_sense(folder: Path, towers: Any) -> None:
+    (folder / PROCESSOR).unlink()
+    edit(folder / PREPROCESSOR, tvf_normalize_params=towers)
+    assert PREPROCESSOR in refused(folder)
+
+
+def test_another_models_tokenizer_is_refused(folder: Path) -> None:
+    config, tokenizer = read_processor(folder / PROCESSOR), load_tokenizer(folder)
+    edit(folder / TOKENIZER, post_processor=None)
+    assert "BOS" in refused(folder)
+    for change in ({"vocab_size": 300, "pad_token_id": 300}, {"empty_token_id": 5}):
+        with pytest.raises(ConfigError, match="another model's tokenizer"):
+            check_tokenizer(tokenizer, dataclasses.replace(config, **change), folder / TOKENIZER)
+
+
+@pytest.mark.parametrize(("field", "value"), [("image_size", 196), ("n_action_bins", 128), ("eos_token_id", 5)])
+def test_a_processor_of_another_model_is_refused(folder: Path, field: str, value: int) -> None:
+    edit(folder / PROCESSOR, **{field: value})
+    assert f"processor.json: {field} is {value}, but" in refused(folder)
+
+
+def test_a_flipped_letter_of_a_sealed_folder_is_found(folder: Path) -> None:
+    write_sums(folder, list(folder.iterdir()))
+    path = folder / STATISTICS
+    path.write_text(path.read_text().replace("1", "2", 1))
+    assert "is not as it was written" in refused(folder)
+
+
+def test_a_link_out_of_a_folder_is_not_exported(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("of another person")
+    folder, blobs = tmp_path / "hub/snapshots/abc", tmp_path / "hub/blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "1").write_text("a tokenizer")
+    (folder / "tokenizer.json").symlink_to("../../blobs/1")
+    (folder / "tokenizer.model").symlink_to(tmp_path / "secret")
+    assert is_its_own(folder / "tokenizer.json") and not is_its_own(folder / "tokenizer.model")
+    assert not is_its_own(folder / "none")

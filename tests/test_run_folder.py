@@ -1,11 +1,15 @@
-"""A run on disk: which step folders stay, and what a killed run leaves."""
+"""A run on disk: which step folders stay, what a killed run leaves, what a damaged folder or a full disk does."""
 
+import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from prismatic.errors import ConfigError
+from prismatic.sums import read_sums
 from prismatic.training.run_folder import RunFolder
 
 
@@ -13,38 +17,33 @@ def nothing(folder: Path) -> None:
     """What a checkpoint holds here."""
 
 
+def weights(folder: Path) -> None:
+    (folder / "weights").write_bytes(bytes(1000))
+
+
 def names(run: RunFolder) -> list[str]:
     return [folder.name for folder in run.checkpoints()]
 
 
-def test_checkpoints_are_in_order_past_a_million(tmp_path: Path) -> None:
+def test_the_newest_stay_also_past_a_million_and_the_best_beside_them(tmp_path: Path) -> None:
     run = RunFolder(tmp_path, keep=2)
-    for step in (999_000, 1_000_000, 1_001_000):
-        run.save(step, nothing, {})
-    assert names(run) == ["step-1000000", "step-1001000"]
-
-
-def test_the_best_stays_beside_the_newest(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path, keep=2)
-    assert run.best() is None
-    for step in range(1, 6):
-        run.save(step, nothing, {})
-        if step in (1, 2):
-            run.mark_best(step, 1 / step)
-    assert names(run) == ["step-000002", "step-000004", "step-000005"]
-    assert run.best() == {"step": 2, "value": 0.5} and (tmp_path / "best").resolve().name == "step-000002"
-    run.mark_best(5, 0.1)
-    assert names(run) == ["step-000004", "step-000005"] and (tmp_path / "best").resolve().name == "step-000005"
-    with pytest.raises(ValueError, match="step 6 is not saved"):
-        run.mark_best(6, 0.0)
+    assert run.best() is None and run.is_best(9.0)
+    for step in (998_000, 999_000, 1_000_000, 1_001_000):
+        run.save(step, nothing, {"step": step})
+        if step < 1_000_000:
+            run.mark_best(step, 1e6 - step)
+    assert names(run) == ["step-999000", "step-1000000", "step-1001000"]
+    assert run.best() == {"step": 999_000, "value": 1000.0} and (tmp_path / "best").resolve().name == "step-999000"
+    assert run.is_best(999.0) and not run.is_best(1000.0)
+    run.mark_best(1_001_000, 0.1)
+    assert names(run) == ["step-1000000", "step-1001000"] and (tmp_path / "best").resolve().name == "step-1001000"
+    assert read_sums(tmp_path / "latest").keys() == {"training_state.pt"}
+    with pytest.raises(ConfigError, match="another process"):
+        RunFolder(tmp_path, keep=2)
     del run
-    assert RunFolder(tmp_path, keep=2).best() == {"step": 5, "value": 0.1}
-
-
-def test_what_a_killed_run_was_writing_is_cleared_away(tmp_path: Path) -> None:
-    (tmp_path / ".unfinished-step-000003.partial").mkdir()
+    (tmp_path / ".unfinished-step-000003.partial").mkdir()  # of a killed run
     (tmp_path / ".unfinished-finetune.json").write_text("{")
-    RunFolder(tmp_path, keep=2)
+    assert RunFolder(tmp_path, keep=2).best() == {"step": 1_001_000, "value": 0.1}
     assert not list(tmp_path.glob(".unfinished*"))
 
 
@@ -60,15 +59,58 @@ def test_what_a_gpu_says_while_saving_is_not_taken_for_a_full_disk(tmp_path: Pat
     assert not names(run) and not list(tmp_path.glob(".unfinished*"))
 
 
-def test_one_process_a_run(tmp_path: Path) -> None:
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "state cut": ("training_state.pt", cut), "bit flipped": ("training_state.pt", flip), "weights cut": ("weights", cut),
+    "weights lost": ("weights", Path.unlink), "sums empty": ("SHA256SUMS", lambda path: path.write_bytes(b"")),
+    "sums lost": ("SHA256SUMS", Path.unlink),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture
+) -> None:
+    file, harm = DAMAGES[damage]
     run = RunFolder(tmp_path, keep=2)
-    with pytest.raises(ConfigError, match="another process"):
-        RunFolder(tmp_path, keep=2)
-    del run
+    first, second = (run.save(step, weights, {}) for step in (1, 2))
+    assert run.newest_whole() == second
+    harm(second / file)
+    assert run.newest_whole() == first == (tmp_path / "latest").resolve()
+    assert f"step-000002 is damaged ({file}" in (said := capsys.readouterr().out)
+    assert "step-000001 takes its place" in said and (tmp_path / "damaged-step-000002").is_dir()
+    harm(first / file)
+    with pytest.raises(ConfigError, match=rf"step-000001 is damaged \({file}.*delete .* to begin again"):
+        run.newest_whole()
+    assert first.is_dir()
 
 
-def test_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path, keep=1).save(1, nothing, {"step": 1})
-    (line,) = (folder / "SHA256SUMS").read_text().splitlines()
-    digest, name = line.split("  ")
-    assert name == "training_state.pt" and len(digest) == 64
+@pytest.mark.parametrize("what", ["weights", "state"])
+def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tmp_path: Path, what: str) -> None:
+    """A limit on the size of files stands in for a full disk: writing fails half-way, in the same place."""
+    run, large = RunFolder(tmp_path, keep=2), {"x": torch.zeros(50_000)}
+    kept = run.save(1, nothing, {})
+    write = (lambda folder: save_file(large, folder / "weights")) if what == "weights" else nothing
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(ConfigError, match=r"step-000002 \(.*\): make room; the same command then continues"):
+            run.save(2, write, large if what == "state" else {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert run.checkpoints() == [kept] == [run.newest_whole()] and not list(tmp_path.glob(".unfinished*"))
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--run_root_dir .*file can't be written \(Not a directory\)"):
+        RunFolder(tmp_path / "file" / "run", keep=1)

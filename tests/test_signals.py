@@ -56,17 +56,13 @@ def test_the_last_line_names_what_ended_the_run(number: str, code: int, capsys: 
     assert caught.value.code == code and capsys.readouterr().err == f"stopped by {last}\n"
 
 
-def test_a_signal_during_a_step_is_noted_and_interrupts_nothing() -> None:
+def test_a_signal_during_a_step_interrupts_nothing_and_nohup_is_respected() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     stop = StopSignal()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     os.kill(os.getpid(), signal.SIGUSR1)
     time.sleep(0.01)
     assert stop.received == signal.SIGUSR1
-
-
-def test_nohup_is_respected() -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    StopSignal()
-    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 HUNG_UP = """

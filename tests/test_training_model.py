@@ -11,19 +11,24 @@ import finetune
 from config import FinetuneConfig
 from prismatic.errors import ConfigError
 from prismatic.models.lora import lora_layers
-from prismatic.models.tiny import TINY
 from prismatic.training import memory
 from prismatic.training.distributed import SINGLE_PROCESS, Ranks
-from prismatic.training.model import ModelOptions, build_training_model
-from tests.drawn_run import rows
+from prismatic.training.model import build_training_model
+from tests.drawn_run import SMALL, config, rows
 
 pytest_plugins = ["tests.drawn_run"]
 
 
+@pytest.fixture
+def cfg(place: Path, tmp_path: Path) -> FinetuneConfig:
+    """A run with its memory plan."""
+    return config(place, tmp_path)
+
+
 def test_dtypes(cfg: FinetuneConfig, place: Path) -> None:
     cfg = dataclasses.replace(cfg, lora_dtype="bfloat16", use_quantization=True)
-    options = finetune.options_of(cfg, ModelOptions)
-    vla = build_training_model(place / "base", None, TINY, options, checkpointing=True, ranks=SINGLE_PROCESS)
+    options = finetune.options_of(cfg)
+    vla = build_training_model(place / "base", None, SMALL, options, checkpointing=True, ranks=SINGLE_PROCESS)
     trained = [parameter for parameter in vla.parameters() if parameter.requires_grad]
     assert {parameter.dtype for parameter in trained} == {torch.bfloat16}
     head: Any = vla.language_model.lm_head
@@ -39,9 +44,8 @@ def test_dtypes(cfg: FinetuneConfig, place: Path) -> None:
 def test_recomputing_on_a_packed_base_changes_nothing_and_the_plan_is_printed(
     cfg: FinetuneConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cfg = dataclasses.replace(
-        cfg, max_steps=2, autocast="bfloat16", use_quantization=True, optimizer="paged_adamw_8bit"
-    )
+    how = {"autocast": "bfloat16", "use_quantization": True, "optimizer": "paged_adamw_8bit", "max_steps": 2}
+    cfg = dataclasses.replace(cfg, **how)
     run = finetune.main(cfg)
     text = capsys.readouterr().out
     assert "memory plan, MiB: weights" in text and "gradient_checkpointing False" in text
@@ -57,8 +61,3 @@ def test_what_cannot_fit_is_said_before_anything_is_loaded(
     monkeypatch.setattr("prismatic.training.model.load_vla", lambda *a, **k: pytest.fail("it was loaded"))
     with pytest.raises(ConfigError, match=r"this machine has 0\.0 GiB free"):
         finetune.main(cfg)
-
-
-def test_packing_what_is_trained_is_refused(cfg: FinetuneConfig) -> None:
-    with pytest.raises(ConfigError, match="--use_quantization packs a base that isn't trained"):
-        finetune.main(dataclasses.replace(cfg, use_quantization=True, use_lora=False))

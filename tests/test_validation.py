@@ -1,7 +1,6 @@
 """Validation: frames that training never sees, looked at as when acting, right numbers, and not a bit of the training changed by it."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +12,15 @@ import finetune
 from config import FinetuneConfig
 from prismatic import image
 from prismatic.data.examples import example
-from prismatic.data.frames import FrameCache, Mixture
-from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
+from prismatic.data.frames import Mixture
+from prismatic.models.tiny import random_vla
 from prismatic.models.vla import IGNORE
 from prismatic.normalize import ACTION_DIMENSIONS
-from prismatic.processor import Processor, ProcessorConfig
+from prismatic.processor import Processor
 from prismatic.training import validation
 from prismatic.training.validation import Validation
+from tests.drawn_checkpoint import drawn_processor
+from tests.drawn_run import SMALL, drawn_mixture, rows
 
 pytest_plugins = ["tests.drawn_run"]
 
@@ -29,13 +30,12 @@ PER_DIMENSION = ("val_action_accuracy_per_dimension", "val_l1_loss_per_dimension
 
 @pytest.fixture
 def mixture(place: Path) -> Mixture:
-    return Mixture([FrameCache(place / "cache")], seed=0, val_share=0.75)
+    return drawn_mixture(place, seed=0, val_share=0.75)
 
 
 @pytest.fixture
 def processor(mixture: Mixture) -> Processor:
-    config = ProcessorConfig.for_model(TINY, unnorm_key="drawn", center_crop=True)
-    return Processor(config, tiny_tokenizer(["put block 1 on the plate"]), mixture.statistics)
+    return drawn_processor(SMALL, "drawn", mixture.statistics)
 
 
 def never() -> bool:
@@ -64,7 +64,7 @@ def test_held_out_frames_look_as_when_acting(
 
 
 def test_the_numbers_are_those_of_one_sample_after_another(mixture: Mixture, processor: Processor) -> None:
-    vla = random_vla(TINY, seed=0)
+    vla = random_vla(SMALL, seed=0)
     check = Validation(mixture, processor, batch_size=4)
     assert len(check.frames) % 4, "the last batch should be smaller than the others"
     seen: list[torch.Tensor] = []
@@ -99,48 +99,39 @@ def test_it_is_bounded_and_stops_when_asked(
     every = mixture.held_out(10**6)
     assert len(check.frames) == 3 < len(every)
     assert check.frames[0] == every[0] and check.frames[-1] == every[-1]  # spread over all episodes
-    vla = random_vla(TINY, seed=0)
+    vla = random_vla(SMALL, seed=0)
     assert check(vla, autocast=False, stopped=lambda: True) == {}
     assert vla.training
 
 
-def test_when_it_is_due(mixture: Mixture, processor: Processor) -> None:
-    check = Validation(mixture, processor, batch_size=2)
-    assert [done for done in range(1, 9) if check.due(done, every=3, last=8)] == [3, 6, 8]
-    assert not any(check.due(done, every=0, last=8) for done in range(1, 9))
-    check.frames = []
-    assert not check.due(3, every=3, last=8)
+def test_when_it_is_due_and_what_is_said_where_nothing_is_held_out(
+    mixture: Mixture, processor: Processor, capsys: pytest.CaptureFixture
+) -> None:
+    for every, expected in ((3, [3, 6, 8]), (0, [])):
+        check = Validation(mixture, processor, batch_size=2, every=every, last=8)
+        assert [done for done in range(1, 9) if check.due(done)] == expected
+    whole = Mixture(mixture.caches, seed=0, val_share=0.0)
+    for every in (0, 3):
+        assert not Validation(whole, processor, batch_size=2, every=every).due(3)
+        assert ("--val_share" in capsys.readouterr().out) == (every > 0)
 
 
-def test_validation_changes_nothing_that_is_learnt_and_survives_a_stop(cfg: FinetuneConfig) -> None:
-    cfg = dataclasses.replace(cfg, val_share=0.5, learning_rate=1e-2, lora_dropout=0.1, max_steps=3)
+def test_validation_changes_nothing_that_is_learnt_survives_a_stop_and_keeps_the_best(cfg: FinetuneConfig) -> None:
+    cfg = dataclasses.replace(cfg, val_share=0.5, learning_rate=0.05, lora_dropout=0.1, keep=1, save_steps=100)
     plain = finetune.main(dataclasses.replace(cfg, run_id_note="plain", val_steps=0)).parent
-    whole = finetune.main(dataclasses.replace(cfg, run_id_note="whole", val_steps=1)).parent
-    finetune.main(dataclasses.replace(cfg, run_id_note="halves", val_steps=1, max_steps=2))
-    halves = finetune.main(dataclasses.replace(cfg, run_id_note="halves", val_steps=1)).parent
-    rows = {run: [json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (plain, whole, halves)}
-    adapters = {run: load_file(run / "latest" / "adapter_model.safetensors") for run in rows}
+    cfg = dataclasses.replace(cfg, val_steps=1)
+    whole = finetune.main(dataclasses.replace(cfg, run_id_note="whole")).parent
+    finetune.main(dataclasses.replace(cfg, run_id_note="halves", max_steps=2))
+    halves = finetune.main(dataclasses.replace(cfg, run_id_note="halves")).parent
+    adapters = {run: load_file(run / "latest" / "adapter_model.safetensors") for run in (plain, whole, halves)}
     for name, tensor in adapters[plain].items():
         assert torch.equal(tensor, adapters[whole][name]) and torch.equal(tensor, adapters[halves][name]), name
-    assert [row["loss"] for row in rows[plain]] == [row["loss"] for row in rows[whole]]
-    for name in ("step", "loss", *NUMBERS, *PER_DIMENSION):
-        assert [row[name] for row in rows[whole]] == [row[name] for row in rows[halves]], name
-    assert not any(name.startswith("val_") for row in rows[plain] for name in row)
-    best = min(rows[whole], key=lambda row: row["val_l1_loss"])
-    assert (whole / "best").resolve() == (whole / f"step-{best['step']:06d}").resolve()
-    assert (whole / "best").resolve().name == (halves / "best").resolve().name
-
-
-def test_the_best_is_saved_where_no_save_was_due_and_kept(cfg: FinetuneConfig) -> None:
-    cfg = dataclasses.replace(cfg, val_share=0.5, val_steps=1, save_steps=100, keep=1, max_steps=6, learning_rate=0.05)
-    run = finetune.main(cfg).parent
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-    best = min(rows, key=lambda row: row["val_l1_loss"])["step"]
-    assert best < 6, "choose another learning rate: the last step should not be the best"
-    assert sorted(folder.name for folder in run.glob("step-*")) == [f"step-{best:06d}", "step-000006"]
-    assert (run / "best" / "adapter_model.safetensors").is_file()
-
-
-def test_a_share_that_holds_out_nothing_is_said(cfg: FinetuneConfig, capsys: pytest.CaptureFixture) -> None:
-    finetune.main(dataclasses.replace(cfg, max_steps=1, val_steps=1))
-    assert "--val_share" in capsys.readouterr().out
+    history = rows(whole)
+    assert rows(halves) == history
+    learnt = [{name: v for name, v in row.items() if not name.startswith("val_")} for row in history]
+    assert learnt == rows(plain)
+    best = min(history, key=lambda row: row["val_l1_loss"])["step"]
+    assert best < 4, "choose another learning rate: the last step should not be the best"
+    for run in (whole, halves):  # saved where no save was due, and kept
+        assert sorted(folder.name for folder in run.glob("step-*")) == [f"step-{best:06d}", "step-000004"]
+        assert (run / "best" / "adapter_model.safetensors").is_file()

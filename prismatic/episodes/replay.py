@@ -132,7 +132,7 @@ def _lengths(path: Path, *, state_size: int) -> list[tuple[int, int]]:
     """Number and steps of each demonstration in a file, once all of them are seen to be in LIBERO's layout."""
     with _data(path) as data:
         lengths = []
-        for number in sorted(int(name[5:]) for name in data if DEMO.fullmatch(name)):
+        for number in sorted(int(name[5:]) for name in map(str, data) if DEMO.fullmatch(name)):
             for name, size in (("states", state_size), ("actions", len(ACTION_DIMENSIONS))):
                 array = data.get(f"demo_{number}/{name}")
                 shape = array.shape if isinstance(array, h5py.Dataset) else ()

@@ -30,14 +30,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def draw(folder: Path) -> Path | None:
     """Write curves.png beside metrics.jsonl; None where there are no rows yet."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and may ask for a screen
 
     rows = read_metrics(folder)
     if not rows:
         return None
     figure = Figure(figsize=(12, 7), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(folder.resolve().name)
     for axes, (field, title) in zip(figure.subplots(2, 2, sharex=True).flat, PANELS, strict=True):
         axes.set(title=title, xlabel="step")

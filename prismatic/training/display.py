@@ -14,8 +14,7 @@ from tqdm import tqdm
 from prismatic.errors import ConfigError
 from prismatic.machine import resident_with_children
 from prismatic.training import curves
-from prismatic.training.loggers import NoLogger, scalars
-from prismatic.training.metrics import Metrics
+from prismatic.training.loggers import Logger, scalars
 from prismatic.training.run_folder import RunFolder
 from prismatic.training.state import Progress
 
@@ -36,7 +35,7 @@ class Display:
     def __init__(
         self,
         run: RunFolder,
-        logger: NoLogger,
+        logger: Logger,
         progress: Progress,
         *,
         max_steps: int,
@@ -50,11 +49,11 @@ class Display:
         )
         self._logged, self._since = progress.step, time.monotonic()
 
-    def step(self, metrics: Metrics, validated: Mapping[str, Any]) -> None:
+    def step(self, numbers: Mapping[str, float], validated: Mapping[str, Any]) -> None:
         """After a step: the bar, and where it is due, or where there are validation's numbers, a row."""
         if not self.shown:
             return
-        done, numbers, gib = self.progress.step, metrics.row(), memory()
+        done, gib = self.progress.step, memory()
         speed = (done - self._logged) * self.progress.effective_batch / max(time.monotonic() - self._since, 1e-9)
         fields = {short: f"{numbers[name]:.3f}" for name, short in SHORT_NAMES.items() if name in numbers}
         scarcest, size = next(iter(gib.items()))

@@ -1,8 +1,7 @@
-"""The numbers of a training step: how far a model's actions are from the recorded ones. In: a forward pass's output and its batch."""
+"""How far a model's actions are from the recorded ones, when it trains and when it is validated. In: a forward pass's output and its batch."""
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -12,33 +11,24 @@ from prismatic.models.vla import IGNORE, VLAOutput
 from prismatic.processor import Batch
 
 
-@dataclass
-class Metrics:
-    """Of one optimisation step, under the original's names. None: the head has no such number."""
-
-    loss: float
-    l1_loss: float  # mean |difference| of the actions, in normalised units; of tokens, of their bins' centres
-    action_accuracy: float | None = None  # share of the action tokens that the arg-max of the logits gets right
-    curr_action_l1_loss: float | None = None  # of a chunk's first action
-    next_actions_l1_loss: float | None = None  # of its other actions
-    curr_action_accuracy: float | None = None
-    next_actions_accuracy: float | None = None
-    grad_norm: float = 0.0  # of all trained parameters together, before clipping
-
-    def is_finite(self) -> bool:
-        """Whether the step's gradients may be used."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
-
-    def row(self) -> dict[str, float]:
-        """The numbers that there are, by name."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-
-
 class ActionErrors(NamedTuple):
-    """How far a model's actions are from the recorded ones: (B, K, D) arrays."""
+    """(B, K, D) of samples, or (K, D) of their means."""
 
-    distance: np.ndarray  # |difference|, normalised units
+    distance: np.ndarray  # |difference|, normalised units; of tokens, of their bins' centres
     correct: np.ndarray | None  # whether the arg-max is the right token; None for a head without tokens
+
+    def numbers(self) -> dict[str, float]:
+        """Means under the original's names; those of the first and of the other actions too where there is a chunk."""
+        named: dict[str, float] = {}
+        for name, values in (("l1_loss", self.distance), ("action_accuracy", self.correct)):
+            if values is None:
+                continue
+            named[name] = float(values.mean())
+            if values.shape[-2] > 1:
+                what = name.removeprefix("action_")
+                named[f"curr_action_{what}"] = float(values[..., 0, :].mean())
+                named[f"next_actions_{what}"] = float(values[..., 1:, :].mean())
+        return named
 
 
 def action_errors(out: VLAOutput, batch: Batch, tokenizer: ActionTokenizer) -> ActionErrors:
@@ -56,22 +46,12 @@ def action_errors(out: VLAOutput, batch: Batch, tokenizer: ActionTokenizer) -> A
     return ActionErrors(np.abs(tokenizer.decode(predicted) - tokenizer.decode(true)), predicted == true)
 
 
-def measure(loss: float, errors: ActionErrors) -> Metrics:
-    """A batch's metrics; those of the first and the other actions where there is a chunk."""
-    metrics = Metrics(loss, float(errors.distance.mean()))
-    chunked = errors.distance.shape[1] > 1
-    if chunked:
-        metrics.curr_action_l1_loss = float(errors.distance[:, :1].mean())
-        metrics.next_actions_l1_loss = float(errors.distance[:, 1:].mean())
-    if errors.correct is not None:
-        metrics.action_accuracy = float(errors.correct.mean())
-        if chunked:
-            metrics.curr_action_accuracy = float(errors.correct[:, :1].mean())
-            metrics.next_actions_accuracy = float(errors.correct[:, 1:].mean())
-    return metrics
-
-
 def measured(out: VLAOutput, batch: Batch, *, tokenizer: ActionTokenizer) -> dict[str, float]:
-    """The metrics of one micro-batch by name, as step.backward wants them."""
+    """The numbers of one micro-batch by name, as step.backward wants them."""
     assert out.loss is not None
-    return measure(out.loss.item(), action_errors(out, batch, tokenizer)).row()
+    return {"loss": out.loss.item(), **action_errors(out, batch, tokenizer).numbers()}
+
+
+def is_finite(numbers: Mapping[str, float]) -> bool:
+    """Whether a step's gradients may be used."""
+    return math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])

@@ -50,30 +50,13 @@ class ModelOptions:
         )
 
 
-def load_planned(
-    base: Path,
-    resumed: Path | None,
-    config: VLAConfig,
-    options: ModelOptions,
-    ranks: Ranks,
-    *,
-    sizes: tuple[int, int],
-    tokens: int,
-) -> VLA:
-    """Plan on the main process, which says what the run will take, then build on all.
+def plan_training(
+    config: VLAConfig, options: ModelOptions, ranks: Ranks, *, sizes: tuple[int, int], tokens: int
+) -> Checkpointing:
+    """Print what the run will take of the GPU, and decide gradient_checkpointing where it is auto. ConfigError where it can't fit.
 
     sizes: (micro_batch_size, grad_accumulation_steps); tokens: of the longest row, without patches.
     """
-    plan = ranks.on_main_process(lambda: plan_training(config, options, ranks, sizes=sizes, tokens=tokens))
-    return build_training_model(
-        base, resumed, config, options, checkpointing=plan.settings.gradient_checkpointing or False, ranks=ranks
-    )
-
-
-def plan_training(
-    config: VLAConfig, options: ModelOptions, ranks: Ranks, *, sizes: tuple[int, int], tokens: int
-) -> memory.Plan:
-    """Print what the run will take of the GPU, and decide gradient_checkpointing where it is auto. ConfigError where it can't fit."""
     shares, device = ranks.size if options.shard else 1, ranks.device
     precision = SHARDED if shares > 1 and device != "cpu" else options.precision(ranks)
     model = memory.describe(config, precision, words=tokens, on_cpu=device == "cpu")
@@ -84,7 +67,7 @@ def plan_training(
         free -= memory.PROCESSES_BYTES
     plan = memory.choose(model, asked, free, place=place)
     print(*memory.lines(plan, model, free, place=place), sep="\n")
-    return plan
+    return plan.settings.gradient_checkpointing or False
 
 
 def build_training_model(

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from prismatic.errors import ConfigError
-
 
 def make_optimizer(
     name: str, parameters: Iterable[nn.Parameter], *, learning_rate: float, weight_decay: float
@@ -18,8 +16,6 @@ def make_optimizer(
     parameters = list(parameters)
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
-    if name != "paged_adamw_8bit":
-        raise ConfigError(f"--optimizer {name}: there is only adamw and paged_adamw_8bit")
     bitsandbytes: Any = importlib.import_module("bitsandbytes")  # here, because it loads a native library
 
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")

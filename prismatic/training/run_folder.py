@@ -14,7 +14,6 @@ import errno
 import fcntl
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -128,11 +127,8 @@ class RunFolder:
 
     def mark_best(self, step: int, value: float) -> None:
         """Keep the saved step folder of `step` for its value on validation; the one that was best till now goes the usual way."""
-        folder = self.folder(step)
-        if not folder.is_dir():
-            raise ValueError(f"step {step} is not saved: save it, then mark it")
         write_json(self.path / BEST_VALUE, {"step": step, "value": value})
-        self._link(BEST, folder)
+        self._link(BEST, self.folder(step))
         self._delete_old()
 
     def best(self) -> Best | None:
@@ -142,6 +138,11 @@ class RunFolder:
             return None
         best: Best = read_record(path, Best)
         return best if self.folder(best["step"]).is_dir() else None
+
+    def is_best(self, value: float) -> bool:
+        """Whether a value on validation is better than that of the best checkpoint, if there is one."""
+        best = self.best()
+        return best is None or value < best["value"]
 
     def folder(self, step: int) -> Path:
         """Where a step is saved."""
@@ -167,16 +168,6 @@ class RunFolder:
                 f"{bad} is damaged ({reason}), and no other step folder is whole: delete {self.path} to begin again"
             )
         return None
-
-    def load_state(self, folder: Path) -> dict[str, Any]:
-        """The training state of a step folder. ConfigError if it is damaged."""
-        try:
-            return torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            first = (str(error) or type(error).__name__).splitlines()[0]
-            raise ConfigError(
-                f"{folder / TRAINING_STATE} is damaged ({first}): delete {folder} to go on from the one before"
-            ) from None
 
     def cut_metrics(self, folder: Path | None) -> None:
         """Take metrics.jsonl back to what a step folder holds; None: to nothing."""

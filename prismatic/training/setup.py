@@ -23,17 +23,16 @@ from prismatic.data.loader import PREFETCHED
 from prismatic.data.mixture import open_mixture, sentences
 from prismatic.dataset_statistics import check_entry, load_statistics, statistics_key
 from prismatic.errors import ConfigError
-from prismatic.filenames import CONFIG, SKIPPED, TOKENIZER
+from prismatic.filenames import CONFIG, SKIPPED, TOKENIZER, TRAINING_STATE
 from prismatic.head_files import model_config
 from prismatic.hub import resolve
-from prismatic.image import AUGMENTATIONS
 from prismatic.models import quantize, weights
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.processor import IMAGE_MARK, Processor, ProcessorConfig
 from prismatic.processor_files import check_state, check_tokenizer, load_tokenizer
 from prismatic.training.distributed import Ranks
 from prismatic.training.loggers import check_installed
-from prismatic.training.metrics import Metrics
+from prismatic.training.model import ModelOptions
 from prismatic.training.run_folder import RunFolder
 from prismatic.training.state import Progress
 
@@ -42,8 +41,8 @@ OFT_CHUNK = 8  # actions of a chunk in OpenVLA-OFT's LIBERO recipe
 
 
 @dataclass(frozen=True)
-class TaskOptions:
-    """config.py's options of these names: what is learnt from what."""
+class RunOptions(ModelOptions):
+    """config.py's options of these names: what is learnt from what, and by what model."""
 
     vla_path: str
     data_root_dir: str
@@ -63,12 +62,7 @@ class TaskOptions:
     num_actions_chunk: int | None
     num_images_in_input: int | None
     use_proprio: bool | None
-    use_lora: bool
-    use_quantization: bool
-    shard: bool
     log_to: str
-    wandb_project: str | None
-    wandb_entity: str | None
 
 
 @dataclass(frozen=True)
@@ -121,26 +115,22 @@ class TrainingRun:
         )
 
 
-def check_flags(options: TaskOptions, ranks: Ranks, *, default_root: str) -> None:
+def check_flags(options: RunOptions, ranks: Ranks, *, default_root: str) -> None:
     """Values that can't work, before anything is opened. default_root: data_root_dir where none is given, which is no hub id."""
     if options.data_root_dir == default_root and not Path(default_root).is_dir():
         raise ConfigError(f"data_root_dir {default_root} isn't there: put the data sets there, or give --data_root_dir")
-    unknown = set(options.augment_order) - set(AUGMENTATIONS)
-    if unknown:
-        raise ConfigError(f"--augment_order: there is no {sorted(unknown)[0]!r}, only {', '.join(AUGMENTATIONS)}")
     if options.shard and options.use_lora:
         raise ConfigError("--shard is for --use_lora False: an adapter's base is not trained, so leave --shard out")
     if options.shard and ranks.size == 1:
         print("notice: --shard has nobody to share with: start it with torchrun --nproc-per-node")
     if options.use_quantization and not options.use_lora:
         raise ConfigError("--use_quantization packs a base that isn't trained: leave out --use_lora False")
-    if options.log_to not in ("wandb", "trackio") and (options.wandb_project or options.wandb_entity):
-        print("notice: --wandb_project and --wandb_entity have no effect without --log_to wandb")
     check_installed(options.log_to)
 
 
-def open_task(options: TaskOptions, ranks: Ranks) -> Task:
+def open_task(options: RunOptions, ranks: Ranks, *, default_root: str) -> Task:
     """Base, data and processor. Downloads and frame caches are made by the main process and found by the others."""
+    ranks.on_main_process(lambda: check_flags(options, ranks, default_root=default_root))
     base = ranks.main_process_first(lambda: resolve(options.vla_path))
     config = choose_model(base, options)
     check_shared_memory(config, batch_size=options.batch_size, num_workers=options.num_workers)
@@ -161,14 +151,12 @@ def open_task(options: TaskOptions, ranks: Ranks) -> Task:
     return Task(base, fingerprint, config, mixture, processor)
 
 
-def choose_model(base: Path, options: TaskOptions) -> VLAConfig:
+def choose_model(base: Path, options: RunOptions) -> VLAConfig:
     """The base's config with what was asked for in its place; proprio_dim is 1 until the data says how many numbers a new state has."""
     quantize.refuse(base / CONFIG, "training needs weights that are not")
     given = {"action_head": options.action_head, "num_images_in_input": options.num_images_in_input}
     found, chunk = model_config(base, new_heads=True, **given), options.num_actions_chunk
     tokens = found.action_head == "tokens"
-    if tokens and chunk not in (None, 1):
-        raise ConfigError(f"--num_actions_chunk {chunk}: --action_head tokens gives one action at a time, leave it out")
     if chunk is None:
         chunk = 1 if tokens else OFT_CHUNK if found.num_actions_chunk == 1 else found.num_actions_chunk
     reads_state = bool(found.proprio_dim) if options.use_proprio is None else options.use_proprio
@@ -197,7 +185,7 @@ def fit_to_data(config: VLAConfig, mixture: Mixture) -> VLAConfig:
 
 
 def build_processor(
-    base: Path, config: VLAConfig, mixture: Mixture, fingerprint: str, options: TaskOptions
+    base: Path, config: VLAConfig, mixture: Mixture, fingerprint: str, options: RunOptions
 ) -> Processor:
     """What the run learns with, and its policy will act with."""
     names = [cache.name for cache in mixture.caches]
@@ -271,7 +259,9 @@ def open_run(
         return found
 
     resumed = ranks.on_main_process(newest)
-    return folder, resumed, folder.load_state(resumed) if resumed else None
+    if resumed is None:
+        return folder, None, None
+    return folder, resumed, torch.load(resumed / TRAINING_STATE, map_location="cpu", weights_only=True, mmap=True)
 
 
 def divide(
@@ -288,15 +278,15 @@ def divide(
     return progress, sizes
 
 
-def report_skipped(run: TrainingRun, metrics: Metrics) -> None:
+def report_skipped(run: TrainingRun, numbers: Mapping[str, float]) -> None:
     """Say which frames were in the last step, whose loss or gradient is not finite."""
     progress, mixture = run.progress, run.task.mixture
     origins = [mixture.origin(draw) for draw in range(progress.draws - progress.effective_batch, progress.draws)]
     frames = ", ".join(f"{dataset} episode {episode} frame {frame}" for dataset, episode, frame in origins)
-    numbers = f"loss {metrics.loss}, gradient norm {metrics.grad_norm}"
+    reason = f"loss {numbers['loss']}, gradient norm {numbers['grad_norm']}"
     if run.ranks.is_main:
-        tqdm.write(f"step {progress.step} skipped: {numbers}; its batch: {frames}", file=sys.stderr)
-        run.folder.log({"step": progress.step, "reason": numbers, "frames": origins}, SKIPPED)
+        tqdm.write(f"step {progress.step} skipped: {reason}; its batch: {frames}", file=sys.stderr)
+        run.folder.log({"step": progress.step, "reason": reason, "frames": origins}, SKIPPED)
 
 
 def too_many_bad_steps(run: TrainingRun) -> ConfigError:

@@ -5,7 +5,6 @@ Surprising: the file is the same however many processes wrote it, sharded or not
 """
 
 import dataclasses
-import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,22 +45,23 @@ class Progress:
         return largest, share // largest
 
 
-def seed_everything(seed: int, *, rank: int = 0, step: int = 0) -> None:
-    """Seed python's, numpy's and torch's random numbers; apart from each other for every rank and step."""
+def seed_torch(seed: int, *, rank: int = 0, step: int = 0) -> None:
+    """Seed torch's random numbers, apart from each other for every rank and step. Nothing in training draws from any others."""
     if rank or step:
         seed = int(np.random.SeedSequence((seed, rank, step)).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def capture(progress: Progress, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Any]:
     """The state to save, whole on rank 0. All ranks call it."""
+    numbers = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        numbers["cuda"] = torch.cuda.get_rng_state()
     return {
         **dataclasses.asdict(progress),
         "draws": progress.draws,
         "optimizer": ranks.whole(optimizer.state_dict()),
-        "rng": ranks.gather(_random_numbers()),
+        "rng": ranks.gather(numbers),
         "versions": versions(),
     }
 
@@ -70,9 +70,12 @@ def restore(state: dict[str, Any], optimizer: torch.optim.Optimizer, ranks: Rank
     """Put optimizer and random numbers back; returns where the run stands. A rank that there was not gets numbers of its own."""
     optimizer.load_state_dict(_cut_up(state["optimizer"], optimizer))
     if ranks.rank < len(state["rng"]):
-        _set_random_numbers(state["rng"][ranks.rank])
+        numbers = state["rng"][ranks.rank]
+        torch.set_rng_state(numbers["torch"])
+        if torch.cuda.is_available() and "cuda" in numbers:
+            torch.cuda.set_rng_state(numbers["cuda"])
     else:
-        seed_everything(seed, rank=ranks.rank, step=state["step"])
+        seed_torch(seed, rank=ranks.rank, step=state["step"])
     return Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
 
 
@@ -86,20 +89,3 @@ def _cut_up(stored: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[st
                 if value.shape == like.shape:
                     values[name] = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
     return stored
-
-
-def _random_numbers() -> dict[str, Any]:
-    legacy = np.random.get_state(legacy=False)
-    numpy_state = legacy | {"state": legacy["state"] | {"key": legacy["state"]["key"].tolist()}}  # arrays need a pickle
-    state = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_numbers(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])

@@ -5,7 +5,7 @@ cropped. Surprising: no random number is drawn, so that a run with validation le
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,67 +16,57 @@ from prismatic.data.frames import Mixture
 from prismatic.models.vla import VLA
 from prismatic.processor import Processor
 from prismatic.training.distributed import SINGLE_PROCESS, Ranks
-from prismatic.training.metrics import action_errors
-from prismatic.training.run_folder import RunFolder
+from prismatic.training.metrics import ActionErrors, action_errors
 
 FRAMES = 256  # at most, of all data sets together: 1,792 action tokens, an accuracy to about ±1 %
 BEST_BY = "val_l1_loss"  # the lower the better: unlike accuracy it tells a near miss from a far one
 
 
-def is_best(run: RunFolder, validated: Mapping[str, Any], ranks: Ranks = SINGLE_PROCESS) -> bool:
-    """Whether these fields, if there are any, are better than those of the run's best checkpoint. The same answer on all ranks."""
-    if not validated:
-        return False
-    best = ranks.on_main_process(run.best)
-    return best is None or validated[BEST_BY] < best["value"]
-
-
 class Validation:
-    """`validation(vla, …)` → the fields. With several ranks, each computes its share and all get the whole."""
+    """`validation(vla, …)` → the fields. With several ranks, each computes its share and all get the whole.
+
+    every: steps between validations, 0 for none; last: the run's last step, after which there is one too.
+    """
 
     def __init__(
-        self, mixture: Mixture, processor: Processor, *, batch_size: int, ranks: Ranks = SINGLE_PROCESS
+        self,
+        mixture: Mixture,
+        processor: Processor,
+        *,
+        batch_size: int,
+        every: int = 1,
+        last: int = 1,
+        ranks: Ranks = SINGLE_PROCESS,
     ) -> None:
-        self.mixture, self.processor, self.batch_size = mixture, processor, batch_size
-        self.ranks = ranks
+        self.mixture, self.processor, self.batch_size, self.ranks = mixture, processor, batch_size, ranks
+        self.every, self.last = every, last
         self.frames = mixture.held_out(FRAMES)
         self.shape = (mixture.num_actions_chunk, mixture.action_dim)  # K, D
-
-    def say_what_is_held_out(self, *, every: int) -> None:
-        """A notice where it was asked for and there is nothing to validate on."""
         if every and not self.frames:
             print("notice: no episode is held out, so nothing is validated: --val_share 0.2 holds out a fifth")
 
-    def due(self, done: int, *, every: int, last: int) -> bool:
-        """Whether to validate after `done` steps: every so many (0: never), and after the last; False without held-out frames."""
-        return bool(self.frames) and every > 0 and (done % every == 0 or done == last)
+    def due(self, done: int) -> bool:
+        """Whether to validate after `done` steps; never without held-out frames."""
+        return bool(self.frames) and self.every > 0 and (done % self.every == 0 or done == self.last)
 
     def __call__(self, vla: VLA, *, autocast: bool, stopped: Callable[[], bool]) -> dict[str, Any]:
         """val_loss, val_l1_loss (normalised units) and val_action_accuracy (of tokens), the last two also per dimension, and of a chunk's
         first and other actions; {} if `stopped` says so. Where there are several ranks, all of them have to call it, and `stopped` has to
         answer the same on each.
         """
-        training = vla.training
         vla.eval()
-        try:
-            sums = self._sums(vla, autocast=autocast, stopped=stopped)
-        finally:
-            vla.train(training)
+        sums = self._sums(vla, autocast=autocast, stopped=stopped)
+        vla.train()
         if sums is None:
             return {}
         samples, loss, *sums = (self.ranks.size * np.array(self.ranks.mean(sums.tolist()))).tolist()
         distance, correct = np.reshape(sums, (2, *self.shape)) / samples
+        errors = ActionErrors(distance, None if self.processor.config.action_head == "l1" else correct)
         fields: dict[str, Any] = {"val_loss": loss / samples, "val_frames": round(samples)}
-        named = {"l1_loss": distance}
-        if self.processor.config.action_head != "l1":
-            named["action_accuracy"] = correct
-        for name, mean in named.items():
-            fields[f"val_{name}"] = float(mean.mean())
-            fields[f"val_{name}_per_dimension"] = mean.mean(0).tolist()
-            if len(mean) > 1:
-                what = name.removeprefix("action_")
-                fields |= {f"val_curr_action_{what}": float(mean[0].mean())}
-                fields |= {f"val_next_actions_{what}": float(mean[1:].mean())}
+        fields |= {f"val_{name}": value for name, value in errors.numbers().items()}
+        for name, values in (("l1_loss", errors.distance), ("action_accuracy", errors.correct)):
+            if values is not None:
+                fields[f"val_{name}_per_dimension"] = values.mean(axis=0).tolist()
         return fields
 
     @torch.no_grad()
