@@ -38,7 +38,9 @@ def test_the_small_model_is_the_same_everywhere() -> None:
     assert int8["value"] < 1e-4 and int4["value"] < 1e-4
 
 
-KINDS = {re.sub(r" [\d ]+$", "", name): name for name in reversed(gpu.ROWS)}  # one of the rows that differ in a size alone
+KINDS = {
+    re.sub(r" [\d ]+$", "", name): name for name in reversed(gpu.ROWS)
+}  # one of the rows that differ in a size alone
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS.values() if name not in ("equal", "finetune")])

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
         lines.write_text("")
         end, ran = time.monotonic() + 60 * options.minutes, []
         try:
-            for name in options.rows or ROWS:
+            for name in options.rows:
                 ended = _run(name, lines, environment, min(ROWS[name], end - time.monotonic()))
                 append_line(lines, json.dumps({"row": name, **ended}).encode())
                 ran.append(ended["status"] == "ok")
@@ -61,7 +61,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.py gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for rows.jsonl, table.md and logs")
     parser.add_argument("--minutes", type=float, default=10.0, help="no row starts, and none goes on, after that")
-    parser.add_argument("--rows", nargs="*", help="only these rows, such as: environment 'act plain'")
+    only = "only these rows, such as: environment 'act plain'"
+    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", default=list(ROWS), help=only)
     parser.add_argument(
         "--wheels", type=Path, help="folder of wheels from which missing packages are installed into --out"
     )
@@ -73,8 +74,6 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise ConfigError("--minutes and --memory_cap_gib must be numbers above 0")
     if options.out.exists() and not options.out.is_dir():
         raise ConfigError(f"--out {options.out} is a file: give the name of a folder")
-    if unknown := set(options.rows or ()) - set(ROWS):
-        raise ConfigError(f"--rows: there is no {sorted(unknown)[0]!r}, only {', '.join(ROWS)}")
     if options.wheels and not options.wheels.is_dir():
         raise ConfigError(f"--wheels {options.wheels} is no folder: give the one that holds the wheels")
     return options
