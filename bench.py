@@ -70,8 +70,6 @@ class BenchTrainConfig(BenchConfig):
     batch_sizes: Annotated[tuple[Positive, ...], SOME] | None = None
     # Timed steps of each.
     steps: Positive = 5
-    # torch.compile our blocks.
-    compile: bool = False
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def test_the_plan_is_what_the_full_sizes_own_code_keeps_alive(
 ) -> None:
     planned = plan(wide, Settings(batch, 1, checkpointing))
     counted = counted_peak(WIDE, Precision(), batch, checkpointing=checkpointing)
-    assert planned.activations + planned.logits == pytest.approx(counted, rel=tolerance)
+    assert planned.parts["activations"] + planned.parts["logits"] == pytest.approx(counted, rel=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -93,36 +93,34 @@ def test_the_plan_is_what_the_full_sizes_own_code_keeps_alive(
 def test_and_in_other_formats_at_a_small_size(precision: Precision, checkpointing: Checkpointing) -> None:
     planned = plan(describe(TINY, precision, words=WORDS, on_cpu=True), Settings(8, 1, checkpointing))
     counted = counted_peak(TINY, precision, 8, checkpointing=checkpointing)
-    assert planned.activations + planned.logits == pytest.approx(counted, rel=0.015)
+    assert planned.parts["activations"] + planned.parts["logits"] == pytest.approx(counted, rel=0.015)
 
 
 def test_what_does_not_depend_on_the_batch_is_counted_exactly(model: Model) -> None:
     assert (model.base, model.adapters) == (7_541_237_184, 110_828_288)
-    assert plan(model, Settings(1, 16, True, True)).total < 10 * GIB  # a 12 GB card
-    chosen = plan(model, Settings(4, 4, True))
     uncast = 2 * 32 * (3 * 14 * 14 + 1024) + 32 * (1152 - 1024)  # adapters of the two towers' patch convolutions
     assert model.cast == model.adapters - uncast
-    assert chosen.weights == 2 * model.base and chosen.adapters == 4 * model.adapters + 2 * model.cast
-    assert chosen.optimizer == 2 * chosen.gradients == 8 * model.trained
-    unread = model.adapters - model.trained  # two towers' last blocks, and SigLIP's pooling
-    dino = 32 * (4 * 1024 + 2 * 1024 + 2 * 5 * 1024)  # rank x (in + out) of qkv, proj, fc1 and fc2
+    dino = 32 * (4 * 1024 + 2 * 1024 + 2 * 5 * 1024)  # rank x (in + out) of qkv, proj, fc1 and fc2 of its last block
     siglip = 32 * (4 * 1152 + 2 * 1152 + 2 * (1152 + 4304))
-    pooling = 32 * (2 * 1152 + 3 * 1152 + 2 * 1152 + 2 * (1152 + 4304))  # q, kv, proj, fc1, fc2
-    assert unread == dino + siglip + pooling
-    packed = plan(model, Settings(1, 16, True, True))
-    assert 2 * model.base - packed.weights == pytest.approx(model.linear * (2 - 0.5 - 4 / 64))
+    pooling = 32 * (2 * 1152 + 3 * 1152 + 2 * 1152 + 2 * (1152 + 4304))  # SigLIP's q, kv, proj, fc1, fc2
+    assert model.adapters - model.trained == dino + siglip + pooling  # which are not run
+    whole, packed = (plan(model, Settings(1, 16, True, nf4)).parts for nf4 in (False, True))
+    assert whole["weights"] == 2 * model.base and whole["adapters"] == 4 * model.adapters + 2 * model.cast
+    assert whole["optimizer"] == 2 * whole["gradients"] == 8 * model.trained
+    assert whole["weights"] - packed["weights"] == pytest.approx(model.linear * (2 - 0.5 - 4 / 64))
     unpacked = 2 * 4096 * 11008  # the decoder's feed-forward, the largest matrix, in bf16 while it is used
-    assert packed.activations - plan(model, Settings(1, 16, True)).activations == unpacked
+    assert packed["activations"] - whole["activations"] == unpacked
+    assert plan(model, Settings(1, 16, True, True)).total < 10 * GIB  # a 12 GB card
 
 
 def test_shares_hold_their_part_and_what_is_gathered() -> None:
     model = describe(TINY, SHARDED, words=WORDS)
-    alone, shared = (plan(model, Settings(2, 1, True, shares=number)) for number in (1, 4))
+    alone, shared = (plan(model, Settings(2, 1, True, shares=number)).parts for number in (1, 4))
     assert model.block < model.outside < model.base  # the small model is mostly tables
-    assert alone.weights == 4 * model.base and alone.optimizer == 8 * model.trained
-    for name in ("weights", "gradients", "optimizer"):
-        assert getattr(shared, name) == getattr(alone, name) // 4
-    assert shared.activations - alone.activations == 2 * (3 * model.block + 2 * model.outside) + 4 * model.outside
+    assert alone["weights"] == 4 * model.base and alone["optimizer"] == 8 * model.trained
+    assert all(shared[name] == alone[name] // 4 for name in ("weights", "gradients", "optimizer"))
+    gathered = 2 * (3 * model.block + 2 * model.outside) + 4 * model.outside
+    assert shared["activations"] - alone["activations"] == gathered
 
 
 @pytest.mark.parametrize(("card", "way"), [(80, False), (22, "selective"), (18, True)])

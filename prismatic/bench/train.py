@@ -174,7 +174,7 @@ def cap_memory(gib: float) -> None:
         torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
 
 
-def run(*, memory_cap_gib: float, batch_sizes: tuple[int, ...] | None, steps: int, compile: bool) -> list[Row]:
+def run(*, memory_cap_gib: float, batch_sizes: tuple[int, ...] | None, steps: int) -> list[Row]:
     """The table: a way that fails at a micro-batch is not tried at larger ones. ratio: to the plain way at the same micro-batch, or where that
     doesn't fit at its largest.
     """
@@ -184,7 +184,7 @@ def run(*, memory_cap_gib: float, batch_sizes: tuple[int, ...] | None, steps: in
     cap_memory(memory_cap_gib)
     loss, gradient = check_equal(bench)
     print(f"the two ways agree: relative difference of the loss {loss:.1e}, of the gradients {gradient:.1e}")
-    ways = [("plain", False), *(("compiled" if compile else "ours", recomputed) for recomputed in RECOMPUTED)]
+    ways = [("plain", False), *(("ours", recomputed) for recomputed in RECOMPUTED)]
     rows: list[Row] = []
     for size, (way, recomputed) in itertools.product(batch_sizes or SIZES[device.type], ways):
         before = [row for row in rows if (row["way"], row["recomputed"]) == (way, str(recomputed))]

@@ -80,20 +80,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes at the worst moment of a step."""
+    """Bytes at the worst moment of a step, by what takes them."""
 
     settings: Settings
-    weights: int
-    adapters: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-    reserve: int
-
-    @property
-    def parts(self) -> dict[str, int]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[1:]}
+    parts: Mapping[str, int]  # weights, adapters, gradients, optimizer, activations, logits, reserve
 
     @property
     def total(self) -> int:
@@ -155,10 +145,15 @@ def plan(model: Model, settings: Settings) -> Plan:
         activations += model.largest * size  # a matrix is unpacked while it is used
     if settings.shares > 1:
         activations += _gathered(model, computing)
-    split = [weights, model.adapters * own + model.cast * computing, model.trained * own, int(model.trained * state)]
-    counted = (*(size // settings.shares for size in split), activations, logits)
-    reserve = int(RESERVE_SHARE * sum(counted)) + RESERVE_BYTES
-    return Plan(settings, *counted, reserve=reserve)  # pyright: ignore[reportCallIssue]
+    shared = {
+        "weights": weights,
+        "adapters": model.adapters * own + model.cast * computing,
+        "gradients": model.trained * own,
+        "optimizer": int(model.trained * state),
+    }
+    parts = {name: size // settings.shares for name, size in shared.items()}
+    parts |= {"activations": activations, "logits": logits}
+    return Plan(settings, parts | {"reserve": int(RESERVE_SHARE * sum(parts.values())) + RESERVE_BYTES})
 
 
 def _gathered(model: Model, computing: int) -> int:
