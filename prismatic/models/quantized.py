@@ -26,6 +26,9 @@ class QuantizedLinear(nn.Module):
     int8_activations: an int8 layer rounds x too, row by row, where there are more than FEW_ROWS rows (W8A8), and integers are multiplied.
     """
 
+    weight_int8: torch.Tensor  # of an int8 layer
+    weight_scale: torch.Tensor
+
     def __init__(self, parts: Parts, bias: torch.Tensor | None, *, int8_activations: bool = False) -> None:
         super().__init__()
         for name, part in parts.items():
@@ -41,7 +44,7 @@ class QuantizedLinear(nn.Module):
         """(R, in) → (R, out)."""
         if not self.is_int8:
             return rows @ self.dequantized().to(rows.dtype).t()
-        weight = self.get_buffer("weight_int8").t()
+        weight = self.weight_int8.t()
         if self.int8_activations and len(rows) > FEW_ROWS:
             wide = rows.float()
             scale = (wide.abs().amax(dim=1, keepdim=True) / LARGEST_INT8).clamp_min(SMALLEST)
@@ -49,7 +52,7 @@ class QuantizedLinear(nn.Module):
             product = torch._int_mm(rounded, weight).float() * scale  # pyright: ignore[reportPrivateImportUsage]
         else:
             product = (rows @ weight.to(rows.dtype)).float()
-        return product * self.get_buffer("weight_scale")
+        return product * self.weight_scale
 
     def reduced(self, rows: torch.Tensor) -> torch.Tensor:
         """The same in float32, as sums over the weight's rows: for a compiler, which reads the weight once for all of them."""
