@@ -17,6 +17,21 @@ from prismatic.models.lora import ADAPTER, lora_layers
 from prismatic.models.vla import VLA
 
 
+class _Cast(torch.autograd.Function):
+    """A half of an adapter that was cast before. Its gradient is cast back at once: behind one shared cast all of them would wait for the end of
+    the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, half: torch.Tensor, cast: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.dtype = half.dtype
+        return cast.view_as(cast)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient.to(ctx.dtype), None
+
+
 class AdaptedLinear(nn.Module):
     """Mixed into peft's layer around a linear one: x Wᵀ + bias + scaling · x Aᵀ Bᵀ in x's dtype, what the adapter adds summed into one product.
 
@@ -29,7 +44,8 @@ class AdaptedLinear(nn.Module):
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.merged or self.disable_adapters or torch.is_autocast_enabled(x.device.type):
             return super().forward(x, *args, **kwargs)
-        a, b = self.casts or [half.to(x.dtype) for half in halves_of(self)]
+        halves = halves_of(self)
+        a, b = map(_Cast.apply, halves, self.casts) if self.casts else (half.to(x.dtype) for half in halves)
         out = self.base_layer(x)
         low = F.linear(self.lora_dropout[ADAPTER](x), a)  # (…, rank)
         summed = torch.addmm(out.flatten(0, -2), low.flatten(0, -2), b.t(), alpha=self.scaling[ADAPTER])
@@ -68,7 +84,7 @@ def cast_once(vla: nn.Module) -> Iterator[None]:
     inside must not change them.
     """
     for _, layer in casting_layers(vla):
-        layer.casts = tuple(half.to(layer.base_dtype) for half in halves_of(layer))
+        layer.casts = tuple(half.detach().to(layer.base_dtype) for half in halves_of(layer))
     try:
         yield
     finally:
