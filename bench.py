@@ -1,14 +1,12 @@
-"""Measure: `python bench.py load | train | memory | data | eval | precision | infer | serve | gpu`. One table, and the same as JSON with --json FILE.
+"""Measure: `python bench.py train | memory | data | eval | precision | infer | serve | gpu`. One table, and the same as JSON with --json FILE.
 
-python bench.py load                              a full-size folder with random weights (15 GB of disk, 16 GB of memory)
-python bench.py load --checkpoint FOLDER          a folder of yours
 python bench.py train                             training steps, ours against the plain way: full size on a GPU, small on a CPU
 python bench.py memory                            what fits on which card, planned
 python bench.py data                              an RLDS set as large as LIBERO-Spatial: its cache, the loader, host memory
 python bench.py eval --workers 2 4                episodes an hour: simulators side by side against one alone
 python bench.py precision --checkpoint FOLDER --data_root_dir DATA --dataset_name NAME      what quantising changes
 python bench.py gpu --out FOLDER                 everything that a rented GPU can tell, in ten minutes (its own --help)
-python bench.py infer --plot latency.png          time and memory of an action: full size and random on a GPU, the small model on a CPU
+python bench.py infer                             time and memory of an action: full size and random on a GPU, the small model on a CPU
 python bench.py serve                             serve.py under load: latency, throughput, memory, and hostile requests
 """
 
@@ -35,23 +33,13 @@ from prismatic.errors import ConfigError, exit_codes
 from prismatic.ranges import Count, Positive, checked
 
 Size = Annotated[float, Meta(gt=0)]
-PICTURES = (".png", ".pdf", ".svg")
+SOME = Meta(min_length=1)  # of a list: an empty one would measure nothing
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
     # Also write the table here.
     json: Path | None = None
-
-
-@dataclass(frozen=True)
-class BenchLoadConfig(BenchConfig):
-    """Host memory while a checkpoint loads."""
-
-    # Checkpoint folder or hub id; none takes the folder named by --random.
-    checkpoint: str | None = None
-    # Folder of full size with random weights, made where it isn't there.
-    random: Path = WORKSPACE / "openvla-7b-random"
 
 
 @dataclass(frozen=True)
@@ -69,23 +57,19 @@ class BenchEvalConfig(BenchConfig):
     # fast: seven times faster on a CPU. standard: LIBERO's own pixels.
     render_quality: Literal["standard", "fast"] = "standard"
     # Numbers of simulator processes, each against one process alone.
-    workers: tuple[Positive, ...] = (2,)
+    workers: Annotated[tuple[Positive, ...], SOME] = (2,)
 
 
 @dataclass(frozen=True)
 class BenchTrainConfig(BenchConfig):
-    """Samples a second and memory of training steps, ours against the plain way."""
+    """Samples a second and memory of training steps, ours against the plain way: openvla-7b's size on a GPU, a small model's on a CPU."""
 
-    # openvla-7b's size, or a small model's. None: full where there is a GPU.
-    full_size: bool | None = None
     # GPU memory that tensors may take. Of a 24 GB card ECC and the driver leave about this much.
     memory_cap_gib: Size = 22.0
     # Micro-batches to try, rising; a way that doesn't fit is not tried at larger ones. None: 1 to 32 on a GPU, 1 and 4 on a CPU.
-    batch_sizes: tuple[Positive, ...] | None = None
+    batch_sizes: Annotated[tuple[Positive, ...], SOME] | None = None
     # Timed steps of each.
     steps: Positive = 5
-    # torch.compile our blocks.
-    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,21 +77,21 @@ class BenchMemoryConfig(BenchConfig):
     """What fits on which card, by finetune.py's plans."""
 
     # Sizes of cards in GiB.
-    cards: tuple[Size, ...] = (12, 16, 24, 48, 80)
+    cards: Annotated[tuple[Size, ...], SOME] = (12, 16, 24, 48, 80)
 
 
 @dataclass(frozen=True)
 class BenchDataConfig(BenchConfig):
     """An RLDS set of LIBERO-Spatial's size: writing, reading into the cache, loading."""
 
-    # Episodes of the set that is made: libero_spatial_no_noops has 432 …
+    # Episodes of the set that is made; libero_spatial_no_noops has as many.
     episodes: Positive = 432
-    # … and 52,970 frames.
+    # Frames of the set that is made; libero_spatial_no_noops has as many.
     frames: Positive = 52_970
     # Frames of the last row, which shows the memory while they are loaded. None: an epoch.
     loaded_frames: Positive | None = None
     # Loader processes to try; 0 loads in the main process.
-    num_workers: tuple[Count, ...] = (0, 1, 2, 4)
+    num_workers: Annotated[tuple[Count, ...], SOME] = (0, 1, 2, 4)
     # Folder for it, deleted afterwards.
     folder: Path = WORKSPACE / "bench-data"
 
@@ -142,16 +126,16 @@ class BenchInferConfig(BenchConfig):
 
     # Checkpoint folder or hub id, or random: weights of openvla-7b's size (16 GB). None: random on a GPU, checkpoints/openvla-tiny on a CPU.
     checkpoint: str | None = None
-    # Rows of a batch, precisions of the weights, and whether the plain way is also compiled (minutes a batch size on a CPU).
-    batch_sizes: tuple[Positive, ...] = (1, 8, 32)
-    quantize: tuple[Literal["none", "int8", "int4"], ...] = ("none", "int8", "int4")
+    # Rows of a batch.
+    batch_sizes: Annotated[tuple[Positive, ...], SOME] = (1, 8, 32)
+    # Precisions of the weights.
+    quantize: Annotated[tuple[Literal["none", "int8", "int4"], ...], SOME] = ("none", "int8", "int4")
+    # Whether transformers' plain way is also compiled: minutes a batch size on a CPU.
     compiled: bool = True
     # Images that random weights see: 2 is OpenVLA-OFT's recipe. A checkpoint sees as many as it learnt with.
     num_images_in_input: Literal[1, 2] = 1
     # Timed actions of each way. At full size on a CPU one takes about 10 s: 2 are enough.
     rounds: Positive = 30
-    # Draw latency against memory into this file (png, pdf, svg).
-    plot: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -171,7 +155,6 @@ class BenchServeConfig(BenchConfig):
 
 
 BENCHES: dict[str, type[BenchConfig]] = {  # each is prismatic/bench/NAME.py, whose `run` takes the flags by name
-    "load": BenchLoadConfig,
     "train": BenchTrainConfig,
     "memory": BenchMemoryConfig,
     "data": BenchDataConfig,
@@ -182,23 +165,11 @@ BENCHES: dict[str, type[BenchConfig]] = {  # each is prismatic/bench/NAME.py, wh
 }
 
 
-def check_files(cfg: BenchConfig) -> None:
-    """ConfigError for what would fail only after minutes of measuring: an empty list, a file that can't be written."""
-    for name, value in vars(cfg).items():
-        if value == ():
-            raise ConfigError(f"--{name} is empty: give at least one, or leave it out")
-        if name not in ("json", "plot") or value is None:
-            continue
-        if not os.access(value.parent, os.W_OK) or (value.exists() and not value.is_file()):
-            raise ConfigError(f"--{name} {value} can't be written: give the name of a file in a folder of yours")
-        if name == "plot" and value.suffix.lower() not in PICTURES:
-            raise ConfigError(f"--plot {value} is no picture's name: let it end in {', '.join(PICTURES)}")
-
-
 def main(cfg: BenchConfig) -> None:
     """Measure, print one table, and write it as JSON where asked."""
     cfg = checked(cfg)
-    check_files(cfg)
+    if cfg.json and (not os.access(cfg.json.parent, os.W_OK) or (cfg.json.exists() and not cfg.json.is_file())):
+        raise ConfigError(f"--json {cfg.json} can't be written: give the name of a file in a folder of yours")
     name = next(name for name, kind in BENCHES.items() if kind is type(cfg))
     flags = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg) if field.name != "json"}
     rows: list[dict[str, Any]] = importlib.import_module(f"prismatic.bench.{name}").run(**flags)

@@ -10,7 +10,7 @@ from prismatic.models.tiny import TINY
 from prismatic.models.vla import VLA
 
 BENCH = train.Bench(TINY, torch.device("cpu"), torch.float32, steps=1)
-HOW = {"full_size": False, "memory_cap_gib": 24, "steps": 1, "compile": False}
+HOW = {"memory_cap_gib": 24, "steps": 1}
 
 
 def test_both_ways_give_one_loss_and_the_same_gradients() -> None:

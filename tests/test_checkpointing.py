@@ -48,13 +48,10 @@ def in_bfloat16() -> VLA:
     return compute_in_base_dtype(adapted(4, base=torch.bfloat16))
 
 
-def test_norms_and_swiglu_keep_their_inputs_alone() -> None:
+def test_norms_and_swiglu_keep_their_inputs_alone_and_not_a_bit_changes() -> None:
     (loss, gradients, kept), (lean_loss, lean, less) = step(in_bfloat16()), step(lean_activations(in_bfloat16()))
     assert torch.equal(loss, lean_loss) and less < 0.9 * kept
-    exact = step(adapted(4))[1]  # in float32
-    for name, gradient in gradients.items():
-        error, own = ((g - exact[name]).norm() / exact[name].norm() for g in (lean[name], gradient))
-        assert error < 1.2 * own + 1e-3, name  # as near to the truth as before
+    assert_equal(lean, gradients)
 
 
 def test_selective_recomputing_keeps_products_and_not_a_bit_changes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +80,7 @@ def test_selective_recomputing_keeps_products_and_not_a_bit_changes(monkeypatch:
 
 
 def test_names_and_acting_stay() -> None:
-    plain, recomputing = random_vla(TINY, seed=0), checkpoint_activations(random_vla(TINY, seed=0))
+    plain, recomputing = random_vla(TINY, seed=0), checkpoint_activations(lean_activations(random_vla(TINY, seed=0)))
     assert list(plain.state_dict()) == list(recomputing.state_dict())
     ids, pixels = BATCH["input_ids"], BATCH["pixel_values"]
     assert torch.equal(plain.generate_action_ids(ids, pixels), recomputing.generate_action_ids(ids, pixels))
@@ -91,10 +88,7 @@ def test_names_and_acting_stay() -> None:
 
 def test_compiled_blocks_give_the_same_gradients() -> None:
     loss, gradients, _ = step(adapted(4))
-    compiled = compile_blocks(checkpoint_activations(adapted(4)), backend="eager")
-    again = compiled(**BATCH).loss
-    again.backward()
-    torch.testing.assert_close(again, loss)
-    for name, parameter in compiled.named_parameters():
-        if parameter.grad is not None:
-            torch.testing.assert_close(parameter.grad, gradients[name])
+    compiled = compile_blocks(checkpoint_activations(lean_activations(adapted(4)), selective=True), backend="eager")
+    compiled_loss, again, _ = step(compiled)
+    torch.testing.assert_close(compiled_loss, loss)
+    torch.testing.assert_close(again, gradients)

@@ -11,6 +11,7 @@ from prismatic.adapter import lora_state_dict, save_adapter
 from prismatic.checkpoint import load_vla
 from prismatic.models.checkpointing import checkpoint_activations
 from prismatic.models.lora import add_lora, lora_layers
+from prismatic.models.lora_dtype import cast_once, compute_in_base_dtype
 from prismatic.models.nf4 import BYTES_PER_VALUE, quantised_linears
 from prismatic.models.tiny import TINY, random_vla
 from prismatic.training.optimizer import make_optimizer
@@ -47,17 +48,18 @@ def test_linear_layers_are_packed_and_nothing_else(base: Path) -> None:
     assert not any(name.endswith("lm_head") for name in on_a_gpu)
 
 
-@pytest.mark.parametrize("optimizer_name", ["adamw", "paged_adamw_8bit"])
-def test_an_adapter_learns_on_it_and_loads_on_the_whole_base(base: Path, tmp_path: Path, optimizer_name: str) -> None:
+def test_an_adapter_learns_on_it_and_loads_on_the_whole_base(base: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    vla = checkpoint_activations(add_lora(load_vla(base, nf4=True), rank=8).train())
-    assert {type(layer).__name__ for _, layer in lora_layers(vla)} == {"Linear4bit", "Linear", "Conv2d"}
+    vla = checkpoint_activations(compute_in_base_dtype(add_lora(load_vla(base, nf4=True), rank=8).train()))
+    layers = {type(layer).__name__ for _, layer in lora_layers(vla)}
+    assert layers == {"AdaptedLinear4bit", "AdaptedLinear", "Conv2d"}
     trained = [parameter for parameter in vla.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(optimizer_name, trained, learning_rate=5e-3, weight_decay=0.0)
+    optimizer = make_optimizer("paged_adamw_8bit", trained, learning_rate=5e-3, weight_decay=0.0)
     losses = []
     for _ in range(8):
-        losses.append(vla(**BATCH).loss)
-        losses[-1].backward()
+        with cast_once(vla):
+            losses.append(vla(**BATCH).loss)
+            losses[-1].backward()
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1].item() < 0.8 * losses[0].item()

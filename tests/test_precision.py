@@ -4,43 +4,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from action_tokenizer import ActionTokenizer
 from prismatic.bench import precision
-from prismatic.checkpoint import save_checkpoint
+from prismatic.checkpoint import load_policy
 from prismatic.data.frames import FrameCache
 from prismatic.data.writer import CacheWriter
 from prismatic.errors import ConfigError
-from prismatic.models.tiny import TINY, random_vla, tiny_tokenizer
-from prismatic.processor import Processor, ProcessorConfig
+from prismatic.models.tiny import TINY, random_vla
+from prismatic.processor import Processor
+from tests.conftest import REPOSITORY
 from tests.drawn_episodes import drawn_jpeg
 
-ENTRY = {
-    "action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "min": [-1.0] * 7, "max": [1.0] * 7, "mask": [True] * 6 + [False]}
-}
-EPISODES, STEPS = 20, 2  # round(0.95 · 20) = 19 are for training
+CHECKPOINTS = REPOSITORY / "checkpoints"
+EPISODES, STEPS = 20, 8  # round(0.95 · 20) = 19 are for training
 
 
 @pytest.fixture(scope="module")
 def processor() -> Processor:
-    words = tiny_tokenizer(["put it on the plate"])
-    return Processor(ProcessorConfig.for_model(TINY, unnorm_key="demo", center_crop=True), words, {"demo": ENTRY})
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, processor: Processor) -> Path:
-    place = tmp_path_factory.mktemp("precision")
-    processor.tokenizer.save_pretrained(place / "words")
-    save_checkpoint(
-        place / "tiny",
-        random_vla(TINY, seed=3),
-        processor=processor,
-        statistics={"demo": ENTRY},
-        tokenizer_from=place / "words",
-        dtype=torch.float32,
-    )
-    return place / "tiny"
+    return load_policy(CHECKPOINTS / "openvla-tiny", device="cpu").processor
 
 
 @pytest.fixture(scope="module")
@@ -53,23 +34,24 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> FrameCache:
     for start in range(0, frames, STEPS):
         views = [jpegs[2 * frame : 2 * frame + 2] for frame in range(start, start + STEPS)]
         said = [("go", "put it on the plate")[frame % 2] for frame in range(start, start + STEPS)]
-        writer.add(views, action=action[start : start + STEPS], instructions=said)
+        state = np.zeros((STEPS, 8), np.float32)
+        writer.add(views, action=action[start : start + STEPS], instructions=said, state=state)
     writer.finish()
     return FrameCache(folder)
 
 
 def test_held_out_frames(cache: FrameCache) -> None:
-    assert precision.spread(cache, 2, every_episode=False).tolist() == [38, 39]
-    assert precision.spread(cache, 3, every_episode=True).tolist() == [0, 20, 39]
-    with pytest.raises(ConfigError, match="2 held-out frames, fewer than --num_frames 1000"):
+    assert precision.spread(cache, 2, every_episode=False).tolist() == [152, 159]
+    assert precision.spread(cache, 3, every_episode=True).tolist() == [0, 80, 159]
+    assert precision.spread(cache, 1, every_episode=False, chunk=8).tolist() == [152]
+    with pytest.raises(ConfigError, match="8 held-out frames, fewer than --num_frames 1000"):
         precision.spread(cache, 1000, every_episode=False)
 
 
 def test_behind_its_own_tokens_forcing_is_generating(cache: FrameCache, processor: Processor) -> None:
     """Demonstrate what the model itself would do: each place then predicts what generating chose there."""
     vla = random_vla(TINY, seed=3).eval()
-    frames = np.arange(6)
-    (batch, _), *_ = precision.batches(cache, frames, processor, 6)
+    batch = next(precision.batches(cache, np.arange(6), processor, 6))
     prompts = batch.labels[:, :] == -100
     prompts &= batch.attention_mask
     answer = vla.generate_action_ids(batch.input_ids * prompts, batch.pixel_values, 7, prompts)
@@ -77,35 +59,35 @@ def test_behind_its_own_tokens_forcing_is_generating(cache: FrameCache, processo
         start = int(prompts[row].sum())
         batch.input_ids[row, start : start + 7] = ids
     assert len({int(count) for count in prompts.sum(1)}) == 2  # instructions of two lengths
-    np.testing.assert_array_equal(precision.forced_ids(vla, batch, 7), answer.numpy())
+    forced = precision.forced_actions(vla, batch, processor.action_tokenizer)
+    np.testing.assert_array_equal(forced[:, 0], processor.action_tokenizer.decode(answer.numpy()))
 
 
 def test_a_row_by_hand(processor: Processor) -> None:
-    tokenizer = ActionTokenizer(TINY.vocab_size, TINY.n_action_bins)
-    reference = tokenizer.encode(np.zeros((4, 7)))
+    tokenizer = processor.action_tokenizer
+    reference = tokenizer.encode(np.zeros((2, 2, 7)))  # two chunks of two actions
     ids = reference.copy()
-    ids[0, 2] += 3
-    step = abs(float((tokenizer.decode(ids) - tokenizer.decode(reference))[0, 2]))
-    vla = random_vla(TINY, seed=0)
-    row = precision.row("x", vla, ids, reference, tokenizer.decode(reference), processor)
-    assert row["% of float32"] == 100 and row["frames"] == 4
+    ids[0, 0, 2] += 3
+    plain, actions = tokenizer.decode(reference), tokenizer.decode(ids)
+    row = precision.row("x", random_vla(TINY, seed=0), actions, plain, plain, tokenizer)
+    assert row["% of float32"] == 100 and row["frames"] == 2
     assert row["tokens alike %"] == round(100 * 27 / 28, 2) and row["actions alike %"] == 75
     assert row["alike % by dimension"] == [100, 100, 75, 100, 100, 100, 100]
+    step = abs(float((actions - plain)[0, 0, 2]))
     assert row["L1 to unquantised"] == round(step / 28, 5) and row["its dimensions"][2] == round(step / 4, 4)
     assert row["L1 to demonstrated"] == row["L1 to unquantised"]
 
 
-def test_every_way_has_a_row(checkpoint: Path, cache: FrameCache, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("checkpoint", ["openvla-tiny", "openvla-tiny-oft"])
+def test_every_way_has_a_row(checkpoint: str, cache: FrameCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "open_cache", lambda root, name, *, cache_dir: cache)
     found = precision.run(
-        str(checkpoint), adapter=None, unnorm_key=None, data_root_dir=Path(), dataset_name="", cache_dir=Path(), held_out="all",
-        num_frames=40, batch_size=16,
+        str(CHECKPOINTS / checkpoint), adapter=None, unnorm_key=None, data_root_dir=Path(), dataset_name="", cache_dir=Path(),
+        held_out="all", num_frames=20, batch_size=10,
     )  # fmt: skip
     rows = {row["what"]: row for row in found}
     assert list(rows) == ["none", *precision.WAYS]
     assert rows["none"]["tokens alike %"] == 100 and rows["none"]["L1 to unquantised"] == 0
-    assert (
-        rows["int4"]["tokens alike %"] < rows["int8"]["tokens alike %"] <= 100 and rows["int8"]["tokens alike %"] > 90
-    )
+    assert rows["int8"]["L1 to unquantised"] < rows["int4"]["L1 to unquantised"] and rows["int8"]["tokens alike %"] > 90
     sizes = [rows[name]["MB"] for name in ("int8, image towers too", "int8", "none")]
     assert sizes == sorted(sizes)

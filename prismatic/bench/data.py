@@ -32,7 +32,7 @@ IMAGES = 256  # that are drawn; each step's is one of them, and its JPEG is stor
 BATCH = 16
 TIMED_FRAMES = 512  # for each number of loader processes
 FEWEST = 4 * BATCH
-EARLY, LATE = 0.1, 1.0  # parts of a row at which memory is read: flat, if both are alike
+PARTS = 0.1, 1.0  # of a row, at which memory is read: flat, if both are alike
 INSTRUCTION = "pick up the black bowl between the plate and the ramekin and place it on the plate"
 
 
@@ -68,13 +68,11 @@ def load(mixture: Mixture, processor: Processor, workers: int, frames: int) -> R
     stream = batches(examples, DrawBatches(batch_size=BATCH), num_workers=workers, pin_memory=False)
     held, start, last = {}, 0.0, frames // BATCH
     warm = min(2 * workers + 1, last // 2)
-    marks = {max(int(last * part), 1): part for part in (EARLY, LATE)}
     for number in range(1, last + 1):
         next(stream)
         if number == warm:
             start = time.perf_counter()
-        if number in marks:
-            held[marks[number]] = resident_with_children()
+        held |= {part: resident_with_children() for part in PARTS if number == max(int(last * part), 1)}
     rate = (last - warm) * BATCH / (time.perf_counter() - start)
     return row(f"load with {workers} processes", last * BATCH, last * BATCH / rate, memory=held)
 
@@ -89,7 +87,7 @@ def row(
         "seconds": round(seconds, 1),
         "frames/s": round(frames / seconds),
         "GB": round(size / 1e9, 2) if folder else "",
-        **{f"RssAnon MiB at {part:.0%}": round(memory[part] / 2**20) if memory else "" for part in (EARLY, LATE)},
+        **{f"RssAnon MiB at {part:.0%}": round(memory[part] / 2**20) if memory else "" for part in PARTS},
     }
 
 
@@ -108,12 +106,10 @@ def run(
         stage(folder / "staged", episodes=episodes, frames=frames)
         write_dataset(folder / "staged", folder / "rlds", NAME)
         written = time.perf_counter()
-        shutil.rmtree(folder / "staged")
         source = find_dataset(folder / "rlds", NAME)
-        rows = [row("write as RLDS", frames, written - start, folder=source)]
-        start = time.perf_counter()
         cache = build_cache(source, folder / "cache")
-        rows.append(row("read into the cache", frames, time.perf_counter() - start, folder=cache))
+        rows = [row("write as RLDS", frames, written - start, folder=source)]
+        rows.append(row("read into the cache", frames, time.perf_counter() - written, folder=cache))
         mixture = Mixture([FrameCache(cache)], seed=0)
         config = ProcessorConfig.for_model(VLAConfig(), unnorm_key=NAME, center_crop=True)
         processor = Processor(config, tiny_tokenizer([INSTRUCTION]), mixture.statistics)

@@ -13,7 +13,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,7 +33,6 @@ ROWS = {  # name → seconds that it may take on an H100, a start of about 15 in
 NEEDED = ("timm", "peft", "transformers", "safetensors", "msgspec", "tqdm", "PIL")  # modules, beside torch and numpy
 PACKAGES = {"PIL": "pillow"}  # where a package is not called as its module
 LINES, TABLE, LOGS, INSTALLED, COMPILED = "rows.jsonl", "table.md", "logs", "packages", "inductor"
-GRACE_SECONDS = 5  # from the end of a process to the last line of its output
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -42,12 +40,14 @@ def main(arguments: Sequence[str]) -> int:
     with exit_codes():
         options = _parse(arguments)
         (options.out / LOGS).mkdir(parents=True, exist_ok=True)
-        environment, lines = _environment(options), options.out / LINES
+        environment, lines = _environment(options), (options.out / LINES).resolve()
         lines.write_text("")
         end, ran = time.monotonic() + 60 * options.minutes, []
         try:
-            for name in options.rows or ROWS:
-                ran.append(_run(name, options.out, environment, end))
+            for name in options.rows:
+                ended = _run(name, lines, environment, min(ROWS[name], end - time.monotonic()))
+                append_line(lines, json.dumps({"row": name, **ended}).encode())
+                ran.append(ended["status"] == "ok")
         finally:
             text = "\n".join(table([json.loads(line) for line in lines.read_text().splitlines()])) + "\n"
             (options.out / TABLE).write_text(text)
@@ -61,7 +61,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.py gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for rows.jsonl, table.md and logs")
     parser.add_argument("--minutes", type=float, default=10.0, help="no row starts, and none goes on, after that")
-    parser.add_argument("--rows", nargs="*", help="only these rows, such as: environment 'act plain'")
+    only = "only these rows, such as: environment 'act plain'"
+    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", default=list(ROWS), help=only)
     parser.add_argument(
         "--wheels", type=Path, help="folder of wheels from which missing packages are installed into --out"
     )
@@ -73,8 +74,6 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise ConfigError("--minutes and --memory_cap_gib must be numbers above 0")
     if options.out.exists() and not options.out.is_dir():
         raise ConfigError(f"--out {options.out} is a file: give the name of a folder")
-    if unknown := set(options.rows or ()) - set(ROWS):
-        raise ConfigError(f"--rows: there is no {sorted(unknown)[0]!r}, only {', '.join(ROWS)}")
     if options.wheels and not options.wheels.is_dir():
         raise ConfigError(f"--wheels {options.wheels} is no folder: give the one that holds the wheels")
     return options
@@ -105,49 +104,29 @@ def _environment(options: argparse.Namespace) -> dict[str, str]:
     }
 
 
-def _run(name: str, out: Path, environment: dict[str, str], end: float) -> bool:
-    """One row in its own process group; whether it ended well. Its lines are kept as they come."""
-    began = time.monotonic()
-    seconds = min(ROWS[name], end - began)
+def _run(name: str, lines: Path, environment: dict[str, str], seconds: float) -> dict[str, Any]:
+    """One row in its own process group, which adds to lines what it measures → how it ended: status, seconds, reason."""
     if seconds <= 0:
-        _keep(out, name, {"status": "left out", "reason": "--minutes were over"})
-        return False
+        return {"status": "left out", "reason": "--minutes were over"}
     print(f"{name}: at most {seconds:.0f} s", file=sys.stderr, flush=True)
-    log = out / LOGS / f"{name.replace(' ', '-')}.log"
-    command = [sys.executable, "-m", "prismatic.bench.gpu_rows", name]
-    how: dict[str, Any] = {"cwd": REPOSITORY, "env": environment, "text": True, "start_new_session": True}
-    with log.open("w") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, **how)
-        reader = threading.Thread(target=_follow, args=(process, name, out), daemon=True)
-        reader.start()
+    log, began = lines.parent / LOGS / f"{name.replace(' ', '-')}.log", time.monotonic()
+    command = [sys.executable, "-m", "prismatic.bench.gpu_rows", name, str(lines)]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, cwd=REPOSITORY, env=environment, start_new_session=True
+        )
         try:
             code = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            code = None
+            return {"status": "timeout", "reason": f"not done after {seconds:.0f} s"}
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # what it started too: compilers
             process.wait()
-            reader.join(GRACE_SECONDS)
-    status: dict[str, Any] = {"status": "ok", "seconds": round(time.monotonic() - began, 1)}
-    if code is None:
-        status |= {"status": "timeout", "reason": f"not done after {seconds:.0f} s"}
-    elif code:
+    if code:
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-        status |= {"status": "failed", "reason": last[0] if last else f"exit code {code}"}
-    _keep(out, name, status)
-    return code == 0
-
-
-def _follow(process: "subprocess.Popen[str]", name: str, out: Path) -> None:
-    for line in process.stdout or ():
-        with contextlib.suppress(ValueError):  # a library's own print
-            if isinstance(measured := json.loads(line), dict):
-                _keep(out, name, measured)
-
-
-def _keep(out: Path, name: str, facts: dict[str, Any]) -> None:
-    append_line(out / LINES, json.dumps({"row": name, **facts}).encode())
+        return {"status": "failed", "reason": last[0] if last else f"exit code {code}"}
+    return {"status": "ok", "seconds": round(time.monotonic() - began, 1)}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:

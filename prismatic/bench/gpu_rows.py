@@ -1,4 +1,4 @@
-"""The rows of `bench.py gpu`: `python -m prismatic.bench.gpu_rows NAME` prints a JSON line for each thing that it measures.
+"""The rows of `bench.py gpu`: `python -m prismatic.bench.gpu_rows NAME FILE` adds to FILE a JSON line for each thing that it measures.
 
 On a GPU openvla-7b's size with random weights, on a CPU the small model.
 """
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prismatic.atomic import append_line
 from prismatic.bench import infer, train
 from prismatic.bench.infer import ACTION_DIM, inputs
 from prismatic.bench.instruments import GIB, Row, bandwidth, digits, matrix_rate, seconds_of, wait
@@ -117,7 +118,7 @@ def act(way: str) -> Iterator[Row]:
     ways = [way] if way in infer.WAYS and way != "compiled" else ["compiled", "right draft"]
     if not GPU and way == "plain compiled":  # minutes of a CPU's compiler
         ways = ["plain"]
-    how = {"rounds": ROUNDS, "plain": {}, "decoder": decoder, "first_token": False}
+    how = {"rounds": ROUNDS, "plain": {}, "decoder": decoder}
     yield from infer.compare(vla, precision, batch, ways, **how)
 
 
@@ -183,4 +184,4 @@ def measure(name: str) -> Iterator[Row]:
 
 if __name__ == "__main__":
     for measured in measure(sys.argv[1]):
-        print(json.dumps(measured), flush=True)
+        append_line(Path(sys.argv[2]), json.dumps({"row": sys.argv[1], **measured}).encode())

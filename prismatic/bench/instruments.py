@@ -1,16 +1,13 @@
-"""What the benches measure with: calls that take turns, host memory while something runs, the machine's own rates, models of random weights."""
+"""What the benches measure with: calls that take turns, the machine's own rates, models of random weights."""
 
 import gc
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from prismatic.machine import resident
 from prismatic.models import weights
 from prismatic.models.nf4 import prepare_nf4
 from prismatic.models.vla import VLA, VLAConfig
@@ -20,7 +17,6 @@ GIB = 2**30
 REPEATS = 5  # of what measures the machine
 GPU_BYTES, CPU_BYTES = 2 * 10**9, 256 * 10**6  # of the tensor that is copied: beyond every cache
 GPU_SIDE, CPU_SIDE = 8192, 1024  # of the square matrices
-SAMPLE_SECONDS = 0.02
 
 
 def digits(number: float) -> float:
@@ -75,26 +71,6 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / float(seconds_of(lambda: a @ b, REPEATS, device).min())
 
 
-class HostMemory:
-    """`with HostMemory() as memory: …` then `memory.bytes`: the most RssAnon (what can't be dropped again) above what was there before."""
-
-    def __enter__(self) -> "HostMemory":
-        self._before, self.bytes, self._done = resident(), 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        ended = False
-        while not ended:
-            ended = self._done.wait(SAMPLE_SECONDS)
-            self.bytes = max(self.bytes, resident() - self._before)
-
-    def __exit__(self, *error: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-
 def random_model(
     config: VLAConfig, *, dtype: torch.dtype, device: torch.device, seed: int = 0, nf4: bool = False
 ) -> VLA:
@@ -119,10 +95,3 @@ def random_model(
         prepare_nf4(vla, on_cpu=device.type == "cpu")
     weights.fill(vla, stored, dtype=dtype, device=device)
     return vla
-
-
-def fill_random(module: nn.Module, *, like: torch.Tensor) -> None:
-    """Give a (meta) module random weights of like's dtype on its device."""
-    module.to_empty(device=like.device).to(like.dtype)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.02)

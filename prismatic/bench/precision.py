@@ -1,8 +1,9 @@
 """Does quantising change what a policy does? In: a checkpoint and frames of demonstrations. Out: a row for each precision.
 
-Teacher-forced: every token is predicted behind the *demonstrated* ones, so that one early difference does not colour the six that follow.
-Images are cropped as when acting. Matches are with the unquantised model on the same frames (float32 on a CPU, bfloat16 on a GPU); of the
-L1 distances in normalised units ([-1, 1]) one is to the unquantised model's action and one to the demonstrated action.
+Teacher-forced: of a head that answers token by token every token is predicted behind the *demonstrated* ones, so that one early difference does
+not colour the six that follow; a chunk comes out of one forward pass anyway. Images are cropped as when acting. Matches are with the
+unquantised model on the same frames (float32 on a CPU, bfloat16 on a GPU): alike is what lies in one bin of the action tokenizer, of a
+regression's numbers too. Of the L1 distances in normalised units ([-1, 1]) one is to the unquantised model's action and one to the demonstrated one.
 This says how alike the answers are; whether the robot still succeeds is for `eval.py --compare` to say.
 """
 
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from action_tokenizer import ActionTokenizer
 from prismatic.bench.instruments import Row, release_memory
 from prismatic.checkpoint import base_and_adapter, load_merged, load_policy
 from prismatic.data.examples import example
@@ -23,7 +25,6 @@ from prismatic.models import quantize
 from prismatic.models.quantize import stored_bytes
 from prismatic.models.vla import IGNORE, VLA
 from prismatic.models.weights import stored_dtype, stored_tensors
-from prismatic.normalize import normalize
 from prismatic.processor import Batch, Processor
 
 FLOAT32_BYTES = 4
@@ -37,11 +38,14 @@ WAYS: dict[str, Row] = {  # arguments of quantize.quantize
 }
 
 
-def spread(cache: FrameCache, num_frames: int, *, every_episode: bool) -> np.ndarray:
-    """num_frames frame numbers, evenly spread over the validation episodes, or over all of them. ConfigError if there are fewer."""
-    frames = cache.validation_indices()
+def spread(cache: FrameCache, num_frames: int, *, every_episode: bool, chunk: int = 1) -> np.ndarray:
+    """num_frames frame numbers, evenly spread over the validation episodes, or over all of them. ConfigError if there are fewer.
+
+    chunk: actions that must follow a frame in its episode.
+    """
+    frames = cache.validation_indices(num_actions_chunk=chunk)
     if every_episode:
-        frames = np.concatenate([cache.train_indices(), frames])
+        frames = np.concatenate([cache.train_indices(num_actions_chunk=chunk), frames])
     if len(frames) < num_frames:
         raise ConfigError(
             f"data set {cache.name} has {len(frames)} held-out frames, fewer than --num_frames {num_frames}: ask for fewer, or collect "
@@ -50,53 +54,50 @@ def spread(cache: FrameCache, num_frames: int, *, every_episode: bool) -> np.nda
     return frames[np.linspace(0, len(frames) - 1, num_frames).round().astype(int)]
 
 
-def batches(
-    cache: FrameCache, frames: np.ndarray, processor: Processor, size: int
-) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Samples with images as when acting, and the (B, D) demonstrated actions, normalised."""
+def batches(cache: FrameCache, frames: np.ndarray, processor: Processor, size: int) -> Iterator[Batch]:
+    """Samples with images as when acting, of the statistics that the policy acts with."""
+    config = processor.config
     for start in range(0, len(frames), size):
-        steps = [cache[frame]._replace(dataset=processor.config.unnorm_key) for frame in frames[start : start + size]]
-        actions = np.stack([normalize(step.actions[0], processor.action_statistics()) for step in steps])
-        yield processor.collate([example(step, processor, as_acting=True) for step in steps]), actions
+        steps = [cache.step(frame, config.num_actions_chunk) for frame in frames[start : start + size]]
+        steps = [step._replace(dataset=config.unnorm_key) for step in steps]
+        yield processor.collate([example(step, processor, as_acting=True) for step in steps])
 
 
 @torch.inference_mode()
-def forced_ids(vla: VLA, batch: Batch, action_dim: int) -> np.ndarray:
-    """(B, D) ids: the likeliest action token at each place, behind the demonstrated ones."""
-    first = next(vla.parameters())
-    batch = batch.to(first.device)
-    out = vla(batch.input_ids, batch.attention_mask, batch.pixel_values.to(first.dtype), batch.labels)
-    targets = batch.labels[batch.labels != IGNORE]
-    low, high = vla.config.vocab_size - vla.config.n_action_bins, vla.config.vocab_size
-    logits = out.logits[targets != vla.config.eos_token_id, low:high]
-    return (low + logits.argmax(dim=-1)).reshape(-1, action_dim).cpu().numpy()
+def forced_actions(vla: VLA, batch: Batch, tokenizer: ActionTokenizer) -> np.ndarray:
+    """(B, K, D) normalised actions: a chunk, or the likeliest token at each place, behind the demonstrated ones."""
+    batch = batch.to(next(vla.parameters()).device)
+    out = vla(**vars(batch))
+    if out.actions is not None:
+        return out.actions.float().cpu().numpy()
+    targets, low = batch.labels[batch.labels != IGNORE], vla.config.vocab_size - vla.config.n_action_bins
+    logits = out.logits[targets != vla.config.eos_token_id, low : vla.config.vocab_size]
+    return tokenizer.decode((low + logits.argmax(dim=-1)).reshape(len(batch.input_ids), 1, -1).cpu().numpy())
 
 
-def answers(vla: VLA, samples: Sequence[tuple[Batch, np.ndarray]], action_dim: int) -> np.ndarray:
-    """(N, D) ids over all samples."""
-    return np.concatenate([forced_ids(vla, batch, action_dim) for batch, _ in samples])
+def answers(vla: VLA, samples: Sequence[Batch], tokenizer: ActionTokenizer) -> np.ndarray:
+    """(N, K, D) normalised actions over all samples."""
+    return np.concatenate([forced_actions(vla, batch, tokenizer) for batch in samples])
 
 
 def row(
-    what: str, vla: VLA, ids: np.ndarray, reference: np.ndarray, demonstrated: np.ndarray, processor: Processor
+    what: str, vla: VLA, actions: np.ndarray, plain: np.ndarray, demonstrated: np.ndarray, tokenizer: ActionTokenizer
 ) -> Row:
     """One line of the table. Sizes: what the weights take on this device, against the model's (without an adapter) in float32."""
-    tokenizer = processor.action_tokenizer
     with torch.device("meta"):
         float32 = FLOAT32_BYTES * sum(parameter.numel() for parameter in VLA(vla.config).parameters())
-    action, plain = tokenizer.decode(ids), tokenizer.decode(reference)
-    same = ids == reference
+    same, distance = tokenizer.encode(actions) == tokenizer.encode(plain), np.abs(actions - plain)
     return {
         "what": what,
         "MB": round(stored_bytes(vla) / 1e6, 2),
         "% of float32": round(100 * stored_bytes(vla) / float32, 1),
-        "frames": len(ids),
+        "frames": len(actions),
         "tokens alike %": round(100 * float(same.mean()), 2),
-        "actions alike %": round(100 * float(same.all(axis=1).mean()), 2),
-        "alike % by dimension": [round(100 * share, 1) for share in same.mean(axis=0).tolist()],
-        "L1 to unquantised": round(float(np.abs(action - plain).mean()), 5),
-        "its dimensions": [round(value, 4) for value in np.abs(action - plain).mean(axis=0).tolist()],
-        "L1 to demonstrated": round(float(np.abs(action - demonstrated).mean()), 5),
+        "actions alike %": round(100 * float(same.all(axis=-1).mean()), 2),
+        "alike % by dimension": [round(100 * share, 1) for share in same.mean(axis=(0, 1)).tolist()],
+        "L1 to unquantised": round(float(distance.mean()), 5),
+        "its dimensions": [round(value, 4) for value in distance.mean(axis=(0, 1)).tolist()],
+        "L1 to demonstrated": round(float(np.abs(actions - demonstrated).mean()), 5),
     }
 
 
@@ -119,20 +120,20 @@ def run(
     folder, adapter = base_and_adapter(checkpoint, adapter)
     quantize.refuse(folder / CONFIG, "the comparison begins with the unquantised model")
     policy = load_policy(folder, adapter, unnorm_key=unnorm_key)
-    cache = open_cache(data_root_dir, dataset_name, cache_dir=cache_dir)
-    frames = spread(cache, num_frames, every_episode=held_out == "all")
     processor, vla, dtype, device = policy.processor, policy.vla, policy.dtype, str(policy.device)
+    cache, tokenizer = open_cache(data_root_dir, dataset_name, cache_dir=cache_dir), processor.action_tokenizer
+    chunk = processor.config.num_actions_chunk
+    frames = spread(cache, num_frames, every_episode=held_out == "all", chunk=chunk)
     samples = list(batches(cache, frames, processor, batch_size))
-    demonstrated = np.concatenate([actions for _, actions in samples])
-    reference = answers(vla, samples, processor.action_dim)
-    rows = [row("none", vla, reference, reference, demonstrated, processor)]
+    demonstrated = np.concatenate([batch.actions for batch in samples if batch.actions is not None])
+    plain = answers(vla, samples, tokenizer)
+    rows = [row("none", vla, plain, plain, demonstrated, tokenizer)]
     del policy, vla  # the device holds one model at a time
     own = stored_dtype(stored_tensors(folder))
     for what, way in WAYS.items():
         release_memory()
         vla = load_merged(folder, adapter, dtype=own, device=device)
         quantize.quantize(vla, dtype=dtype, **way)
-        ids = answers(vla.eval(), samples, processor.action_dim)
-        rows.append(row(what, vla, ids, reference, demonstrated, processor))
+        rows.append(row(what, vla, answers(vla.eval(), samples, tokenizer), plain, demonstrated, tokenizer))
         del vla
     return rows

@@ -13,16 +13,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from prismatic.bench.instruments import GIB, Row, matrix_rate, random_model, release_memory, seconds_of
+from prismatic.bench.instruments import GIB, Row, random_model, release_memory, seconds_of
 from prismatic.bench.memory import TOKENS
 from prismatic.bench.plain import PlainVLA
 from prismatic.errors import ConfigError
 from prismatic.models.checkpointing import checkpoint_activations, compile_blocks, lean_activations
 from prismatic.models.llama import LlamaConfig
 from prismatic.models.lora import add_lora
-from prismatic.models.lora_dtype import compute_in_base_dtype
+from prismatic.models.lora_dtype import cast_once, compute_in_base_dtype
 from prismatic.models.vision import DINO_ID, SIGLIP_ID
 from prismatic.models.vla import IGNORE, VLAConfig
 from prismatic.training.activations import LABELS, Checkpointing
@@ -135,7 +134,8 @@ def speed_and_peak(bench: Bench, way: str, size: int, recomputed: Checkpointing)
     optimizer, batch = adamw(trained, weight_decay=0.01, **rate), batch_of(bench, size)
 
     def step() -> None:
-        loss_of(model, batch, bench).backward()
+        with cast_once(model):
+            loss_of(model, batch, bench).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -174,39 +174,25 @@ def cap_memory(gib: float) -> None:
         torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
 
 
-def step_flop(bench: Bench) -> int:
-    """FLOP that one sample's forward and backward pass need, without anything computed twice."""
-    with FlopCounterMode(display=False) as counter:
-        gradients(model_of(bench, "ours"), bench, 1)
-    return counter.get_total_flops()
-
-
-def run(
-    *, full_size: bool | None, memory_cap_gib: float, batch_sizes: tuple[int, ...] | None, steps: int, compile: bool
-) -> list[Row]:
+def run(*, memory_cap_gib: float, batch_sizes: tuple[int, ...] | None, steps: int) -> list[Row]:
     """The table: a way that fails at a micro-batch is not tried at larger ones. ratio: to the plain way at the same micro-batch, or where that
-    doesn't fit at its largest. full_size None: where there is a GPU.
+    doesn't fit at its largest.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    full_size = device.type == "cuda" if full_size is None else full_size
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    bench = Bench(VLAConfig() if full_size else SMALL, device, dtype, steps)
+    bench = Bench(VLAConfig() if device.type == "cuda" else SMALL, device, dtype, steps)
     cap_memory(memory_cap_gib)
     loss, gradient = check_equal(bench)
     print(f"the two ways agree: relative difference of the loss {loss:.1e}, of the gradients {gradient:.1e}")
-    ways = [("plain", False), *(("compiled" if compile else "ours", recomputed) for recomputed in RECOMPUTED)]
+    ways = [("plain", False), *(("ours", recomputed) for recomputed in RECOMPUTED)]
     rows: list[Row] = []
     for size, (way, recomputed) in itertools.product(batch_sizes or SIZES[device.type], ways):
         before = [row for row in rows if (row["way"], row["recomputed"]) == (way, str(recomputed))]
         if not before or before[-1]["peak GiB"]:
             rows.append(measure(bench, way, size, recomputed))
     rows.append(measure(bench, "NF4", 1, True))
-    rate, flop = matrix_rate(device, dtype), step_flop(bench)
     plain = {row["micro-batch"]: row["samples/s"] for row in rows if row["way"] == "plain" and row["peak GiB"]}
     for row in rows:
         against = plain.get(row["micro-batch"], plain[max(plain)]) if plain else 0
-        measured = bool(row["peak GiB"])
-        row["ratio"] = round(row["samples/s"] / against, 2) if measured and against else ""
-        row["of the matrix rate"] = f"{row['samples/s'] * flop / rate:.0%}" if measured else ""
-        row["on"] = f"{torch.cuda.get_device_name(0) if bench.on_gpu else 'CPU'}, {str(dtype).removeprefix('torch.')}"
+        row["ratio"] = round(row["samples/s"] / against, 2) if row["peak GiB"] and against else ""
     return rows

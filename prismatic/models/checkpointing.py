@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from prismatic.models.llama import MLP, RMSNorm
 from prismatic.models.vla import VLA
 
+PLAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # of checkpoint, where nothing is drawn
 LARGE = 256  # inner size from which a matrix product costs more than what its result takes: an adapter's second one (its rank) is redone
 PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm}
 ATTENTION = {
@@ -28,67 +29,31 @@ ATTENTION = {
 }
 
 
-class _LeanNorm(torch.autograd.Function):
-    """weight · (x / root mean square of x), computed in float32. Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019)."""
+def _recomputing(forward: Callable[..., Any], options: dict[str, Any] = PLAIN) -> Callable[..., Any]:
+    """The same function, whose inner results are computed again in the backward pass. Without gradients nothing changes."""
 
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return weight * F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype)
+    def recomputed(*args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args)
+        return checkpoint(forward, *args, **options)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight = ctx.saved_tensors
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + ctx.eps)
-        normed = wide * scale
-        of_normed = (gradient * weight).to(x.dtype).float()
-        of_x = scale * (of_normed - normed * (of_normed * normed).mean(dim=-1, keepdim=True))
-        of_weight = None
-        if ctx.needs_input_grad[1]:
-            of_weight = (gradient * normed.to(x.dtype)).flatten(0, -2).sum(dim=0).to(weight.dtype)
-        return of_x.to(x.dtype), of_weight, None
-
-
-class LeanRMSNorm(RMSNorm):
-    """RMSNorm that keeps its input alone."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype == self.weight.dtype == torch.float32 or not torch.is_grad_enabled():
-            return super().forward(x)
-        return _LeanNorm.apply(x, self.weight, self.eps)  # type: ignore[return-value]
-
-
-class _LeanGate(torch.autograd.Function):
-    """silu(gate) · up."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradient * up, gate), gradient * F.silu(gate)
+    return recomputed
 
 
 class LeanMLP(MLP):
     """MLP that does not keep silu(gate)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(_LeanGate.apply(self.gate_proj(x), self.up_proj(x)))
+        product = _recomputing(lambda gate, up: F.silu(gate) * up)
+        return self.down_proj(product(self.gate_proj(x), self.up_proj(x)))
 
 
 def lean_activations(vla: VLA) -> VLA:
-    """Let the decoder's norms and SwiGLU keep their inputs only; forward results are bit-equal."""
+    """Let the decoder's norms and SwiGLU keep their inputs only; not a bit changes."""
     for module in vla.language_model.modules():
-        if type(module) is RMSNorm:
-            module.__class__ = LeanRMSNorm
-        elif type(module) is MLP:
+        if isinstance(module, RMSNorm):
+            module.forward = _recomputing(module.forward)
+        elif isinstance(module, MLP):
             module.__class__ = LeanMLP
     return vla
 
@@ -96,15 +61,11 @@ def lean_activations(vla: VLA) -> VLA:
 def checkpoint_activations(vla: VLA, *, selective: bool = False) -> VLA:
     """Compute each block's activations again in the backward pass: all of them, or (selective) the cheap ones.
 
-    The non-reentrant form, so that gradients are bit-equal to those without it (dropout included: it draws the same again). Without
-    gradients (validation, acting) nothing changes.
+    The non-reentrant form, so that gradients are bit-equal to those without it (dropout included: it draws the same again).
     """
-    for module in vla.modules():
-        if hasattr(module, "sum_in_place"):  # a kept product must stay as it was kept
-            module.sum_in_place = not selective  # type: ignore[assignment]
     for block in vla.blocks():
         draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in block.modules())
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws}
+        options = PLAIN | {"preserve_rng_state": draws}
         if selective:
             options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_products)
         block.forward = _recomputing(block.forward, options)  # not a wrapper: names must stay
@@ -117,15 +78,6 @@ def keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Che
     large = packet in PRODUCTS and args[-1].shape[0] >= LARGE  # the inner size is the right factor's first
     kept = large or packet in ATTENTION
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _recomputing(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
-    def recomputed(*args: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args)
-        return checkpoint(forward, *args, **options)
-
-    return recomputed
 
 
 def compile_blocks(vla: VLA, *, backend: str = "inductor") -> VLA:

@@ -52,17 +52,13 @@ class CompiledActionDecoder(ActionDecoder):
         self._say, self._compiled = say, functools.cache(compiler)
         self._views: dict[tuple[int, int], Layers] = {}  # of the cache, by (batch, length)
         self._ready: set[Any] = set()  # (step, batch, length) that were compiled
-        self._too_large: dict[
-            tuple[int, int], str
-        ] = {}  # (batch, length) for which there is no memory, and what said so
-        self.given_up: str | None = None  # why nothing is compiled any more
+        self._eager: dict[int, str] = {}  # batch size that can't be compiled → why
 
     @property
     def description(self) -> str:
         """How forward passes are run, and what is not compiled for which reason."""
-        if self.given_up:
-            return f"eager, not compiled: {self.given_up}"
-        return "; ".join(["compiled", *(f"eager for a batch of {b}: {why}" for (b, _), why in self._too_large.items())])
+        compiled = ["compiled"] * (bool(self._ready) or not self._eager)
+        return "; ".join(compiled + [f"eager for a batch of {batch}: {why}" for batch, why in self._eager.items()])
 
     @torch.inference_mode()
     def __call__(
@@ -105,7 +101,7 @@ class CompiledActionDecoder(ActionDecoder):
 
     def _run(self, step: Any, layers: Layers, *inputs: torch.Tensor) -> Tensors:
         batch, _, length, _ = layers[0][0].shape
-        if self.given_up or (batch, length) in self._too_large or batch > BATCH_SIZES[-1]:
+        if batch in self._eager or batch > BATCH_SIZES[-1]:
             return super()._run(step, layers, *inputs)
         is_new, began = (step, batch, length) not in self._ready, time.monotonic()
         if is_new:
@@ -122,13 +118,8 @@ class CompiledActionDecoder(ActionDecoder):
                 self._ready.add((step, batch, length))
             return outputs
         outputs = super()._run(step, layers, *inputs)  # raises what is no compiler's fault
-        reason = (str(failed).strip() or type(failed).__name__).partition("\n")[0]
-        if isinstance(failed, torch.OutOfMemoryError) or "out of memory" in str(failed):
-            self._too_large[batch, length] = reason
-            self._say(f"notice: no memory to compile for a batch of {batch}, which is decoded eagerly: {reason}")
-        else:
-            self.given_up = reason
-            self._say(f"notice: decoding is not compiled, forward passes run eagerly: {reason}")
+        self._eager[batch] = (str(failed).strip() or type(failed).__name__).partition("\n")[0]
+        self._say(f"notice: a batch of {batch} can't be compiled and is decoded eagerly: {self._eager[batch]}")
         return outputs
 
 

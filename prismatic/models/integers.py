@@ -11,20 +11,10 @@ import torch
 from prismatic.errors import ConfigError
 
 LARGEST_INT8, LARGEST_NIBBLE, MIDDLE_NIBBLE = 127, 15, 8
-GROUPS = (
-    128,
-    64,
-    32,
-)  # columns that share a scale in int4, the first that divides the width: those that the kernels know
-SHRINKS = (
-    1.0,
-    0.95,
-    0.9,
-    0.85,
-    0.8,
-    0.75,
-    0.7,
-)  # of a group's range: cutting its ends off can cost less than coarse steps
+# columns that share a scale in int4, the first that divides the width: those that the kernels know
+GROUPS = (128, 64, 32)
+# of a group's range: cutting its ends off can cost less than coarse steps
+SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 ROWS = 128  # worked out at a time: a CPU's caches hold the float32 steps in between
 SMALLEST = 1e-8  # scale of a row or group of zeros
 

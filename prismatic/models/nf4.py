@@ -29,12 +29,9 @@ HEAD = "lm_head"
 def quantised_linears(vla: nn.Module, *, on_cpu: bool) -> Iterator[tuple[str, nn.Linear]]:
     """(name, module) of what is packed."""
     for name, module in vla.named_modules():
-        if (
-            type(module) is nn.Linear
-            and name.rpartition(".")[2] != HEAD
-            and not name.startswith(HEADS)
-            and not (on_cpu and module.in_features % BLOCK)
-        ):
+        if type(module) is not nn.Linear or name.startswith(HEADS) or name.endswith(HEAD):
+            continue
+        if not (on_cpu and module.in_features % BLOCK):
             yield name, module
 
 
@@ -51,11 +48,9 @@ def prepare_nf4(vla: "VLA", *, on_cpu: bool) -> "VLA":
             compress_statistics=False,
             device=torch.device("meta"),
         )
-        packed.support_avx512bf16_for_cpu = (
-            False  # it would repack when acting, and training after that has no gradient
-        )
-        parent, _, last = name.rpartition(".")
-        setattr(vla.get_submodule(parent), last, packed)
+        # it would repack when acting, and training after that has no gradient
+        packed.support_avx512bf16_for_cpu = False
+        vla.set_submodule(name, packed)
     vla.is_loaded_in_4bit = True  # pyright: ignore  (how peft knows)
     return vla
 

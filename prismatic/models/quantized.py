@@ -21,13 +21,20 @@ NF4_BLOCK = 64  # weights that share a scale; bitsandbytes 0.50.2 on a CPU mista
 
 
 class QuantizedLinear(nn.Module):
-    """Parts of integers.py as buffers under their stored names, and a bias; subclasses multiply many rows."""
+    """Parts of integers.py as buffers under their stored names, and a bias.
 
-    def __init__(self, parts: Parts, bias: torch.Tensor | None) -> None:
+    int8_activations: an int8 layer rounds x too, row by row, where there are more than FEW_ROWS rows (W8A8), and integers are multiplied.
+    """
+
+    weight_int8: torch.Tensor  # of an int8 layer
+    weight_scale: torch.Tensor
+
+    def __init__(self, parts: Parts, bias: torch.Tensor | None, *, int8_activations: bool = False) -> None:
         super().__init__()
         for name, part in parts.items():
             self.register_buffer(name, part)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.is_int8, self.int8_activations = "weight_int8" in parts, int8_activations
 
     def dequantized(self) -> torch.Tensor:
         """(out, in) float32."""
@@ -35,7 +42,17 @@ class QuantizedLinear(nn.Module):
 
     def product(self, rows: torch.Tensor) -> torch.Tensor:
         """(R, in) → (R, out)."""
-        raise NotImplementedError
+        if not self.is_int8:
+            return rows @ self.dequantized().to(rows.dtype).t()
+        weight = self.weight_int8.t()
+        if self.int8_activations and len(rows) > FEW_ROWS:
+            wide = rows.float()
+            scale = (wide.abs().amax(dim=1, keepdim=True) / LARGEST_INT8).clamp_min(SMALLEST)
+            rounded = (wide / scale).round().to(torch.int8)
+            product = torch._int_mm(rounded, weight).float() * scale  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            product = (rows @ weight.to(rows.dtype)).float()
+        return product * self.weight_scale
 
     def reduced(self, rows: torch.Tensor) -> torch.Tensor:
         """The same in float32, as sums over the weight's rows: for a compiler, which reads the weight once for all of them."""
@@ -52,44 +69,13 @@ class QuantizedLinear(nn.Module):
         return out.view(*input.shape[:-1], -1)
 
 
-class Int8Linear(QuantizedLinear):
-    """W int8 with a float32 scale for each output channel.
-
-    int8_activations: with more than FEW_ROWS rows x is rounded too, row by row (W8A8), and integers are multiplied.
-    """
-
-    weight_int8: torch.Tensor
-    weight_scale: torch.Tensor
-
-    def __init__(self, parts: Parts, bias: torch.Tensor | None, *, int8_activations: bool = False) -> None:
-        super().__init__(parts, bias)
-        self.int8_activations = int8_activations
-
-    def product(self, rows: torch.Tensor) -> torch.Tensor:
-        if self.int8_activations and len(rows) > FEW_ROWS:
-            wide = rows.float()
-            scale = (wide.abs().amax(dim=1, keepdim=True) / LARGEST_INT8).clamp_min(SMALLEST)
-            rounded = (wide / scale).round().to(torch.int8)
-            product = torch._int_mm(rounded, self.weight_int8.t()).float() * scale  # pyright: ignore[reportPrivateImportUsage]
-        else:
-            product = (rows @ self.weight_int8.t().to(rows.dtype)).float()
-        return product * self.weight_scale
-
-
-class Int4Linear(QuantizedLinear):
-    """W in 4 bits as integers.py has it; many rows are multiplied by its float weight, worked out again each time."""
-
-    def product(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows @ self.dequantized().to(rows.dtype).t()
-
-
 def quantized_linear(
     linear: nn.Linear, kind: str, dtype: torch.dtype, *, int8_activations: bool = False
 ) -> QuantizedLinear:
     """The layer in int8 or int4, computing in dtype on the same device; of an empty (meta) layer an empty one."""
     parts = to_parts(kind, linear.weight)
     bias = None if linear.bias is None else linear.bias.detach().to(dtype)
-    return Int8Linear(parts, bias, int8_activations=int8_activations) if kind == "int8" else Int4Linear(parts, bias)
+    return QuantizedLinear(parts, bias, int8_activations=int8_activations)
 
 
 def bitsandbytes_linear(linear: nn.Linear, kind: str, dtype: torch.dtype) -> nn.Module:

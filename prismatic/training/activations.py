@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from prismatic.models.checkpointing import checkpoint_activations, lean_activations
 from prismatic.models.llama import rotary
 from prismatic.models.lora import add_lora
-from prismatic.models.lora_dtype import compute_in_base_dtype
+from prismatic.models.lora_dtype import cast_once, compute_in_base_dtype
 from prismatic.models.vision import CHANNELS
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.training.live_bytes import LiveBytes
@@ -88,7 +88,7 @@ def pieces(
         vla = fake_vla(shallow(config), precision, mode)
         if way:
             checkpoint_activations(vla, selective=way == SELECTIVE)
-        with mode, attention_kernel("cpu" if on_cpu else "cuda", precision.autocast):
+        with mode, cast_once(vla), attention_kernel("cpu" if on_cpu else "cuda", precision.autocast):
             for name, run, shape in _runs(vla, batch_size, words):
                 if not way or name in BLOCKS:
                     found[name, way] = _measure(run, shape, precision=precision)

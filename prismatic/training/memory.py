@@ -6,6 +6,7 @@ Weights, adapters, gradients and optimizer are counted from the model without me
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -37,7 +38,6 @@ class Model:
     largest: int  # values of the largest packed matrix
     adapters: int  # values, a head's included
     cast: int  # of them those of which a step makes copies in the base's dtype (cast_once)
-    cast_packed: int  # and of these the ones of matrices that NF4 packs, which then have none
     trained: int  # values that ever get a gradient: not those of blocks that aren't run
     depths: Mapping[str, int]  # blocks that are run, by kind
     block: int  # values of the largest of them
@@ -48,8 +48,9 @@ class Model:
 
     def piece(self, kind: str, batch_size: int, way: Checkpointing = False) -> Piece:
         """Bytes of one block of a kind at a batch size."""
-        one, two = dataclasses.astuple(self.of_one[kind, way]), dataclasses.astuple(self.of_two[kind, way])
-        return Piece(*(a + (batch_size - 1) * (b - a) for a, b in zip(one, two, strict=True)))
+        one, two = self.of_one[kind, way], self.of_two[kind, way]
+        more = batch_size - 1
+        return Piece(one.saved + more * (two.saved - one.saved), one.peak + more * (two.peak - one.peak))
 
 
 @dataclass(frozen=True)
@@ -79,40 +80,33 @@ class Settings:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes at the worst moment of a step."""
+    """Bytes at the worst moment of a step, by what takes them."""
 
     settings: Settings
-    weights: int
-    adapters: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-    reserve: int
-
-    @property
-    def parts(self) -> dict[str, int]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[1:]}
+    parts: Mapping[str, int]  # weights, adapters, gradients, optimizer, activations, logits, reserve
 
     @property
     def total(self) -> int:
         return sum(self.parts.values())
+
+    @property
+    def need(self) -> str:
+        return f"{self.settings.flags} needs {self.total / GIB:.1f} GiB"
 
 
 def describe(config: VLAConfig, precision: Precision, *, words: int, on_cpu: bool = False) -> Model:
     """Count a model of which nothing is loaded. words: ids of the longest row, without patches. on_cpu: where it will run."""
     with torch.device("meta"):
         vla = VLA(config)
-        everything = sum(p.numel() for p in vla.parameters())
-        heads = [head for head in (vla.action_head, vla.proprio_projector) if head is not None]
-        # new heads are trained whole, and kept as the adapters are
-        base = everything - sum(p.numel() for head in heads for p in head.parameters()) * bool(precision.lora_rank)
-        linears = {name: module.weight.numel() for name, module in quantised_linears(vla, on_cpu=on_cpu)}
+        linears = [module.weight.numel() for _, module in quantised_linears(vla, on_cpu=on_cpu)]
         if precision.lora_rank:
             add_lora(vla, rank=precision.lora_rank, dropout=precision.lora_dropout)
             if precision.lora_dtype != precision.base_dtype:
                 compute_in_base_dtype(vla)
-        cast = {name: sum(half.numel() for half in halves_of(layer)) for name, layer in casting_layers(vla)}
+        cast = sum(half.numel() for _, layer in casting_layers(vla) for half in halves_of(layer))
+    # new heads are trained whole, and kept as the adapters are
+    adapters = sum(p.numel() for p in vla.parameters() if p.requires_grad) if precision.lora_rank else 0
+    base = sum(p.numel() for p in vla.parameters()) - adapters
     of_one, of_two = (pieces(config, precision, batch_size=size, words=words, on_cpu=on_cpu) for size in (1, 2))
     vision = vla.vision_backbone
     towers = dict(zip(TOWERS, (vision.featurizer, vision.fused_featurizer), strict=True))
@@ -123,11 +117,10 @@ def describe(config: VLAConfig, precision: Precision, *, words: int, on_cpu: boo
     }
     return Model(
         base=base,
-        linear=sum(linears.values()),
-        largest=max(linears.values(), default=0),
-        adapters=sum(p.numel() for p in vla.parameters()) - base,
-        cast=sum(cast.values()),
-        cast_packed=sum(size for name, size in cast.items() if name in linears),
+        linear=sum(linears),
+        largest=max(linears, default=0),
+        adapters=adapters,
+        cast=cast,
         trained=trained,
         depths=depths,
         block=max(sum(p.numel() for p in block.parameters()) for block in vla.blocks()),
@@ -152,11 +145,15 @@ def plan(model: Model, settings: Settings) -> Plan:
         activations += model.largest * size  # a matrix is unpacked while it is used
     if settings.shares > 1:
         activations += _gathered(model, computing)
-    copied = model.cast - model.cast_packed * settings.use_quantization
-    split = [weights, model.adapters * own + copied * computing, model.trained * own, int(model.trained * state)]
-    counted = (*(size // settings.shares for size in split), activations, logits)
-    reserve = int(RESERVE_SHARE * sum(counted)) + RESERVE_BYTES
-    return Plan(settings, *counted, reserve=reserve)  # pyright: ignore[reportCallIssue]
+    shared = {
+        "weights": weights,
+        "adapters": model.adapters * own + model.cast * computing,
+        "gradients": model.trained * own,
+        "optimizer": int(model.trained * state),
+    }
+    parts = {name: size // settings.shares for name, size in shared.items()}
+    parts |= {"activations": activations, "logits": logits}
+    return Plan(settings, parts | {"reserve": int(RESERVE_SHARE * sum(parts.values())) + RESERVE_BYTES})
 
 
 def _gathered(model: Model, computing: int) -> int:
@@ -188,32 +185,25 @@ def choose(model: Model, settings: Settings, card: int, *, place: str) -> Plan:
     """
     decide = settings.gradient_checkpointing is None
     ways = (False, SELECTIVE, True) if decide else (settings.gradient_checkpointing,)
-    asked = [plan(model, dataclasses.replace(settings, gradient_checkpointing=on)) for on in ways]
-    for fitting in asked:
-        if fitting.total <= card:
-            return fitting
-    last = asked[-1]
-    need = f"{last.settings.flags} needs {last.total / GIB:.1f} GiB, but {place} has {card / GIB:.1f} GiB free"
+    asked = [plan(model, dataclasses.replace(settings, gradient_checkpointing=way)) for way in ways]
     others = [plan(model, smaller) for smaller in _smaller(settings, quantisable=model.precision.lora_rank > 0)]
-    for least in others:
-        size = f"{least.settings.flags} (the same effective batch) needs {least.total / GIB:.1f} GiB"
-        if least.total <= card:
-            raise ConfigError(f"{need}: {size}")
-    least = others[-1]
-    raise ConfigError(f"{need}, and even {least.settings.flags} needs {least.total / GIB:.1f} GiB: take a larger card")
+    if fitting := next((found for found in asked if found.total <= card), None):
+        return fitting
+
+    short = f"{asked[-1].need}, but {place} has {card / GIB:.1f} GiB free"
+    if fitting := next((found for found in others if found.total <= card), None):
+        raise ConfigError(f"{short}: {fitting.need} (the same effective batch)")
+    raise ConfigError(f"{short}, and even {others[-1].need}: take a larger card")
 
 
 def _smaller(settings: Settings, *, quantisable: bool) -> Iterator[Settings]:
     """Settings that take less, the least change first; the effective batch stays."""
     effective = settings.batch_size * settings.grad_accumulation_steps
-    changes = [(settings.use_quantization, settings.optimizer), (settings.use_quantization, "paged_adamw_8bit")]
-    if quantisable:
-        changes += [(True, settings.optimizer), (True, "paged_adamw_8bit")]
-    for use_quantization, optimizer in changes:
-        for batch in range(settings.batch_size, 0, -1):
-            if effective % batch == 0:
-                ways = (True, use_quantization, optimizer, settings.shares)
-                yield Settings(batch, effective // batch, *ways)
+    packed = dict.fromkeys((settings.use_quantization, settings.use_quantization or quantisable))
+    optimizers = dict.fromkeys((settings.optimizer, "paged_adamw_8bit"))
+    batches = [size for size in range(settings.batch_size, 0, -1) if effective % size == 0]
+    for use_quantization, optimizer, batch in itertools.product(packed, optimizers, batches):
+        yield Settings(batch, effective // batch, True, use_quantization, optimizer, settings.shares)
 
 
 def largest_batch(model: Model, settings: Settings, card: int, sizes: Iterable[int]) -> int:
