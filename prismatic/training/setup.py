@@ -63,6 +63,8 @@ class RunOptions(ModelOptions):
     num_images_in_input: int | None
     use_proprio: bool | None
     log_to: str
+    wandb_project: str | None
+    wandb_entity: str | None
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ def check_flags(options: RunOptions, ranks: Ranks, *, default_root: str) -> None
         print("notice: --shard has nobody to share with: start it with torchrun --nproc-per-node")
     if options.use_quantization and not options.use_lora:
         raise ConfigError("--use_quantization packs a base that isn't trained: leave out --use_lora False")
+    if options.log_to not in ("wandb", "trackio") and (options.wandb_project or options.wandb_entity):
+        print("notice: --wandb_project and --wandb_entity have no effect without --log_to wandb")
     check_installed(options.log_to)
 
 
