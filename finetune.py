@@ -101,7 +101,7 @@ def train(cfg: FinetuneConfig, run: setup.TrainingRun, display: Display) -> None
         if progress.step % cfg.save_steps == 0 or progress.step == cfg.max_steps or best or given_up:
             saved = save(cfg, run, display)
         if best:
-            ranks.on_main_process(partial(run.folder.mark_best, progress.step, value))
+            ranks.on_main_process(partial(run.folder.mark_best, progress.step, validated[BEST_BY]))
         if given_up:
             raise setup.too_many_bad_steps(run)
     if signal := stop.agreed(ranks):

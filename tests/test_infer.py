@@ -21,7 +21,7 @@ CHECKPOINT = str(REPOSITORY / "checkpoints" / "openvla-tiny")
 
 
 def test_every_way_says_the_same_and_is_timed() -> None:
-    rows = infer.run(CHECKPOINT, **HOW | {"quantize": ("none", "int8")})
+    rows = infer.run(CHECKPOINT, **{**HOW, "quantize": ("none", "int8")})
     assert [row["way"] for row in rows] == ["plain", *infer.WAYS[2:], *infer.WAYS[2:]]
     for row in rows:
         assert tuple(row) == infer.COLUMNS and 0 < row["p50 ms"] <= row["p95 ms"]

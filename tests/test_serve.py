@@ -105,7 +105,7 @@ def test_not_healthy_before_warm_up_and_while_stopping() -> None:
         assert server.get("/health").json() == {"status": "ok"}
         client = WebsocketClientPolicy("127.0.0.1", server.port)
         policy.gate.clear()
-        under_way = pool.submit(client.infer, openpi()), pool.submit(server.act, body())
+        chunk, answer = pool.submit(client.infer, openpi()), pool.submit(server.act, body())
         while server.service.under_way < 2:
             time.sleep(0.01)
         server.server.should_exit = True  # as a signal does
@@ -113,8 +113,8 @@ def test_not_healthy_before_warm_up_and_while_stopping() -> None:
             time.sleep(0.01)
         assert session.get(server.url + "/healthz", timeout=10).status_code == 503
         policy.gate.set()
-        chunk, answer = (one.result(10) for one in under_way)  # finished, then closed
-        assert chunk["actions"].shape == (1, 7) and answer.status_code == 200
+        assert chunk.result(10)["actions"].shape == (1, 7)  # finished, then closed
+        assert answer.result(10).status_code == 200
 
 
 def test_the_access_log_is_a_json_line_a_request_without_what_was_said(caplog: pytest.LogCaptureFixture) -> None:
