@@ -59,7 +59,7 @@ def test_behind_its_own_tokens_forcing_is_generating(cache: FrameCache, processo
         start = int(prompts[row].sum())
         batch.input_ids[row, start : start + 7] = ids
     assert len({int(count) for count in prompts.sum(1)}) == 2  # instructions of two lengths
-    forced = precision.forced_actions(vla, batch, processor.action_tokenizer)
+    forced = precision.answers(vla, [batch], processor.action_tokenizer)
     np.testing.assert_array_equal(forced[:, 0], processor.action_tokenizer.decode(answer.numpy()))
 
 

@@ -19,11 +19,12 @@ from prismatic.checkpoint import base_and_adapter, load_merged, load_policy
 from prismatic.data.examples import example
 from prismatic.data.frames import FrameCache
 from prismatic.data.mixture import open_cache
+from prismatic.episodes.open_loop import teacher_forced
 from prismatic.errors import ConfigError
 from prismatic.filenames import CONFIG
 from prismatic.models import quantize
 from prismatic.models.quantize import stored_bytes
-from prismatic.models.vla import IGNORE, VLA
+from prismatic.models.vla import VLA
 from prismatic.models.weights import stored_dtype, stored_tensors
 from prismatic.processor import Batch, Processor
 
@@ -63,21 +64,10 @@ def batches(cache: FrameCache, frames: np.ndarray, processor: Processor, size: i
         yield processor.collate([example(step, processor, as_acting=True) for step in steps])
 
 
-@torch.inference_mode()
-def forced_actions(vla: VLA, batch: Batch, tokenizer: ActionTokenizer) -> np.ndarray:
-    """(B, K, D) normalised actions: a chunk, or the likeliest token at each place, behind the demonstrated ones."""
-    batch = batch.to(next(vla.parameters()).device)
-    out = vla(**vars(batch))
-    if out.actions is not None:
-        return out.actions.float().cpu().numpy()
-    targets, low = batch.labels[batch.labels != IGNORE], vla.config.vocab_size - vla.config.n_action_bins
-    logits = out.logits[targets != vla.config.eos_token_id, low : vla.config.vocab_size]
-    return tokenizer.decode((low + logits.argmax(dim=-1)).reshape(len(batch.input_ids), 1, -1).cpu().numpy())
-
-
 def answers(vla: VLA, samples: Sequence[Batch], tokenizer: ActionTokenizer) -> np.ndarray:
-    """(N, K, D) normalised actions over all samples."""
-    return np.concatenate([forced_actions(vla, batch, tokenizer) for batch in samples])
+    """(N, K, D) normalised actions over all samples, teacher-forced."""
+    found = np.concatenate([teacher_forced(vla, batch, tokenizer) for batch in samples])
+    return found if vla.config.action_head == "l1" else tokenizer.decode(found)
 
 
 def row(

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from action_tokenizer import ActionTokenizer
 from prismatic.data.examples import example
 from prismatic.data.frames import FrameCache, Step
 from prismatic.errors import ConfigError
 from prismatic.image import decode_jpeg
-from prismatic.models.vla import IGNORE
+from prismatic.models.vla import IGNORE, VLA
 from prismatic.policy import Policy, VLAPolicy
 from prismatic.processor import Batch
 
@@ -56,7 +57,7 @@ def _split(policy: VLAPolicy, steps: Sequence[Step]) -> dict[str, Any]:
         batch = processor.collate([example(step, processor, as_acting=True) for step in part])
         assert batch.actions is not None
         true.append(batch.actions.numpy())
-        forced.append(teacher_forced(policy, batch.to(policy.device)))
+        forced.append(teacher_forced(policy.vla, batch, processor.action_tokenizer))
         wrists = [decode_jpeg(step.wrist or b"") for step in part] if policy.num_images > 1 else None
         states = [np.asarray(step.state) for step in part] if policy.uses_state else None
         views = [decode_jpeg(step.image) for step in part], [step.instruction for step in part], wrists
@@ -72,19 +73,17 @@ def _split(policy: VLAPolicy, steps: Sequence[Step]) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def teacher_forced(policy: VLAPolicy, batch: Batch) -> np.ndarray:
+def teacher_forced(vla: VLA, batch: Batch, tokenizer: ActionTokenizer) -> np.ndarray:
     """(B, K, D) ids or numbers, as policy.raw_chunks: the recorded frames as they are, the recorded numbers before each one given."""
-    pixels = batch.pixel_values.to(policy.dtype)
-    out = policy.vla(
-        batch.input_ids, batch.attention_mask, pixels, batch.labels, actions=batch.actions, proprio=batch.proprio
-    )
+    batch = batch.to(next(vla.parameters()).device)
+    out = vla(**vars(batch))
     if out.logits is None:
         assert out.actions is not None
         return out.actions.float().cpu().numpy()
-    tokenizer, targets = policy.processor.action_tokenizer, batch.labels[:, 1:][batch.labels[:, 1:] != IGNORE]
+    targets = batch.labels[:, 1:][batch.labels[:, 1:] != IGNORE]
     logits = out.logits[targets >= tokenizer.first_id]  # of the labels that count; it chooses among the action ids
-    ids = tokenizer.first_id + logits[:, tokenizer.first_id : policy.processor.config.vocab_size].argmax(dim=-1)
-    return ids.cpu().numpy().reshape(len(batch.labels), policy.num_actions_chunk, -1)
+    ids = tokenizer.first_id + logits[:, tokenizer.first_id : vla.config.vocab_size].argmax(dim=-1)
+    return ids.cpu().numpy().reshape(len(batch.labels), vla.config.num_actions_chunk, -1)
 
 
 def _metrics(policy: VLAPolicy, answers: np.ndarray, target: np.ndarray) -> dict[str, Any]:
