@@ -10,10 +10,11 @@ one of the stored states that evaluation uses.
 
 import contextlib
 import fcntl
+import functools
 import shutil
 from collections import Counter
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -82,8 +83,14 @@ class Schedule:
         self._limit = cfg.num_demos_per_task * ATTEMPTS_PER_DEMO + SPARE_ATTEMPTS
         self.tasks = list(cfg.task_ids or range(num_tasks(cfg.task_suite_name)))
         self.total = len(self.tasks) * cfg.num_demos_per_task  # episodes wanted
-        suite, policy = cfg.task_suite_name, str(cfg.policy_checkpoint or "")
-        self._job = Demonstration(suite, 0, cfg.render_quality, stage, 0, cfg.seed, cfg.perturbation, policy)
+        self._job = functools.partial(
+            Demonstration,
+            suite=cfg.task_suite_name,
+            quality=cfg.render_quality,
+            seed=cfg.seed,
+            perturbation=cfg.perturbation,
+            policy=str(cfg.policy_checkpoint or ""),
+        )
         # of each task: attempts so far, and of them
         self._next, self._running, self.successes, self.failures = (Counter[int]() for _ in range(4))
 
@@ -114,7 +121,7 @@ class Schedule:
                     self.failures[task_id] += 1
                 else:
                     self._running[task_id] += 1
-                    return replace(self._job, task_id=task_id, path=path, attempt=attempt)
+                    return self._job(task_id=task_id, path=path, attempt=attempt)
         return None
 
     def finished(self, job: Job, *, success: bool) -> int:

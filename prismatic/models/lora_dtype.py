@@ -59,9 +59,8 @@ def _adapted(kind: type) -> type:
 
 def compute_in_base_dtype(vla: VLA) -> VLA:
     """Let adapters of linear layers that are kept in float32 compute in the base's bfloat16, in place; returns vla. Gradients arrive in float32."""
-    dtype = next(
-        p.dtype for p in vla.parameters() if p.is_floating_point() and not p.requires_grad
-    )  # 4-bit weights have none
+    frozen = (p for p in vla.parameters() if not p.requires_grad)
+    dtype = next(p.dtype for p in frozen if p.is_floating_point())  # packed 4-bit weights are integers
     for _, layer in lora_layers(vla):
         if isinstance(layer.get_base_layer(), nn.Linear):
             layer.__class__, layer.base_dtype = _adapted(type(layer)), dtype

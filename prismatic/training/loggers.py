@@ -31,8 +31,10 @@ class Logger:
 
 def check_installed(log_to: str) -> None:
     """ConfigError where the package isn't there, or doesn't import."""
+    if log_to == "none":
+        return
     try:
-        importlib.import_module("sys" if log_to == "none" else log_to)
+        importlib.import_module(log_to)
     except ImportError as error:
         raise ConfigError(
             f"--log_to {log_to} needs the package {log_to} ({error}): .venv/bin/pip install {log_to}, or leave the flag out "
