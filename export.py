@@ -19,7 +19,7 @@ from msgspec import Meta
 from prismatic import checkpoint as files
 from prismatic.dataset_statistics import base_statistics, load_statistics
 from prismatic.errors import ConfigError, exit_codes
-from prismatic.filenames import ADAPTER_CONFIG, CONFIG, PROCESSOR, STATISTICS
+from prismatic.filenames import CONFIG, PROCESSOR, STATISTICS
 from prismatic.models import quantize, weights
 from prismatic.models.vla import ActionHead
 from prismatic.processor import Processor
@@ -57,10 +57,6 @@ def main(cfg: ExportConfig) -> Path:
     base, adapter = files.base_and_adapter(cfg.checkpoint, cfg.adapter)
     if cfg.output.exists() and (not cfg.output.is_dir() or any(cfg.output.iterdir())):
         raise ConfigError(f"--output {cfg.output} is not empty: give a new folder")
-    if adapter is not None and not (adapter / ADAPTER_CONFIG).exists():
-        raise ConfigError(
-            f"--adapter {adapter} has no {ADAPTER_CONFIG}: give the folder that finetune.py or peft wrote"
-        )
     quantize.refuse(base / CONFIG, "export.py starts from weights that are not")
     choice = {name: getattr(cfg, name) for name in ("action_head", "num_actions_chunk", "num_images_in_input")}
     processor = exported_processor(cfg, base, adapter, choice)

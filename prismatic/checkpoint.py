@@ -132,7 +132,7 @@ def load_merged(folder: Path, adapter: Path | None, *, dtype: torch.dtype, devic
 
 
 def base_and_adapter(checkpoint: str | Path, adapter: str | Path | None = None) -> tuple[Path, Path | None]:
-    """Folders of the base and of the adapter, which may be given as the checkpoint alone. ConfigError for two adapters."""
+    """Folders of the base and of the adapter, which may be given as the checkpoint alone. ConfigError for two adapters, or for one that is none."""
     folder = resolve(checkpoint)
     refuse_merged(folder)
     if (folder / ADAPTER_CONFIG).exists():
@@ -141,7 +141,12 @@ def base_and_adapter(checkpoint: str | Path, adapter: str | Path | None = None) 
                 f"{folder} is itself an adapter: give its base as the checkpoint, or leave the second adapter out"
             )
         folder, adapter = resolve(adapter_base(folder)), folder
-    return folder, None if adapter is None else resolve(adapter)
+    adapter = None if adapter is None else resolve(adapter)
+    if adapter is not None and not (adapter / ADAPTER_CONFIG).exists():
+        raise ConfigError(
+            f"{adapter} has no {ADAPTER_CONFIG}: give the adapter's folder that finetune.py or peft wrote"
+        )
+    return folder, adapter
 
 
 def load_policy(

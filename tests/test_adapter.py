@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from prismatic.adapter import load_adapter, lora_state_dict, save_adapter
 from prismatic.adapter_config import read_adapter_config
-from prismatic.checkpoint import adapter_base, load_merged, load_vla
+from prismatic.checkpoint import adapter_base, base_and_adapter, load_merged, load_vla
 from prismatic.errors import ConfigError
 from prismatic.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_WEIGHTS_BIN
 from prismatic.models import weights
@@ -162,6 +162,15 @@ def test_tensors_and_modules_that_do_not_fit_are_named(folder: Path) -> None:
     for name in (["list"], 3, {}, True):
         with pytest.raises(ConfigError, match="base_model_name_or_path"):
             adapter_base(edit(folder, base_model_name_or_path=name))
+
+
+def test_a_folder_that_is_no_adapter_is_named(folder: Path) -> None:
+    (folder / ADAPTER_WEIGHTS).unlink()
+    with pytest.raises(ConfigError, match=f"{ADAPTER_WEIGHTS} is missing: copy"):
+        load_vla(BASE, folder)
+    (folder / ADAPTER_CONFIG).unlink()
+    with pytest.raises(ConfigError, match=f"has no {ADAPTER_CONFIG}"):
+        base_and_adapter(BASE, folder)
 
 
 def test_an_adapter_remembers_its_base(folder: Path) -> None:

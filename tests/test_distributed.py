@@ -20,6 +20,16 @@ from tests.drawn_run import finish, rows, run_folder, start
 
 pytest_plugins = ["tests.drawn_run"]
 
+HEADS = {
+    "tokens": {},
+    "l1": {
+        "dataset_name": "arms",
+        "action_head": "l1",
+        "num_actions_chunk": 2,
+        "num_images_in_input": 2,
+        "use_proprio": True,
+    },
+}
 CLOSE = 1e-5  # of gradients of one step, as a share of the largest: sums in another order
 CLOSE_LOSS = 1e-4  # relative, of later steps: AdamW divides by small numbers
 
@@ -47,9 +57,11 @@ def largest_difference(mine: Path, theirs: Path) -> float:
     return max((a[n] - b[n]).abs().max().item() for n in a) / largest
 
 
+@pytest.mark.parametrize("head", HEADS)
 def test_two_processes_learn_what_one_learns(
-    cfg: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    head: str, cfg: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    cfg = dataclasses.replace(cfg, **HEADS[head])
     keep_gradients(monkeypatch, tmp_path / "one")
     alone = dataclasses.replace(cfg, run_id_note="alone")
     finetune.main(alone)
@@ -72,8 +84,8 @@ def test_two_processes_learn_what_one_learns(
 def test_a_sharded_model_learns_what_a_whole_one_learns(
     cfg: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = dataclasses.replace(cfg, use_lora=False, learning_rate=1e-4, max_grad_norm=0.5, max_steps=3)
-    cfg = dataclasses.replace(cfg, val_share=0.5, val_steps=2)  # 7 frames to validate: at last only one rank has some
+    cfg = dataclasses.replace(cfg, **HEADS["l1"], use_lora=False, learning_rate=1e-4, max_grad_norm=0.5, max_steps=3)
+    cfg = dataclasses.replace(cfg, val_share=0.5, val_steps=2)  # 5 frames to validate: at last only one rank has some
     keep_gradients(monkeypatch, tmp_path / "one")
     alone = dataclasses.replace(cfg, run_id_note="alone")
     finetune.main(alone)
@@ -94,7 +106,7 @@ def test_a_sharded_model_learns_what_a_whole_one_learns(
         assert (tensor - two[name]).abs().max() < 2 * 3 * cfg.learning_rate * 0.2, name
     for mine, theirs in zip(rows(run_folder(alone)), rows(run_folder(cut)), strict=True):
         assert theirs == pytest.approx(mine, rel=CLOSE_LOSS)
-    assert rows(run_folder(cut))[1]["val_frames"] == 7
+    assert rows(run_folder(cut))[1]["val_frames"] == 5
 
 
 def test_an_error_of_one_ends_all(begun: FinetuneConfig, capfd: pytest.CaptureFixture[str]) -> None:

@@ -120,7 +120,7 @@ def read_safetensors(path: Path) -> Iterable[tuple[str, StoredTensor]]:
     try:
         handle = safe_open(path, framework="pt")
     except FileNotFoundError:
-        raise ConfigError(f"{path} is missing, though the index names it: copy the checkpoint again") from None
+        raise ConfigError(f"{path} is missing: copy the folder again, with all of its files") from None
     except (SafetensorError, OSError) as error:
         with path.open("rb") as stream:
             if stream.read(len(LFS_POINTER)) == LFS_POINTER:
