@@ -30,7 +30,7 @@ from msgspec import Meta
 from config import WORKSPACE
 from prismatic.atomic import write_json
 from prismatic.errors import ConfigError, exit_codes
-from prismatic.ranges import Count, Positive, checked
+from prismatic.ranges import Count, Images, Positive, checked
 
 Size = Annotated[float, Meta(gt=0)]
 SOME = Meta(min_length=1)  # of a list: an empty one would measure nothing
@@ -133,7 +133,7 @@ class BenchInferConfig(BenchConfig):
     # Whether transformers' plain way is also compiled: minutes a batch size on a CPU.
     compiled: bool = True
     # Images that random weights see: 2 is OpenVLA-OFT's recipe. A checkpoint sees as many as it learnt with.
-    num_images_in_input: Literal[1, 2] = 1
+    num_images_in_input: Images = 1
     # Timed actions of each way. At full size on a CPU one takes about 10 s: 2 are enough.
     rounds: Positive = 30
 

@@ -11,7 +11,6 @@ one of the stored states that evaluation uses.
 import contextlib
 import fcntl
 import functools
-import shutil
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
@@ -22,18 +21,18 @@ import tyro
 from tqdm import tqdm
 
 from config import WORKSPACE
-from prismatic.atomic import write_json, writing_to
+from prismatic.atomic import sweep, write_json, writing_to
 from prismatic.data import lerobot_writer, rlds
 from prismatic.episodes import pool
 from prismatic.episodes.demonstration import Demonstration, Job, Record
 from prismatic.episodes.replay import FAILED, Replays, find_replays
 from prismatic.errors import ConfigError, exit_codes
-from prismatic.filenames import UNFINISHED
+from prismatic.hub import newest_step
 from prismatic.ranges import Count, NonNegative, Positive, Seed, Workers, checked
 from prismatic.records import read_object
 from prismatic.scene.renderer import choose_renderer
 from prismatic.scene.suites import instruction, num_tasks
-from prismatic.versions import folder_fingerprint
+from prismatic.versions import SIMULATOR_PACKAGES, check_simulator, folder_fingerprint, versions
 
 ATTEMPTS_PER_DEMO = 3  # a task is given up when so many attempts for each wanted episode,
 SPARE_ATTEMPTS = 10  # and so many more, were not enough
@@ -69,6 +68,8 @@ class CollectConfig:
     render_quality: Literal["standard", "fast"] = "fast"
     # Another seed gives other episodes.
     seed: Seed = 0
+    # Collect although mujoco or robosuite is another version than scores are made with.
+    allow_unpinned_simulator: bool = False
 
 
 class Schedule:
@@ -78,10 +79,10 @@ class Schedule:
 
     def __init__(self, cfg: CollectConfig, stage: Path) -> None:
         self._cfg, self._stage = cfg, stage
-        acting = cfg.policy_checkpoint and folder_fingerprint(cfg.policy_checkpoint, weights_only=True)
+        acting = cfg.policy_checkpoint and folder_fingerprint(newest_step(cfg.policy_checkpoint), weights_only=True)
         self._after = f"after-{acting[:6]}-" if acting else ""
         self._limit = cfg.num_demos_per_task * ATTEMPTS_PER_DEMO + SPARE_ATTEMPTS
-        self.tasks = list(cfg.task_ids or range(num_tasks(cfg.task_suite_name)))
+        self.tasks = list(dict.fromkeys(cfg.task_ids)) or list(range(num_tasks(cfg.task_suite_name)))
         self.total = len(self.tasks) * cfg.num_demos_per_task  # episodes wanted
         self._job = functools.partial(
             Demonstration,
@@ -147,7 +148,13 @@ def stage_folder(cfg: CollectConfig) -> Path:
 def open_stage(cfg: CollectConfig) -> Path:
     """The folder of finished episodes; ConfigError where it holds another collection's."""
     stage = stage_folder(cfg)
-    settings = {"format": STAGE_FORMAT, "from_hdf5": None, "task_suite_name": cfg.task_suite_name}
+    settings = {
+        "format": STAGE_FORMAT,
+        "from_hdf5": None,
+        "task_suite_name": cfg.task_suite_name,
+        "dataset_format": cfg.format,
+    }
+    settings |= {name: versions()[name] for name in SIMULATOR_PACKAGES}
     if cfg.from_hdf5:
         settings["from_hdf5"] = str(cfg.from_hdf5.resolve())
     else:
@@ -159,9 +166,9 @@ def open_stage(cfg: CollectConfig) -> Path:
         write_json(note, settings)
     before = read_object(note)
     for name, value in settings.items():
-        if before.get(name) != value:
+        if name in before and before[name] != value:
             raise ConfigError(
-                f"{stage} was collected with {name} {before.get(name)}, not {value}: "
+                f"{stage} was collected with {name} {before[name]}, not {value}: "
                 "give the same, another dataset_name, or delete that folder"
             )
     return stage
@@ -177,8 +184,7 @@ def alone(stage: Path) -> Iterator[None]:
             raise ConfigError(
                 f"another collect.py writes to {stage}: wait for it, or give another dataset_name"
             ) from None
-        for left in stage.glob(f"{UNFINISHED}*"):
-            shutil.rmtree(left, ignore_errors=True)
+        sweep(stage)
         yield
 
 
@@ -205,6 +211,7 @@ def run(schedule: Schedule | Replays, work: Record, bar: tqdm, *, num_workers: i
 def collect(cfg: CollectConfig) -> Path:
     """Episodes as files, then the data set made of them; its version folder."""
     choose_renderer()
+    check_simulator(allow_unpinned=cfg.allow_unpinned_simulator)
     rlds.check_name(cfg.dataset_name)
     if cfg.policy_checkpoint and cfg.from_hdf5:
         raise ConfigError("policy_checkpoint acts before the expert, and from_hdf5 has none: leave one of them out")

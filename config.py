@@ -13,10 +13,12 @@ import tyro
 from prismatic.filenames import STEP_FOLDER
 from prismatic.image import AUGMENTATIONS
 from prismatic.ranges import (
+    ActionHead,
     BatchSize,
     BelowOne,
     Count,
     FolderName,
+    Images,
     LearningRate,
     NonNegative,
     Positive,
@@ -45,9 +47,9 @@ class FinetuneConfig:
     # Text that is added to the run's name.
     run_id_note: FolderName | None = None
     # How actions come out. tokens: one by one (OpenVLA). parallel, l1: a chunk in one pass, of tokens or regressed (OpenVLA-OFT). None: as the base.
-    action_head: Literal["tokens", "parallel", "l1"] | None = None
+    action_head: ActionHead | None = None
     # Cameras that the model sees: 1 the agent view, 2 also the wrist view. None: as many as the model to start from.
-    num_images_in_input: Literal[1, 2] | None = None
+    num_images_in_input: Images | None = None
     # Whether the model reads the robot's state (proprioception). None: as the model to start from.
     use_proprio: bool | None = None
     # Train a LoRA adapter (and an action head whole). False trains every weight: for a small model, or a large machine.
@@ -139,7 +141,7 @@ class FinetuneConfig:
         """OpenVLA's run id: model, data, effective batch, learning rate, adapter, note."""
         base = Path(self.vla_path)
         base = base.parent if STEP_FOLDER.fullmatch(base.name) else base
-        name = f"{base.name}+{self.dataset_name.replace(',', '_').replace(':', '-')}"
+        name = f"{base.name}+{self.dataset_name.rstrip('/').replace(',', '_').replace(':', '-')}"
         name += f"+b{self.batch_size * self.grad_accumulation_steps}+lr-{self.learning_rate:g}"
         if self.use_lora:
             name += f"+lora-r{self.lora_rank}+dropout-{self.lora_dropout:g}"
@@ -148,7 +150,7 @@ class FinetuneConfig:
         return name + "--image_aug" * self.image_aug
 
 
-MAY_CHANGE_ON_RESUME = (  # batch_size and grad_accumulation_steps as far as their product with the number of processes stays
+MAY_CHANGE_ON_RESUME = (  # batch_size and grad_accumulation_steps as far as their product, which is in the run's name, stays
     "max_steps", "save_steps", "val_steps", "log_steps", "log_to", "wandb_project", "wandb_entity", "max_bad_steps", "keep", "num_workers",
     "resume", "vla_path", "data_root_dir", "run_root_dir", "cache_dir",  # base and data are told by their fingerprints
     "batch_size", "grad_accumulation_steps", "shard", "gradient_checkpointing",
@@ -207,11 +209,11 @@ class EvalConfig:
     # Steps of holding still before the policy acts; they count for nothing. LIBERO's protocol has 10.
     num_steps_wait: Count = 10
     # Of a foreign checkpoint without a head's file: parallel (all tokens of a chunk at once, as RL checkpoints of OpenVLA-OFT). None: as found.
-    action_head: Literal["tokens", "parallel", "l1"] | None = None
+    action_head: ActionHead | None = None
     # Of a foreign checkpoint: actions of one answer (OpenVLA-OFT in LIBERO: 8). None: as found.
     num_actions_chunk: Positive | None = None
     # Of a foreign checkpoint: images that it reads, 2 adds the wrist camera. None: as found.
-    num_images_in_input: Positive | None = None
+    num_images_in_input: Images | None = None
     # Weights in 8 bits by bitsandbytes' LLM.int8, which rounds activations too (OpenVLA's flag; --quantize int8 rounds weights only).
     load_in_8bit: bool = False
     # Weights in 4 bits by bitsandbytes' NF4 (OpenVLA's flag; --quantize int4 rounds the decoder alone, in torch).

@@ -18,10 +18,10 @@ import torch
 import torchvision  # noqa: F401  (before the first osmesa context: afterwards it crashes)
 import tyro
 
-from config import WORKSPACE, GripperConvention
+from config import WORKSPACE, FinetuneConfig, GripperConvention
 from prismatic import machine
 from prismatic.errors import ConfigError, exit_codes
-from prismatic.ranges import Positive, checked
+from prismatic.ranges import ActionHead, Images, Positive, checked
 from prismatic.scene.renderer import choose_renderer, draws_in_software
 from prismatic.scene.suites import Libero
 from prismatic.versions import SIMULATOR_PINS, versions
@@ -46,13 +46,13 @@ class DoctorConfig:
     # Key of the data set's statistics, where the checkpoint has several.
     unnorm_key: str | None = None
     # Of a foreign checkpoint: its head, where it could be of more than one kind, and what a call reads and gives. None: the folder says it.
-    action_head: Literal["tokens", "parallel", "l1"] | None = None
+    action_head: ActionHead | None = None
     num_actions_chunk: Positive | None = None
-    num_images_in_input: Positive | None = None
-    # Folder of data sets (RLDS or LeRobot) to look at, or the hub id of a LeRobot data set.
+    num_images_in_input: Images | None = None
+    # Folder of data sets (RLDS or LeRobot) to look at, or the hub id of a LeRobot data set. None: finetune.py's, where dataset_name is given.
     data_root_dir: str | None = None
-    # Data set in it.
-    dataset_name: str = "libero_spatial_no_noops"
+    # Data set in it, or several as finetune.py takes them. None: libero_spatial_no_noops, where data_root_dir is given.
+    dataset_name: str | None = None
     # Fields of the data set, where they have no usual names: image=…,wrist=…,state=…,action=…,instruction=… (finetune.py takes the same).
     data_keys: str = ""
     # How the data set writes its gripper. auto: found from its values, and said.
@@ -79,6 +79,10 @@ class Check:
 
 def main(cfg: DoctorConfig) -> int:
     cfg = checked(cfg)
+    if cfg.adapter and not cfg.checkpoint:
+        raise ConfigError(
+            f"--adapter {cfg.adapter} goes on a checkpoint: give --checkpoint, or the adapter as --checkpoint"
+        )
     bad = wrong_data = 0
     for check in checks(cfg):
         mark = {True: "ok  ", False: "BAD ", None: "    "}[check.good]
@@ -96,15 +100,16 @@ def checks(cfg: DoctorConfig) -> Iterator[Check]:
         return
     yield from libraries()
     yield from gpus()
-    cache = None
-    if cfg.data_root_dir:
+    caches = []
+    asked = cfg.data_root_dir or cfg.dataset_name
+    for part in (cfg.dataset_name or FinetuneConfig.dataset_name).split(",") if asked else ():
         try:
-            cache = opened(cfg)
-            yield from data(cfg, cache)
+            caches.append(opened(cfg, part.partition(":")[0].strip()))
+            yield from data(cfg, caches[-1])
         except ConfigError as error:
             yield Check(False, str(error), about_data=True)
     if cfg.checkpoint:
-        yield from policy(cfg, cache)
+        yield from policy(cfg, caches)
     if cfg.simulator:
         yield from scenes()
 
@@ -136,12 +141,13 @@ def gpus() -> Iterator[Check]:
     yield Check(None, f"CUDA's and EGL's device numbers differ: {numbers}")
 
 
-def opened(cfg: DoctorConfig) -> "FrameCache":
-    """The data set as training would read it."""
+def opened(cfg: DoctorConfig, name: str) -> "FrameCache":
+    """A data set as training would read it."""
     from prismatic.data.mixture import open_cache
 
     how = {"data_keys": cfg.data_keys, "gripper": cfg.gripper, "rotate_images": cfg.rotate_images}
-    return open_cache(str(cfg.data_root_dir), cfg.dataset_name, cache_dir=cfg.cache_dir, **how)
+    root = cfg.data_root_dir or str(FinetuneConfig.data_root_dir)
+    return open_cache(root, name, cache_dir=cfg.cache_dir, **how)
 
 
 def data(cfg: DoctorConfig, cache: "FrameCache") -> Iterator[Check]:
@@ -161,7 +167,7 @@ def data(cfg: DoctorConfig, cache: "FrameCache") -> Iterator[Check]:
     yield Check(True, f"data set {cache.name} was read to its end; {page} and {sheet} show it")
 
 
-def policy(cfg: DoctorConfig, cache: "FrameCache | None") -> Iterator[Check]:
+def policy(cfg: DoctorConfig, caches: "list[FrameCache]") -> Iterator[Check]:
     """Does it load, with which head and statistics; what would go wrong with the data that is given, and does it look at the picture."""
     from prismatic.checkpoint import load_policy
 
@@ -179,7 +185,7 @@ def policy(cfg: DoctorConfig, cache: "FrameCache | None") -> Iterator[Check]:
     yield Check(None, f"its head is {acts.action_head}: {gives} from {reads}")
     for name, value in loaded.metadata()["assumed"].items():
         yield Check(None, f"its folder doesn't say {name}: {value} is assumed, as published (--{name} says otherwise)")
-    if cache is not None:
+    for cache in caches:
         yield from fits(cache, loaded.processor)
     ids = torch.tensor([loaded.processor.prompt_ids("pick up the black bowl")], device=loaded.device)
     kind: dict[str, Any] = {"device": loaded.device, "dtype": loaded.dtype}

@@ -21,11 +21,10 @@ from prismatic.dataset_statistics import base_statistics, load_statistics
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.filenames import CONFIG, PROCESSOR, STATISTICS
 from prismatic.models import quantize, weights
-from prismatic.models.vla import ActionHead
 from prismatic.processor import Processor
 from prismatic.processor_files import load_processor
-from prismatic.processor_json import read_processor
-from prismatic.ranges import checked
+from prismatic.processor_json import processor_home, read_processor
+from prismatic.ranges import ActionHead, Images, checked
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,12 @@ class ExportConfig:
     # For such a folder with a head of chunks: actions that one query answers with. None: 8.
     num_actions_chunk: Annotated[int, Meta(ge=1, le=256)] | None = None
     # For such a folder: 1, or 2 with the wrist camera. None: 2 where the model reads the robot's state.
-    num_images_in_input: Literal[1, 2] | None = None
+    num_images_in_input: Images | None = None
 
 
 def main(cfg: ExportConfig) -> Path:
     cfg = checked(cfg)
+    cfg = dataclasses.replace(cfg, output=cfg.output.resolve())
     base, adapter = files.base_and_adapter(cfg.checkpoint, cfg.adapter)
     if cfg.output.exists() and (not cfg.output.is_dir() or any(cfg.output.iterdir())):
         raise ConfigError(f"--output {cfg.output} is not empty: give a new folder")
@@ -66,12 +66,7 @@ def main(cfg: ExportConfig) -> Path:
     vla = files.load_merged(base, adapter, dtype=dtype if is_whole else own, **choice)
     parameters = sum(p.numel() for p in vla.parameters())
     how: dict[str, Any] = {"dtype": dtype, "precision": cfg.quantize, "published": is_whole, "tokenizer_from": base}
-    try:
-        files.save_checkpoint(cfg.output, vla, processor=processor, statistics=processor.statistics, **how)
-    except OSError as error:
-        raise ConfigError(
-            f"--output {cfg.output} can't be written ({error}): free some space or give another folder"
-        ) from None
+    files.save_checkpoint(cfg.output, vla, processor=processor, statistics=processor.statistics, **how)
     size = sum(file.stat().st_size for file in cfg.output.glob("*.safetensors"))
     print(
         f"{cfg.output}: {parameters:,} parameters in {dtype if is_whole else f'{cfg.quantize} and {dtype}'}, {size:,} bytes "
@@ -95,13 +90,15 @@ def exported_processor(cfg: ExportConfig, base: Path, adapter: Path | None, choi
     if adapter is not None and (adapter / STATISTICS).exists():
         statistics |= load_statistics(adapter)
     statistics = statistics or load_statistics(base)  # which says what is missing
-    known = any((folder / PROCESSOR).exists() for folder in (adapter, base) if folder is not None)
-    # To build a processor at all; taken out again below.
-    key = cfg.unnorm_key or (None if known else next(iter(statistics)))
+    home = processor_home(base, adapter)
+    own = None if home is None else read_processor(home / PROCESSOR).unnorm_key
+    key, is_open = cfg.unnorm_key, cfg.unnorm_key is None and own is None and len(statistics) > 1
+    if is_open:  # a key is needed to build a processor at all, and is taken out again below
+        key = next(iter(load_statistics(adapter if adapter and (adapter / STATISTICS).exists() else base)))
     processor = load_processor(base, adapter, unnorm_key=key, center_crop=cfg.center_crop, **choice)
     config = dataclasses.replace(
         processor.config,
-        unnorm_key=processor.config.unnorm_key if known or cfg.unnorm_key or len(statistics) == 1 else None,
+        unnorm_key=None if is_open else processor.config.unnorm_key,
         base_model="",
         base_fingerprint="",
         merged_adapter=merged,

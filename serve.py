@@ -8,6 +8,7 @@ SIGTERM finishes what is under way and leaves with 143.
 
 import asyncio
 import logging
+import os
 import shlex
 import socket
 import sys
@@ -20,8 +21,8 @@ import tyro
 from msgspec import Meta
 
 from prismatic.errors import ConfigError, exit_codes
-from prismatic.ranges import BatchSize, Positive, checked
-from prismatic.serving.guard import read_key
+from prismatic.ranges import ActionHead, BatchSize, Images, Positive, checked
+from prismatic.serving.guard import KEY_VARIABLE, read_key
 from prismatic.serving.observation import Limits
 
 
@@ -38,9 +39,9 @@ class ServeConfig:
     # Whether it was trained with random crops. None: what the folder says, True where it says nothing.
     center_crop: bool | None = None
     # Of a foreign folder with one of OpenVLA-OFT's heads that doesn't say so: its head, actions an answer, and images. None: as published.
-    action_head: Literal["tokens", "parallel", "l1"] | None = None
+    action_head: ActionHead | None = None
     num_actions_chunk: Positive | None = None
-    num_images_in_input: Literal[1, 2] | None = None
+    num_images_in_input: Images | None = None
     # Address to listen at. Another one than this machine's own (127.0.0.1) demands an API key.
     host: str = "127.0.0.1"
     # Port to listen at; 0 takes a free one.
@@ -122,9 +123,10 @@ def bind(host: str, port: int) -> socket.socket:
 
 def addresses(cfg: ServeConfig, port: int) -> list[str]:
     """Where each dialect is answered, and a command that asks."""
-    host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
+    host = f"[{cfg.host.strip('[]')}]" if ":" in cfg.host else cfg.host
     url = f"http://{host}:{port}"
-    key = f'-H "Authorization: Api-Key $(cat {shlex.quote(str(cfg.api_key_file))})" ' if cfg.api_key_file else ""
+    secret = f"$(cat {shlex.quote(str(cfg.api_key_file))})" if cfg.api_key_file else f"${KEY_VARIABLE}"
+    key = f'-H "Authorization: Api-Key {secret}" ' if cfg.api_key_file or os.environ.get(KEY_VARIABLE) else ""
     return [
         f"page          {url}/",
         f"OpenVLA, OFT  POST {url}/act",

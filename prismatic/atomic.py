@@ -25,7 +25,7 @@ def writing_to(place: Path) -> Iterator[None]:
         if isinstance(error, ConfigError) or not (full or isinstance(error, OSError)):
             raise
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-        said = f"cannot write {place} ({reason}): make room, or give another folder; the same command then continues"
+        said = f"cannot write {place} ({reason}): make room, or give another folder"
         raise ConfigError(said) from error
 
 
@@ -55,19 +55,37 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     For one process at a time: what another call for this folder has begun is deleted, as that one was killed.
     """
-    partial = folder.with_name(f"{UNFINISHED}{folder.name}")
+    partial, previous = folder.with_name(f"{UNFINISHED}{folder.name}"), folder.with_name(f".previous-{folder.name}")
     with writing_to(folder):
         try:
+            _settle(folder, previous)
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             yield partial
-            for path in (*partial.iterdir(), partial):
+            for path in (*partial.rglob("*"), partial):
                 flush(path)
             if folder.exists():
-                shutil.rmtree(folder)
+                folder.rename(previous)
             partial.rename(folder)
         finally:
+            _settle(folder, previous)
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _settle(folder: Path, previous: Path) -> None:
+    """Put the old folder back where its successor did not come, else delete it."""
+    if previous.exists() and not folder.exists():
+        previous.rename(folder)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def sweep(folder: Path, names: str = "*") -> None:
+    """Delete what killed calls were writing in a folder, for whoever has it (or what is called so in it) to itself."""
+    for left in folder.glob(f"{UNFINISHED}{names}"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        elif not Path("/proc", left.suffix[1:] or "none").is_dir():  # write_whole's, which end in the writer's number
+            left.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:

@@ -36,7 +36,7 @@ def _hsv_to_rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> n
 
 @dataclass(frozen=True)
 class Augmentation:
-    """One draw of the training augmentations; applied to every camera of a sample in the order of the fields. None leaves an operation out."""
+    """One draw of the training augmentations; applied in the order of the fields. None leaves an operation out."""
 
     crop_box: tuple[float, float, float, float] | None = None  # y1, x1, y2, x2 in [0, 1]
     brightness: float | None = None

@@ -66,7 +66,7 @@ def load_vla(
     adapter = None if adapter is None else resolve(adapter)
     if (folder / ADAPTER_CONFIG).exists():
         raise ConfigError(f"{folder} is an adapter: give its base as the checkpoint and this folder as the adapter")
-    refuse_merged(adapter)
+    refuse_merged(adapter, folder)
     config = model_config(folder, adapter, new_heads=new_heads, **choice)
     stored = weights.stored_tensors(folder)
     with torch.device("meta"):
@@ -103,6 +103,12 @@ def load_vla(
 def _heads(vla: VLA, folder: Path, *, new: bool) -> dict[str, weights.StoredTensor]:
     """The tensors of vla's heads in a folder; new: a head without a file is initialised as torch does it, as the original's are."""
     heads = stored_heads(folder)
+    if new and vla.action_head is None and any(name.startswith("action_head") for name in heads):
+        raise ConfigError(
+            f"{folder} holds an action head, so its token head is untrained: leave out --action_head {vla.config.action_head}"
+        )
+    if new and vla.proprio_projector is None:  # what learnt with a state goes on without it
+        heads = {name: tensor for name, tensor in heads.items() if not name.startswith("proprio_projector")}
     for part in HEADS:
         module = getattr(vla, part)
         if module is None or any(name.startswith(part) for name in heads):

@@ -99,7 +99,8 @@ def check_entry(entry: Any, where: str, *, state: bool = False, whole: bool = Fa
 
 def _complaints(part: str, columns: Mapping[str, Any], *, whole: bool) -> Iterator[str]:
     """What makes no sense in a part of an entry. Each relies on those before it."""
-    for name in ("q01", "q99", "mean", "std", "min", "max") if whole else ("q01", "q99"):
+    range_too = whole or part == "proprio"  # a state that never changes is told by its range
+    for name in ("q01", "q99", *["min", "max"] * range_too, *["mean", "std"] * whole):
         if name not in columns:
             yield f"{name} is missing"
     size = len(columns["q01"])

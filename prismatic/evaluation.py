@@ -18,10 +18,10 @@ from typing import IO, TYPE_CHECKING, Any
 import msgspec
 from tqdm import tqdm
 
-from prismatic.atomic import append_line, write_json
+from prismatic.atomic import append_line, sweep, write_json
 from prismatic.episodes import pool
 from prismatic.episodes.player import Outcome, Play
-from prismatic.episodes.result import KNOWN_LATER, EpisodeResult, Facts, Run, read_rows, read_run, save_actions
+from prismatic.episodes.result import ACTIONS, KNOWN_LATER, EpisodeResult, Facts, Run, read_rows, read_run, save_actions
 from prismatic.episodes.session import Session
 from prismatic.episodes.trials import Trial, TrialQueue
 from prismatic.errors import ConfigError
@@ -52,6 +52,8 @@ class RolloutFolder:
             with self.locked():
                 self._claim(identity, record)
                 _drop_torn_line(path / RESULTS)
+                for folder in (path, path / ACTIONS):
+                    sweep(folder, "*.*")  # files; the folders are the other ranks'
             self.unfinished = path / f"{UNFINISHED}{rank}"
             shutil.rmtree(self.unfinished, ignore_errors=True)
             self.unfinished.mkdir()

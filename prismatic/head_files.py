@@ -13,13 +13,20 @@ from typing import Any
 
 import torch
 
-from prismatic.dataset_statistics import read_statistics
+from prismatic.dataset_statistics import base_statistics, read_statistics
 from prismatic.errors import ConfigError
 from prismatic.filenames import ACTION_HEAD, CONFIG, MERGED_ADAPTER, PROCESSOR, PROPRIO_PROJECTOR, STATISTICS
 from prismatic.models.config_file import read_config
 from prismatic.models.heads import HEADS
 from prismatic.models.vla import VLAConfig
-from prismatic.models.weights import StoredTensor, read_pickle, read_safetensors, save_tensors
+from prismatic.models.weights import (
+    StoredTensor,
+    adapter_tensors,
+    fingerprint,
+    read_pickle,
+    read_safetensors,
+    save_tensors,
+)
 from prismatic.processor import ProcessorConfig
 from prismatic.processor_json import processor_home, read_processor
 from prismatic.records import read_object
@@ -72,12 +79,17 @@ def without_heads(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(HEADS)}
 
 
-def refuse_merged(adapter: Path | None) -> None:
-    """ConfigError for the adapter that lies in a published folder, whose weights hold it already."""
-    if adapter is not None and adapter.name == MERGED_ADAPTER and (adapter.parent / CONFIG).exists():
-        raise ConfigError(
-            f"{adapter} is merged into {adapter.parent} already: give that folder as the checkpoint alone"
-        )
+def refuse_merged(adapter: Path | None, base: Path | None = None) -> None:
+    """ConfigError for the adapter that lies in a published folder, whose weights hold it already, and for a copy of it on that base."""
+    if adapter is None:
+        return
+    lies_in = adapter.name == MERGED_ADAPTER and (adapter.parent / CONFIG).exists()
+    base = adapter.parent if lies_in else base
+    merged = None if base is None else base / MERGED_ADAPTER
+    if lies_in or (
+        merged and merged.is_dir() and fingerprint(adapter_tensors(adapter)) == fingerprint(adapter_tensors(merged))
+    ):
+        raise ConfigError(f"{adapter} is merged into {base} already: give that folder as the checkpoint alone")
 
 
 def model_config(folder: Path, adapter: Path | None = None, *, new_heads: bool = False, **given: Any) -> VLAConfig:
@@ -153,8 +165,7 @@ def _kind(folder: Path, config: VLAConfig, parts: set[str]) -> str:
 
 def _learnt_with_state(folder: Path) -> bool:
     """Whether statistics hold states that change: OpenVLA's own always have zeros there."""
-    entries = read_object(folder / STATISTICS) if (folder / STATISTICS).exists() else {}
-    states = [entry.get("proprio") for entry in entries.values() if isinstance(entry, dict)]
+    states = [entry.get("proprio") for entry in base_statistics(folder).values()]
     return any(isinstance(state, dict) and any(state.get("q99") or ()) for state in states)
 
 

@@ -28,7 +28,11 @@ def resolve(
     folder = Path(expanded(name))
     if folder.is_dir():
         return newest_step(folder) if kind == "model" else folder
-    if not HUB_ID.fullmatch(str(name)) or folder.parts[0] in (".", "..") or Path(folder.parts[0]).exists():
+    is_id = HUB_ID.fullmatch(str(name)) and folder.parts[0] not in (".", "..")
+    if is_id and Path(folder.parts[0]).exists():
+        there = f"{folder.parts[0]} is here, but nothing named {folder.name} in it"
+        raise ConfigError(f"{name}: {there}: for the hub's, start from another folder or rename that one")
+    if not is_id:
         raise ConfigError(f"{name} is no folder, and no hub id such as openvla/openvla-7b: check the path")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -1,7 +1,7 @@
 """Actions and robot states between a data set's own units and [-1, 1]; numpy only.
 
-The gripper arrives as LIBERO commands it (-1 open, +1 close) and is 1 open, 0 close from here on; its mask is
-False, so it is not scaled. Surprising: quantiles are float64 sums of float32 differences, and the denominator
+The gripper arrives as the data set writes it and is 1 open, 0 close from here on; its mask is False, so it is
+not scaled. Surprising: quantiles are float64 sums of float32 differences, and the denominator
 is formed in float64 before it becomes float32. Only so are the numbers bit-equal with the original's.
 """
 

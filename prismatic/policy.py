@@ -14,7 +14,7 @@ import torch
 from prismatic.errors import ConfigError, PolicyError
 from prismatic.models.decode import ActionDecoder, best_tokens
 from prismatic.models.vla import VLA
-from prismatic.policy_inputs import as_frames, check_batch
+from prismatic.policy_inputs import as_frames, as_states, check_batch
 from prismatic.processor import Processor
 
 Frames = Sequence[np.ndarray]  # one a row of a batch
@@ -105,6 +105,7 @@ class VLAPolicy(Policy):
         check_batch(instructions, frames=frames, wrists=wrists, states=states, episodes=episodes)
         frames = as_frames(frames, "frames")
         wrists = as_frames(wrists, "wrists") if self.num_images == 2 and wrists is not None else None
+        states = as_states(states, "states") if self.uses_state else None
         answers = self.raw_chunks(frames, instructions, wrists, states, episodes=episodes)
         tokens = self.processor.config.action_head != "l1"
         actions = self.processor.actions(answers) if tokens else self.processor.unnormalize(answers)

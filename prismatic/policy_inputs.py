@@ -1,6 +1,6 @@
 """What a stranger's code hands to a policy: images of PIL and RGBA are simply taken, anything else that is no frame is one sentence."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,21 @@ def as_frames(given: Any, name: str) -> list[Any]:
     ]
 
 
+def as_states(given: Any, name: str) -> np.ndarray | None:
+    """(B, S) float64 of a row of numbers for each frame; None stays None. ConfigError where they are none, or not finite."""
+    if given is None:
+        return None
+    try:
+        states = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} are no rows of numbers of one length: give (B, S), a robot state a frame") from None
+    if states.ndim != 2:
+        raise ConfigError(f"{name} have shape {states.shape}: give (B, S), a robot state a frame")
+    if not np.isfinite(states).all():
+        raise ConfigError(f"{name} hold NaN or infinity: give finite numbers")
+    return states
+
+
 def check_batch(instructions: Any, **others: Any) -> None:
     """ConfigError unless the batch has a row and everything in it as many as there are instructions, which are text that can be encoded."""
     rows = len(_sequence(instructions, "instructions"))
@@ -45,6 +60,9 @@ def check_batch(instructions: Any, **others: Any) -> None:
     for name, given in others.items():
         if given is not None and len(_sequence(given, name)) != rows:
             raise ConfigError(f"there are {len(given)} {name} but {rows} instructions: give as many of each")
+    for name in others.get("episodes") or ():
+        if not isinstance(name, Hashable):
+            raise ConfigError(f"an episode's name is of type {type(name).__name__}: give a text, or None for none")
     for number, text in enumerate(instructions):
         if not isinstance(text, str):
             raise ConfigError(f"instructions[{number}] is of type {type(text).__name__}: give a text")

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from action_tokenizer import ActionTokenizer
 from prismatic import image, normalize
 from prismatic.errors import ConfigError
-from prismatic.models.vla import IGNORE, ActionHead, VLAConfig
-from prismatic.ranges import Count, Positive
+from prismatic.models.vla import IGNORE, VLAConfig
+from prismatic.ranges import ActionHead, Count, Images, Positive
 
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 IMAGE_MARK = "<image>"  # the original takes it out of recorded instructions, not of live ones
@@ -42,7 +42,7 @@ class ProcessorConfig:
     unnorm_key: str | None
     center_crop: bool  # True if it learnt with random crops
     image_size: Positive = _OPENVLA_7B.image_size  # pixels a side
-    num_images_in_input: Positive = _OPENVLA_7B.num_images_in_input  # 2: agentview and wrist
+    num_images_in_input: Images = _OPENVLA_7B.num_images_in_input  # 2: agentview and wrist
     action_head: ActionHead = _OPENVLA_7B.action_head
     num_actions_chunk: Positive = _OPENVLA_7B.num_actions_chunk
     proprio_dim: Count = _OPENVLA_7B.proprio_dim  # 0: reads no state

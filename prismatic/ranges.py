@@ -7,7 +7,7 @@ fields of a file. Surprising: a float is finite everywhere, without saying so.
 import dataclasses
 import math
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -20,6 +20,8 @@ Seed = Annotated[int, Meta(ge=0, lt=2**32)]  # what numpy's and LIBERO's generat
 BatchSize = Annotated[int, Meta(ge=1, le=2**16)]
 Processes = Annotated[int, Meta(ge=0, le=1024)]  # beside this one
 Workers = Annotated[int, Meta(ge=1, le=1024)]
+Images = Annotated[int, Meta(ge=1, le=2)]  # of one moment: the camera in front, and the one at the wrist
+ActionHead = Literal["tokens", "parallel", "l1"]  # how hidden states become actions, see models/vla.py
 Share = Annotated[float, Meta(ge=0, le=1)]
 BelowOne = Annotated[float, Meta(ge=0, lt=1)]
 NonNegative = Annotated[float, Meta(ge=0)]
@@ -27,6 +29,7 @@ LearningRate = Annotated[float, Meta(gt=0, lt=1)]
 
 NAME_BYTES = 255  # the longest name that file systems take
 PATH_BYTES = 4096
+TEXTS = ("--data_keys", "--dataset_name")  # flags that are no path, long or with a ~ as they may be
 NAME_RULE = "a name without / and \\, not beginning with a dot, of at most 100 characters"
 FolderName = Annotated[str, Meta(pattern=r"\A(?!\.)[^/\\\x00-\x1f\x7f\ud800-\udfff]{0,100}\Z")]
 # for msgspec's kinds
@@ -93,9 +96,10 @@ def _checked_value(value: Any, name: str) -> Any:
         encoded = _utf8(text, name)
         if b"\0" in encoded:
             raise ConfigError(f"{name} {text!r} holds a NUL character: leave it out")
-        if len(encoded) > PATH_BYTES or any(len(part) > NAME_BYTES for part in encoded.split(b"/")):
+        is_path = name not in TEXTS
+        if is_path and (len(encoded) > PATH_BYTES or any(len(part) > NAME_BYTES for part in encoded.split(b"/"))):
             raise ConfigError(f"{name} {text[:40]!r}… is too long for a path ({len(text)} characters): shorten it")
-        if text.startswith("~"):
+        if is_path and text.startswith("~"):
             try:
                 return type(value)(Path(text).expanduser())
             except RuntimeError:

@@ -7,11 +7,11 @@ from typing import Any, TypedDict
 
 from prismatic.episodes.result import KNOWN_LATER, Count, EpisodeResult, Facts, read_rows, read_run
 from prismatic.errors import ConfigError
-from prismatic.filenames import REPORT, RESULTS, SUMMARY
+from prismatic.filenames import REPORT, RESULTS, RUN, SUMMARY
 from prismatic.records import read_record
 from prismatic.scene.trajectory import STAGES
 from prismatic.statistics import clustered_bootstrap, needed, wilson_interval
-from prismatic.versions import unpinned_simulator
+from prismatic.versions import SIMULATOR_PACKAGES, unpinned_simulator
 
 FLOORS_AND_CEILINGS = ("zero", "random", "replay", "expert")
 SAME_EPISODES = ("task_suite_name", "env_seed", "num_steps_wait", "step_limit")
@@ -88,8 +88,13 @@ def funnel(rows: Sequence[EpisodeResult]) -> dict[str, dict[str, float]]:
         missed.update({stage for stage, step in steps if step is None})
     return {
         stage: {"episodes": count, "reached": count - missed[stage], "share": (count - missed[stage]) / count}
-        for stage, count in sorted(episodes.items(), key=lambda item: STAGES.index(item[0]))
+        for stage, count in sorted(episodes.items(), key=lambda item: _order(item[0]))
     }
+
+
+def _order(stage: str) -> int:
+    """Its place; of a stage that only a later version knows the last."""
+    return STAGES.index(stage) if stage in STAGES else len(STAGES)
 
 
 def by_suite_and_task(rows: Sequence[EpisodeResult]) -> dict[str, dict[int, list[bool]]]:
@@ -192,6 +197,10 @@ def percent(interval: Sequence[float]) -> str:
     return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f} %"
 
 
+# What runs must have in common for a mean over their suites, or a comparison, to mean the policies.
+SAME_IN_ALL_SUITES = ("num_steps_wait", "env_seed", "renderer", "render_quality", *SIMULATOR_PACKAGES)
+
+
 def mean_over_suites(folders: Sequence[Path]) -> Iterator[str]:
     """The number that papers give for LIBERO: a sentence a suite, and one for their mean with a bootstrap clustered by task.
 
@@ -199,6 +208,11 @@ def mean_over_suites(folders: Sequence[Path]) -> Iterator[str]:
     an episode that stands in two folders.
     """
     rows, where = [], {}
+    for name in SAME_IN_ALL_SUITES:
+        values = {read_run(folder).identity.get(name): folder for folder in folders if (folder / RUN).exists()}
+        if len(values) > 1:
+            said = ", ".join(f"{value} in {folder}" for value, folder in values.items())
+            yield f"beware, {name} is not the same: {said}"
     for folder in folders:
         found = [row for row in read_rows(folder) if row.success is not None]
         if not found:

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from prismatic.filenames import SUMS
 from prismatic.records import read_bytes
 
 LARGEST = 1 << 20  # bytes of a SHA256SUMS
+LINE = re.compile(r"(?P<digest>[0-9a-fA-F]{64}) [ *](\./)?(?P<name>.+)")  # " " of a text, "*" of a binary file
 
 
 def write_sums(folder: Path, files: Iterable[Path]) -> Path:
@@ -22,10 +24,10 @@ def write_sums(folder: Path, files: Iterable[Path]) -> Path:
 def read_sums(folder: Path) -> dict[str, str]:
     """Digest by file name. ConfigError for a list that is cut off or unreadable."""
     content = read_bytes(folder / SUMS, largest=LARGEST, way_out="copy the folder again").decode(errors="replace")
-    lines = [line.split("  ", 1) for line in content.splitlines()]
-    if any(len(line) != 2 or len(line[0]) != 64 for line in lines):
+    lines = [LINE.fullmatch(line) for line in content.splitlines()]
+    if None in lines:
         raise ConfigError(f"{folder / SUMS} is cut off or damaged: copy the folder again")
-    return {name: digest for digest, name in lines}
+    return {line["name"]: line["digest"].lower() for line in lines if line}
 
 
 def check_sum(path: Path) -> None:

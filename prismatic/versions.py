@@ -89,6 +89,8 @@ def folder_fingerprint(path: Path, *, weights_only: bool = False) -> str:
         *path.glob("checkpoints/*"),
     ]  # the second is where a native Prismatic folder keeps its .pt
     files = [file for file in there if file.suffix in kinds and file.name not in NOT_BEHAVIOUR and file.is_file()]
+    if not any(file.suffix in WEIGHTS for file in files):
+        raise ConfigError(f"{path} holds no weights: give a checkpoint's or an adapter's folder")
     for file in sorted(files, key=lambda file: file.name):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())

@@ -8,10 +8,9 @@ from prismatic.data.frames import FrameCache
 from prismatic.data.writer import CacheWriter
 
 
-def write_cache(
-    folder: Path, episodes: Sequence[dict[str, Any]], *, train_episodes: int | None = None, name: str = "drawn"
-) -> FrameCache:
-    """episodes: images (and wrist_images) as JPEG bytes, action (T, D), state (T, S) or none, instruction (one, or one a step), file_path."""
+def write_cache(folder: Path, episodes: Sequence[dict[str, Any]], *, name: str = "drawn", **how: Any) -> FrameCache:
+    """how: of `finish`. episodes: images (and wrist_images) as JPEG bytes, action (T, D), state (T, S) or none, instruction (one, or one a
+    step), file_path."""
     folder.mkdir(parents=True)
     views = ["images", "wrist_images"][: 1 + ("wrist_images" in episodes[0])]
     writer = CacheWriter(folder, name=name, views=views)
@@ -24,5 +23,5 @@ def write_cache(
             instructions=[said] * len(episode["action"]) if isinstance(said, str) else said,
             file_path=episode.get("file_path", ""),
         )
-    writer.finish(train_episodes=train_episodes)
+    writer.finish(**how)
     return FrameCache(folder)

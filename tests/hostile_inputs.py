@@ -126,8 +126,8 @@ def read_actions(folder: Path) -> Any:
 
 ROWS = [row(0, 0, True), row(0, 1, False, verdict="missed"), row(1, 0, None, "crashed")]
 STAGED: dict[str, Any] = {
-    "images": [b"\xff\xd8one", b"\xff\xd8two"], "action": np.arange(14.0).reshape(2, 7), "state": np.ones((2, 8)), "instruction": "go",
-    "file_path": "here",
+    "images": [b"\xff\xd8one\xff\xd9", b"\xff\xd8two\xff\xd9"], "action": np.arange(14.0).reshape(2, 7), "state": np.ones((2, 8)),
+    "instruction": "go", "file_path": "here",
 }  # fmt: skip
 ADAPTER = {
     "peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj"], "bias": "none",

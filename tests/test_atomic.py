@@ -1,6 +1,7 @@
 """Files and folders are whole or as before, whatever the disk says, and the first error is the one that is told."""
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,24 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
     with pytest.raises(ConfigError, match="No space left"):
         atomic.write_whole(tmp_path / "file", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_a_kill_between_the_old_folder_and_the_new_one_loses_neither(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "file").write_text("old")
+    folder.rename(tmp_path / ".previous-folder")  # as a call leaves it that was killed at its end
+    with pytest.raises(KeyError), atomic.whole_folder(folder):
+        assert (folder / "file").read_text() == "old"
+        raise KeyError("a bug")
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "file"]
+
+
+def test_what_killed_calls_were_writing_is_swept_but_not_what_is_being_written(tmp_path: Path) -> None:
+    (tmp_path / ".unfinished-3").mkdir()
+    for number in ("99999999", os.getpid()):
+        (tmp_path / f".unfinished-run.json.{number}").touch()
+    atomic.sweep(tmp_path, "*.*")
+    assert {path.name for path in tmp_path.iterdir()} == {".unfinished-3", f".unfinished-run.json.{os.getpid()}"}
+    atomic.sweep(tmp_path)
+    assert not (tmp_path / ".unfinished-3").exists()

@@ -55,6 +55,25 @@ def test_what_is_attempted_does_not_depend_on_timing(tmp_path: Path) -> None:
     assert sum(name.endswith(".npz") for name in made[0]) == 10
 
 
+def test_a_run_s_folder_stands_for_its_newest_policy_and_one_without_weights_for_none(tmp_path: Path) -> None:
+    names = []
+    for name, weights in (("a", b"one"), ("b", b"two")):
+        (tmp_path / name / "latest").mkdir(parents=True)
+        (tmp_path / name / "latest" / "adapter_model.safetensors").write_bytes(weights)
+        jobs = [
+            Schedule(config(tmp_path, policy_checkpoint=folder), tmp_path).next_job()
+            for folder in (tmp_path / name, tmp_path / name / "latest")
+        ]
+        names += [job.path.name for job in jobs if job]
+    assert names[0] == names[1] != names[2] == names[3]
+    with pytest.raises(ConfigError, match="holds no weights"):
+        Schedule(config(tmp_path, policy_checkpoint=tmp_path), tmp_path)
+
+
+def test_a_task_that_is_named_twice_counts_once(tmp_path: Path) -> None:
+    assert Schedule(config(tmp_path, task_ids=(0, 0), num_demos_per_task=2), tmp_path).total == 2
+
+
 def test_goes_on_where_it_stopped(tmp_path: Path) -> None:
     few = pretend(config(tmp_path, task_ids=(1,), num_demos_per_task=2), workers=2, seed=0)
     schedule = Schedule(config(tmp_path, task_ids=(1,), num_demos_per_task=4), tmp_path / "demo_staged")
@@ -78,6 +97,8 @@ def test_two_collections_are_not_mixed(tmp_path: Path) -> None:
     open_stage(config(tmp_path, num_demos_per_task=7, task_ids=(2,)))  # more of the same is welcome
     with pytest.raises(ConfigError, match=r"perturbation 0.5, not 0.1"):
         open_stage(config(tmp_path, perturbation=0.1))
+    with pytest.raises(ConfigError, match=r"dataset_format rlds, not lerobot"):
+        open_stage(config(tmp_path, format="lerobot"))
     for seed in (0, 3):  # which means nothing to a replay
         open_stage(config(tmp_path, dataset_name="replayed", from_hdf5=tmp_path, seed=seed))
     with pytest.raises(ConfigError, match=f"collected with from_hdf5 {tmp_path}, not None"):

@@ -59,7 +59,9 @@ def test_every_form_of_the_rotary_base_counts(tmp_path: Path) -> None:
         {"timm_model_ids": ["hf-hub:someone/model", SIGLIP]}, {"timm_model_ids": []}, {"timm_model_ids": 3},
         {"tiny_timm_kwargs": {SIGLIP: {"checkpoint_path": "/etc/passwd"}}}, {"tiny_timm_kwargs": {SIGLIP: {"pretrained": True}}},
         {"tiny_timm_kwargs": {"hf-hub:someone/model": {}}}, {"tiny_timm_kwargs": {SIGLIP: {"depth": 10**6}}},
-        {"vision_stem": [0]}, {"vision_stem": "abc"}, {"n_action_bins": 1}, {"n_action_bins": 5000}, {"pad_token_id": 5000},
+        {"vision_stem": [0]}, {"vision_stem": "abc"}, {"vision_stem": [8] * 5}, {"tiny_timm_kwargs": {SIGLIP: {"patch_size": 7}}},
+        {"tiny_timm_kwargs": {SIGLIP: {"patch_size": 160}}}, {"tiny_timm_kwargs": {SIGLIP: {"embed_dim": 97, "num_heads": 3}}},
+        {"num_images_in_input": 3}, {"n_action_bins": 1}, {"n_action_bins": 5000}, {"pad_token_id": 5000},
         {"empty_token_id": -1}, {"num_images_in_input": 0}, {"num_images_in_input": None}, {"text_config": []}, {"text_config": None},
         {"pad_to_multiple_of": 5000}, {"image_resize_strategy": None}, {"arch_specifier": "linear"}, {"use_fused_vision_backbone": False},
     ],
@@ -71,4 +73,4 @@ def test_another_model_is_refused_by_field(tmp_path: Path, change: dict[str, Any
         read_config(path)
     sentence, field = str(error.value), next(iter(change.get("text") or change))
     assert "\n" not in sentence and str(path) in sentence and time.monotonic() - begun < 2
-    assert any(name in sentence for name in (field, "hidden_size", "vocab_size"))
+    assert any(name in sentence for name in (field, "hidden_size", "vocab_size", "patch_size", "embed_dim"))

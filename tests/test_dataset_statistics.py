@@ -57,6 +57,13 @@ def refused(entry: Any, **how: Any) -> str:
     return str(error.value)
 
 
+def test_a_state_needs_its_range_to_act_too() -> None:
+    for name in ("min", "max"):
+        entry = changed(lambda e, name=name: e["proprio"].pop(name))
+        assert f"proprio.{name} is missing" in refused(entry, state=True)
+        check_entry(entry, "here")
+
+
 @pytest.mark.parametrize("kind", NONSENSE)
 def test_nonsense_is_refused(kind: str) -> None:
     refused(changed(NONSENSE[kind]))

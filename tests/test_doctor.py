@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import doctor
+from config import FinetuneConfig
 from doctor import DoctorConfig
 from prismatic.checkpoint import load_vla, save_checkpoint
+from prismatic.errors import ConfigError
 from prismatic.models.tiny import random_vla
 from prismatic.processor_files import load_processor
 from tests.conftest import REPOSITORY
@@ -43,9 +45,15 @@ def test_another_simulator_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bad(DoctorConfig(simulator=False)) == ["mujoco 3.17.0, pinned 3.2.3"]
 
 
-def test_a_missing_data_set_is_bad(tmp_path: Path) -> None:
+def test_a_missing_data_set_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (text,) = bad(DoctorConfig(simulator=False, data_root_dir=str(tmp_path), dataset_name="none"))
     assert "none" in text
+    assert len(bad(DoctorConfig(simulator=False, data_root_dir=str(tmp_path), dataset_name="none,nor:0.5"))) == 2
+    monkeypatch.setattr(FinetuneConfig, "data_root_dir", str(tmp_path / "nowhere"))
+    (text,) = bad(DoctorConfig(simulator=False, dataset_name="none"))
+    assert "nowhere" in text
+    with pytest.raises(ConfigError, match="give --checkpoint"):
+        doctor.main(DoctorConfig(simulator=False, adapter=tmp_path))
 
 
 def test_a_model_that_does_not_look_is_bad(tmp_path: Path) -> None:
@@ -67,7 +75,7 @@ def l1(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def told(cfg: DoctorConfig) -> list[tuple[bool | None, str]]:
-    return [(check.good, f"{check.text}: {check.remedy}") for check in doctor.policy(cfg, None)]
+    return [(check.good, f"{check.text}: {check.remedy}") for check in doctor.policy(cfg, [])]
 
 
 def test_what_a_checkpoint_is_is_named(l1: Path) -> None:

@@ -107,6 +107,24 @@ def test_a_published_folder_goes_out_bit_equal(reference: Path, tmp_path: Path) 
     assert config["torch_dtype"] == "bfloat16" and set(config["norm_stats"]) == set(original["norm_stats"])
 
 
+def test_a_policy_of_several_sets_leaves_the_choice_open(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = Path(shutil.copytree(place / "adapter", place / "adapter_of_two"))
+    statistics = json.loads((both / "dataset_statistics.json").read_text())
+    (both / "dataset_statistics.json").write_text(json.dumps(statistics | {"other": statistics["mine"]}))
+    config = json.loads((both / "processor.json").read_text())
+    (both / "processor.json").write_text(json.dumps(config | {"unnorm_key": None}))
+    with pytest.raises(ConfigError, match="unnorm_key is needed"):
+        load_policy(exported(both, tmp_path / "open"), device="cpu")
+    for key in ("mine", "other"):
+        assert load_policy(tmp_path / "open", unnorm_key=key, device="cpu").processor.config.unnorm_key == key
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert exported(both, Path(), unnorm_key="other") == tmp_path / "here"
+    assert load_policy(tmp_path / "here", device="cpu").processor.config.unnorm_key == "other"
+
+
 def test_what_cannot_be_written(place: Path, reference: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"tokenizer\.json is missing"):
         exported(reference / "prismatic_checkpoint", tmp_path / "out")

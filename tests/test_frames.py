@@ -21,7 +21,7 @@ HALF_SILENT_EPISODE = 4  # only its first step has no instruction
 
 def image_of(name: str, frame: int, view: str = "image") -> bytes:
     """What begins like a JPEG is stored as it is."""
-    return b"\xff\xd8" + f"{view} {frame} of {name}".encode()
+    return b"\xff\xd8" + f"{view} {frame} of {name}".encode() + b"\xff\xd9"
 
 
 def make_cache(folder: Path, lengths: list[int], *, wrist: bool = True) -> FrameCache:
@@ -142,7 +142,7 @@ def test_chunks_and_state_are_the_original_s(both_numbers, tmp_path):
     ends = np.cumsum(lengths)
     episodes = [
         {
-            "images": [b"\xff\xd8"] * n, "action": raw["raw_action"][end - n : end],
+            "images": [b"\xff\xd8\xff\xd9"] * n, "action": raw["raw_action"][end - n : end],
             "state": arrays["all_state_raw"][end - n : end], "instruction": said,
         }
         for n, end, said in zip(lengths, ends, facts["episode_instructions_in_order"], strict=True)
@@ -235,3 +235,16 @@ def test_batches_of_workers_are_the_draws(cache):
     batches = iter(loader)
     images = [[step.image for step in next(batches)] for _ in range(3)]
     assert images == [[mixture[draw].image for draw in range(4 * step, 4 * step + 4)] for step in (2, 3, 4)]
+
+
+def test_where_episodes_stand_task_after_task_what_is_held_out_is_drawn(tmp_path: Path) -> None:
+    image, action = image_of("one", 0), np.zeros((1, 7))
+    episodes = [{"images": [image], "action": action, "instruction": f"task {n // 5}"} for n in range(50)]
+    cache = write_cache(tmp_path / "one", episodes, in_order=True)
+    held_out = {cache.instruction(frame) for frame in cache.validation_indices(0.2)}
+    assert len(cache.validation_indices(0.2)) == 10 and len(held_out) > 4
+    assert len({cache.instruction(frame) for frame in cache.train_indices(0.2)}) == 10
+    both = np.concatenate([cache.train_indices(0.2), cache.validation_indices(0.2)])
+    assert sorted(both.tolist()) == list(range(50))
+    split = write_cache(tmp_path / "two", episodes, in_order=True, train_episodes=40)  # the data set's own word counts
+    assert split.validation_indices(0.2).tolist() == list(range(40, 50))

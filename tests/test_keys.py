@@ -52,6 +52,9 @@ def columns(*grippers: float) -> np.ndarray:
         (columns(0, 1), (), (6,), "one_open"),
         (columns(-0.02, 1), (), (6,), "one_open"),  # noise below 0 proves nothing
         (columns(0, 80), (), (), "none"),  # degrees
+        (columns(0, 0.04), (), (), "none"),  # metres
+        (columns(0, 0), (), (6,), "one_open"),  # never opened
+        (np.tile(columns(0, 1), (1, 2)), [*["left_arm"] * 6, "left_grip", *["right_arm"] * 6, "right_grip"], (6, 13), "one_open"),
         (columns(0, 1), [f"joint_{n}" for n in range(7)], (), "none"),
         (columns(0, 1), ["gripper", *"abcdef"], (0,), "one_open"),
         (np.tile(columns(-1, 1), (1, 2)), [*"abcdef", "left_gripper", *"ghijkl", "right_gripper"], (6, 13), "minus_one_open"),

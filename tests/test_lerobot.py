@@ -23,7 +23,7 @@ from huggingface_hub.utils import filter_repo_objects
 from prismatic.data import lerobot, video
 from prismatic.data.frames import FrameCache
 from prismatic.data.keys import DataKeys, find_keys
-from prismatic.data.lerobot_meta import DATA_FILES, LeRobotFolder
+from prismatic.data.lerobot_meta import DATA_FILES, EPISODE_FILES, LeRobotFolder
 from prismatic.data.mixture import open_cache
 from prismatic.data.writer import pixels_of
 from prismatic.errors import ConfigError
@@ -187,14 +187,15 @@ def test_it_is_the_same_set(copied: Path, change: Callable[[Path], None]) -> Non
 
 def test_names_of_dimensions_and_splits_come_in_several_forms(tmp_path: Path) -> None:
     forms: dict[str, Any] = {
-        "list": ["x", "y", "gripper"], "dictionary": {"motors": ["x", "y"], "hand": ["gripper"]}, "one": ["action"], "null": None,
+        "list": ["x", "y", "gripper"], "places": {"gripper": 2, "x": 0, "y": 1}, 
+        "dictionary": {"motors": ["x", "y"], "hand": ["gripper"]}, "one": ["action"], "null": None,
     }  # fmt: skip
     info: dict[str, Any] = {"codebase_version": "v3.0"}
     info["features"] = {name: {"dtype": "float32", "shape": [3], "names": names} for name, names in forms.items()}
     (tmp_path / "meta").mkdir()
     (tmp_path / LEROBOT_INFO).write_text(json.dumps(info))
     names = LeRobotFolder(tmp_path).dimension_names
-    assert [names([name])[-1:] for name in forms] == [["gripper"], ["gripper"], [], []]
+    assert [names([name])[-1:] for name in forms] == [["gripper"]] * 3 + [[], []]
     for splits, train, noted in (
         ({"train": "0:9"}, None, False),
         ({"train": "0:7", "val": "7:9"}, 7, False),
@@ -219,6 +220,13 @@ def no_time(folder: Path) -> None:
     rewrite(folder, DATA_FILES, lambda table: table.drop_columns(["timestamp"]))
 
 
+def no_start(folder: Path) -> None:
+    """Each episode would begin where its file does."""
+    rewrite(
+        folder, EPISODE_FILES, lambda t: t.drop_columns([n for n in t.column_names if n.endswith("from_timestamp")])
+    )
+
+
 def other_actions(action: list[Any]) -> Callable[[Path], None]:
     """In the last file."""
 
@@ -237,6 +245,7 @@ REFUSED: list[tuple[str, Callable[[Path], Any], str]] = [
     ("v3 video", lambda f: last_file(f).write_bytes(b"version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
     ("v3 video", lambda f: change_info(f, codebase_version="v1.6"), r"v1\.6.*converter"),
     ("v3 video", no_time, "add the fps"),
+    ("v3 video", no_start, "from_timestamp"),
     ("v3 image", other_actions([[1.0] * 9]), "vectors of several lengths"),
     ("v3 image", other_actions(["up"]), "and no numbers"),
     *(("v3 video", lambda f, path=path: change_info(f, video_path=path), "video_path")

@@ -61,6 +61,19 @@ def test_several_files_are_one_set(staged: Path, tmp_path: Path, monkeypatch: py
     assert told.image_bytes(3) == turned
 
 
+@pytest.mark.parametrize("other", ["larger", "one camera", "the first has one"])
+def test_an_episode_of_another_form_is_named_before_all_are_written(tmp_path: Path, other: str) -> None:
+    usual, changed = dict(EPISODES[0]), dict(EPISODES[1])
+    if other == "larger":
+        changed["images"] = [encode_jpeg(np.zeros((96, 96, 3), np.uint8))] * len(changed["images"])
+    else:
+        (changed if other == "one camera" else usual).pop("wrist_images")
+    for number, episode in enumerate((usual, changed)):
+        stage_episode(tmp_path / f"staged/{number}.npz", **episode)
+    with pytest.raises(ConfigError, match=r"of the staged episode .*1\.npz has another shape"):
+        lerobot_writer.write_dataset(tmp_path / "staged", tmp_path / "lerobot", "drawn")
+
+
 def test_two_arms_one_camera_and_no_state(tmp_path: Path) -> None:
     for number, episode in enumerate(EPISODES[:2]):
         arms = np.tile(episode["action"], 2)

@@ -2,8 +2,14 @@
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import pytest
+from torch.utils.data import Dataset
+
+from prismatic.data.loader import batches
+from prismatic.errors import ConfigError
 from tests.conftest import REPOSITORY
 
 STUCK = """
@@ -33,6 +39,23 @@ if __name__ == "__main__":
         for batch in loader.batches(Examples(pathlib.Path(sys.argv[1])), [[0], [1]], num_workers=1, pin_memory=False):
             print("batch", batch, flush=True)
 """
+
+
+class Broken(Dataset):
+    processor = types.SimpleNamespace(collate=list)
+
+    def __init__(self, error: type[Exception]) -> None:
+        self.error = error
+
+    def __getitem__(self, index: int) -> int:
+        raise self.error("frame 3 is damaged")
+
+
+@pytest.mark.parametrize("error", [ConfigError, RuntimeError])
+def test_a_workers_error_stays_what_it_is(error: type[Exception]) -> None:
+    with pytest.raises(error, match="frame 3 is damaged") as told:
+        next(batches(Broken(error), [[0]], num_workers=1, pin_memory=False))  # pyright: ignore[reportArgumentType]
+    assert error is RuntimeError or str(told.value) == "frame 3 is damaged"
 
 
 def test_a_batch_that_never_comes_ends_the_process_in_a_sentence(tmp_path: Path) -> None:

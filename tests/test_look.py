@@ -14,6 +14,7 @@ from doctor import DoctorConfig
 from prismatic.data.frames import FrameCache
 from prismatic.data.look import look
 from prismatic.data.mixture import sentences
+from prismatic.data.writer import JPEG_END
 from prismatic.errors import ConfigError
 from prismatic.filenames import LEROBOT_INFO
 from prismatic.image import encode_jpeg
@@ -107,8 +108,11 @@ def test_each_fault_is_found(tmp_path: Path, fault: str) -> None:
 def test_a_whole_episode_is_decoded(tmp_path: Path) -> None:
     one = episode(0)
     one["images"][5] = one["images"][5][:40]
+    with pytest.raises(ConfigError, match="no image that can be read"):
+        write_cache(tmp_path / "cut", [one])
+    one["images"][5] += JPEG_END  # what is broken inside is found only when it is decoded
     with pytest.raises(ConfigError, match="no whole JPEG"):
-        look(write_cache(tmp_path / "cut", [one]))
+        look(write_cache(tmp_path / "broken", [one]))
     one["images"][5] = encode_jpeg(np.zeros((10, 10, 3), np.uint8))
     with pytest.raises(ConfigError, match="several sizes"):
         look(write_cache(tmp_path / "sizes", [one]))

@@ -137,6 +137,10 @@ def test_what_cannot_be_right_is_one_sentence(
 def test_an_rl_folder_without_a_head_says_what_it_is_when_asked(published: Path) -> None:
     for file in (HEAD, PROJECTOR):
         (published / file).unlink()
+    (published / "dataset_statistics.json").rename(published / "aside")
+    with pytest.raises(ConfigError, match="statistics of the robot's state"):  # those in config.json
+        load_vla(published)
+    (published / "aside").rename(published / "dataset_statistics.json")
     with pytest.raises(ConfigError, match="statistics of the robot's state"):
         policy_of(published)
     policy = policy_of(published, action_head="parallel", num_actions_chunk=8, num_images_in_input=1)
@@ -161,10 +165,29 @@ def test_what_a_folder_says_is_not_contradicted_nor_merged_again(made: Path, pub
     ):
         with pytest.raises(ConfigError, match=r"is merged into .* already"):
             attempt()
-    still = {"demo": {"action": COLUMNS, "proprio": {"q01": [0.0] * 7, "q99": [0.0] * 7}}}
+    shutil.rmtree(inner)
+    merged = add_lora(load_vla(made / "base"), rank=2)
+    facts: dict[str, Any] = {"processor": drawn_processor(merged.config), "statistics": {}, "options": {}}
+    for folder in (inner, published.parent / "copy"):
+        save_adapter(folder, merged, **facts)
+    with pytest.raises(ConfigError, match=r"copy is merged into .*published already"):
+        load_vla(published, published.parent / "copy")
+    still = {"demo": {"action": COLUMNS, "proprio": dict.fromkeys(("q01", "q99", "min", "max"), [0.0] * 7)}}
     (published / "dataset_statistics.json").write_text(json.dumps(still))
     with pytest.raises(ConfigError, match="proprio has 7 dimensions that never change"):
         policy_of(published)
+
+
+def test_training_leaves_the_state_out_but_not_the_head(made: Path) -> None:
+    vla = load_vla(made / "own", new_heads=True, proprio_dim=0)
+    assert vla.proprio_projector is None and vla.action_head is not None
+    with pytest.raises(ConfigError, match="token head is untrained: leave out --action_head parallel"):
+        load_vla(made / "own", new_heads=True, action_head="parallel")
+
+
+def test_more_images_than_cameras_are_refused(published: Path) -> None:
+    with pytest.raises(ConfigError, match="num_images_in_input is 3: give 1"):
+        policy_of(published, num_images_in_input=3)
 
 
 def test_an_adapter_brings_its_heads(made: Path, tmp_path: Path) -> None:

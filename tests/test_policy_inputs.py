@@ -9,7 +9,7 @@ from PIL import Image
 
 from prismatic.errors import ConfigError
 from prismatic.image import PreparedImage
-from prismatic.policy_inputs import as_frames, check_batch
+from prismatic.policy_inputs import as_frames, as_states, check_batch
 
 FRAME = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
 
@@ -46,12 +46,25 @@ def test_no_frame_is_one_sentence(given: Any, says: str) -> None:
     [
         ([], {"frames": []}), (["a"], {"frames": [FRAME, FRAME]}), (["a", "b"], {"frames": [FRAME]}), ("a", {"frames": [FRAME]}),
         (["a"], {"frames": None, "wrists": []}), ([3], {}), ([None], {}), (["a\ud800"], {}), (None, {}), (["a"], {"states": 3}),
+        (["a"], {"episodes": [["a list"]]}),
     ],
 )  # fmt: skip
 def test_a_batch_that_does_not_fit_is_one_sentence(instructions: Any, others: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as error:
         check_batch(instructions, **others)
     assert "\n" not in str(error.value) and (str(error.value).isprintable())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [np.zeros(8), np.zeros((1, 1, 8)), [[0.0] * 8, [0.0] * 7], [["a"] * 8], [[None] * 8], [[float("nan")] * 8]],
+    ids=str,
+)
+def test_states_that_are_no_rows_of_numbers_are_one_sentence(given: Any) -> None:
+    with pytest.raises(ConfigError, match="states") as error:
+        as_states(given, "states")
+    assert "\n" not in str(error.value)
+    np.testing.assert_array_equal(as_states(torch.ones(2, 8), "states"), np.ones((2, 8)))
 
 
 def test_a_batch_is_taken() -> None:

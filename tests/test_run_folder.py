@@ -47,6 +47,15 @@ def test_the_newest_stay_also_past_a_million_and_the_best_beside_them(tmp_path: 
     assert not list(tmp_path.glob(".unfinished*"))
 
 
+def test_options_may_change_until_a_step_is_saved(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, keep=2)
+    for quantised in (False, True):  # as the memory plan advises
+        run.check_options({"use_quantization": quantised}, may_change=())
+    run.save(1, nothing, {})
+    with pytest.raises(ConfigError, match="was begun with --use_quantization True, not False"):
+        run.check_options({"use_quantization": False}, may_change=())
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), RuntimeError("CUDA error: launch failed")])
 def test_what_a_gpu_says_while_saving_is_not_taken_for_a_full_disk(tmp_path: Path, error: Exception) -> None:
     run = RunFolder(tmp_path, keep=2)

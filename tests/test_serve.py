@@ -1,5 +1,6 @@
 """serve.py as it is run: a process of its own, a real model, a robot that asks it, and a signal that ends it."""
 
+import asyncio
 import itertools
 import json
 import logging
@@ -24,7 +25,10 @@ from prismatic.bench.serve import flood
 from prismatic.checkpoint import load_policy
 from prismatic.errors import ConfigError
 from prismatic.machine import resident
+from prismatic.serving.app import Server
 from prismatic.serving.guard import KEY_VARIABLE
+from prismatic.serving.observation import Limits
+from prismatic.serving.service import Service
 from serve import ServeConfig
 from tests.conftest import REPOSITORY
 from tests.fake_policy import FakePolicy, picture
@@ -89,6 +93,25 @@ def test_a_wrong_configuration_is_one_sentence_before_anything_is_loaded(
     monkeypatch.setenv(KEY_VARIABLE, key)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match=flag):
         serve.main(ServeConfig("no checkpoint", port=taken.getsockname()[1], **change))
+
+
+def test_the_printed_command_has_the_key_wherever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, host, wanted in (
+        ("k" * 20, "::1", f"${KEY_VARIABLE}"),
+        ("k" * 20, "[::1]", "http://[::1]:80/act"),
+        ("", "::1", "curl -s http"),
+    ):
+        monkeypatch.setenv(KEY_VARIABLE, key)
+        assert wanted in serve.addresses(ServeConfig("", host=host), 80)[-1]
+
+
+def test_a_port_that_another_took_meanwhile_is_one_sentence() -> None:
+    both = [serve.bind("127.0.0.1", 0)]
+    both.append(serve.bind("127.0.0.1", both[0].getsockname()[1]))  # neither listens yet
+    both[0].listen()
+    server = Server(Service(FakePolicy(), Limits(), prepare=lambda frame: frame), None)
+    with both[0], both[1], pytest.raises(ConfigError, match="give another --port"):
+        asyncio.run(server.run_until_stopped(both[1], lambda times: None))
 
 
 def test_not_healthy_before_warm_up_and_while_stopping() -> None:

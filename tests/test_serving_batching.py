@@ -13,6 +13,7 @@ from typing import Any
 
 import json_numpy
 import numpy as np
+import pytest
 import requests
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
@@ -112,6 +113,27 @@ def test_a_full_queue_answers_503_with_retry_after() -> None:
         responses = sorted((one.result() for one in asked), key=lambda response: response.status_code)
     assert [response.status_code for response in responses] == [200] * 3 + [503] * 5
     assert responses[-1].headers["Retry-After"] == "1" and "try again" in responses[-1].json()["error"]
+
+
+def test_nothing_is_computed_for_who_hung_up() -> None:
+    policy = FakePolicy()
+    with live(policy, max_batch=1) as server, ThreadPoolExecutor(1) as pool:
+        policy.batches.clear()
+        policy.gate.clear()
+        first = pool.submit(server.act, body())
+        while not server.service.under_way:
+            time.sleep(0.01)
+        for n in range(5):
+            with pytest.raises(requests.Timeout):
+                requests.post(server.url + "/act", data=body(n), timeout=0.2)
+        end = time.monotonic() + 10
+        while server.service.under_way > 1 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert server.service.under_way == 1
+        policy.gate.set()
+        assert first.result().status_code == server.act(body(9)).status_code == 200
+        assert policy.batches == [1, 1]
+        assert 'status="499"} 5.0' in server.get("/metrics").text
 
 
 def test_many_clients_of_several_dialects_each_get_their_own_answers_in_order() -> None:

@@ -197,6 +197,7 @@ LIES: dict[Callable[[bytes, Limits], Any], list[tuple[bytes, str]]] = {
         (b'{"image":' + b"[" * 100_000, "no JSON"),
         (b"\xff\xfe\x00", "no JSON"),
         (b"3", "no JSON"),
+        (b'{"image": {"__numpy__": "", "dtype": "|u1", "shape": [0, 9223372036854775808, 3]}}', "shape"),
     ],
     read_msgpack: [
         (pack({b"__ndarray__": True, b"data": pickle.dumps([1]), b"dtype": "|O", b"shape": [1]}), "plain number"),

@@ -59,6 +59,14 @@ def test_what_is_not_there_is_named() -> None:
         suites.instruction("libero_spatial", 10)
 
 
+def test_paths_of_a_libero_that_is_gone_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path))
+    for content in ("bddl_files: /gone\ninit_states: /gone\n", "bddl_files: [", "- a list"):
+        (tmp_path / "config.yaml").write_text(content)
+        with pytest.raises(ConfigError, match=r"config\.yaml.*unset LIBERO_CONFIG_PATH"):
+            suites._benchmark.__wrapped__()
+
+
 def test_torch_init_states_are_read_without_running_a_pickle(tmp_path: Path) -> None:
     states = np.random.default_rng(0).normal(size=(3, 5))
     torch.save(states, tmp_path / "good")

@@ -23,6 +23,7 @@ from prismatic.data.staging import load_episode, stage_episode
 from prismatic.data.writer import CacheWriter
 from prismatic.errors import ConfigError
 from prismatic.filenames import STAGED_NOTE
+from prismatic.image import encode_jpeg
 from prismatic.machine import peak_memory
 from prismatic.normalize import Gripper
 from tests.conftest import REPOSITORY
@@ -37,6 +38,11 @@ from tests.drawn_episodes import drawn_episode
         ({"state": np.full((3, 8), np.inf)}, "state of episode 1 .* infinity"),
         ({"action": np.zeros(3)}, "no vectors"),
         ({"images": [b"no image"] * 3}, "images of episode 1 of drawn is no image"),
+        (
+            {"images": [encode_jpeg(np.zeros((8, 8, 3), np.uint8))[:-40]] * 3},
+            "images of episode 1 of drawn is no image",
+        ),
+        ({"images": ["a path"] * 3}, "is of type str"),
         ({"images": [np.zeros((4, 4, 3))] * 3}, r"float64 of shape \(4, 4, 3\): give uint8"),
     ],
 )
@@ -48,7 +54,7 @@ def test_what_would_fail_in_training_is_refused(tmp_path: Path, change: dict, te
 def test_lengths_that_differ_and_no_step_at_all(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"2 images .* for 3 steps"):
         writer = CacheWriter(tmp_path, name="x", views=["image"])
-        writer.add([[b"\xff\xd8"]] * 2, action=np.zeros((3, 7)), instructions=["go"] * 3)
+        writer.add([[b"\xff\xd8\xff\xd9"]] * 2, action=np.zeros((3, 7)), instructions=["go"] * 3)
     with pytest.raises(ConfigError, match="no episode with a step"):
         CacheWriter(tmp_path, name="x").finish()
 

@@ -35,6 +35,7 @@ class CacheMeta:
     source: str = ""  # where the data set lay
     gripper: Gripper = LIBERO_GRIPPER
     action_names: list[str] = field(default_factory=list)  # of each dimension; empty where the data set doesn't say
+    in_order: bool = False  # episodes stand as they were recorded, task after task, not in RLDS' order by a hash: what is held out is drawn
     fps: float | None = None
     notes: list[str] = field(default_factory=list)  # how the data set was read, a sentence each
 

@@ -19,7 +19,7 @@ from prismatic.filenames import CACHE_FRAMES
 from prismatic.normalize import Gripper, action_statistics, gripper_open_is_one
 
 SHUFFLING_STREAM = 0  # keeps these random numbers apart from others that are drawn from a run's seed
-# Of the episodes, the last ones on disk, where tfds puts them in an order of its own by a hash of their names.
+# Of the episodes, the last ones on disk where tfds put them in an order by a hash of their names; drawn where they stand as recorded.
 VAL_SHARE = 0.05
 
 
@@ -35,7 +35,7 @@ class Step(NamedTuple):
 
 
 def num_train_episodes(num_episodes: int, val_share: float = VAL_SHARE) -> int:
-    """How many of the episodes, from the first, are for training where a data set has no validation split; at least one."""
+    """How many of the episodes are for training where a data set has no validation split; at least one."""
     return max(1, round((100 - 100 * val_share) * num_episodes / 100))
 
 
@@ -63,6 +63,9 @@ class FrameCache:
         self._crc = steps.get("crc")  # (N * images,) uint32, None in an old one
         self._lengths = np.bincount(self.episode, minlength=len(self.file_paths))  # frames per episode
         self._train_episodes = meta.train_episodes
+        number = len(self.file_paths)
+        drawn = meta.in_order and meta.train_episodes is None
+        self._rank = np.random.default_rng(number).permutation(number) if drawn else np.arange(number)
 
     def __reduce__(self) -> tuple:
         return FrameCache, (self.folder, self.gripper)
@@ -137,7 +140,8 @@ class FrameCache:
 
     def _indices(self, val_share: float, num_actions_chunk: int, *, training: bool) -> np.ndarray:
         by_share = num_train_episodes(len(self.file_paths), val_share)
-        of_split = (self.episode < (by_share if self._train_episodes is None else self._train_episodes)) == training
+        train = by_share if self._train_episodes is None else self._train_episodes
+        of_split = (self._rank < train)[self.episode] == training
         whole = self.timestep + num_actions_chunk <= self._lengths[self.episode]
         said = np.array([text != "" for text in self._distinct_instructions])[self._instruction]
         return np.flatnonzero(of_split & whole & np.isin(self.episode, self.episode[said]))
@@ -152,7 +156,7 @@ class Mixture:
     """The training frames of one or more caches as an endless sequence: `mixture[p]` is the Step of draw p, with num_actions_chunk actions.
 
     An epoch, `len(mixture)` draws, takes round(weight · frames) of each data set (weight 1: each frame once),
-    mixed anew by (seed, epoch). No frame of a data set comes again before all its others came. ConfigError
+    mixed anew by (seed, epoch). Of weight 1, no frame comes again before all others came. ConfigError
     for a bad weight, for a data set without training frames, and for two of one name (their statistics would
     share a key).
     """

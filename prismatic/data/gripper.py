@@ -12,6 +12,7 @@ from prismatic.errors import ConfigError
 from prismatic.normalize import GRIPPER_CONVENTIONS, Gripper
 
 ACTION_DIM_OF_ONE_ARM = 7  # position 3, rotation 3, gripper: the last is the gripper also where no names say so
+LARGEST_WIDTH = 0.5  # what is 0 or more and never reaches this is an opening in metres, no command from 0 to 1
 SLACK = 1e-3  # by which a command may leave its range: rounding, not another convention
 PROOF = -0.5  # a smallest value between this and zero is noise of a sensor, not an order to open
 FLAG = "--gripper"
@@ -34,7 +35,8 @@ def detect_gripper(actions: np.ndarray, names: Sequence[str] = ()) -> Gripper:
         text = f"no dimension of these {actions.shape[1]} is known as a gripper: all are normalised"
         return Gripper((), "none", text)
     low, high = float(actions[:, dims].min()), float(actions[:, dims].max())
-    if low < -1 - SLACK or high > 1 + SLACK:
+    width = low >= -SLACK and SLACK < high < LARGEST_WIDTH
+    if width or low < -1 - SLACK or high > 1 + SLACK:
         text = (
             f"values from {low:.3g} to {high:.3g} are no gripper command: they are normalised like the other dimensions"
         )

@@ -57,7 +57,7 @@ def build_cache(
     patterns = ["meta/**/*.parquet", "meta/*.jsonl", DATA_FILES]
     patterns += [f"videos/**/{camera}/**/*.mp4" for camera in keys.views]
     files = [source / LEROBOT_INFO, *(path for pattern in patterns for path in source.glob(pattern))]
-    identity, title = [listing(files), sorted(told.items()), rotate_images], name or source.name
+    identity, title = [listing(files), sorted(told.items()), rotate_images, "held-out drawn"], name or source.name
     fill = functools.partial(_read, dataset, keys, name=title, rotate=rotate_images)
     return cached(cache_dir, title, identity, fill)
 
@@ -97,6 +97,7 @@ def _read(dataset: LeRobotFolder, keys: DataKeys, folder: Path, *, name: str, ro
     train, notes = dataset.train_episodes(len(spans))
     writer.finish(
         train_episodes=train,
+        in_order=True,
         action_names=dataset.dimension_names(keys.action),
         fps=dataset.fps,
         notes=[*sentences(keys), *notes],
@@ -129,7 +130,7 @@ def read_rows(dataset: LeRobotFolder, vectors: Sequence[str], *, text: str | Non
     if (frame != expected).any():
         bad = int(np.argmax(frame != expected))
         raise ConfigError(
-            f"episode {episode[bad]} of {dataset.source} goes from frame {expected[bad] - 1} to frame {frame[bad]}: {AGAIN}"
+            f"episode {episode[bad]} of {dataset.source} has frame {frame[bad]} where frame {expected[bad]} belongs: {AGAIN}"
         )
     time = joined["timestamp"][:, 0].astype(np.float64) if "timestamp" in joined else frame / (dataset.fps or np.nan)
     return Rows(files, joined["file"][:, 0], joined["place"][:, 0], episode, time, joined)

@@ -50,7 +50,7 @@ class _Episode(TypedDict):
 class _VideoPlace(TypedDict):
     chunk_index: Count
     file_index: Count
-    from_timestamp: float | None
+    from_timestamp: float
 
 
 class _Feature(TypedDict, total=False):
@@ -101,10 +101,13 @@ class LeRobotFolder:
         return {"camera": [*self.cameras()], "vector": vectors} | ({"text": texts} if "instruction" in told else {})
 
     def dimension_names(self, columns: Sequence[str]) -> list[str]:
-        """The names of the dimensions of joined vectors; empty where they aren't all named. info.json has lists, dictionaries of lists, or null."""
+        """The names of the dimensions of joined vectors; empty where they aren't all named. info.json has lists,
+        dictionaries of lists or of places, or null."""
         joined: list[str] = []
         for column in columns:
             names = self.features[column].get("names")
+            if isinstance(names, Mapping) and all(isinstance(place, int) for place in names.values()):
+                names = sorted(names, key=lambda name: names[name])
             if isinstance(names, Mapping):
                 names = [name for part in names.values() for name in (part if isinstance(part, list) else [part])]
             width = int(np.prod(self.features[column].get("shape") or [0]))
@@ -160,7 +163,7 @@ class LeRobotFolder:
             where = f"meta/episodes of {self.source}: episode {number}: videos/{camera}"
             place = fields_of(raw, _VideoPlace, where, way_out=AGAIN)
             path = self._video(video_key=camera, chunk_index=place["chunk_index"], file_index=place["file_index"])
-            places.append((path, place["from_timestamp"] or 0.0))
+            places.append((path, place["from_timestamp"]))
         return places
 
     def _video(self, **numbers: Any) -> Path:

@@ -125,10 +125,10 @@ def _values(episode: StagedEpisode, features: dict[str, dict[str, Any]], path: P
         values[name] = [{"bytes": jpeg, "path": f"frame-{t:06d}.jpg"} for t, jpeg in enumerate(jpegs)]
     for name, vectors in ((ACTION, episode.action), (STATE, episode.state)):
         values[name] = [] if vectors is None else list(np.asarray(vectors, dtype=np.float32))
-    values = {name: values[name] for name in values if name in features}
+    values = {name: rows for name, rows in values.items() if rows or name in features}
     for name, rows in values.items():
-        wanted = features[name]["shape"] if features[name]["dtype"] == "float32" else None
-        if len(rows) != len(episode.action) or (wanted and [*rows[0].shape] != wanted):
+        shape = [*(decode_jpeg(rows[0]["bytes"]) if isinstance(rows[0], dict) else rows[0]).shape] if rows else []
+        if name not in features or len(rows) != len(episode.action) or shape != features[name]["shape"]:
             raise ConfigError(
                 f"{name} of the staged episode {path} has another shape than the first's: delete it and go on"
             )

@@ -43,8 +43,10 @@ def batches(examples: Examples, draws: DrawBatches, *, num_workers: int, pin_mem
     others = set(multiprocessing.active_children())
     try:
         yield from loader
+    except ConfigError as error:  # of a worker, with its traceback as text
+        raise ConfigError(str(error).rpartition("ConfigError: ")[2].strip()) from None
     except RuntimeError as error:
-        if "DataLoader" not in str(error):
+        if not str(error).startswith("DataLoader"):
             raise
         # one that is stuck would be waited for when this process ends; torch's handler would complain of its death
         handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)

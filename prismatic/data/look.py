@@ -108,16 +108,16 @@ def _decoded_episode(cache: FrameCache) -> tuple[dict[str, float], float]:
     for name, read in (("image", cache.image_bytes), ("wrist image", cache.wrist_bytes))[: 1 + cache.has_wrist]:
         jpegs = [read(frame) for frame in frames]
         try:
-            pixels = [decode_jpeg(jpeg) for jpeg in jpegs]
+            shapes, deviations = zip(*((pixels.shape, pixels.std()) for pixels in map(decode_jpeg, jpegs)), strict=True)
         except ValueError as error:
             raise ConfigError(
                 f"an {name} of episode {number + 1} of {cache.name} is no whole JPEG ({error}): repair or drop it"
             ) from None
-        if len({frame.shape for frame in pixels}) > 1:
+        if len({*shapes}) > 1:
             raise ConfigError(
                 f"episode {number + 1} of {cache.name} has {name}s of several sizes: give one whose frames agree"
             )
-        spread[name] = max(float(frame.std()) for frame in pixels)
+        spread[name] = float(max(deviations))
         still = max(still, sum(a == b for a, b in zip(jpegs[1:], jpegs[:-1], strict=True)) / len(jpegs))
     return spread, still
 

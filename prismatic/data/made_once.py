@@ -8,17 +8,16 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from prismatic.atomic import whole_folder, writing_to
+from prismatic.atomic import sweep, whole_folder, writing_to
 from prismatic.data.cache_files import CACHE_FORMAT
 from prismatic.data.dataset_folder import listing
 from prismatic.errors import ConfigError
-from prismatic.filenames import CACHE_META, STAGED_NOTE, UNFINISHED
+from prismatic.filenames import CACHE_META, STAGED_NOTE
 
 
 def cached(cache_dir: Path, name: str, identity: Any, fill: Callable[[Path], None]) -> Path:
@@ -28,8 +27,7 @@ def cached(cache_dir: Path, name: str, identity: Any, fill: Callable[[Path], Non
     cache = cache_dir / f"{name}-{key[:12]}"
     if not (cache / CACHE_META).is_file():
         with _alone_in(cache_dir):
-            for left in cache_dir.glob(f"{UNFINISHED}*"):  # by a call that was killed
-                shutil.rmtree(left, ignore_errors=True)
+            sweep(cache_dir)
             if not (cache / CACHE_META).is_file():
                 with whole_folder(cache) as folder:
                     fill(folder)

@@ -25,6 +25,7 @@ def open_cache(
     root: a folder of data sets, or the hub id of such a folder or of one LeRobot data set. data_keys: which fields are meant, see keys.py.
     gripper: a convention of normalize.GRIPPER_CONVENTIONS, "none", or "auto" to find it. rotate_images: turn each image by 180°.
     """
+    name = name.rstrip("/")
     options = {"data_keys": data_keys, "rotate_images": rotate_images}
     source = None
     if not Path(root).expanduser().is_dir():
@@ -32,6 +33,7 @@ def open_cache(
         if source and name != str(root).rpartition("/")[2]:
             raise ConfigError(f"{root} is one LeRobot data set: give --dataset_name {str(root).rpartition('/')[2]}")
     source = source or find_dataset(resolve(root, kind="dataset"), name)
+    name = source.name if name == "." else name
     if is_lerobot(source):
         folder = lerobot.build_cache(source, cache_dir, name=name if source.name != name else None, **options)
     else:

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from prismatic.data.dataset_folder import AGAIN, check_whole, dataset_name, find_dataset, listing
+from prismatic.data.dataset_folder import AGAIN, check_whole, dataset_name, find_dataset, is_lerobot, listing
 from prismatic.data.keys import find_keys, parse_data_keys, sentences
 from prismatic.data.made_once import cached, made_of_staged
 from prismatic.data.staging import StagedEpisode, load_episode, stage_episode
@@ -77,6 +77,8 @@ def write_dataset(episodes: Path, output: Path, name: str) -> Path:
     """
     check_name(name)
     target = Path(output).absolute() / name / VERSION
+    if is_lerobot(target.parent):
+        raise ConfigError(f"{target.parent} is a LeRobot data set: give another dataset_name")
 
     def fill(folder: Path, paths: Sequence[Path]) -> None:
         _in_child(f"writing {target}", "write", paths[0].parent, folder, name)
@@ -119,7 +121,7 @@ def _read(source: Path, folder: Path, options: str) -> None:
         raise ConfigError(f"{source} has no split named train, only {list(builder.info.splits)}: rename one")
     keys = find_keys(_fields(tfds, builder.info.features), told, str(source))
     assert keys.instruction  # else find_keys, which was given texts, would have raised
-    several = False
+    several, fields = False, {}
     writer = CacheWriter(folder, name=dataset_name(source), source=str(source), views=keys.views, rotate=rotate)
     stored = itertools.chain.from_iterable(_stored_episodes(tfds, builder, split) for split in sorted(splits))
     bar = tqdm(stored, total=sum(splits.values()), desc=f"reading {dataset_name(source)}", unit="episode")
@@ -137,7 +139,10 @@ def _read(source: Path, folder: Path, options: str) -> None:
             file_path=_decoded(metadata.get("file_path", b"")),
         )
     notes = sentences(keys) + ["of several instructions a step the first that is not empty is taken"] * several
-    writer.finish(train_episodes=splits["train"] if "val" in splits else None, notes=notes)
+    names = (
+        [name for name in keys.action for _ in range(_vector(fields, (name,)).shape[1])] if len(keys.action) > 1 else []
+    )
+    writer.finish(train_episodes=splits["train"] if "val" in splits else None, action_names=names, notes=notes)
 
 
 def _stored_episodes(tfds: Any, builder: Any, split: str) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from prismatic.arrays import read_arrays
-from prismatic.atomic import writing_to
+from prismatic.atomic import flush, writing_to
 from prismatic.errors import ConfigError
 from prismatic.filenames import UNFINISHED
 
@@ -64,6 +64,7 @@ def stage_episode(
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=path.parent) as folder:
             np.savez(Path(folder) / path.name, allow_pickle=False, **content)
+            flush(Path(folder) / path.name)
             (Path(folder) / path.name).replace(path)
 
 

@@ -22,7 +22,8 @@ from prismatic.filenames import CACHE_FRAMES, CACHE_META, CACHE_STEPS
 from prismatic.image import decode_jpeg, encode_jpeg
 
 VIEWS = ("image", "wrist_image")  # their order in frames.bin; the second may be missing
-JPEG_START = b"\xff\xd8"
+JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
+JPEG_TAIL = 64  # bytes in which a whole one ends: some cameras pad
 
 
 class CacheWriter:
@@ -88,6 +89,7 @@ class CacheWriter:
         self,
         *,
         train_episodes: int | None = None,
+        in_order: bool = False,
         action_names: Sequence[str] = (),
         fps: float | None = None,
         notes: Sequence[str] = (),
@@ -103,6 +105,7 @@ class CacheWriter:
             source=self._source,
             fingerprint=self._content.hexdigest(),
             train_episodes=train_episodes,
+            in_order=in_order,
             images=list(VIEWS[: len(self._views)]),
             instructions=list(self._instructions),
             file_paths=self._file_paths,
@@ -124,6 +127,8 @@ def to_jpeg(image: bytes | np.ndarray, *, rotate: bool, where: str) -> bytes:
     where: for the ConfigError of an image that can't be read, such as "observation/image of episode 3".
     """
     if isinstance(image, bytes) and image.startswith(JPEG_START) and not rotate:
+        if JPEG_END not in image[-JPEG_TAIL:]:
+            pixels_of(image, where)  # which says what is wrong with it
         return image
     pixels = pixels_of(image, where)
     return encode_jpeg(np.ascontiguousarray(pixels[::-1, ::-1]) if rotate else pixels)
@@ -136,6 +141,8 @@ def pixels_of(image: bytes | np.ndarray, where: str) -> np.ndarray:
             said = f"{where} is {image.dtype} of shape {image.shape}"
             raise ConfigError(f"{said}: give uint8 of shape (height, width, 3)")
         return image
+    if not isinstance(image, bytes):
+        raise ConfigError(f"{where} is of type {type(image).__name__}: give a JPEG's or PNG's bytes, or uint8 pixels")
     try:
         if image.startswith(JPEG_START):
             return decode_jpeg(image)

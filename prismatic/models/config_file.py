@@ -14,7 +14,7 @@ from msgspec import Meta
 from prismatic.errors import ConfigError
 from prismatic.models.llama import Few, LlamaConfig, Size
 from prismatic.models.vision import DINO_ID, SIGLIP_ID
-from prismatic.models.vla import VLAConfig
+from prismatic.models.vla import PATCH_SIZE, VLAConfig
 from prismatic.records import COPY_AGAIN, fields_of, read_object
 
 ROPE_THETA = 10_000.0  # Llama-2's, where nothing is said
@@ -124,6 +124,16 @@ def _check_sizes(config: VLAConfig, text: Mapping[str, Any], path: Path) -> None
         raise ConfigError(
             f"{path}: head_dim is {text['head_dim']!r:.40}, but only hidden_size / num_attention_heads is built here"
         )
+    for tower, sizes in config.tiny_timm_kwargs.items():
+        patch, halvings = sizes.get("patch_size", PATCH_SIZE), 2 ** len(config.vision_stem)
+        if patch > config.image_size or patch % halvings:
+            raise ConfigError(
+                f"{path}: a patch_size of {patch} doesn't fit images of {config.image_size} pixels, which a vision_stem of "
+                f"{len(config.vision_stem)} convolutions makes {halvings} times smaller: {COPY_AGAIN}"
+            )
+        width, heads = (sizes.get(name) for name in ("embed_dim", "num_heads"))
+        if width and heads and width % heads:
+            raise ConfigError(f"{path}: {tower}: embed_dim {width} does not divide among {heads} heads: {COPY_AGAIN}")
     if config.vocab_size <= config.n_action_bins:
         raise ConfigError(f"{path}: a vocab_size of {rows} leaves no room for text beside the actions: {COPY_AGAIN}")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "empty_token_id"):

@@ -7,7 +7,7 @@ one, in all directions where a chunk of actions comes out of one forward pass (h
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from msgspec import Meta
@@ -21,11 +21,10 @@ from prismatic.models.heads import L1RegressionHead, ProprioProjector, before_bl
 from prismatic.models.llama import Few, Llama, LlamaConfig, Size
 from prismatic.models.projector import Projector
 from prismatic.models.vision import DINO_ID, SIGLIP_ID, VisionBackbone
-from prismatic.ranges import Count
+from prismatic.ranges import ActionHead, Count, Images
 
 IGNORE = -100  # a label that is not trained on
 PATCH_SIZE = 14  # pixels, of both published towers
-ActionHead = Literal["tokens", "parallel", "l1"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class VLAConfig:
     """Sizes of everything; the defaults are openvla-7b. Field names are config.json's where it has them."""
 
     image_size: int = 224  # pixels a side
-    num_images_in_input: Few = 1  # 2 adds the wrist camera (OpenVLA-OFT's name)
+    num_images_in_input: Images = 1  # 2 adds the wrist camera (OpenVLA-OFT's name)
     # how hidden states become actions: token by token (OpenVLA), all tokens of a chunk in one forward pass, or regressed (OpenVLA-OFT)
     action_head: ActionHead = "tokens"
     num_actions_chunk: Few = 1  # actions that one query answers with: 8 in OpenVLA-OFT's LIBERO recipe
@@ -52,6 +51,8 @@ class VLAConfig:
     empty_token_id: Count = 29871  # "▁", which stands between the prompt and the action
 
     def __post_init__(self) -> None:
+        if self.num_images_in_input not in (1, 2):
+            raise ConfigError(f"num_images_in_input is {self.num_images_in_input}: give 1, or 2 with the wrist camera")
         if self.action_head == "tokens" and (self.num_actions_chunk != 1 or self.proprio_dim):
             raise ConfigError(
                 f"action_head tokens answers with one action and reads no state: with num_actions_chunk {self.num_actions_chunk} and "

@@ -19,14 +19,10 @@ from prismatic.errors import ConfigError
 from prismatic.filenames import REPORT, RESULTS
 from prismatic.pages import gallery
 from prismatic.statistics import Comparison, wilson_interval
-from prismatic.summary import filmed
-from prismatic.versions import SIMULATOR_PACKAGES
+from prismatic.summary import SAME_IN_ALL_SUITES, filmed
 
 # What two runs must have in common for a comparison to mean the policies.
-SAME_PROTOCOL = (
-    *("step_limit", "num_steps_wait", "env_seed", "renderer", "render_quality", "benchmark_files"),
-    *SIMULATOR_PACKAGES,
-)
+SAME_PROTOCOL = (*SAME_IN_ALL_SUITES, "step_limit", "benchmark_files", "dataset")
 
 
 @dataclass(frozen=True)
@@ -103,7 +99,7 @@ def warnings(before: Run, after: Run) -> list[str]:
     return [
         f"{name} is {theirs} in the first and {ours} in the second"
         for name, ours, theirs in _differences(before, after)
-        if name in SAME_PROTOCOL and not (name in KNOWN_LATER and None in (ours, theirs))
+        if name in SAME_PROTOCOL and not (name in (*KNOWN_LATER, "dataset") and None in (ours, theirs))
     ]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from prismatic.atomic import write_whole
+from prismatic.atomic import write_whole, writing_to
 from prismatic.data.frames import FrameCache
 from prismatic.data.look import BINS, Look
 from prismatic.image import center_crop, decode_jpeg, encode_jpeg, resize_lanczos3
@@ -25,7 +25,8 @@ Shots = dict[str, np.ndarray]  # name → (S, S, 3) uint8: images of an episode 
 
 def write_page(cache: FrameCache, look: Look, reading: Sequence[str], folder: Path) -> tuple[Path, Path]:
     """`folder/<data set>.html` and its contact sheet `.png`. reading: sentences about how it was read."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     picked = np.unique(np.linspace(0, len(look.lengths) - 1, EPISODES_SHOWN).round().astype(int))
     episodes = {number: _shots(cache, number) for number in picked.tolist() if look.lengths[number]}
     page, sheet = folder / f"{cache.name}.html", folder / f"{cache.name}.png"

@@ -9,6 +9,7 @@ stored states are read without running a pickle.
 import contextlib
 import hashlib
 import io
+import os
 import unittest.mock
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from prismatic.scene.recorder import SceneRecorder
 from prismatic.simulator import LiberoSimulator, Task
 
 STEP_LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
+FORGET_PATHS = "delete that file, or unset LIBERO_CONFIG_PATH: LIBERO writes it anew"
 REWORDED = ("_lan", "_task")  # LIBERO-PRO suites whose instruction stands in the BDDL file only
 
 
@@ -35,14 +37,24 @@ def _benchmark() -> dict[str, list[Any]]:
             from libero.libero import benchmark, get_libero_path
 
             found = {name: suite().tasks for name, suite in benchmark.get_benchmark_dict().items() if _parent(name)}
+            bddl_files = Path(get_libero_path("bddl_files"))
     except ImportError as error:
         raise ConfigError(f"LIBERO is not installed ({error}): pip install -r requirements.txt") from error
-    bddl_files = Path(get_libero_path("bddl_files"))
-    return {
+    except Exception as error:  # what yaml and LIBERO raise for a file of paths that was cut off or is another's
+        raise ConfigError(f"{_libero_config()} can't be used ({type(error).__name__}): {FORGET_PATHS}") from error
+    there = {
         name: list(tasks)
         for name, tasks in found.items()
         if tasks and (bddl_files / tasks[0].problem_folder / tasks[0].bddl_file).is_file()
     }
+    if not there:
+        raise ConfigError(f"LIBERO's tasks are not in {bddl_files}, where {_libero_config()} has them: {FORGET_PATHS}")
+    return there
+
+
+def _libero_config() -> str:
+    """The file in which LIBERO keeps where its files are."""
+    return f"{os.environ.get('LIBERO_CONFIG_PATH', 'the settings folder of LIBERO')}/config.yaml"
 
 
 def _parent(suite: str) -> str | None:

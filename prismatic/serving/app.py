@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
 
+from prismatic.errors import ConfigError
 from prismatic.serving.connection import converse
 from prismatic.serving.guard import Guard
 from prismatic.serving.openvla import JSON, act, write_request
@@ -116,6 +117,12 @@ class Server(uvicorn.Server):
         if worker.done():
             worker.result()  # raises what stopped it
         worker.cancel()
+
+    async def startup(self, sockets: Any = None) -> None:
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # another one was bound to it at the same time, and listens already
+            raise ConfigError(f"can't listen ({error.strerror}): give another --port") from None
 
     async def shutdown(self, sockets: Any = None) -> None:
         for server in self.servers:

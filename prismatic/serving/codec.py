@@ -121,7 +121,10 @@ def _array(data: Any, dtype: Any, shape: Any) -> np.ndarray:
         raise RequestError("an array needs its bytes as data and at most 4 whole numbers as shape")
     if math.prod(shape) * np.dtype(dtype).itemsize != len(data):
         raise RequestError(f"an array's shape {list(shape)} and dtype {dtype} don't fit its {len(data):,} bytes")
-    return np.frombuffer(data, dtype).reshape(shape)
+    try:
+        return np.frombuffer(data, dtype).reshape(shape)
+    except ValueError as error:  # of no items, but with a side that numpy has no number for
+        raise RequestError(f"an array's shape {str(shape)[:60]} is none: {_first_line(error)}") from None
 
 
 def _image(data: Any, kind: Any, limits: Limits) -> np.ndarray:

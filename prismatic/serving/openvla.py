@@ -7,7 +7,7 @@ A `session` (text) names the robot, so that its last action drafts the next. `Ac
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ async def act(request: Request) -> Response:
             message, encoded = await service.in_reader(decode, await read_body(request, service.limits))
             many = "full_image" in message
             line["dialect"] = OFT if many else OPENVLA
-            chunk = await service.ask(read(message, service.limits), line)
+            chunk = await while_connected(request, service.ask(read(message, service.limits), line))
             plain = request.headers.get("accept") == JSON
             rows = [row.tolist() if plain else json_array(row) for row in chunk.astype(np.float64)]
             text = json.dumps(rows if many else rows[0])
@@ -41,8 +41,26 @@ async def act(request: Request) -> Response:
         if error.status in (408, 413):  # of a body that was not read to its end nothing more is wanted
             headers["Connection"] = "close"
         return JSONResponse({"error": str(error)}, error.status, headers)
-    except ConnectionResetError:  # in the middle of its body: nobody reads this
+    except ConnectionResetError:  # nobody reads this
         return Response(status_code=400)
+
+
+async def while_connected(request: Request, answer: Coroutine[Any, Any, np.ndarray]) -> np.ndarray:
+    """The answer, unless its client hangs up first: nothing is computed for nobody. ConnectionResetError."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    asked, hung_up = asyncio.ensure_future(answer), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({asked, hung_up}, return_when=asyncio.FIRST_COMPLETED)
+        if not asked.done():
+            raise ConnectionResetError
+        return asked.result()
+    finally:
+        asked.cancel()
+        hung_up.cancel()
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:

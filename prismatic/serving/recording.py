@@ -5,6 +5,7 @@ behind the answers; when the disk is slower than the clients, or full, requests 
 """
 
 import contextlib
+import fcntl
 import json
 import logging
 import threading
@@ -35,10 +36,15 @@ class Recorder:
         try:
             (folder / FRAMES).mkdir(parents=True, exist_ok=True)
             self._lines = (folder / REQUESTS).open("a")
+            fcntl.flock(self._lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another server writes to --record {folder}: give this one another folder") from None
         except OSError as error:
             raise ConfigError(f"--record {folder} can't be written ({error.strerror}): give another folder") from None
         self._folder = folder
-        self._number = sum(1 for _ in (folder / FRAMES).iterdir())
+        self._number = 1 + max(
+            (int(path.stem) for path in (folder / FRAMES).glob("*.jpg") if path.stem.isdigit()), default=-1
+        )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="recorder")
         self._room = threading.Semaphore(MOST_WAITING)
         self._left_out = 0

@@ -21,7 +21,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from prismatic.atomic import flush, whole_folder, write_json, write_whole, writing_to
+from prismatic.atomic import flush, sweep, whole_folder, write_json, write_whole, writing_to
 from prismatic.errors import ConfigError
 from prismatic.filenames import (
     BEST,
@@ -32,7 +32,6 @@ from prismatic.filenames import (
     STEP_FOLDER,
     SUMS,
     TRAINING_STATE,
-    UNFINISHED,
     step_folder,
 )
 from prismatic.ranges import Count
@@ -64,8 +63,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left in self.path.glob(f"{UNFINISHED}*"):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            sweep(self.path)
         except BlockingIOError:
             raise ConfigError(
                 f"{self.path} is being trained by another process: wait, or give a --run_id_note"
@@ -81,9 +79,9 @@ class RunFolder:
         return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
 
     def check_options(self, options: Mapping[str, Any], *, may_change: tuple[str, ...]) -> None:
-        """Remember the options of the run; ConfigError that names the first one that differs from what it began with."""
+        """Remember the options of the run; ConfigError that names the first one that differs from what its saved steps learnt with."""
         path, options = self.path / OPTIONS, json.loads(json.dumps(options, default=str))
-        if path.exists():
+        if path.exists() and self.checkpoints():
             before = read_object(path)
             for name, value in options.items():
                 if name not in may_change and name in before and before[name] != value:

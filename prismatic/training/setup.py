@@ -23,7 +23,7 @@ from prismatic.data.loader import PREFETCHED
 from prismatic.data.mixture import open_mixture, sentences
 from prismatic.dataset_statistics import check_entry, load_statistics, statistics_key
 from prismatic.errors import ConfigError
-from prismatic.filenames import CONFIG, SKIPPED, TOKENIZER, TRAINING_STATE
+from prismatic.filenames import ADAPTER_CONFIG, CONFIG, SKIPPED, TOKENIZER, TRAINING_STATE
 from prismatic.head_files import model_config
 from prismatic.hub import resolve
 from prismatic.models import quantize, weights
@@ -157,6 +157,9 @@ def open_task(options: RunOptions, ranks: Ranks, *, default_root: str) -> Task:
 
 def choose_model(base: Path, options: RunOptions) -> VLAConfig:
     """The base's config with what was asked for in its place; proprio_dim is 1 until the data says how many numbers a new state has."""
+    if (base / ADAPTER_CONFIG).exists():
+        merge = f"python export.py --checkpoint {base} --output NEW"
+        raise ConfigError(f"--vla_path {base} is an adapter: merge it by {merge}, and give NEW")
     quantize.refuse(base / CONFIG, "training needs weights that are not")
     given = {"action_head": options.action_head, "num_images_in_input": options.num_images_in_input}
     found, chunk = model_config(base, new_heads=True, **given), options.num_actions_chunk
@@ -223,7 +226,7 @@ def base_entry(base: Path, config: VLAConfig) -> Mapping[str, Any]:
     key = statistics_key(learnt, None, base)
     entry, where = learnt[key], f"{base}, statistics of {key}"
     try:
-        check_entry(entry, where, state=config.proprio_dim > 0)
+        check_entry(entry, where, state=config.proprio_dim > 0, whole=True)
         check_state(entry, config.proprio_dim, where)
         if (size := len(entry["action"]["q01"])) != config.action_dim:
             raise ConfigError(f"{where}: of actions of {size} numbers, the data's have {config.action_dim}")
