@@ -109,7 +109,7 @@ def test_a_port_that_another_took_meanwhile_is_one_sentence() -> None:
     both = [serve.bind("127.0.0.1", 0)]
     both.append(serve.bind("127.0.0.1", both[0].getsockname()[1]))  # neither listens yet
     both[0].listen()
-    server = Server(Service(FakePolicy(), Limits(), prepare=lambda frame: frame), None)
+    server = Server(Service(FakePolicy(), Limits(), max_batch=1, max_wait=0.0, prepare=lambda frame: frame), None)
     with both[0], both[1], pytest.raises(ConfigError, match="give another --port"):
         asyncio.run(server.run_until_stopped(both[1], lambda times: None))
 

@@ -107,7 +107,7 @@ class LeRobotFolder:
         for column in columns:
             names = self.features[column].get("names")
             if isinstance(names, Mapping) and all(isinstance(place, int) for place in names.values()):
-                names = sorted(names, key=lambda name: names[name])
+                names = [name for name, _ in sorted(names.items(), key=lambda item: item[1])]
             if isinstance(names, Mapping):
                 names = [name for part in names.values() for name in (part if isinstance(part, list) else [part])]
             width = int(np.prod(self.features[column].get("shape") or [0]))
