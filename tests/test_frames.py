@@ -64,7 +64,7 @@ def test_every_frame_has_its_own_bytes_and_row(tmp_path, wrist):
     assert len(cache) == sum(LENGTHS)
     copy = pickle.loads(pickle.dumps(cache))  # as a loader's process gets it: by its path
     for frame in (0, 3, 7, len(cache) - 1):
-        step = copy[frame]
+        step = copy.step(frame)
         assert (step.dataset, step.image, step.instruction) == ("one", image_of("one", frame), cache.instruction(frame))
         assert step.wrist == (image_of("one", frame, "wrist_image") if wrist else None)
         assert (step.actions == cache.actions[frame : frame + 1]).all() and step.actions.dtype == np.float32

@@ -46,7 +46,7 @@ def drawn(folder: Path, numbers: tuple[int, ...]) -> FrameCache:
 
 
 def recorded_steps(cache: FrameCache) -> list[Step]:
-    return [cache[int(frame)] for frame in cache.validation_indices()]
+    return [cache.step(int(frame)) for frame in cache.validation_indices()]
 
 
 def recorded_ids(processor: Processor, actions: list[np.ndarray]) -> np.ndarray:

@@ -142,7 +142,7 @@ def test_the_lerobot_twin_trains_alike(staged: Path, cache: FrameCache, tmp_path
     place = {cache.instruction(f): f for f in reversed(range(len(cache)))}  # each episode's first frame
     for frame in range(len(ours)):
         twin_frame = place[ours.instruction(frame)] + int(ours.timestep[frame])
-        mine, theirs = ours[frame], cache[twin_frame]
+        mine, theirs = ours.step(frame), cache.step(twin_frame)
         for image, wanted in ((mine.image, theirs.image), (mine.wrist, theirs.wrist)):
             assert image and wanted and (image == wanted) == (form == "jpeg")
             assert (decode_jpeg(image) == once_more(decode_jpeg(wanted))).all()

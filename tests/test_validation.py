@@ -55,7 +55,7 @@ def test_held_out_frames_look_as_when_acting(
     mixture: Mixture, processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset, frame = mixture.held_out(1)[0]
-    step = mixture.caches[dataset][frame]
+    step = mixture.caches[dataset].step(frame)
     assert step.wrist is not None
     monkeypatch.setattr(image, "jpeg_round_trip", lambda live: live)  # the recorded frame has been through JPEG
     _, live = processor.inputs([image.decode_jpeg(step.image), image.decode_jpeg(step.wrist)], step.instruction)
@@ -75,7 +75,7 @@ def test_the_numbers_are_those_of_one_sample_after_another(mixture: Mixture, pro
     hook.remove()
     losses, predicted, true = [], [], []
     for pixels, (dataset, frame) in zip(seen, check.frames, strict=True):
-        batch = processor.collate([example(mixture.caches[dataset][frame], processor, as_acting=True)])
+        batch = processor.collate([example(mixture.caches[dataset].step(frame), processor, as_acting=True)])
         assert torch.equal(pixels, batch.pixel_values[0])
         out = vla.eval()(batch.input_ids, batch.attention_mask, batch.pixel_values, batch.labels)
         losses.append(out.loss.item())

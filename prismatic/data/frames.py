@@ -62,19 +62,15 @@ class FrameCache:
         self._offsets = steps["offsets"]  # (N * images + 1,) int64
         self._crc = steps.get("crc")  # (N * images,) uint32, None in an old one
         self._lengths = np.bincount(self.episode, minlength=len(self.file_paths))  # frames per episode
-        self._train_episodes = meta.train_episodes
-        number = len(self.file_paths)
-        drawn = meta.in_order and meta.train_episodes is None
-        self._rank = np.random.default_rng(number).permutation(number) if drawn else np.arange(number)
+        self._train_episodes, self._rank = meta.train_episodes, np.arange(len(self.file_paths))
+        if meta.in_order and meta.train_episodes is None:
+            self._rank = np.random.default_rng(len(self._rank)).permutation(self._rank)
 
     def __reduce__(self) -> tuple:
         return FrameCache, (self.folder, self.gripper)
 
     def __len__(self) -> int:
         return len(self.actions)
-
-    def __getitem__(self, frame: int) -> Step:
-        return self.step(frame)
 
     def step(self, frame: int, num_actions_chunk: int = 1) -> Step:
         """A frame with so many actions, its own the first. The caller picks a frame whose episode still has them: see train_indices."""
