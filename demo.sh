@@ -6,8 +6,9 @@
 #   ./demo.sh --quick    a few minutes: shows every stage, learns little (also with --oft)
 #   ./demo.sh --long     more demonstrations and trials, LIBERO's own rendering (also with --oft)
 #   ./demo.sh --fresh    forget what an earlier call made (otherwise it goes on from there)
-set -euo pipefail
+set -Eeuo pipefail
 cd "$(dirname "$0")"
+trap 'echo "stopped: ./demo.sh goes on from there, with --fresh from the start (as after a change of the base or of the code)" >&2' ERR
 
 head=tokens size= fresh=
 for option in "$@"; do
@@ -18,14 +19,14 @@ for option in "$@"; do
         *) sed -n '2,10s/^# \{0,1\}//p' "$0"; [ "$option" = --help ] || { echo "error: unknown option $option" >&2; exit 2; }; exit 0 ;;
     esac
 done
-# demos: of the expert; more: begun by the first round's policy, ended by the expert (DAgger); steps of the two rounds; episodes before and after
+# demos: of the expert; more: begun by the base policy, ended by the expert (DAgger); steps of training; episodes before and after
 case $head$size in
-    tokens) demos=40 more=30 first=500 steps=1200 before=10 after=20 quality=fast ;;
-    oft) demos=60 more=0 first=0 steps=600 before=10 after=20 quality=fast ;;
-    tokens_quick) demos=4 more=2 first=20 steps=40 before=1 after=2 quality=fast ;;
-    oft_quick) demos=4 more=0 first=0 steps=40 before=1 after=2 quality=fast ;;
-    tokens_long) demos=80 more=48 first=1500 steps=3000 before=50 after=50 quality=standard ;;
-    oft_long) demos=80 more=0 first=0 steps=2000 before=50 after=50 quality=standard ;;
+    tokens) demos=30 more=24 steps=700 before=10 after=20 quality=fast ;;
+    oft) demos=60 more=0 steps=600 before=10 after=20 quality=fast ;;
+    tokens_quick) demos=4 more=2 steps=40 before=1 after=2 quality=fast ;;
+    oft_quick) demos=4 more=0 steps=40 before=1 after=2 quality=fast ;;
+    tokens_long) demos=80 more=60 steps=3000 before=50 after=50 quality=standard ;;
+    oft_long) demos=80 more=0 steps=2000 before=50 after=50 quality=standard ;;
 esac
 name=demo_$head$size task=0 base=checkpoints/openvla-tiny push=0.5
 # a chunk is learnt from the eight actions that were done next: nothing pushes the expert off its way
@@ -38,8 +39,7 @@ autocast=auto
 if .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then processes=1 batch=16; else processes=2 batch=8; fi
 if [ $processes = 2 ] && grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then autocast=bfloat16; fi # only with instructions for it is it faster
 export OMP_WAIT_POLICY=PASSIVE # a thread that waits must not take the core from the one it waits for
-python=.venv/bin/python work=workspace/$name
-first_set=libero_spatial_task$task second_set=libero_spatial_task${task}_second # the expert's; with those that the first round began
+python=.venv/bin/python work=workspace/$name dataset=libero_spatial_task$task
 number=0 times=()
 stage() { # stage LABEL COMMAND …: show it, run it, remember how long it took
     local label=$1 start=$SECONDS
@@ -53,16 +53,16 @@ show() {
     printf '   %s\n' "$*"
     "$@"
 }
-collect() { # collect DATASET NUMBER OPTION …
-    show $python collect.py --task_suite_name libero_spatial --task_ids $task --num_demos_per_task "$2" --perturbation $push \
-        --data_root_dir "$work/datasets" --dataset_name "$1" "${@:3}"
+collect() { # collect NUMBER OPTION …
+    show $python collect.py --task_suite_name libero_spatial --task_ids $task --num_demos_per_task "$1" --perturbation $push \
+        --data_root_dir "$work/datasets" --dataset_name $dataset "${@:2}"
 }
-train() { # train DATASET STEPS; `adapter` is what comes out
+train() { # `adapter` is what comes out
     show env OMP_NUM_THREADS=1 $python -m torch.distributed.run --standalone --nproc-per-node $processes finetune.py --vla_path $base \
-        --data_root_dir "$work/datasets" --dataset_name "$1" --run_root_dir "$work/runs" --cache_dir "$work/cache" \
+        --data_root_dir "$work/datasets" --dataset_name $dataset --run_root_dir "$work/runs" --cache_dir "$work/cache" \
         --batch_size $batch --autocast $autocast --learning_rate 2e-3 --lr_schedule cosine --warmup_steps 50 --max_grad_norm 1.0 \
-        --max_steps "$2" --save_steps 500 --num_workers 1 --augment_order random_resized_crop --action_statistics base --run_id_note "$name"
-    adapter=$(ls -td "$work/runs"/*+"$1"+*/latest | head -n 1) # the newest, should settings have changed since
+        --max_steps $steps --save_steps 500 --num_workers 1 --augment_order random_resized_crop --action_statistics base --run_id_note "$name"
+    adapter=$(ls -td "$work/runs"/*/latest | head -n 1) # the newest, should settings have changed since
 }
 evaluate() { # evaluate NOTE EPISODES OPTION …; `rollouts` is what comes out
     show $python eval.py --task_suite_name libero_spatial --task_ids $task --num_trials_per_task "$2" --render_quality $quality \
@@ -75,29 +75,18 @@ The small base policy ($base) has never seen task $task of LIBERO-Spatial and sh
 Stop at any time: the same command goes on from there. What comes, with its place:
   the scripted expert, one episode to watch first        rollouts/EVAL-…--$name-expert: a video
   the base policy, $before episodes                             rollouts/EVAL-…--$name-before
-  $demos demonstrations of the expert                         $work/datasets
+  $((demos + more)) demonstrations of the expert                         $work/datasets
   LoRA fine-tuning                                       $work/runs: first_batch.png is what the model sees
+  the adapter, $after episodes, and the two compared       rollouts/EVAL-…--$name-after
 EOF
-if [ $more -gt 0 ]; then echo "  $more more that the new policy begins, and fine-tuning on all of them"; fi
-echo "  the adapter, $after episodes, and the two compared       rollouts/EVAL-…--$name-after"
 
 stage "the expert, one episode" evaluate expert 1 --policy expert
 printf '\n>> watch it: %s\n' "$(ls "$rollouts"/*.mp4 | head -n 1)"
 stage "the base policy, which has never seen task $task" evaluate before $before --pretrained_checkpoint $base --video_every 5
 before_folder=$rollouts
-stage "$demos demonstrations of the expert → RLDS" collect $first_set $demos
-if [ $more -gt 0 ]; then
-    stage "LoRA fine-tuning, first round" train $first_set $first
-    if [ ! -d "$work/datasets/${second_set}_staged" ]; then
-        rm -rf "$work/datasets/copying"
-        cp -r "$work/datasets/${first_set}_staged" "$work/datasets/copying"
-        mv "$work/datasets/copying" "$work/datasets/${second_set}_staged"
-    fi
-    stage "$more demonstrations that the first round's policy begins and the expert ends" collect $second_set $more --policy_checkpoint "$adapter"
-    stage "LoRA fine-tuning on all of them" train $second_set $steps
-else
-    stage "LoRA fine-tuning" train $first_set $steps
-fi
+stage "$demos demonstrations of the expert → RLDS" collect $demos
+if [ $more -gt 0 ]; then stage "$more more that the base policy begins and the expert ends" collect $more --policy_checkpoint $base; fi
+stage "LoRA fine-tuning" train
 stage "the adapter" evaluate after $after --pretrained_checkpoint "$adapter" --video_every 5
 
 printf '\n== result: the base policy, then the adapter, on the same initial states\n'

@@ -18,6 +18,5 @@ $python -m torch.distributed.run --standalone --nproc-per-node 2 finetune.py --v
     --warmup_steps 100 --max_grad_norm 1.0 --max_steps 4000 --save_steps 1000 --num_workers 1 --augment_order random_resized_crop
 rm -rf $work/exported
 $python export.py --checkpoint $work/runs/*/latest --output $work/exported --dtype float32
-cp checkpoints/openvla-tiny-oft/README.md $work/exported/ # the model card
-rm -rf checkpoints/openvla-tiny-oft && cp -r $work/exported checkpoints/openvla-tiny-oft
+checkpoints/install.sh $work/exported checkpoints/openvla-tiny-oft
 $python eval.py --pretrained_checkpoint checkpoints/openvla-tiny-oft --task_ids 1 2 3 4 5 6 7 8 9 --num_trials_per_task 20 --render_quality fast
