@@ -87,7 +87,7 @@ def statistics_key(statistics: Mapping[str, Any], unnorm_key: str | None, folder
 def check_entry(entry: Any, where: str, *, state: bool = False, whole: bool = False, way_out: str = COPY) -> None:
     """ConfigError that names the field unless an entry makes sense: finite numbers of one length, q01 up to q99, a mask that fits.
 
-    state: the robot's state is read too, so `proprio` is needed. whole: training needs mean, std, min and max as well. way_out: ends each sentence.
+    state: the robot's state is read too, so `proprio` is needed. whole: training needs min and max as well. way_out: ends each sentence.
     """
     found = fields_of(entry, _Entry, where, way_out=way_out)
     for part in ("action", "proprio") if state else ("action",):
@@ -99,8 +99,8 @@ def check_entry(entry: Any, where: str, *, state: bool = False, whole: bool = Fa
 
 def _complaints(part: str, columns: Mapping[str, Any], *, whole: bool) -> Iterator[str]:
     """What makes no sense in a part of an entry. Each relies on those before it."""
-    range_too = whole or part == "proprio"  # a state that never changes is told by its range
-    for name in ("q01", "q99", *["min", "max"] * range_too, *["mean", "std"] * whole):
+    # what never changes is told by its range
+    for name in ("q01", "q99", "min", "max") if whole or part == "proprio" else ("q01", "q99"):
         if name not in columns:
             yield f"{name} is missing"
     size = len(columns["q01"])
