@@ -132,6 +132,7 @@ def test_a_policy_of_another_width_ends_before_the_first_episode() -> None:
 
 def test_identity_follows_the_weights_and_not_the_workers(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("1")
+    (tmp_path / "model.safetensors").touch()
     cfg = config(tmp_path, policy="checkpoint", pretrained_checkpoint=str(tmp_path))
     before = identity(cfg)
     assert identity(cfg, num_workers=9, task_ids=(1,), save_videos=True) == before
