@@ -93,5 +93,5 @@ printf '\n== result: the base policy, then the adapter, on the same initial stat
 $python eval.py --compare "$before_folder" "$rollouts"
 sheet=$work/before_and_after.png
 $python docs/success_and_failure.py "$sheet" "$before_folder" "$rollouts"
-printf '\n>> look at it: %s (a failure before, a success after) and %s/report.html\n' "$sheet" "$rollouts"
+printf '\n>> look at it: %s (a failure before, a success after where there is one) and %s/report.html\n' "$sheet" "$rollouts"
 printf '%s\n' "" "${times[@]}" "$(printf '%4d s  in all' $SECONDS)"
