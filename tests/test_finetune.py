@@ -70,6 +70,11 @@ def test_all_of_a_small_model_can_be_trained(cfg: FinetuneConfig) -> None:
     assert not (folder / "adapter_config.json").exists()
 
 
+def test_an_adapter_is_no_base_to_start_from(cfg: FinetuneConfig, finished: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is an adapter: merge it by python export\.py"):
+        finetune.main(dataclasses.replace(cfg, vla_path=str(finished), run_id_note="on"))
+
+
 def test_torchrun_starts_it(cfg: FinetuneConfig) -> None:
     cfg = dataclasses.replace(cfg, max_steps=1)
     values = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name != "augment_order"}

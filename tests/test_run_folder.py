@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from prismatic.errors import ConfigError
-from prismatic.sums import read_sums
+from prismatic.sums import read_sums, sha256
 from prismatic.training.run_folder import RunFolder
 
 
@@ -123,3 +123,11 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--run_root_dir .*file can't be written \(Not a directory\)"):
         RunFolder(tmp_path / "file" / "run", keep=1)
+
+
+def test_sums_of_any_sha256sum_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"one")
+    digest = sha256(tmp_path / "a")
+    for line in (f"{digest}  a", f"{digest} *a", f"{digest.upper()}  ./a"):
+        (tmp_path / "SHA256SUMS").write_text(line + "\n")
+        assert read_sums(tmp_path) == {"a": digest}

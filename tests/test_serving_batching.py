@@ -17,9 +17,11 @@ import pytest
 import requests
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
+from prismatic.errors import ConfigError
 from prismatic.image import decode_jpeg, encode_jpeg
 from prismatic.serving.batching import BatchQueue
 from prismatic.serving.observation import Limits, Observation, RequestError
+from prismatic.serving.recording import Recorder
 from tests.fake_policy import FakePolicy, picture
 from tests.live_server import Live, body, live, openpi
 
@@ -174,3 +176,15 @@ def test_a_slow_or_dead_client_delays_nobody() -> None:
     assert times[5] - times[0] < 5
     # with Nagle's algorithm each answer on a kept connection waited 40 ms for the client's acknowledgement
     assert min(np.diff(times)[1:]) < 0.03
+
+
+def test_a_record_is_gone_on_with_and_has_one_writer(tmp_path: Path) -> None:
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "frames" / "00000007.jpg").write_bytes(b"kept")  # the seven before were deleted
+    recorder = Recorder(tmp_path)
+    with pytest.raises(ConfigError, match="another server writes to --record"):
+        Recorder(tmp_path)
+    recorder.add(Observation(picture(1), "go"), np.zeros((1, 7)), "openvla")
+    recorder.close()
+    assert (tmp_path / "frames" / "00000007.jpg").read_bytes() == b"kept"
+    assert json.loads((tmp_path / "requests.jsonl").read_text())["frame"] == "frames/00000008.jpg"

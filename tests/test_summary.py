@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from prismatic.episodes.result import EpisodeResult, ReplayResult
@@ -132,3 +133,18 @@ def test_what_cannot_be_averaged(tmp_path: Path) -> None:
     for empty in (tmp_path / "nothing", write(tmp_path / "c", "two", {0: [None]})):
         with pytest.raises(ConfigError, match=r"has no episode in its results\.jsonl"):
             list(mean_over_suites([one, empty]))
+
+
+def test_a_stage_of_a_later_version_comes_last() -> None:
+    summary = summarise([row(0, False, stages={"foo": 3, "touched": 2})], protocol={})
+    assert [*summary["funnel"]] == ["touched", "foo"]
+
+
+def test_a_mean_over_runs_of_several_protocols_says_so(tmp_path: Path) -> None:
+    for number, quality in enumerate(("fast", "standard")):
+        folder = tmp_path / quality
+        folder.mkdir()
+        (folder / "run.json").write_text(json.dumps({"identity": {"render_quality": quality}, "record": {}}))
+        (folder / "results.jsonl").write_bytes(msgspec.json.encode(row(number, True)) + b"\n")
+    (beware,) = [line for line in mean_over_suites([tmp_path / "fast", tmp_path / "standard"]) if "beware" in line]
+    assert "render_quality" in beware and "fast in" in beware and "standard in" in beware
