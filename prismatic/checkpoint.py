@@ -103,10 +103,6 @@ def load_vla(
 def _heads(vla: VLA, folder: Path, *, new: bool) -> dict[str, weights.StoredTensor]:
     """The tensors of vla's heads in a folder; new: a head without a file is initialised as torch does it, as the original's are."""
     heads = stored_heads(folder)
-    if new and vla.action_head is None and any(name.startswith("action_head") for name in heads):
-        raise ConfigError(
-            f"{folder} holds an action head, so its token head is untrained: leave out --action_head {vla.config.action_head}"
-        )
     if new and vla.proprio_projector is None:  # what learnt with a state goes on without it
         heads = {name: tensor for name, tensor in heads.items() if not name.startswith("proprio_projector")}
     for part in HEADS:

@@ -103,12 +103,13 @@ def model_config(folder: Path, adapter: Path | None = None, *, new_heads: bool =
     home = processor_home(folder, adapter)
     if unknown := sorted(given.keys() - {*CHOICE, "action_dim"}):
         raise TypeError(f"unknown argument {unknown[0]!r}: a model's choices are {', '.join(CHOICE)}")
+    heads = stored_heads(home or folder)
     if home is None:
-        said = _read_off(folder, config, given, new_heads=new_heads)
+        said = _read_off(folder, config, heads, given, new_heads=new_heads)
     else:
         processor = read_processor(home / PROCESSOR)
         said = {name: getattr(processor, name) for name in CHOICE}
-        said["action_dim"] = _action_dim(stored_heads(home), config)
+        said["action_dim"] = _action_dim(heads, config)
         if processor.action_head == "parallel":  # has no file that shows it, and an adapter's base may have another
             said["action_dim"] = _width_of_data(home, processor) or config.action_dim
         if home == folder and said["num_images_in_input"] != config.num_images_in_input:
@@ -119,18 +120,20 @@ def model_config(folder: Path, adapter: Path | None = None, *, new_heads: bool =
         if said[name] != value:
             where = folder if home is None else home / PROCESSOR
             raise ConfigError(f"--{name} {value} contradicts {where}, which says {said[name]}: leave it out")
+    if said["action_head"] != "l1" and any(name.startswith("action_head") for name in heads):
+        kind = said["action_head"]
+        raise ConfigError(
+            f"{home or folder} holds an action head, so its token head is untrained: leave out --action_head {kind}"
+        )
     return dataclasses.replace(config, **said)
 
 
-def _read_off(folder: Path, config: VLAConfig, given: Mapping[str, Any], *, new_heads: bool) -> dict[str, Any]:
+def _read_off(
+    folder: Path, config: VLAConfig, heads: Mapping[str, StoredTensor], given: Mapping[str, Any], *, new_heads: bool
+) -> dict[str, Any]:
     """The choices of a folder without a processor.json."""
-    heads = stored_heads(folder)
     parts = {name.split(".")[0] for name in heads}
     kind = given.get("action_head") or _kind(folder, config, parts)
-    if "action_head" in parts and kind != "l1":
-        raise ConfigError(
-            f"{folder} holds an action head, so its token head is untrained: leave out --action_head {kind}"
-        )
     if "action_head" not in parts and kind == "l1" and not new_heads:
         raise ConfigError(f"{folder} has no action_head--N_checkpoint.pt: copy it from where the folder came from")
     state = heads.get("proprio_projector.fc1.weight")

@@ -105,8 +105,8 @@ class VLAPolicy(Policy):
         check_batch(instructions, frames=frames, wrists=wrists, states=states, episodes=episodes)
         frames = as_frames(frames, "frames")
         wrists = as_frames(wrists, "wrists") if self.num_images == 2 and wrists is not None else None
-        rows = as_states(states, "states") if self.uses_state else None
-        answers = self.raw_chunks(frames, instructions, wrists, None if rows is None else [*rows], episodes=episodes)
+        states = as_states(states, "states") if self.uses_state else None
+        answers = self.raw_chunks(frames, instructions, wrists, states, episodes=episodes)
         tokens = self.processor.config.action_head != "l1"
         actions = self.processor.actions(answers) if tokens else self.processor.unnormalize(answers)
         if not np.isfinite(actions).all() or np.isnan(self.last_margins).any():

@@ -37,8 +37,8 @@ def as_frames(given: Any, name: str) -> list[Any]:
     ]
 
 
-def as_states(given: Any, name: str) -> np.ndarray | None:
-    """(B, S) float64 of a row of numbers for each frame; None stays None. ConfigError where they are none, or not finite."""
+def as_states(given: Any, name: str) -> list[np.ndarray] | None:
+    """B rows (S,) float64, a robot state a frame; None stays None. ConfigError where they are none, or not finite."""
     if given is None:
         return None
     try:
@@ -49,7 +49,7 @@ def as_states(given: Any, name: str) -> np.ndarray | None:
         raise ConfigError(f"{name} have shape {states.shape}: give (B, S), a robot state a frame")
     if not np.isfinite(states).all():
         raise ConfigError(f"{name} hold NaN or infinity: give finite numbers")
-    return states
+    return [*states]
 
 
 def check_batch(instructions: Any, **others: Any) -> None:

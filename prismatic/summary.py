@@ -88,13 +88,10 @@ def funnel(rows: Sequence[EpisodeResult]) -> dict[str, dict[str, float]]:
         missed.update({stage for stage, step in steps if step is None})
     return {
         stage: {"episodes": count, "reached": count - missed[stage], "share": (count - missed[stage]) / count}
-        for stage, count in sorted(episodes.items(), key=lambda item: _order(item[0]))
+        for stage, count in sorted(
+            episodes.items(), key=lambda item: (*STAGES, item[0]).index(item[0])
+        )  # one of a later version is last
     }
-
-
-def _order(stage: str) -> int:
-    """Its place; of a stage that only a later version knows the last."""
-    return STAGES.index(stage) if stage in STAGES else len(STAGES)
 
 
 def by_suite_and_task(rows: Sequence[EpisodeResult]) -> dict[str, dict[int, list[bool]]]:
@@ -208,8 +205,9 @@ def mean_over_suites(folders: Sequence[Path]) -> Iterator[str]:
     an episode that stands in two folders.
     """
     rows, where = [], {}
+    identities = {folder: read_run(folder).identity for folder in folders if (folder / RUN).exists()}
     for name in SAME_IN_ALL_SUITES:
-        values = {read_run(folder).identity.get(name): folder for folder in folders if (folder / RUN).exists()}
+        values = {identity.get(name): folder for folder, identity in identities.items()}
         if len(values) > 1:
             said = ", ".join(f"{value} in {folder}" for value, folder in values.items())
             yield f"beware, {name} is not the same: {said}"

@@ -21,6 +21,7 @@ from prismatic.data.staging import load_episode, stage_episode
 from prismatic.episodes import pool
 from prismatic.episodes.demonstration import Record
 from prismatic.errors import ConfigError
+from prismatic.versions import versions
 from tests.drawn_episodes import drawn_episode
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,6 +104,17 @@ def test_two_collections_are_not_mixed(tmp_path: Path) -> None:
         open_stage(config(tmp_path, dataset_name="replayed", from_hdf5=tmp_path, seed=seed))
     with pytest.raises(ConfigError, match=f"collected with from_hdf5 {tmp_path}, not None"):
         open_stage(config(tmp_path, dataset_name="replayed"))
+
+
+def test_another_simulator_is_refused_and_never_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_stage(config(tmp_path))
+    other = versions() | {"mujoco": "3.17.0"}
+    for place in ("collect.versions", "prismatic.versions.versions"):
+        monkeypatch.setattr(place, lambda: other)
+    with pytest.raises(ConfigError, match=r"mujoco 3\.17\.0, pinned .*--allow_unpinned_simulator"):
+        collect(config(tmp_path))
+    with pytest.raises(ConfigError, match=r"collected with mujoco .*, not 3\.17\.0"):
+        open_stage(config(tmp_path, allow_unpinned_simulator=True))
 
 
 def command(folder: Path, *options: str) -> list[str]:

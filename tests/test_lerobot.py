@@ -187,7 +187,7 @@ def test_it_is_the_same_set(copied: Path, change: Callable[[Path], None]) -> Non
 
 def test_names_of_dimensions_and_splits_come_in_several_forms(tmp_path: Path) -> None:
     forms: dict[str, Any] = {
-        "list": ["x", "y", "gripper"], "places": {"gripper": 2, "x": 0, "y": 1}, 
+        "list": ["x", "y", "gripper"], "places": {"gripper": 2, "x": 0, "y": 1},
         "dictionary": {"motors": ["x", "y"], "hand": ["gripper"]}, "one": ["action"], "null": None,
     }  # fmt: skip
     info: dict[str, Any] = {"codebase_version": "v3.0"}

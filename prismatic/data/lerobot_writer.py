@@ -127,8 +127,9 @@ def _values(episode: StagedEpisode, features: dict[str, dict[str, Any]], path: P
         values[name] = [] if vectors is None else list(np.asarray(vectors, dtype=np.float32))
     values = {name: rows for name, rows in values.items() if rows or name in features}
     for name, rows in values.items():
-        shape = [*(decode_jpeg(rows[0]["bytes"]) if isinstance(rows[0], dict) else rows[0]).shape] if rows else []
-        if name not in features or len(rows) != len(episode.action) or shape != features[name]["shape"]:
+        first = rows[0] if rows else np.zeros(0)
+        first = decode_jpeg(first["bytes"]) if isinstance(first, dict) else first
+        if name not in features or len(rows) != len(episode.action) or [*first.shape] != features[name]["shape"]:
             raise ConfigError(
                 f"{name} of the staged episode {path} has another shape than the first's: delete it and go on"
             )
