@@ -86,11 +86,11 @@ def funnel(rows: Sequence[EpisodeResult]) -> dict[str, dict[str, float]]:
         steps = [(name.rpartition(": ")[2], step) for name, step in row.stages.items()]
         episodes.update({stage for stage, _ in steps})
         missed.update({stage for stage, step in steps if step is None})
+    stages = sorted(episodes, key=lambda stage: (*STAGES, stage).index(stage))  # one of a later version comes last
+    reached = {stage: episodes[stage] - missed[stage] for stage in stages}
     return {
-        stage: {"episodes": count, "reached": count - missed[stage], "share": (count - missed[stage]) / count}
-        for stage, count in sorted(
-            episodes.items(), key=lambda item: (*STAGES, item[0]).index(item[0])
-        )  # one of a later version is last
+        stage: {"episodes": episodes[stage], "reached": count, "share": count / episodes[stage]}
+        for stage, count in reached.items()
     }
 
 
