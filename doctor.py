@@ -4,14 +4,13 @@
 python doctor.py                                   versions, pins, renderer, golden frame, GPU
 python doctor.py --checkpoint FOLDER_OR_HUB_ID     also: does the checkpoint load, has it statistics, does it look at the picture
 python doctor.py --data_root_dir datasets --dataset_name NAME    also: one page about the data, and what of it would hurt
-python doctor.py --model openvla-7b                counts of the full model and its adapter (no weights needed)
 """
 
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -37,8 +36,6 @@ OLDEST_CUDA_13_DRIVER = 580  # major version of NVIDIA's driver
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    # Only count the parameters of a full-size model.
-    model: Literal["openvla-7b"] | None = None
     # Checkpoint folder, adapter folder or hub id to look at.
     checkpoint: str | None = None
     # Adapter folder to go on top.
@@ -95,9 +92,6 @@ def main(cfg: DoctorConfig) -> int:
 
 def checks(cfg: DoctorConfig) -> Iterator[Check]:
     """Those that cfg asks for, in order of cost."""
-    if cfg.model:
-        yield from model_counts()
-        return
     yield from libraries()
     yield from gpus()
     caches = []
@@ -240,23 +234,6 @@ def scenes() -> Iterator[Check]:
     text = f"LIBERO-Spatial task 5 settles with the bowl {'on' if on else 'beside'} the ramekin"
     yield Check(on, text, "mujoco's version: pip install mujoco==3.2.3")
     sim.close()
-
-
-def model_counts() -> Iterator[Check]:
-    from prismatic.models.lora import add_lora, lora_layers
-    from prismatic.models.vla import VLA, VLAConfig
-
-    with torch.device("meta"):
-        vla = VLA(VLAConfig())
-        tensors, parameters = len(vla.state_dict()), sum(p.numel() for p in vla.parameters())
-        add_lora(vla, rank=32)
-    text = f"{parameters:,} parameters in {tensors} tensors"
-    yield Check(parameters == 7_541_237_184, text, "openvla-7b has 7,541,237,184")
-    trainable = sum(p.numel() for p in vla.parameters() if p.requires_grad)
-    every, modules = sum(p.numel() for p in vla.parameters()), len(list(lora_layers(vla)))
-    text = f"with LoRA r=32: {trainable:,} trainable of {every:,}, in {modules} modules"
-    right = (trainable, every) == (110_828_288, 7_652_065_472)
-    yield Check(right, text, "openvla-7b has 110,828,288 of 7,652,065,472")
 
 
 if __name__ == "__main__":

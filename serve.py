@@ -92,6 +92,7 @@ def main(cfg: ServeConfig) -> None:
         max_wait=cfg.max_wait_ms / 1000,
         prepare=policy.processor.image_path,
         recorder=recorder,
+        warm_ups=3 if policy.device.type == "cuda" else 1,
     )
 
     def announce(times: WarmUp) -> None:

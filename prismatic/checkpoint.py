@@ -177,9 +177,11 @@ def load_policy(
     stored = weights.stored_tensors(folder)
     rounding = None if quantization.saved_as(folder / CONFIG) else backend
     own = weights.stored_dtype(stored) if rounding else dtype  # rounded from the checkpoint's own numbers
-    vla = load_merged(folder, adapter_folder, dtype=own, device=device, **choice)
+    vla = load_merged(folder, adapter_folder, dtype=own, device="cpu" if rounding else device, **choice)
     if rounding:
-        quantization.quantize(vla, precision, rounding, dtype=dtype)
+        quantization.quantize(vla, precision, rounding, dtype=dtype, device=device)
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()  # what merging and rounding took: simulators draw in the same memory
     if vla.config.action_head != "tokens" and vla.config.action_dim != processor.action_dim:
         raise ConfigError(
             f"{checkpoint} answers with {vla.config.action_dim} numbers, but the statistics of {processor.config.unnorm_key} are of actions of "

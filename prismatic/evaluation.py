@@ -170,6 +170,7 @@ class Loaded:
     prepare: Callable[[Any], Any] | None = None  # its image path, for the simulator processes
     counts: Mapping[str, int] | None = None  # what its decoding has done so far
     window: float = 0.0  # s for which an answer waits for more to ask, see pool.answer_at
+    memory_for: Callable[[int], int] = lambda rows: 0  # bytes of its device that answering so many at once takes
 
 
 def evaluate(
@@ -178,7 +179,7 @@ def evaluate(
     *,
     play: Play,
     load_policy: Callable[[], Loaded] | None = None,
-    num_workers: int | Callable[[], int] = 1,
+    num_workers: int | Callable[[Callable[[int], int] | None], int] = 1,
     one_by_one: bool = False,
     retry_errors: bool = False,
     ranks: int = 1,
@@ -187,8 +188,8 @@ def evaluate(
     """Play the trials that have no line yet, of those that are this rank's; returns the summary of the whole folder.
 
     play.video_folder is set here to the folder's own place when it is not None. load_policy is called, once, only if there is something
-    to play, and num_workers (when it is a function) after it, so that it sees the memory that is left. retry_errors: play those again
-    that ended as errors. show: a progress bar. However it ends, summary.json is brought up to date.
+    to play, and num_workers (when it is a function) after it, with its memory_for, so that it sees what is left. retry_errors: play those
+    again that ended as errors. show: a progress bar. However it ends, summary.json is brought up to date.
     """
     mine = {trial.id: trial for trial in trials[folder.rank :: ranks]}
     done = [row for row in folder.rows() if row.episode_id in mine and not (retry_errors and row.error)]
@@ -199,20 +200,22 @@ def evaluate(
     if not pending:
         return folder.summarise()
     play = replace(play, golden=True, video_folder=play.video_folder and folder.unfinished.resolve())
-    policy, counts, window = None, None, 0.0
+    policy, counts, window, memory_for = None, None, 0.0, None
     if load_policy:
         loaded = load_policy()
         policy, counts, window = loaded.policy, loaded.counts, 0.0 if one_by_one else loaded.window
         folder.note(policy_card=policy.metadata())
         play = replace(play, num_images=policy.num_images, uses_state=policy.uses_state, prepare=loaded.prepare)
-    workers = min(max(num_workers() if callable(num_workers) else num_workers, 1), len(pending))
+        memory_for = loaded.memory_for
+    workers = min(max(num_workers(memory_for) if callable(num_workers) else num_workers, 1), len(pending))
     session = Session(policy, workers=workers, rank=folder.rank, one_by_one=one_by_one, counts=counts)
     players = pool.Pool(TrialQueue(pending), play, workers, session.answer, window, on_message=session.hear)
     outcomes = Counter(row.success for row in done)
 
     def finish() -> None:
         if session.episodes:
-            folder.note(session=session.record())
+            card = {"policy_card": policy.metadata()} if policy else {}  # anew: what was compiled is known only now
+            folder.note(session=session.record(), **card)
         folder.summarise()
 
     bar = tqdm(total=len(mine), initial=len(done), unit="episode", disable=not show, dynamic_ncols=True)

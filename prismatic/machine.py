@@ -44,15 +44,13 @@ def resident_with_children() -> int:
     return resident() + sum(resident(child.pid) for child in psutil.Process().children())
 
 
-def simulators_that_fit(shares: int = 1, *, spare_cores: int = 0, gpu_memory: int | None = None) -> int:
+def simulators_that_fit(shares: int = 1, *, spare_cores: int = 0) -> int:
     """How many simulator processes run at once: one a core, as far as the memory goes; at least 1.
 
     shares: processes that divide this machine among them, such as torchrun's ranks on it; the answer is for one of them. spare_cores: of
-    that one's cores, those to be left alone. gpu_memory: bytes that are left where the frames are drawn; None: no GPU draws.
+    that one's cores, those to be left alone.
     """
-    fits = [available_cores() // shares - spare_cores, available_memory() // shares // RENDERER_BYTES]
-    fits += [] if gpu_memory is None else [gpu_memory // GPU_RENDERER_BYTES]
-    return max(1, min(fits))
+    return max(1, min(available_cores() // shares - spare_cores, available_memory() // shares // RENDERER_BYTES))
 
 
 def peak_memory() -> int:

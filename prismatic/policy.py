@@ -23,6 +23,9 @@ Rows = Frames | None  # None: not given
 One = np.ndarray | None
 Names = Sequence[Hashable] | None
 REMEMBERED = 1024  # episodes whose last answer is kept
+ACTIVATION_BYTES = (
+    120_000_000  # of a row at full size while its prompt is read, what graphs keep included; not measured
+)
 
 
 class Policy(Protocol):
@@ -106,7 +109,14 @@ class VLAPolicy(Policy):
         frames = as_frames(frames, "frames")
         wrists = as_frames(wrists, "wrists") if self.num_images == 2 and wrists is not None else None
         states = as_states(states, "states") if self.uses_state else None
-        answers = self.raw_chunks(frames, instructions, wrists, states, episodes=episodes)
+        try:
+            answers = self.raw_chunks(frames, instructions, wrists, states, episodes=episodes)
+        except torch.OutOfMemoryError:
+            if len(frames) > 1:
+                raise PolicyError(f"the GPU has no memory to answer {len(frames)} at once") from None
+            raise ConfigError(
+                "the GPU has no memory left to answer with: end what else runs there, or quantise"
+            ) from None
         tokens = self.processor.config.action_head != "l1"
         actions = self.processor.actions(answers) if tokens else self.processor.unnormalize(answers)
         if not np.isfinite(actions).all() or np.isnan(self.last_margins).any():

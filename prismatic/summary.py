@@ -3,12 +3,11 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
-from prismatic.episodes.result import KNOWN_LATER, Count, EpisodeResult, Facts, read_rows, read_run
+from prismatic.episodes.result import KNOWN_LATER, EpisodeResult, Facts, read_rows, read_run
 from prismatic.errors import ConfigError
-from prismatic.filenames import REPORT, RESULTS, RUN, SUMMARY
-from prismatic.records import read_record
+from prismatic.filenames import REPORT, RESULTS, RUN
 from prismatic.scene.trajectory import STAGES
 from prismatic.statistics import clustered_bootstrap, needed, wilson_interval
 from prismatic.versions import SIMULATOR_PACKAGES, unpinned_simulator
@@ -17,18 +16,6 @@ FLOORS_AND_CEILINGS = ("zero", "random", "replay", "expert")
 SAME_EPISODES = ("task_suite_name", "env_seed", "num_steps_wait", "step_limit")
 FEWEST_TASKS = 2  # fewer clusters than that have no bootstrap
 MOST_NAMED = 3  # things that a sentence names
-
-
-class _Task(TypedDict):
-    task_id: Count
-    successes: Count
-    failures: Count
-
-
-class _Counts(TypedDict):
-    """What is read of a neighbour's summary.json."""
-
-    per_task: list[_Task]
 
 
 def summarise(rows: Sequence[EpisodeResult], *, protocol: Facts, controls: Facts | None = None) -> Facts:
@@ -239,26 +226,18 @@ def beside(folder: Path, identity: Facts, *, task_ids: set[int]) -> Facts:
     the weights are this run's too. Of several, the one with most episodes.
     """
     found: dict[str, Facts] = {}
-    for path in sorted(folder.resolve().parent.glob(f"*/{SUMMARY}")):
-        if path.parent.name == folder.resolve().name:
-            continue
+    for path in sorted(run.parent for run in folder.resolve().parent.glob(f"*/{RUN}")):
         try:
-            counts, other = read_record(path, _Counts), read_run(path.parent).identity
-            name = _control(other, identity)
+            name = _control(read_run(path).identity, identity) if path.name != folder.resolve().name else None
+            rows = [row for row in read_rows(path) if row.task_id in task_ids] if name else []
         except (ConfigError, KeyError):  # someone else's file
             continue
-        tasks = [task for task in counts["per_task"] if task["task_id"] in task_ids]
-        successes = sum(task["successes"] for task in tasks)
-        judged = successes + sum(task["failures"] for task in tasks)
+        counts = _count(rows)
+        judged = counts["successes"] + counts["failures"]
         if name and judged > found.get(name, {"judged": 0})["judged"]:
-            found[name] = {
-                "successes": successes,
-                "judged": judged,
-                "tasks": [task["task_id"] for task in tasks],
-                "success_rate": successes / judged,
-                "interval_95": list(wilson_interval(successes, judged)),
-                "folder": path.parent.name,
-            }
+            kept = {fact: counts[fact] for fact in ("successes", "success_rate", "interval_95")}
+            tasks = sorted({row.task_id for row in rows})
+            found[name] = {**kept, "judged": judged, "tasks": tasks, "folder": path.name}
     return found
 
 

@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from prismatic.models.compiled import BATCH_SIZES, PROMPT_WIDTH, CompiledActionDecoder, decoder_for, padded_shape
+from prismatic.models.compiled import (
+    ACTIVATION_BYTES,
+    BATCH_SIZES,
+    PROMPT_WIDTH,
+    WIDEST,
+    CompiledActionDecoder,
+    batches,
+    decoder_for,
+    memory_for,
+)  # fmt: skip
 from prismatic.models.decode import ActionDecoder
 from prismatic.models.tiny import TINY, random_vla
 from prismatic.models.vla import VLA, VLAConfig
@@ -35,7 +44,7 @@ def test_tokens_are_eagers_whatever_the_draft_and_nothing_breaks_the_graph(vla: 
     torch._dynamo.reset()
     said: list[str] = []
     decode, eager = CompiledActionDecoder(vla, compiler=traced, say=said.append), ActionDecoder(vla)
-    for rows in (3, 2, 1, 3):
+    for rows in (3, 4, 1, 3):
         ids, pixels, mask = prompts(rows)
         expected = eager(ids, pixels, 7, mask)
         for draft in (None, expected.ids, expected.ids.flip(1)):
@@ -44,15 +53,50 @@ def test_tokens_are_eagers_whatever_the_draft_and_nothing_breaks_the_graph(vla: 
             torch.testing.assert_close(answer.margins, expected.margins, atol=1e-3, rtol=1e-3)
         assert answer.forward_passes <= 7
     assert decode.description == "compiled"
-    # 3 and 2 rows are one shape: each step of each shape is announced, and timed, once
+    # 3 and 4 rows are one shape: each step of each shape is announced, and timed, once
     assert [line.split()[0] for line in said] == ["compiling", "compiled"] * 4
 
 
-def test_a_whole_evaluation_has_few_shapes() -> None:
-    shapes = {padded_shape(rows, tokens) for rows in range(1, 17) for tokens in range(20, 61)}
-    assert shapes == {(1, 64), (4, 64), (16, 64)}
-    assert padded_shape(5, 65) == (16, 2 * PROMPT_WIDTH)
-    assert padded_shape(BATCH_SIZES[-1] + 1, 10)[0] == BATCH_SIZES[-1] + 1  # decoded eagerly as it comes
+def test_a_batch_is_cut_into_few_shapes_of_which_a_quarter_is_padding() -> None:
+    cut = {rows: list(batches(rows)) for rows in range(1, 200)}
+    assert {size for sizes in cut.values() for size in sizes} == {*BATCH_SIZES}
+    assert all(rows <= sum(sizes) <= rows * 4 / 3 for rows, sizes in cut.items())
+    assert cut[3] == [4] and cut[5] == [4, 1] and cut[7] == [4, 4] and cut[12] == [16] and cut[70] == [64, 4, 1, 1]
+
+
+def test_rows_of_a_batch_that_is_cut_are_answered_as_alone(vla: VLA) -> None:
+    decode = CompiledActionDecoder(vla, compiler=lambda step: step, say=lambda line: None)
+    ids, pixels, mask = prompts(6)
+    expected = ActionDecoder(vla)(ids, pixels, 7, mask)
+    for draft in (None, expected.ids, expected.ids.flip(0)):
+        answer = decode(ids, pixels, 7, mask, draft)
+        assert answer.ids.equal(expected.ids) and answer.margins.shape == (6, 7)
+
+
+def test_more_rows_or_the_second_width_compile_nothing_anew(vla: VLA) -> None:
+    """Compiled code is of certain strides; which allocation they are in is no matter to it."""
+    decode = CompiledActionDecoder(vla, compiler=lambda step: step, say=lambda line: None)
+    strides = {}
+    for rows, tokens in ((1, 12), (4, 12), (1, PROMPT_WIDTH + 1), (4, 12), (1, 12), (16, WIDEST)):
+        decode(*prompts(rows, tokens)[:2], 7, None)
+        for shape, layers in decode._views.items():
+            assert strides.setdefault(shape, layers[0][0].stride()) == layers[0][0].stride()
+    cache = sum(part.nbytes for layer in decode._cache for part in layer)
+    assert [memory_for(vla, rows) - rows * ACTIVATION_BYTES for rows in (12, 16)] == [cache, cache]
+
+
+def test_a_prompt_beyond_the_second_width_is_decoded_eagerly_which_is_said_once(vla: VLA) -> None:
+    said: list[str] = []
+    decode = CompiledActionDecoder(vla, compiler=failing(AssertionError("not to be compiled")), say=said.append)
+    ids, pixels, mask = prompts(3, WIDEST + 1)
+    for _ in range(2):
+        assert decode(ids, pixels, 7, mask).ids.equal(ActionDecoder(vla)(ids, pixels, 7, mask).ids)
+    assert (
+        not decode._cache
+        and len(said) == 1
+        and f"{WIDEST} tokens" in said[0]
+        and f"{WIDEST} tokens" in decode.description
+    )
 
 
 def test_an_a10_holds_openvla_7b_and_sixteen_simulators() -> None:

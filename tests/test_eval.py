@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import eval as script
 from config import EvalConfig
@@ -18,6 +19,7 @@ from prismatic import machine, versions
 from prismatic.episodes import setup
 from prismatic.episodes.result import read_rows
 from prismatic.errors import ConfigError
+from prismatic.models.compiled import batches
 from tests.drawn_cache import write_cache
 from tests.drawn_episodes import drawn_episode
 from tests.fake_simulator import LIMIT, FakeBenchmark
@@ -249,6 +251,21 @@ def test_ranks_of_one_machine_share_it_and_its_episodes(
     assert len(read_rows(tmp_path / "EVAL-fake-zero")) == 3
     assert capsys.readouterr().out.count("% success") == 1  # the last one prints the whole result
     assert summary_of(tmp_path / "EVAL-fake-zero")["episodes"] == 3
+
+
+@pytest.mark.parametrize(
+    ("drawn", "free", "workers"), [("egl", 10, 16), ("egl", 8, 12), ("egl", 4, 7), ("osmesa", 4, 11), ("egl", 0.1, 1)]
+)
+def test_workers_share_the_gpus_memory_with_the_policy_that_answers_them(
+    monkeypatch: pytest.MonkeyPatch, drawn: str, free: float, workers: int
+) -> None:
+    """A policy of 170 MB a row, in batches as they are compiled: 16 rows take 2.7 GB, a renderer 0.3 GB."""
+    monkeypatch.setenv("MUJOCO_GL", drawn)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * 1e9), int(24e9)))
+    monkeypatch.setattr(machine, "available_cores", lambda: 17)
+    monkeypatch.setattr(machine, "available_memory", lambda: 10**12)
+    assert setup.workers_that_fit(lambda rows: rows * 120_000_000 + max(batches(rows)) * 171_000_000) == workers
 
 
 def test_another_simulator_is_refused_or_named(

@@ -15,7 +15,7 @@ from prismatic.models.tiny import TINY
 from prismatic.models.vla import VLAConfig
 from prismatic.training.activations import LABELS, SHARDED, Checkpointing, Precision, fake_vla
 from prismatic.training.live_bytes import LiveBytes
-from prismatic.training.memory import GIB, Model, Settings, choose, describe, lines, plan
+from prismatic.training.memory import GIB, Model, Settings, choose, describe, free_memory, lines, plan
 from prismatic.training.step import attention_kernel
 
 WORDS = 40
@@ -145,6 +145,13 @@ def test_what_cannot_fit_names_settings_of_the_same_effective_batch_that_do(mode
     )
     assert settings.batch_size * settings.grad_accumulation_steps == 32
     assert choose(model, settings, card * GIB, place="card").settings == settings
+
+
+def test_some_of_a_card_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (22 * GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
+    free, place = free_memory("cuda:0")
+    assert place == "card" and 20.4 * GIB < free < 20.6 * GIB
 
 
 def test_where_nothing_fits_it_says_how_much_would(model: Model) -> None:

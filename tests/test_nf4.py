@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prismatic.adapter import lora_state_dict, save_adapter
 from prismatic.checkpoint import load_vla
@@ -72,6 +73,25 @@ def test_an_adapter_learns_on_it_and_loads_on_the_whole_base(base: Path, tmp_pat
         last, unpacked = vla(**BATCH).loss, whole(**BATCH).loss
         assert torch.equal(resumed(**BATCH).loss, last)
     assert unpacked.item() == pytest.approx(last.item(), rel=0.1) and unpacked.item() < 0.9 * losses[0].item()
+
+
+def test_selective_recomputing_keeps_packed_products(base: Path) -> None:
+    class Count(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.made += "bitsandbytes.gemm_4bit" in str(func)
+            return func(*args, **(kwargs or {}))
+
+    products = {}
+    for selective in (True, False):
+        vla = add_lora(load_vla(base, nf4=True), rank=4).train()
+        checkpoint_activations(vla, selective=selective)
+        with Count() as count:
+            vla(**BATCH).loss.backward()
+        products[selective] = count.made
+    outside = sum(isinstance(module, bitsandbytes.nn.Linear4bit) for module in vla.projector.modules())
+    assert products[True] > 20 and products[False] - outside == 2 * (products[True] - outside)
 
 
 def test_acting_between_steps_leaves_the_gradients(base: Path) -> None:

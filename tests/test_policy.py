@@ -1,14 +1,16 @@
 """A policy's memory of its last answers: it saves passes and changes nothing."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from prismatic import checkpoint
 from prismatic import policy as policy_module
 from prismatic.checkpoint import load_policy
-from prismatic.errors import ConfigError
+from prismatic.errors import ConfigError, PolicyError
 from prismatic.models.decode import ActionDecoder
 from prismatic.models.vla import VLA
 from prismatic.policy import VLAPolicy
@@ -55,6 +57,20 @@ def test_memory_of_episodes_is_bounded(policy: VLAPolicy, monkeypatch: pytest.Mo
     for episode in range(4):
         policy(picture, WORDS, wrist=picture, episode=episode)
     assert list(policy._last) == [2, 3]
+
+
+def test_no_memory_for_many_is_an_error_of_the_batch_and_for_one_the_end(
+    policy: VLAPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(policy, "raw_chunks", full)
+    two = frames(2)[:2]
+    with pytest.raises(PolicyError, match="answer 2 at once"):
+        policy.batch_chunks(two, [WORDS] * 2, two)
+    with pytest.raises(ConfigError, match="no memory left"):
+        policy.batch_chunks(two[:1], [WORDS], two[:1])
 
 
 def test_drafting_and_compiling_are_off_where_the_backend_forbids_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,18 @@ def test_not_healthy_before_warm_up_and_while_stopping() -> None:
         assert answer.result(10).status_code == 200
 
 
+def test_the_largest_batch_is_warmed_up_first_and_what_was_learnt_of_the_decoder_is_told() -> None:
+    class Compiled(FakePolicy):
+        def metadata(self) -> dict[str, Any]:
+            return super().metadata() | {"decoder": f"{len(self.batches)} batches"}
+
+    policy = Compiled()
+    service = Service(policy, Limits(), max_batch=6, max_wait=0.0, warm_ups=2)
+    times = asyncio.run(service.warm_up())
+    assert [rows for rows, _ in times] == [6, 4, 2, 1] and policy.batches == [6, 6, 4, 4, 2, 2, 1, 1]
+    assert service.describe()["decoder"] == "8 batches"
+
+
 def test_the_access_log_is_a_json_line_a_request_without_what_was_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="serve.access"), live(FakePolicy()) as server:
         server.act(body(words="a secret"))

@@ -72,8 +72,9 @@ def test_replays_and_controls_are_told() -> None:
 def write_run(folder: Path, successes: int, failures: int, **identity: Any) -> dict[str, Any]:
     folder.mkdir(parents=True)
     whole = {"task_suite_name": "s", "env_seed": 0, "num_steps_wait": 10, "step_limit": 220} | identity
-    counts = {"successes": successes, "failures": failures, "errors": 1}  # the same in both tasks
-    (folder / "summary.json").write_text(json.dumps({"per_task": [{"task_id": task} | counts for task in (0, 1)]}))
+    outcomes = [True] * successes + [False] * failures + [None]  # the same in both tasks
+    rows = [drawn_results.row(task, number, outcome) for task in (0, 1) for number, outcome in enumerate(outcomes)]
+    (folder / "results.jsonl").write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in rows))
     (folder / "run.json").write_text(json.dumps({"identity": whole, "record": {}}))
     return whole
 
@@ -88,7 +89,7 @@ def test_controls_of_the_same_episodes_stand_beside(tmp_path: Path) -> None:
     write_run(tmp_path / "swap-other", 0, 99, policy="checkpoint", weights="other", instruction="swap")
     write_run(tmp_path / "twin", 9, 1, policy="checkpoint", weights="w", note="x")
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "summary.json").write_text("{")
+    (tmp_path / "broken" / "run.json").write_text("{")
     found = beside(tmp_path / "own", own, task_ids={1})
     assert {name: (result["successes"], result["judged"], result["folder"]) for name, result in found.items()} == {
         "zero": (0, 4, "zero"),

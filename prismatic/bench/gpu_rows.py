@@ -136,7 +136,8 @@ def profile() -> Iterator[Row]:
             decoder(ids, pixels, ACTION_DIM)
             wait(DEVICE)
         whole = 1e3 * (time.perf_counter() - began)
-        events = profiler.key_averages()
+        # on a GPU not the calls that start kernels
+        events = [event for event in profiler.key_averages() if event.device_type.name == DEVICE.type.upper()]
         busy = {e.key: (e.self_device_time_total if GPU else e.self_cpu_time_total) / 1e3 for e in events}
         slowest = sorted(busy, key=busy.__getitem__, reverse=True)[:5]
         yield {

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def load_policy(values: Mapping[str, Any]) -> Loaded:
     import torch
 
     from prismatic import checkpoint as checkpoints
+    from prismatic.models.compiled import memory_for
 
     torch.manual_seed(values["seed"])
     device = None
@@ -82,7 +84,13 @@ def load_policy(values: Mapping[str, Any]) -> Loaded:
             f"{name} answers with {policy.processor.action_dim} numbers and LIBERO takes {ACTION_DIM}: "
             "--open_loop True compares it with recorded actions instead"
         )
-    return Loaded(policy, policy.processor.image_path, policy.counts, GATHERING if device else 0.0)
+    return Loaded(
+        policy,
+        policy.processor.image_path,
+        policy.counts,
+        GATHERING if device else 0.0,
+        partial(memory_for, policy.vla),
+    )
 
 
 def precision(values: Mapping[str, Any]) -> tuple[str, str | None]:
@@ -92,15 +100,20 @@ def precision(values: Mapping[str, Any]) -> tuple[str, str | None]:
     return values["quantize"], None
 
 
-def workers_that_fit() -> int:
-    """Simulator processes of this rank; where a GPU computes, its memory that is left counts too, and a core stays for this process."""
-    import sys
+def workers_that_fit(memory_for: Callable[[int], int] | None) -> int:
+    """Simulator processes of this rank. Where a GPU computes a core stays for this process, and each worker takes of the GPU's memory that is
+    left: to draw with, where EGL draws, and to be answered (memory_for: bytes for so many at once; None: no model answers).
+    """
+    if memory_for is None:
+        return machine.simulators_that_fit(LOCAL_RANKS)
+    import torch
 
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
+    if not torch.cuda.is_initialized():
         return machine.simulators_that_fit(LOCAL_RANKS)
     free, _ = torch.cuda.mem_get_info()
-    return machine.simulators_that_fit(LOCAL_RANKS, spare_cores=1, gpu_memory=free)
+    drawing = machine.GPU_RENDERER_BYTES if os.environ.get("MUJOCO_GL") == "egl" else 0
+    most = machine.simulators_that_fit(LOCAL_RANKS, spare_cores=1)
+    return next((n for n in range(most, 1, -1) if n * drawing + memory_for(n) <= free), 1)
 
 
 def run_name(values: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ from prismatic.models.vla import VLA
 
 PLAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # of checkpoint, where nothing is drawn
 LARGE = 256  # inner size from which a matrix product costs more than what its result takes: an adapter's second one (its rank) is redone
+NF4_PRODUCT = "bitsandbytes.gemm_4bit"  # by its name: that library may be missing
 PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm}
 ATTENTION = {
     getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}")
@@ -76,7 +77,7 @@ def keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Che
     """torch's selective policy: results of attention and of large matrix products are kept, everything else is redone."""
     packet = getattr(operator, "overloadpacket", None)
     large = packet in PRODUCTS and args[-1].shape[0] >= LARGE  # the inner size is the right factor's first
-    kept = large or packet in ATTENTION
+    kept = large or packet in ATTENTION or str(packet) == NF4_PRODUCT
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -1,8 +1,8 @@
 """Decoding through torch.compile, for a model that acts on a GPU (after adapters are merged and weights quantised).
 
 A forward pass is a thousand small kernels, which a GPU runs faster than Python can name them. torch.compile fuses them and records the rest as a
-CUDA graph (mode "reduce-overhead"), once for each shape: prompts are padded to a multiple of 64 tokens and batches to one of BATCH_SIZES.
-Padding changes no answer: nothing reads a padded token, and padded rows are dropped. All shapes share one key-value cache.
+CUDA graph (mode "reduce-overhead"), once for each shape: prompts are padded to a multiple of 64 tokens; batches are cut into, and padded to,
+those of BATCH_SIZES. Padding changes no answer: nothing reads a padded token, and padded rows are dropped. All shapes share one key-value cache.
 
 Surprising: a shape's first use takes minutes (torch keeps what it compiled in its own cache, so the next run is faster) and says so. What
 can't be compiled runs eagerly, which is said once and stands in `description`. Compiled passes have never run on a GPU.
@@ -11,8 +11,7 @@ can't be compiled runs eagerly, which is said once and stands in `description`. 
 import functools
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -22,16 +21,28 @@ from tqdm import tqdm
 
 from prismatic.models.decode import ActionDecoder, DecodedActions, Layers, Tensors, TokenModel
 
-PROMPT_WIDTH = 64  # tokens: holds every instruction of LIBERO with the prompt around it
-BATCH_SIZES = (1, 4, 16, 32, 64)  # rows; larger batches are decoded eagerly
-SHAPES = 64  # variants that torch may compile of one function
+PROMPT_WIDTH = 64  # tokens: holds every instruction of LIBERO with the prompt around it; WIDEST is the second width
+WIDEST = 128
+ACTIVATION_BYTES = (
+    120_000_000  # of a row at full size while its prompt is read, what graphs keep included; not measured
+)
+BATCH_SIZES = (1, 4, 16, 32, 64)  # rows
 write_line = partial(tqdm.write, file=sys.stderr)
-compile_step = partial(torch.compile, mode="reduce-overhead", fullgraph=True, dynamic=False)
+VARIANTS = 64  # that torch may compile of one function: its own limit, 8, is less than two widths of five sizes
 
 
-def padded_shape(rows: int, tokens: int) -> tuple[int, int]:
-    """The shape that a batch of prompts is padded to; rows beyond the largest stay as they are."""
-    return next((size for size in BATCH_SIZES if size >= rows), rows), tokens + -tokens % PROMPT_WIDTH
+def compile_step(step: Callable[..., Tensors]) -> Callable[..., Tensors]:
+    """The function as a CUDA graph; a limit that is given here holds in every thread, torch's configuration in one."""
+    options: dict[str, Any] = {"recompile_limit": VARIANTS}  # torch's own types leave it out
+    return torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False, **options)
+
+
+def batches(rows: int) -> Iterator[int]:
+    """Sizes of the batches that so many rows are decoded in. Of each a quarter at the most is padding: prompts cost a GPU by the row."""
+    while rows > 0:
+        fitting = (size for size in BATCH_SIZES if rows <= size <= rows * 4 // 3)
+        yield (size := next(fitting, max(size for size in BATCH_SIZES if size <= rows)))
+        rows -= size
 
 
 class CompiledActionDecoder(ActionDecoder):
@@ -48,17 +59,16 @@ class CompiledActionDecoder(ActionDecoder):
         say: Callable[[str], object] = write_line,
     ) -> None:
         super().__init__(vla)
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
         self._say, self._compiled = say, functools.cache(compiler)
         self._views: dict[tuple[int, int], Layers] = {}  # of the cache, by (batch, length)
         self._ready: set[Any] = set()  # (step, batch, length) that were compiled
-        self._eager: dict[int, str] = {}  # batch size that can't be compiled → why
+        self._eager: dict[str, str] = {}  # what can't be compiled → why
 
     @property
     def description(self) -> str:
         """How forward passes are run, and what is not compiled for which reason."""
         compiled = ["compiled"] * (bool(self._ready) or not self._eager)
-        return "; ".join(compiled + [f"eager for a batch of {batch}: {why}" for batch, why in self._eager.items()])
+        return "; ".join(compiled + [f"eager for {what}: {why}" for what, why in self._eager.items()])
 
     @torch.inference_mode()
     def __call__(
@@ -71,41 +81,50 @@ class CompiledActionDecoder(ActionDecoder):
     ) -> DecodedActions:
         """As ActionDecoder's."""
         rows, tokens = input_ids.shape
-        batch, width = padded_shape(rows, tokens)
+        if tokens > WIDEST:
+            self._give_up(f"prompts of more than {WIDEST} tokens", "each width would be compiled anew")
+            return ActionDecoder(self.vla)(input_ids, pixel_values, action_dim, attention_mask, draft)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
+        more = -tokens % PROMPT_WIDTH
+        input_ids = F.pad(input_ids, (0, more), value=self.vla.config.pad_token_id)
+        attention_mask = F.pad(attention_mask, (0, more))
+        answers, start = [], 0
+        for batch in batches(rows):
+            part, padding = slice(start, start + batch), max(start + batch - rows, 0)
 
-        def padded(tensor: torch.Tensor) -> torch.Tensor:
-            return torch.cat([tensor, tensor[:1].expand(batch - rows, *tensor.shape[1:])])
+            def padded(tensor: torch.Tensor, part: slice = part, padding: int = padding) -> torch.Tensor:
+                return torch.cat([tensor[part], tensor[:1].expand(padding, *tensor.shape[1:])])
 
-        answer = super().__call__(
-            padded(F.pad(input_ids, (0, width - tokens), value=self.vla.config.pad_token_id)),
-            padded(pixel_values),
-            action_dim,
-            padded(F.pad(attention_mask, (0, width - tokens))),
-            None if draft is None else padded(draft),
-        )
-        return replace(answer, ids=answer.ids[:rows], margins=answer.margins[:rows])
+            guess = None if draft is None else padded(draft)
+            answers.append(
+                super().__call__(padded(input_ids), padded(pixel_values), action_dim, padded(attention_mask), guess)
+            )
+            start += batch
+        ids, margins = (torch.cat([getattr(answer, name) for answer in answers])[:rows] for name in ("ids", "margins"))
+        return DecodedActions(ids, margins, sum(answer.forward_passes for answer in answers))
 
     def _layers(self, batch: int, length: int) -> Layers:
         """The same views each time: a CUDA graph remembers addresses."""
-        before = self._cache
         layers = super()._layers(batch, length)
-        if self._cache is not before:
-            self._views.clear()
         if (batch, length) not in self._views:
             for tensor in (part for layer in layers for part in layer):
-                torch._dynamo.mark_static_address(tensor)  # else each pass would copy the cache
+                torch._dynamo.mark_static_address(tensor, guard=False)  # else each pass would copy the cache
             self._views[batch, length] = layers
         return self._views[batch, length]
 
+    def _grow(self, rows: int, columns: int) -> None:
+        """Wide enough for both prompt widths from the start: other strides would be compiled anew, more rows are only recorded anew."""
+        self._views.clear()
+        super()._grow(rows, columns + (0 if self._cache else WIDEST - PROMPT_WIDTH))
+
     def _run(self, step: Any, layers: Layers, *inputs: torch.Tensor) -> Tensors:
         batch, _, length, _ = layers[0][0].shape
-        if batch in self._eager or batch > BATCH_SIZES[-1]:
+        if (what := f"a batch of {batch}") in self._eager:
             return super()._run(step, layers, *inputs)
         is_new, began = (step, batch, length) not in self._ready, time.monotonic()
         if is_new:
-            self._say(f"compiling {step.__name__} for a batch of {batch}, {length} columns: minutes the first time")
+            self._say(f"compiling {step.__name__} for {what}, {length} columns: minutes the first time")
         try:
             torch.compiler.cudagraph_mark_step_begin()
             # cloned: the next pass fills a graph's own tensors anew
@@ -114,13 +133,26 @@ class CompiledActionDecoder(ActionDecoder):
             failed = error.with_traceback(None)
         else:
             if is_new:
-                self._say(f"compiled {step.__name__} for a batch of {batch} in {time.monotonic() - began:.0f} s")
+                self._say(f"compiled {step.__name__} for {what} in {time.monotonic() - began:.0f} s")
                 self._ready.add((step, batch, length))
             return outputs
         outputs = super()._run(step, layers, *inputs)  # raises what is no compiler's fault
-        self._eager[batch] = (str(failed).strip() or type(failed).__name__).partition("\n")[0]
-        self._say(f"notice: a batch of {batch} can't be compiled and is decoded eagerly: {self._eager[batch]}")
+        self._give_up(what, (str(failed).strip() or type(failed).__name__).partition("\n")[0])
         return outputs
+
+    def _give_up(self, what: str, why: str) -> None:
+        if what not in self._eager:
+            self._eager[what] = why
+            self._say(f"notice: {what} can't be compiled and is decoded eagerly: {why}")
+
+
+def memory_for(vla: Any, rows: int) -> int:
+    """Bytes beside the weights that answering so many rows at once takes, about: activations, and keys and values where tokens are decoded."""
+    config, text, size = vla.config, vla.config.text_config, next(vla.parameters()).element_size()
+    columns = config.num_images_in_input * config.num_patches + WIDEST + config.action_positions
+    width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
+    cached = max(batches(rows)) * (config.action_head == "tokens")
+    return rows * ACTIVATION_BYTES + cached * 2 * text.num_hidden_layers * columns * width * size
 
 
 def decoder_for(vla: Any, *, compilable: bool = True) -> ActionDecoder:

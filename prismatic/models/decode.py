@@ -147,10 +147,13 @@ class ActionDecoder:
         """Keys and values for this batch: views of one allocation, which grows to the largest that was asked for."""
         rows, _, columns, _ = self._cache[0][0].shape if self._cache else (0, 0, 0, 0)
         if rows < batch or columns < length:
-            self._cache = []  # frees it before the larger one is made
-            text, like = self.vla.config.text_config, self.vla.language_model.model.norm.weight
-            self._cache = empty_cache(text, max(batch, rows), max(length, columns), like=like)
+            self._grow(max(batch, rows), max(length, columns))
         return [(keys[:batch, :, :length], values[:batch, :, :length]) for keys, values in self._cache]
+
+    def _grow(self, rows: int, columns: int) -> None:
+        self._cache = []  # frees it before the larger one is made
+        like = self.vla.language_model.model.norm.weight
+        self._cache = empty_cache(self.vla.config.text_config, rows, columns, like=like)
 
     def _run(self, step: Any, layers: Layers, *inputs: torch.Tensor) -> Tensors:
         """One forward pass: prefill or verify."""

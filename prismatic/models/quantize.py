@@ -55,12 +55,14 @@ def quantize(
     *,
     vision: bool = False,
     dtype: torch.dtype | None = None,
+    device: str | None = None,
     int8_activations: bool = False,
 ) -> "VLA":
     """Quantise a model without adapters, in place and layer by layer; returns it, frozen. An empty (meta) one is made ready to be filled.
 
     precision: int8 or int4. backend: torch or bitsandbytes (LLM.int8 and NF4, the head left out). vision: the image towers in int8 too.
-    dtype: what is computed in and what the rest is cast to, None: the model's own. int8_activations: with many rows, as in the prompt's
+    dtype: what is computed in and what the rest is cast to, None: the model's own. device: where it goes, each layer just before
+    it is rounded, so that it never lies there whole; None: it stays. int8_activations: with many rows, as in the prompt's
     forward pass, int8 layers round their inputs too (W8A8). ConfigError for another name, a model with adapters or quantised already, or
     weights that hold NaN.
     """
@@ -71,6 +73,8 @@ def quantize(
         kinds.pop(HEAD)  # as transformers does: decoding reads only some of its rows
     for name, kind in kinds.items():
         linear: Any = vla.get_submodule(name)
+        if device:
+            linear.to(device)
         try:
             if backend == "bitsandbytes":
                 made = bitsandbytes_linear(linear, kind, dtype)
@@ -82,6 +86,8 @@ def quantize(
     for parameter in vla.parameters():
         if type(parameter) is nn.Parameter:  # not one of bitsandbytes'
             parameter.data = parameter.data.to(dtype)
+    if device:
+        vla.to(device)
     return vla.requires_grad_(False)
 
 

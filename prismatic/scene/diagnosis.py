@@ -1,38 +1,7 @@
 """Why an episode ended as it did: its trajectory in, a stable code and a sentence out.
 
-It judges the goal that does not hold at the end; of several, the one that got furthest through its stages. The first line
-that holds is the verdict.
-
-| verdict | what must hold |
-|---|---|
-| success | LIBERO's `done`: all predicates at once |
-| error | the simulator or the policy crashed: that says nothing about the policy |
-| undone | the predicate held before, and no longer does at the end (the episode went on for another goal) |
-| **an object that goes on or in something** | |
-| not_open_enough | the target's drawer or door never was open, and the object was let go at it, or never lifted though the drawer was moved |
-| never_released | held and lifted at the end, over the target's outline |
-| not_carried | held and lifted at the end, elsewhere |
-| dropped | lifted and let go, and it fell more than 5 cm, not over the target's outline |
-| wrong_target | lifted and let go, and it rests on an object or fixture that is not the target |
-| beside_target | lifted and let go (to a zone of the table: or only pushed, by 5 cm), and it ends farther from the target than the predicate allows |
-| never_held | it was let go, and lies at the target, but the predicate never held: wrong height, or no contact |
-| wrong_object | it was never lifted, but another thing was, which is no goal's object |
-| not_lifted | grasped, never lifted by 2 cm |
-| pushed_away | never grasped, but touched, and moved by 5 cm or tipped over by 45 degrees |
-| closed_beside | never grasped; the gripper shut on nothing within 10 cm of it |
-| **a drawer, door or knob** | |
-| not_open_enough, not_closed_enough, not_turned_enough | moved by a tenth of the way that is needed, not all of it |
-| wrong_part | not moved, but another drawer, door or knob was, which no goal names, by a tenth of its way |
-| wrong_object | not touched, but a thing was lifted that is no goal's object |
-| not_moved | touched, moved by less than a tenth of the way |
-| **either** | |
-| idle | none of these, and the hand stood still for the last 50 steps or more (within 1 cm, the fingers within 5 mm) |
-| never_grasped | an object: approached, never grasped |
-| never_touched | a part: approached, never touched |
-| never_near | the hand never came within 5 cm of it |
-
-"Carried" and "lifted" are trajectory.py's. `done` ends an episode: "placed, but it did not stop" can only mean that the
-predicate never held (beside_target, never_held, wrong_target say by what).
+It judges the goal that does not hold at the end; of several, the one that got furthest through its stages. docs/verdicts.md has the table of
+verdicts and what must hold for each, in the order in which they are tried; the first that holds is given.
 """
 
 import re
@@ -92,7 +61,7 @@ class _Case:
         self.trajectory, self.number, self.goal = trajectory, number, trajectory.goals[number]
         self.stages = trajectory.reached(number)
         self.share = sum(step is not None for step in self.stages.values()) / len(self.stages)
-        self.name, self.aim = (_plain(name or "", trajectory) for name in (self.goal.subject, self.goal.target))
+        self.name, self.aim = (_plain(name or "") for name in (self.goal.subject, self.goal.target))
         self.offset = trajectory.offset[-1, number]
         self.distance = _cm(float(np.linalg.norm(self.offset[:2])))
         self.still = _still(trajectory)
@@ -155,7 +124,7 @@ class _Case:
             return "dropped", f"{dropped}: {how}; it fell {_cm(fall)}"
         text = f"Let go of the {self.name} at step {stop}"
         if wrong := [name for name in trajectory.supports[self.number] if name != place.owner]:
-            other = _plain(wrong[0], trajectory)
+            other = _plain(wrong[0])
             return "wrong_target", f"{text}; it rests on the {other}, not on the {self.aim}"
         return "beside_target" if self._miss(place) > 0 else "never_held", f"{text}; {self._where(place)}"
 
@@ -179,7 +148,7 @@ class _Case:
         subjects = {goal.subject for goal in self.trajectory.goals}
         for other, name in enumerate(self.trajectory.objects):
             if name not in subjects and self.trajectory.lifts(other):
-                return _plain(name, self.trajectory)
+                return _plain(name)
         return None
 
     def _empty_grasps(self, thing: int) -> str:
@@ -205,7 +174,7 @@ class _Case:
             travel = np.abs(trajectory.values[:, number] - trajectory.values[0, number]).max()
             if number not in asked and travel >= MOVED * part.span:
                 way = _amount(travel, part.hinge)
-                return "wrong_part", f"Moved the {_plain(part.name, trajectory)} by {way}, not the {self.name}"
+                return "wrong_part", f"Moved the {_plain(part.name)} by {way}, not the {self.name}"
         if self.stages["touched"] is not None:
             best = f"moved it only {100 * goal.progress(trajectory.values).max():.0f} % of the way"
             return "not_moved", f"Touched the {self.name} at step {self.stages['touched']}, but {best}"
@@ -218,7 +187,7 @@ class _Case:
         best, needed, last = (
             _amount(way, hinge) for way in (left[0] - left.min(), left[0], max(left[0] - left[-1], 0))
         )
-        text = f"The {_plain(name, self.trajectory)} was to be {SENTENCES[predicate]}, by {needed}; it got {best} far"
+        text = f"The {_plain(name)} was to be {SENTENCES[predicate]}, by {needed}; it got {best} far"
         return text + (f" and ended at {last}" if left[-1] > left.min() + MOVED * left[0] else "")
 
     # --- either -----------------------------------------------------------------------------------------------------
@@ -244,16 +213,9 @@ def _still(trajectory: Trajectory) -> int:
     return trajectory.steps - (int(np.flatnonzero(away)[-1]) + 1 if away.any() else 0)
 
 
-def _plain(name: str, trajectory: Trajectory) -> str:
-    """A name of the BDDL file for people: without the number where there is only one of its kind."""
-    names = {*trajectory.objects, *(part.fixture for part in trajectory.parts)}
-    names |= {goal.target for goal in trajectory.goals if goal.target}
-
-    def bare(match: re.Match[str]) -> str:
-        twins = sum(f"{match[1]}_{number}" in names for number in range(1, 10))
-        return match[1] if twins < 2 else match[0]
-
-    name = re.sub(r"^(.*?)_1(?=_|$)", bare, name)
+def _plain(name: str) -> str:
+    """A name of the BDDL file for people: the first of its kind without its number."""
+    name = re.sub(r"^(.*?)_1(?=_|$)", r"\1", name)
     return re.sub(r"(_contain|_heating|_cook)?_region$", "", name).replace("_", " ")
 
 

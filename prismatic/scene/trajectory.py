@@ -1,29 +1,8 @@
 """What an episode's states say of its objects, as arrays over time, and which stages of its goals they reach. No simulator here.
 
-scene/recorder.py fills a Trajectory; diagnosis.py says why it ended so.
-
-A goal is a predicate of the task's BDDL file. Its stages, in order, and what must hold:
-
-| to put one thing on or in another (on, in) | |
-|---|---|
-| opened | the drawer or door of the target is open as LIBERO wants it (only where the target has one) |
-| approached | the hand is within 5 cm of the object's box |
-| touched | some part of the robot touches the object |
-| grasped | both fingers touch it and have stopped at more than 3 mm, told to close, in two steps running |
-| lifted | held, it is 2 cm higher than at its lowest in the half second before it was grasped (a hand may rise as it closes) |
-| carried | held and lifted (to a zone of the table: pushed, too), it is over the target's outline |
-| released | held no longer, and over the target's outline when let go |
-| predicate_held | LIBERO's own predicate holds |
-
-| to move a part (open, close, turnon, turnoff) | |
-|---|---|
-| approached | the hand is within 5 cm of the drawer, door or knob |
-| touched | some part of the robot touches it |
-| moved | it has gone a tenth of the way that is needed |
-| predicate_held | LIBERO's own predicate holds |
-
-A step is the number of actions before that moment: 0 is the state that the policy found. An episode ends as soon as all
-predicates hold, often before the fingers open: a success may have no `released`, and a push no `grasped`.
+scene/recorder.py fills a Trajectory; diagnosis.py says why it ended so. A goal is a predicate of the task's BDDL file; docs/verdicts.md has
+the table of its stages. A step is the number of actions before that moment: 0 is the state that the policy found. An episode ends as soon as
+all predicates hold, often before the fingers open: a success may have no `released`, and a push no `grasped`.
 """
 
 from collections.abc import Iterator, Sequence

@@ -47,16 +47,28 @@ class Service:
         max_wait: float,
         prepare: Callable[[np.ndarray], Any] = lambda frame: frame,
         recorder: Recorder | None = None,
+        warm_ups: int = 1,
     ) -> None:
-        """max_wait: seconds that a request may wait for others. prepare: what the policy may be given for a frame, worked out beside it."""
-        self.policy, self.limits, self.recorder, self._prepare = policy, limits, recorder, prepare
-        self.metadata: dict[str, Any] = json.loads(json.dumps(policy.metadata(), default=str))
+        """max_wait: seconds that a request may wait for others. prepare: what the policy may be given for a frame, worked out beside it.
+        warm_ups: answers until a shape is as fast as it gets; a compiled policy on a GPU compiles in its first, records in its second.
+        """
+        self.policy, self.limits, self.recorder, self._prepare, self._warm_ups = (
+            policy,
+            limits,
+            recorder,
+            prepare,
+            warm_ups,
+        )
+        self.metadata = self._read_metadata()
         self.queue = BatchQueue(policy, max_batch=max_batch, max_wait=max_wait, max_waiting=limits.queue)
         self.metrics = Metrics(self.queue.waiting)
         self.queue.on_batch = self.metrics.rows.observe
         self.ready = self.draining = False
         self.under_way = 0
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
+
+    def _read_metadata(self) -> dict[str, Any]:
+        return json.loads(json.dumps(self.policy.metadata(), default=str))
 
     def in_reader(self, call: Callable[..., T], *given: Any) -> asyncio.Future[T]:
         """call(*given) in a thread: a large message stops nobody else's."""
@@ -129,6 +141,7 @@ class Service:
 
     def describe(self) -> dict[str, Any]:
         """The policy's metadata, what it needs, what it answers, what the server takes, and versions."""
+        self.metadata = self._read_metadata()  # what could be compiled is known only after a while
         return {
             **self.metadata,
             "num_images": self.policy.num_images,
@@ -151,10 +164,16 @@ class Service:
         )
 
     async def warm_up(self) -> WarmUp:
-        """Answer batches of 1, 2, 4 … max_batch rows, where kernels are compiled and recorded. Then ready."""
+        """Answer batches of max_batch … 4, 2, 1 rows, each as often as it takes until all is compiled and recorded. Then ready.
+
+        The largest first: what was recorded before its cache was made would be recorded anew.
+        """
         loop, times, most = asyncio.get_running_loop(), [], self.queue.max_batch
-        for rows in sorted({*(2**n for n in range(most.bit_length())), most}):
-            start, examples = time.monotonic(), [self.example(("warm-up", row)) for row in range(rows)]
+        for rows in sorted({*(2**n for n in range(most.bit_length())), most}, reverse=True):
+            examples = [self.example(("warm-up", row)) for row in range(rows)]
+            for _ in range(self._warm_ups - 1):
+                await loop.run_in_executor(self.queue.thread, compute, self.policy, examples)
+            start = time.monotonic()
             await loop.run_in_executor(self.queue.thread, compute, self.policy, examples)
             times.append((rows, time.monotonic() - start))
         self.ready = True

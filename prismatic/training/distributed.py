@@ -109,6 +109,10 @@ def joined() -> Iterator[Ranks]:
     """The process group that torchrun's environment describes, for as long as the block lasts; only rank 0's prints are seen."""
     size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available()
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():  # read at the first allocation
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = (
+            "expandable_segments:True"  # rows differ in length: less lies in fragments
+        )
     if size == 1:
         yield Ranks(device="cuda" if on_gpu else "cpu")
         return
@@ -138,7 +142,7 @@ def shard(vla: VLA, ranks: Ranks) -> None:
     mesh = init_device_mesh(torch.device(ranks.device).type, (ranks.size,))
     policy = MixedPrecisionPolicy()
     if ranks.device != "cpu":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)  # targets stay exact
     for block in vla.blocks():
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(vla, mesh=mesh, mp_policy=policy)

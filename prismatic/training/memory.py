@@ -228,7 +228,11 @@ def lines(chosen: Plan, model: Model, card: int, *, place: str) -> Iterator[str]
 
 
 def free_memory(device: str) -> tuple[int, str]:
-    """Bytes that a run can take here, and of what: a card, or this machine's memory where the model runs on the CPU."""
+    """Bytes that a run can take here, and of what: a card, or this machine's memory where the model runs on the CPU.
+
+    Of a card a twentieth and 400 MiB are left for the libraries that torch loads with its first product, and for what lies in fragments.
+    """
     if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
+        free = torch.cuda.mem_get_info(device)[0]
+        return max(free - free // 20 - 400 * 2**20, 0), torch.cuda.get_device_name(device)
     return available_memory(), "this machine"
