@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from msgspec import Meta
 
 from prismatic.filenames import STEP_FOLDER
 from prismatic.image import AUGMENTATIONS
@@ -17,6 +18,7 @@ from prismatic.ranges import (
     BatchSize,
     BelowOne,
     Count,
+    Few,
     FolderName,
     Images,
     LearningRate,
@@ -82,7 +84,7 @@ class FinetuneConfig:
     # Advanced: few people change what follows.
 
     # Actions that one query answers with. None: as many as the model to start from, 8 for a new head.
-    num_actions_chunk: Positive | None = None
+    num_actions_chunk: Few | None = None
     # Fields of the data set that are meant, where they don't have their usual names; docs/data.md says how to write them.
     data_keys: str = ""
     # How the data set writes its gripper's command. auto: found from the recorded values and said; none: its last number is no gripper.
@@ -207,11 +209,11 @@ class EvalConfig:
     # First stored initial state of each task to be played; num_trials_per_task counts from it.
     first_init_state: Count = 0
     # Steps of holding still before the policy acts; they count for nothing. LIBERO's protocol has 10.
-    num_steps_wait: Count = 10
+    num_steps_wait: Annotated[int, Meta(ge=0, le=1000)] = 10
     # Of a foreign checkpoint without a head's file: parallel (all tokens of a chunk at once, as RL checkpoints of OpenVLA-OFT). None: as found.
     action_head: ActionHead | None = None
     # Of a foreign checkpoint: actions of one answer (OpenVLA-OFT in LIBERO: 8). None: as found.
-    num_actions_chunk: Positive | None = None
+    num_actions_chunk: Few | None = None
     # Of a foreign checkpoint: images that it reads, 2 adds the wrist camera. None: as found.
     num_images_in_input: Images | None = None
     # Weights in 8 bits by bitsandbytes' LLM.int8, which rounds activations too (OpenVLA's flag; --quantize int8 rounds weights only).

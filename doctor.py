@@ -20,7 +20,7 @@ import tyro
 from config import WORKSPACE, FinetuneConfig, GripperConvention
 from prismatic import machine
 from prismatic.errors import ConfigError, exit_codes
-from prismatic.ranges import ActionHead, Images, Positive, checked
+from prismatic.ranges import ActionHead, Few, Images, checked
 from prismatic.scene.renderer import choose_renderer, draws_in_software
 from prismatic.scene.suites import Libero
 from prismatic.versions import SIMULATOR_PINS, versions
@@ -44,7 +44,7 @@ class DoctorConfig:
     unnorm_key: str | None = None
     # Of a foreign checkpoint: its head, where it could be of more than one kind, and what a call reads and gives. None: the folder says it.
     action_head: ActionHead | None = None
-    num_actions_chunk: Positive | None = None
+    num_actions_chunk: Few | None = None
     num_images_in_input: Images | None = None
     # Folder of data sets (RLDS or LeRobot) to look at, or the hub id of a LeRobot data set. None: finetune.py's, where dataset_name is given.
     data_root_dir: str | None = None

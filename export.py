@@ -10,11 +10,10 @@ Heads of OpenVLA-OFT are written as that project's code looks for them.
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import tyro
-from msgspec import Meta
 
 from prismatic import checkpoint as files
 from prismatic.dataset_statistics import base_statistics, load_statistics
@@ -24,7 +23,7 @@ from prismatic.models import quantize, weights
 from prismatic.processor import Processor
 from prismatic.processor_files import load_processor
 from prismatic.processor_json import processor_home, read_processor
-from prismatic.ranges import ActionHead, Images, checked
+from prismatic.ranges import ActionHead, Few, Images, checked
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class ExportConfig:
     # For a folder without processor.json: tokens (one by one), parallel (a chunk of tokens at once) or l1 (regressed). None: as its files say.
     action_head: ActionHead | None = None
     # For such a folder with a head of chunks: actions that one query answers with. None: 8.
-    num_actions_chunk: Annotated[int, Meta(ge=1, le=256)] | None = None
+    num_actions_chunk: Few | None = None
     # For such a folder: 1, or 2 with the wrist camera. None: 2 where the model reads the robot's state.
     num_images_in_input: Images | None = None
 

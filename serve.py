@@ -21,7 +21,7 @@ import tyro
 from msgspec import Meta
 
 from prismatic.errors import ConfigError, exit_codes
-from prismatic.ranges import ActionHead, BatchSize, Images, Positive, checked
+from prismatic.ranges import ActionHead, BatchSize, Few, Images, Positive, checked
 from prismatic.serving.guard import KEY_VARIABLE, read_key
 from prismatic.serving.observation import Limits
 
@@ -40,7 +40,7 @@ class ServeConfig:
     center_crop: bool | None = None
     # Of a foreign folder with one of OpenVLA-OFT's heads that doesn't say so: its head, actions an answer, and images. None: as published.
     action_head: ActionHead | None = None
-    num_actions_chunk: Positive | None = None
+    num_actions_chunk: Few | None = None
     num_images_in_input: Images | None = None
     # Address to listen at. Another one than this machine's own (127.0.0.1) demands an API key.
     host: str = "127.0.0.1"

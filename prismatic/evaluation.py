@@ -26,7 +26,7 @@ from prismatic.episodes.session import Session
 from prismatic.episodes.trials import Trial, TrialQueue
 from prismatic.errors import ConfigError
 from prismatic.filenames import REPORT, RESULTS, RUN, SUMMARY, UNFINISHED, VERSIONS
-from prismatic.records import read_object
+from prismatic.records import is_whole, read_object
 from prismatic.summary import beside, summarise
 
 if TYPE_CHECKING:  # it needs torch, which an evaluation of the expert does not
@@ -248,7 +248,11 @@ def at_the_end(act: Callable[[], None]) -> Iterator[None]:
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Cut off what follows the last newline: a line that was being written when the machine stopped."""
+    """Cut off what follows the last newline, a line that was being written when the machine stopped; a whole line gets its newline back."""
     if path.is_file() and not (content := path.read_bytes()).endswith(b"\n"):
-        with path.open("r+b") as results:
-            results.truncate(content.rfind(b"\n") + 1)
+        begin = content.rfind(b"\n") + 1
+        if is_whole(content[begin:], EpisodeResult):
+            append_line(path, b"")
+        else:
+            with path.open("r+b") as results:
+                results.truncate(begin)

@@ -16,6 +16,7 @@ from prismatic.errors import ConfigError
 
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
 Positive = Annotated[int, Meta(ge=1, lt=2**53)]
+Few = Annotated[int, Meta(ge=1, le=256)]  # layers, actions of a chunk
 Seed = Annotated[int, Meta(ge=0, lt=2**32)]  # what numpy's and LIBERO's generators take
 BatchSize = Annotated[int, Meta(ge=1, le=2**16)]
 Processes = Annotated[int, Meta(ge=0, le=1024)]  # beside this one

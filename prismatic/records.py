@@ -55,13 +55,22 @@ def fields_of(content: Any, kind: type[Record], where: str, *, way_out: str = CO
 
 
 def read_lines(path: Path, kind: type[Record], *, largest: int = LARGEST_LINES, way_out: str) -> list[Record]:
-    """The records of a file of one a line. A last line without its newline, which a crash cut off, is left out."""
-    lines = read_bytes(path, largest=largest, way_out=way_out).split(b"\n")[:-1]
+    """The records of a file of one a line. A last line without its newline is left out where a crash cut it off."""
+    *lines, last = read_bytes(path, largest=largest, way_out=way_out).split(b"\n")
     return [
         parse_record(line, kind, f"{path}, line {number}", way_out=way_out)
-        for number, line in enumerate(lines, start=1)
+        for number, line in enumerate([*lines, last] if is_whole(last, kind) else lines, start=1)
         if line.strip()
     ]
+
+
+def is_whole(line: bytes, kind: type[Record]) -> bool:
+    """Whether a line that has no newline is a record all the same, as after an editor."""
+    try:
+        msgspec.json.decode(line, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+    return True
 
 
 def read_bytes(path: Path, *, largest: int = LARGEST, way_out: str = COPY_AGAIN) -> bytes:

@@ -194,7 +194,7 @@ def mean_over_suites(folders: Sequence[Path]) -> Iterator[str]:
     rows, where = [], {}
     identities = {folder: read_run(folder).identity for folder in folders if (folder / RUN).exists()}
     for name in SAME_IN_ALL_SUITES:
-        values = {identity.get(name): folder for folder, identity in identities.items()}
+        values = {str(identity.get(name)): folder for folder, identity in identities.items()}
         if len(values) > 1:
             said = ", ".join(f"{value} in {folder}" for value, folder in values.items())
             yield f"beware, {name} is not the same: {said}"

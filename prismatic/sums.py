@@ -1,5 +1,6 @@
 """SHA256SUMS of a folder, in the form that `sha256sum -c` reads: written when the folder is whole, compared when its files are loaded."""
 
+import errno
 import functools
 import hashlib
 import re
@@ -48,6 +49,8 @@ def _check(path: Path, size: int, changed: int, sums_changed: int) -> None:
 
 
 def sha256(file: Path) -> str:
-    """Hex digest of a file's content."""
+    """Hex digest of a file's content. OSError for what is no file: a pipe or a device would be read for ever."""
+    if file.exists() and not file.is_file():
+        raise OSError(errno.EINVAL, "no regular file", str(file))
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -67,7 +67,12 @@ def test_continues_where_it_stopped_and_drops_a_torn_line(tmp_path: Path, whole:
     evaluate(parts, plan(2))
     results = parts / "results.jsonl"
     first, kept = results.read_bytes(), {path: path.read_bytes() for path in (parts / "actions").iterdir()}
+    results.write_bytes(first[:-1])  # as an editor saves it: nothing is lost
+    assert len(read_rows(parts)) == 4
+    evaluate(parts, plan(2))
+    assert results.read_bytes() == first
     results.write_bytes(first + b'{"episode_id": "fake/task0/state2/seed0", "succ')
+    assert len(read_rows(parts)) == 4
     evaluate(parts, plan())
     assert [row.init_state for row in read_rows(parts)[4:]] == [2, 3, 2, 3]  # and none of those that were there
     assert results.read_bytes().startswith(first)

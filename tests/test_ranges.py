@@ -96,6 +96,14 @@ def test_paths_that_no_file_system_takes_are_refused() -> None:
             expanded(path)
 
 
+@pytest.mark.parametrize("flag", ["num_actions_chunk", "num_steps_wait"])
+@pytest.mark.parametrize("kind", [config.FinetuneConfig, config.EvalConfig, doctor.DoctorConfig])
+def test_what_no_model_or_simulator_would_end_is_refused(kind: Any, flag: str) -> None:
+    if flag in {field.name for field in dataclasses.fields(kind)}:
+        with pytest.raises(ConfigError, match=flag):
+            checked(kind(**{flag: 1_000_000_000}))
+
+
 def test_a_value_of_another_type_is_refused() -> None:
     refused("finetune", batch_size="16")
     refused("finetune", log_to="nothing")

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,26 @@ def kill_inside_save() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     torch.save = half  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_weights_that_became_nan_are_not_saved_over_good_ones(
+    cfg: FinetuneConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = finetune.backward
+
+    def poisoned(model: torch.nn.Module, *given: Any, **how: Any) -> dict[str, float]:
+        numbers = taken(model, *given, **how)
+        if poisoned_from.pop(0) == 3:
+            next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+        return numbers
+
+    poisoned_from = [1, 2, 3, 4, 5, 6]
+    monkeypatch.setattr(finetune, "backward", poisoned)
+    cfg = dataclasses.replace(cfg, save_steps=2, keep=2, max_steps=6, max_bad_steps=9)
+    with pytest.raises(ConfigError, match=r"^after step 4 weights are NaN or infinite.*--learning_rate"):
+        finetune.main(cfg)
+    assert [folder.name for folder in run_folder(cfg).glob("step-*")] == ["step-000002"]
+    assert (run_folder(cfg) / "latest").resolve().name == "step-000002"
 
 
 def test_bad_steps_are_skipped_their_frames_named_and_many_in_a_row_end_the_run(

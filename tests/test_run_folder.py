@@ -1,6 +1,8 @@
 """A run on disk: which step folders stay, what a killed run leaves, what a damaged folder or a full disk does."""
 
+import os
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +47,37 @@ def test_the_newest_stay_also_past_a_million_and_the_best_beside_them(tmp_path: 
     (tmp_path / ".unfinished-finetune.json").write_text("{")
     assert RunFolder(tmp_path, keep=2).best() == {"step": 1_001_000, "value": 0.1}
     assert not list(tmp_path.glob(".unfinished*"))
+
+
+def test_a_copy_that_followed_links_and_a_step_folder_that_lies_elsewhere_go_on(tmp_path: Path) -> None:
+    run, elsewhere = RunFolder(tmp_path / "run", keep=2), tmp_path / "elsewhere"
+    for step in (1, 2):
+        run.save(step, weights, {})
+    run.mark_best(2, float("nan") if run.is_best(float("nan")) else 0.5)
+    del run
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")  # as scp -r does it
+    (tmp_path / "copy" / "step-000001").rename(elsewhere)
+    (tmp_path / "copy" / "step-000001").symlink_to(elsewhere)
+    (tmp_path / "copy" / "step-000000").write_text("a note")
+    run = RunFolder(tmp_path / "copy", keep=2)
+    newest = run.newest_whole()
+    assert newest and newest.name == "step-000002" and (run.path / "latest").is_symlink()
+    run.save(3, weights, {})
+    run.mark_best(3, 0.1)
+    assert names(run) == ["step-000002", "step-000003"] and (run.path / "best").readlink() == Path("step-000003")
+    assert elsewhere.is_dir() and (run.path / "latest-copied" / "weights").is_file()
+
+
+def test_sums_that_name_a_pipe_or_a_device_are_damage(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        run.save(step, weights, {})
+    with (tmp_path / "step-000003" / "SHA256SUMS").open("a") as sums:
+        sums.write(f"{'0' * 64}  /dev/zero\n")
+    (tmp_path / "step-000002" / "weights").unlink()
+    os.mkfifo(tmp_path / "step-000002" / "weights")
+    newest = run.newest_whole()
+    assert newest and newest.name == "step-000001"
 
 
 def test_options_may_change_until_a_step_is_saved(tmp_path: Path) -> None:

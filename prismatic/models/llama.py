@@ -13,9 +13,10 @@ from msgspec import Meta
 from torch import nn
 from torch.nn import functional as F
 
+from prismatic.ranges import Few
+
 # what a config.json may say
 Size = Annotated[int, Meta(ge=1, le=2**20)]
-Few = Annotated[int, Meta(ge=1, le=256)]
 
 
 @dataclass(frozen=True)

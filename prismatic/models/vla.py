@@ -18,10 +18,10 @@ from action_tokenizer import ActionTokenizer
 from prismatic.errors import ConfigError
 from prismatic.models.decode import ActionDecoder, best_tokens, with_empty_token
 from prismatic.models.heads import L1RegressionHead, ProprioProjector, before_blanks, bin_centers, with_blanks
-from prismatic.models.llama import Few, Llama, LlamaConfig, Size
+from prismatic.models.llama import Llama, LlamaConfig, Size
 from prismatic.models.projector import Projector
 from prismatic.models.vision import DINO_ID, SIGLIP_ID, VisionBackbone
-from prismatic.ranges import ActionHead, Count, Images
+from prismatic.ranges import ActionHead, Count, Few, Images
 
 IGNORE = -100  # a label that is not trained on
 PATCH_SIZE = 14  # pixels, of both published towers

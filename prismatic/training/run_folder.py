@@ -13,6 +13,7 @@ it was written is set aside as damaged-step-…, and the one before it takes its
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -75,7 +76,9 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Step folders, oldest first."""
-        folders = [folder for folder in self.path.glob("step-*") if STEP_FOLDER.fullmatch(folder.name)]
+        folders = [
+            folder for folder in self.path.glob("step-*") if STEP_FOLDER.fullmatch(folder.name) and folder.is_dir()
+        ]
         return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
 
     def check_options(self, options: Mapping[str, Any], *, may_change: tuple[str, ...]) -> None:
@@ -115,13 +118,19 @@ class RunFolder:
         link = self.path / f".{name}"
         link.unlink(missing_ok=True)
         link.symlink_to(folder.name)
-        link.replace(self.path / name)
+        if (
+            there := self.path / name
+        ).is_dir() and not there.is_symlink():  # a copy that followed links made a folder of it
+            shutil.rmtree(aside := there.with_name(f"{name}-copied"), ignore_errors=True)
+            there.rename(aside)
+            print(f"notice: {there} was a folder and is a link again; what it held is now {aside.name}")
+        link.replace(there)
 
     def _delete_old(self) -> None:
         best = self.best()
         for old in self.checkpoints()[: -self.keep]:
             if best is None or old != self.folder(best["step"]):
-                shutil.rmtree(old)
+                old.unlink() if old.is_symlink() else shutil.rmtree(old)
 
     def mark_best(self, step: int, value: float) -> None:
         """Keep the saved step folder of `step` for its value on validation; the one that was best till now goes the usual way."""
@@ -140,7 +149,7 @@ class RunFolder:
     def is_best(self, value: float) -> bool:
         """Whether a value on validation is better than that of the best checkpoint, if there is one."""
         best = self.best()
-        return best is None or value < best["value"]
+        return math.isfinite(value) and (best is None or value < best["value"])
 
     def folder(self, step: int) -> Path:
         """Where a step is saved."""

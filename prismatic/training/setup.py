@@ -309,6 +309,12 @@ def write_weights(
 ) -> None:
     """An adapter folder, or where all weights are trained a checkpoint folder. tensors: the whole model's."""
     processor = run.task.processor
+    learnt = run.vla.parameters() if options["use_lora"] else tensors.values()
+    if not all(bool(tensor.isfinite().all()) for tensor in learnt if tensor.is_floating_point()):
+        raise ConfigError(
+            f"after step {run.progress.step} weights are NaN or infinite, so they are not saved: the same command with a smaller "
+            "--learning_rate goes on from the step before"
+        )
     given: dict[str, Any] = {"processor": processor, "statistics": processor.statistics}
     if options["use_lora"]:
         save_adapter(folder, run.vla, options=options, **given)
