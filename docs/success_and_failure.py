@@ -27,7 +27,8 @@ def row(folder: Path, *, success: bool) -> Image.Image | None:
     image = Image.new("RGB", (FRAMES * side, side + BAR), "white")
     image.paste(Image.fromarray(np.concatenate(list(frames), axis=1)), (0, BAR))
     text = f"{'success' if success else 'failure'}  ·  “{episode['instruction']}”  ·  {episode['reason']}"
-    font = ImageFont.load_default(size=15)
+    sizes = (ImageFont.load_default(size=size) for size in range(15, 8, -1))
+    font = next(font for font in sizes if font.getlength(text) < image.width - 8 or font.size < 10)  # pyright: ignore
     ImageDraw.Draw(image).text((4, 4), text, fill="#1a7f37" if success else "#b42318", font=font)
     return image
 
