@@ -227,6 +227,14 @@ def no_start(folder: Path) -> None:
     )
 
 
+def other_start(second: float) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        name = f"videos/{keys_of(folder).image}/from_timestamp"
+        rewrite(folder, EPISODE_FILES, lambda table: replace(table, name, pa.array([second] * len(table))))
+
+    return change
+
+
 def other_actions(action: list[Any]) -> Callable[[Path], None]:
     """In the last file."""
 
@@ -246,6 +254,9 @@ REFUSED: list[tuple[str, Callable[[Path], Any], str]] = [
     ("v3 video", lambda f: change_info(f, codebase_version="v1.6"), r"v1\.6.*converter"),
     ("v3 video", no_time, "add the fps"),
     ("v3 video", no_start, "from_timestamp"),
+    *(("v3 video", other_start(second), "from_timestamp") for second in (float("nan"), float("inf"), 1e300, -1.0)),
+    *((kind, lambda f, fps=fps: change_info(f, fps=fps), "mend the fps")
+      for kind, fps in (("v2 video", 1), ("v3 video", 3), ("v3 video", 9.8), ("v3 video", 30))),
     ("v3 image", other_actions([[1.0] * 9]), "vectors of several lengths"),
     ("v3 image", other_actions(["up"]), "and no numbers"),
     *(("v3 video", lambda f, path=path: change_info(f, video_path=path), "video_path")
@@ -312,8 +323,9 @@ def test_frames_are_found_by_presentation_time(tmp_path: Path, first_pts: int, b
         container.mux(stream.encode())
     for numbers in ((0, 1, 2, 17, 18, 39), (5,), (30, 31), (13, 38)):
         seconds = [float(np.float32(number / 10)) for number in numbers]
-        for number, pixels in zip(numbers, video.frames_at(path, seconds, 10), strict=True):
-            assert abs(pixels.mean() - 4 * number) < 2, number
-    for absent in (0.05, 4.0):
-        with pytest.raises(ConfigError, match=r"no frame at|ends before"):
+        for fps in (10, 3, 0.1):  # claimed too small: never the neighbour
+            for number, pixels in zip(numbers, video.frames_at(path, seconds, fps), strict=True):
+                assert abs(pixels.mean() - 4 * number) < 2, number
+    for absent in (0.05, 4.0, float("nan"), 1e300):
+        with pytest.raises(ConfigError, match=r"no frame at|ends before|can't be decoded"):
             next(video.frames_at(path, [absent], 10))

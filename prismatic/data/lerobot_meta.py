@@ -50,7 +50,7 @@ class _Episode(TypedDict):
 class _VideoPlace(TypedDict):
     chunk_index: Count
     file_index: Count
-    from_timestamp: float
+    from_timestamp: Annotated[float, Meta(ge=0, le=1e6)]  # seconds
 
 
 class _Feature(TypedDict, total=False):

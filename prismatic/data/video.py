@@ -16,14 +16,14 @@ HALF_A_FRAME = 0.499  # how far, in frames, a frame's time may lie from the one 
 def frames_at(path: Path, seconds: Sequence[float], fps: float) -> Iterator[np.ndarray]:
     """(H, W, 3) uint8: for each of the times, which rise, the frame within half a frame of that time after the file's first frame.
 
-    Works with presentation times: a foreign file's first may not be 0, and decoding times may be negative. ConfigError where the
-    file is missing or damaged, and where it has no frame at a time.
+    fps: of the rows; a file that has more is read by its own. Works with presentation times: a foreign file's first may not be 0, and decoding
+    times may be negative. ConfigError where the file is missing or damaged, and where it has no frame at a time.
     """
     check_no_pointer(path)
-    reach = HALF_A_FRAME / fps
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
+            reach = HALF_A_FRAME / max(fps, float(stream.average_rate or 0))
             decoded = container.decode(stream)
             held = next(decoded, None)
             first = _time(held) if held else 0.0
@@ -36,12 +36,12 @@ def frames_at(path: Path, seconds: Sequence[float], fps: float) -> Iterator[np.n
                     held = next(decoded, None)
                 if held is None:
                     raise ConfigError(f"{path} ends before second {second:.3f}, where a frame should be: {AGAIN}")
-                if _time(held) - first > second + reach:
+                if not _time(held) - first <= second + reach:  # NaN, too
                     raise ConfigError(
                         f"{path} has no frame at second {second:.3f}, the next is at {_time(held) - first:.3f}: {AGAIN}"
                     )
                 yield held.to_ndarray(format="rgb24")
-    except (FFmpegError, IndexError, ValueError) as error:
+    except (FFmpegError, IndexError, OverflowError, ValueError) as error:
         raise ConfigError(f"{path} can't be decoded ({error}): {AGAIN}") from None
 
 
