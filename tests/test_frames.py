@@ -205,7 +205,7 @@ def test_weights_set_the_share_of_each_data_set(pair):
 
 def test_mixtures_that_make_no_sense_are_refused(cache, pair, tmp_path):
     silent = make_cache(tmp_path / "silent", [0, 0, 4])
-    bad_weights = ([1.0], [1.0, 0.0], [1.0, -1.0], [1.0, float("nan")])
+    bad_weights = ([1.0], [1.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [1.0, 1e9], [1.0, 1e300])
     for caches, weights, sentence in (
         *((pair, weights, "a weight above 0 for each") for weights in bad_weights),
         ([pair[0], pair[0]], None, "two data sets of one name"),
