@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from prismatic.data import rlds
 from prismatic.data.dataset_folder import check_whole, dataset_name, find_dataset, listing
 from prismatic.errors import ConfigError
 from prismatic.filenames import LEROBOT_INFO
@@ -102,3 +103,17 @@ def test_a_damaged_folder_is_named(version: Path, damage: Any, sentence: str) ->
     assert listing(version.iterdir()) != before
     with pytest.raises(ConfigError, match=sentence):
         check_whole(version)
+
+
+def test_a_link_that_leads_nowhere_is_named(version: Path) -> None:
+    (version / "set-train.tfrecord-00000-of-00002").unlink()
+    (version / "set-train.tfrecord-00000-of-00002").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match="tfrecord-00000-of-00002 is a link that leads nowhere: fetch"):
+        rlds.build_cache(version, version / "cache")
+
+
+@pytest.mark.parametrize("name", ["", "A", "1a", "a/b", "a\n", "a" * 101])
+def test_a_name_that_no_new_data_set_can_have(name: str) -> None:
+    rlds.check_name("a" * 100)
+    with pytest.raises(ConfigError, match=r"can't name a data set .*at most 100"):
+        rlds.check_name(name)

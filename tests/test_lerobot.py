@@ -206,12 +206,31 @@ def test_names_of_dimensions_and_splits_come_in_several_forms(tmp_path: Path) ->
         assert found == train and any("--val_share" in note for note in notes) == noted
 
 
+@kinds("v3 image")
+@pytest.mark.parametrize("name", ["../root/{}", "{}/", "../root/../root/{}"])
+def test_a_cache_lies_in_its_folder_whatever_leads_to_the_set(copied: Path, tmp_path: Path, name: str) -> None:
+    cache = open_cache(copied.parent, name.format(copied.name), cache_dir=tmp_path / "cache")
+    assert cache.name == copied.name and cache.folder.parent == tmp_path / "cache"
+
+
 # What is refused
+
+
+@pytest.mark.parametrize("name", ["..", ".hidden", "a" * 240, "a" * 300, "a" * 300 + "/b", "a/" * 3000 + "b"])
+def test_what_is_no_folder_s_name_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"--dataset_name.*: (give|shorten)"):
+        open_cache(tmp_path, name, cache_dir=tmp_path / "cache")
 
 
 def last_file(folder: Path) -> Path:
     """A video, or where there is none a file of rows."""
     return sorted([*folder.rglob("*.mp4")] or folder.glob(DATA_FILES))[-1]
+
+
+def dangle(path: Path) -> None:
+    """As git-annex, DVC and an unfinished copy of a hub's cache leave it."""
+    path.unlink()
+    path.symlink_to("nowhere")
 
 
 def no_time(folder: Path) -> None:
@@ -249,6 +268,8 @@ def other_actions(action: list[Any]) -> Callable[[Path], None]:
 REFUSED: list[tuple[str, Callable[[Path], Any], str]] = [
     *((kind, lambda f: last_file(f).unlink(), "download or collect the data set again")
       for kind in ("v2 video", "v3 image", "v3 video")),
+    *((kind, lambda f: dangle(last_file(f)), "link that leads nowhere")
+      for kind in ("v2 video", "v3 image")),
     ("v3 video", lambda f: os.truncate(last_file(f), last_file(f).stat().st_size // 2), "again"),
     ("v3 video", lambda f: last_file(f).write_bytes(b"version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
     ("v3 video", lambda f: change_info(f, codebase_version="v1.6"), r"v1\.6.*converter"),

@@ -38,8 +38,12 @@ def find_dataset(data_root_dir: Path, dataset_name: str) -> Path:
     root = Path(data_root_dir).expanduser().absolute()
     if not root.is_dir():
         raise ConfigError(f"data_root_dir {root} doesn't exist: give the folder that holds {dataset_name}/")
-    if found := _dataset_in(root / dataset_name):
-        return found
+    try:
+        if found := _dataset_in(root / dataset_name):
+            return found
+    except OSError as error:  # a name that is too long
+        said = f"--dataset_name {dataset_name[:40]!r}… can't be opened ({error.strerror})"
+        raise ConfigError(f"{said}: give the name of a folder in {root}") from None
     near = {folder: found for folder in [root, *root.glob("*"), *root.glob("*/*")] if (found := _dataset_in(folder))}
     meant = [folder for folder in near if folder.name == dataset_name]
     if root in meant or len(meant) == 1:
@@ -84,8 +88,12 @@ def dataset_name(source: Path) -> str:
 
 
 def listing(files: Iterable[Path]) -> list[list[str | int]]:
-    """Name, bytes, time of change (ns) of each: differs when a file does, without reading 10 GB."""
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)]
+    """Name, bytes, time of change (ns) of each: differs when a file does, without reading 10 GB. ConfigError for a dangling link."""
+    files = sorted(files)
+    for file in files:
+        if not file.exists():
+            raise ConfigError(f"{file} is a link that leads nowhere: fetch what it stands for, or {AGAIN}")
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def check_whole(source: Path) -> None:

@@ -1,5 +1,6 @@
 """What --dataset_name means: a data set by name, or several, each with a weight if it has one, opened as one Mixture, whatever their formats."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from prismatic.data.frames import VAL_SHARE, FrameCache, Mixture
 from prismatic.data.gripper import choose_gripper
 from prismatic.errors import ConfigError
 from prismatic.hub import resolve
+from prismatic.ranges import check_folder_name
 
 
 def open_cache(
@@ -26,6 +28,9 @@ def open_cache(
     gripper: a convention of normalize.GRIPPER_CONVENTIONS, "none", or "auto" to find it. rotate_images: turn each image by 180°.
     """
     name = name.rstrip("/")
+    title = Path(name).name  # a cache or a page is never outside its folder
+    if title:
+        check_folder_name(title, "--dataset_name")
     options = {"data_keys": data_keys, "rotate_images": rotate_images}
     source = None
     if not Path(root).expanduser().is_dir():
@@ -33,11 +38,8 @@ def open_cache(
         if source and name != str(root).rpartition("/")[2]:
             raise ConfigError(f"{root} is one LeRobot data set: give --dataset_name {str(root).rpartition('/')[2]}")
     source = source or find_dataset(resolve(root, kind="dataset"), name)
-    name = source.name if name == "." else name
-    if is_lerobot(source):
-        folder = lerobot.build_cache(source, cache_dir, name=name if source.name != name else None, **options)
-    else:
-        folder = rlds.build_cache(source, cache_dir, **options)
+    build = functools.partial(lerobot.build_cache, name=title) if is_lerobot(source) else rlds.build_cache
+    folder = build(source, cache_dir, **options)
     cache = FrameCache(folder)
     chosen = choose_gripper(gripper, cache.gripper, cache.actions.shape[1])
     return cache if chosen == cache.gripper else FrameCache(folder, chosen)

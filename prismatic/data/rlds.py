@@ -65,9 +65,9 @@ def build_cache(rlds_dir: Path, cache_dir: Path, *, data_keys: str = "", rotate_
 
 def check_name(name: str) -> None:
     """ConfigError where tfds would not take it as a data set's name."""
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        rule = "use small letters, digits and _, a letter first"
-        raise ConfigError(f"{name!r} can't name a data set (dataset_name): {rule}")
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,99}", name):
+        rule = "use small letters, digits and _, a letter first, at most 100"
+        raise ConfigError(f"{name[:120]!r} can't name a data set (dataset_name): {rule}")
 
 
 def write_dataset(episodes: Path, output: Path, name: str) -> Path:
