@@ -36,6 +36,7 @@ from tests.drawn_episodes import drawn_episode
     [
         ({"action": np.full((3, 7), np.nan)}, "action of episode 1 .* NaN"),
         ({"state": np.full((3, 8), np.inf)}, "state of episode 1 .* infinity"),
+        ({"action": np.full((3, 7), 1e39)}, "action of episode 1 .* infinity"),
         ({"action": np.zeros(3)}, "no vectors"),
         ({"images": [b"no image"] * 3}, "images of episode 1 of drawn is no image"),
         (

@@ -61,12 +61,15 @@ class CacheWriter:
         """
         number, steps, before = len(self._file_paths), len(action), len(self._sizes)
         where = f"episode {number + 1} of {self._source or self._name}"
-        columns = {"action": np.asarray(action)} | ({} if state is None else {"state": np.asarray(state)})
+        with np.errstate(over="ignore"):  # becomes infinity
+            columns = {
+                f: np.asarray(v).astype(np.float32) for f, v in (("action", action), ("state", state)) if v is not None
+            }
         for field, values in columns.items():
             if values.ndim != 2 or not np.isfinite(values).all():
                 said = f"{field} of {where} holds NaN or infinity, or no vectors"
                 raise ConfigError(f"{said}: repair or drop that episode")
-            self._columns.setdefault(field, []).append(values.astype(np.float32))
+            self._columns.setdefault(field, []).append(values)
         for step in images:
             for view, image in zip(self._views, step, strict=True):
                 jpeg = to_jpeg(image, rotate=self._rotate, where=f"{view} of {where}")
