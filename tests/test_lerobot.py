@@ -170,7 +170,19 @@ def v2_0(folder: Path) -> None:
     change_info(folder, codebase_version="v2.0")
 
 
+def other_type(kind: Any, change: Callable[[list[int]], list[float]] = list) -> Callable[[Path], None]:
+    """Of the numbers of episodes, frames and tasks."""
+
+    def written(table: pa.Table) -> pa.Table:
+        for name in ("episode_index", "frame_index", "task_index"):
+            table = replace(table, name, pa.array(change(table.column(name).to_pylist()), kind))
+        return table
+
+    return lambda folder: rewrite(folder, DATA_FILES, written)
+
+
 SAME = [
+    ("v3 image", other_type(pa.float64())), ("v2 video", other_type(pa.uint16())),
     ("v3 image", shuffle), ("v3 image", other_tasks), ("v2 video", leave_out), ("v3 video", leave_out), ("v2 video", v2_0),
 ]  # fmt: skip
 
@@ -200,6 +212,7 @@ def test_names_of_dimensions_and_splits_come_in_several_forms(tmp_path: Path) ->
         ({"train": "0:9"}, None, False),
         ({"train": "0:7", "val": "7:9"}, 7, False),
         ({"train": "0:70", "test": "70:90"}, None, True),  # frames, not episodes
+        *(({"train": f"0:{end}", "val": f"{end}:9"}, None, True) for end in ("x", "", "-1", "99", "²", "9" * 5000)),
     ):
         change_info(tmp_path, splits=splits)
         found, notes = LeRobotFolder(tmp_path).train_episodes(9)
@@ -211,6 +224,16 @@ def test_names_of_dimensions_and_splits_come_in_several_forms(tmp_path: Path) ->
 def test_a_cache_lies_in_its_folder_whatever_leads_to_the_set(copied: Path, tmp_path: Path, name: str) -> None:
     cache = open_cache(copied.parent, name.format(copied.name), cache_dir=tmp_path / "cache")
     assert cache.name == copied.name and cache.folder.parent == tmp_path / "cache"
+
+
+@kinds("v3 image")
+def test_a_camera_s_name_is_no_pattern(copied: Path) -> None:
+    image, features = keys_of(copied).image, json.loads((copied / LEROBOT_INFO).read_text())["features"]
+    change_info(copied, features={"**x" if name == image else name: value for name, value in features.items()})
+    rewrite(
+        copied, DATA_FILES, lambda t: t.rename_columns(["**x" if name == image else name for name in t.column_names])
+    )
+    assert len(read(copied, data_keys="image=**x"))
 
 
 # What is refused
@@ -254,6 +277,18 @@ def other_start(second: float) -> Callable[[Path], None]:
     return change
 
 
+def two_texts(folder: Path) -> None:
+    line = json.loads((folder / "meta/tasks.jsonl").read_text().splitlines()[0]) | {"task": "another"}
+    with (folder / "meta/tasks.jsonl").open("a") as file:
+        file.write("\n" + json.dumps(line))
+
+
+def no_bytes(folder: Path) -> None:
+    """Paths alone, as the library writes them before it embeds the images."""
+    name = keys_of(folder).image
+    rewrite(folder, DATA_FILES, lambda table: replace(table, name, pa.array([{"path": "a.png"}] * len(table))))
+
+
 def other_actions(action: list[Any]) -> Callable[[Path], None]:
     """In the last file."""
 
@@ -278,6 +313,11 @@ REFUSED: list[tuple[str, Callable[[Path], Any], str]] = [
     *(("v3 video", other_start(second), "from_timestamp") for second in (float("nan"), float("inf"), 1e300, -1.0)),
     *((kind, lambda f, fps=fps: change_info(f, fps=fps), "mend the fps")
       for kind, fps in (("v2 video", 1), ("v3 video", 3), ("v3 video", 9.8), ("v3 video", 30))),
+    *(("v3 image", other_type(pa.float64(), lambda n, bad=bad: [*n[1:], bad]), "no whole number")
+      for bad in (0.5, -1.0, float("nan"), float("inf"), 1e300)),
+    ("v2 video", two_texts, "two texts for task_index"),
+    ("v3 image", no_bytes, "without an image's bytes"),
+    ("v3 image", other_actions([[1e39] * 7]), "holds NaN or infinity"),
     ("v3 image", other_actions([[1.0] * 9]), "vectors of several lengths"),
     ("v3 image", other_actions(["up"]), "and no numbers"),
     *(("v3 video", lambda f, path=path: change_info(f, video_path=path), "video_path")

@@ -6,6 +6,7 @@ is decoded once, from its beginning to its end.
 """
 
 import functools
+import glob
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from pyarrow.compute import StructFieldOptions, call_function
+from pyarrow.compute import call_function
 
 from prismatic.data.dataset_folder import AGAIN, is_lerobot, listing
 from prismatic.data.keys import DataKeys, find_keys, parse_data_keys, sentences
@@ -55,7 +56,7 @@ def build_cache(
     dataset = LeRobotFolder(source)
     keys = find_keys(dataset.fields(told), told, str(source))
     patterns = ["meta/**/*.parquet", "meta/*.jsonl", DATA_FILES]
-    patterns += [f"videos/**/{camera}/**/*.mp4" for camera in keys.views]
+    patterns += [f"videos/**/{glob.escape(camera)}/**/*.mp4" for camera in keys.views]
     files = [source / LEROBOT_INFO, *(path for pattern in patterns for path in source.glob(pattern))]
     identity, title = [listing(files), sorted(told.items()), rotate_images, "held-out drawn"], name or source.name
     fill = functools.partial(_read, dataset, keys, name=title, rotate=rotate_images)
@@ -69,7 +70,7 @@ def fetch(repo_id: str, data_keys: str) -> Path | None:
         return None
     dataset, told = LeRobotFolder(source), parse_data_keys(data_keys)
     keys = find_keys(dataset.fields(told), told, repo_id)
-    cameras = [view for view in keys.views if dataset.cameras()[view] == "video"]
+    cameras = [glob.escape(view) for view in keys.views if dataset.cameras()[view] == "video"]
     videos = [f"videos/{place}{name}/*" for name in cameras for place in ("", "*/")]  # v3.0, v2.x
     return resolve(repo_id, kind="dataset", patterns=["meta/*", "data/*", *videos])
 
@@ -123,6 +124,11 @@ def read_rows(dataset: LeRobotFolder, vectors: Sequence[str], *, text: str | Non
         pieces = [part[name] for part in parts]
         _check_widths({piece.shape[1] for piece in pieces}, f"{name} of {dataset.source}")
         joined[name] = np.concatenate(pieces)
+    for name in {"episode_index", "frame_index", "task_index"} & {*joined}:
+        numbers = joined[name]  # pandas makes floats of some
+        if not ((np.floor(numbers) == numbers) & (numbers >= 0) & (numbers < 2**53)).all():
+            raise ConfigError(f"{name} of {dataset.source} has a row that is no whole number from 0 on: {AGAIN}")
+        joined[name] = numbers.astype(np.int64)
     order = np.lexsort((joined["frame_index"][:, 0], joined["episode_index"][:, 0]))
     joined = {name: values[order] for name, values in joined.items()}
     episode, frame = joined["episode_index"][:, 0], joined["frame_index"][:, 0]
@@ -186,10 +192,9 @@ def _parquet_frames(rows: Rows, camera: str) -> Iterator[bytes]:
         if not table.column_names:
             raise ConfigError(f"{path} has no column {camera}: {AGAIN}")
         images = table.column(0)
-        if pa.types.is_struct(images.type):
-            images = call_function("struct_field", [images], StructFieldOptions("bytes"))
         for place in rows.place[list(group)].tolist():
             image = images[place].as_py()
+            image = image.get("bytes") if isinstance(image, dict) else image
             if image is None:
                 raise ConfigError(f"{camera} in {path} has a row without an image's bytes: {AGAIN}")
             yield image

@@ -127,7 +127,11 @@ class LeRobotFolder:
             found = fields_of(rows, list[_Task], str(path), way_out=AGAIN)
         else:
             found = _lines(self.source / "meta/tasks.jsonl", _Task)
-        return {row["task_index"]: row["task"] for row in found}
+        texts = {row["task_index"]: row["task"] for row in found}
+        for row in found:
+            if row["task"] != texts[row["task_index"]]:
+                raise ConfigError(f"tasks of {self.source} have two texts for task_index {row['task_index']}: {AGAIN}")
+        return texts
 
     def check_lengths(self, lengths: Mapping[int, int]) -> None:
         """ConfigError where a file is missing, so that frames are."""
@@ -143,8 +147,9 @@ class LeRobotFolder:
         spans = {name: str(text).split(":") for name, text in self.splits.items()}
         for name in ("val", "validation"):
             train, held_out = spans.get("train"), spans.get(name)
-            if train and held_out and train[0] == "0" and [train[1:], held_out[1:]] == [held_out[:1], [str(episodes)]]:
-                return int(train[1]), []
+            for first in range(1, episodes + 1):
+                if [train, held_out] == [["0", str(first)], [str(first), str(episodes)]]:
+                    return first, []
         if spans and spans != {"train": ["0", str(episodes)]}:
             return None, [f"its splits {self.splits} are not used: --val_share says what is held out"]
         return None, []
