@@ -18,7 +18,7 @@ from torch import nn
 
 from prismatic.atomic import whole_folder
 from prismatic.errors import ConfigError
-from prismatic.filenames import ADAPTER_CONFIG, CONFIG, PREPROCESSOR, PROCESSOR, STATISTICS, TOKENIZER_FILES
+from prismatic.filenames import ADAPTER_CONFIG, CONFIG, PREPROCESSOR, PROCESSOR, STATISTICS, TOKENIZER, TOKENIZER_FILES
 from prismatic.head_files import model_config, refuse_merged, save_heads, stored_heads, without_heads
 from prismatic.hub import resolve
 from prismatic.models import quantize as quantization
@@ -276,7 +276,8 @@ def save_checkpoint(
         (partial / PROCESSOR).write_text(processor.config.to_json())
         (partial / PREPROCESSOR).write_text(json.dumps(preprocessor_json(processor.config), indent=2))
         for name in TOKENIZER_FILES:
-            if is_its_own(tokenizer_from / name):
+            # the first was read as this model's, wherever it lies
+            if name == TOKENIZER or is_its_own(tokenizer_from / name):
                 shutil.copyfile(tokenizer_from / name, partial / name)
             elif (tokenizer_from / name).exists():
                 print(

@@ -135,6 +135,19 @@ def test_what_cannot_be_written(place: Path, reference: Path, tmp_path: Path) ->
     assert (tmp_path / "kept").read_text() == "mine"
 
 
+def test_a_folder_of_links_goes_out_whole(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "links").mkdir()
+    for file in (place / "base").iterdir():
+        (tmp_path / "links" / file.name).symlink_to(file)
+    out = exported(tmp_path / "links", tmp_path / "out")
+    np.testing.assert_array_equal(
+        answers(load_policy(out, device="cpu")), answers(load_policy(place / "base", device="cpu"))
+    )
+    assert "tokenizer_config.json is a link" in capsys.readouterr().err and not any(
+        f.is_symlink() for f in out.iterdir()
+    )
+
+
 @pytest.mark.parametrize(("precision", "most"), [("int8", 0.73), ("int4", 0.65)])
 def test_a_quantised_folder_answers_as_quantising_at_load(
     place: Path, tmp_path: Path, precision: str, most: float
