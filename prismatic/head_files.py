@@ -112,8 +112,10 @@ def model_config(folder: Path, adapter: Path | None = None, *, new_heads: bool =
         said["action_dim"] = _action_dim(heads, config)
         if processor.action_head == "parallel":  # has no file that shows it, and an adapter's base may have another
             said["action_dim"] = _width_of_data(home, processor) or config.action_dim
-        if home == folder and said["num_images_in_input"] != config.num_images_in_input:
-            raise ConfigError(f"{folder / CONFIG} and its {PROCESSOR} disagree about num_images_in_input")
+        for name in CHOICE if home == folder else ():
+            if said[name] != (there := getattr(config, name)):
+                where = f"{folder / PROCESSOR}: {name} is {said[name]}, but {CONFIG} beside it says {there}"
+                raise ConfigError(f"{where}: copy both again from where the folder came from")
     if new_heads:
         said |= given
     for name, value in given.items():
@@ -169,7 +171,8 @@ def _kind(folder: Path, config: VLAConfig, parts: set[str]) -> str:
 def _learnt_with_state(folder: Path) -> bool:
     """Whether statistics hold states that change: OpenVLA's own always have zeros there."""
     states = [entry.get("proprio") for entry in base_statistics(folder).values()]
-    return any(isinstance(state, dict) and any(state.get("q99") or ()) for state in states)
+    columns = [state.get("q99") for state in states if isinstance(state, dict)]
+    return any(isinstance(column, list) and any(column) for column in columns)
 
 
 def _action_dim(heads: Mapping[str, StoredTensor], config: VLAConfig) -> int:
@@ -181,6 +184,6 @@ def _width_of_data(home: Path, processor: ProcessorConfig) -> int | None:
     """Numbers of an action in a folder's statistics; None where they don't say."""
     entries = read_statistics(home / STATISTICS) if (home / STATISTICS).exists() else {}
     chosen = [entries[processor.unnorm_key]] if processor.unnorm_key in entries else [*entries.values()]
-    columns = [entry.get("action") for entry in chosen]
-    widths = {len(found.get("q01") or ()) for found in columns if isinstance(found, dict)}
+    columns = [found.get("q01") for entry in chosen if isinstance(found := entry.get("action"), dict)]
+    widths = {len(column) for column in columns if isinstance(column, list)}
     return widths.pop() if len(widths) == 1 else None

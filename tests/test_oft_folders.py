@@ -1,5 +1,6 @@
 """OpenVLA-OFT's folders: the published form, the RL world's, ours; what can't be right is one sentence before anything is loaded."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -47,6 +48,10 @@ def policy_of(folder: Path, adapter: Path | None = None, **how: Any) -> VLAPolic
 def chunk(policy: VLAPolicy) -> np.ndarray:
     wrist = FRAME[::-1] if policy.num_images == 2 else None
     return policy.chunk(FRAME, "pick up the black bowl", wrist, np.full(5, 0.3) if policy.uses_state else None)
+
+
+def change(file: Path, **fields: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 def exported(folder: Path, output: Path, **how: Any) -> Path:
@@ -117,6 +122,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
     "FiLM": (lambda f: torch.save({}, f / "vision_backbone--100_checkpoint.pt"), {}, "FiLM"),
     "diffusion": (lambda f: torch.save({}, f / "noisy_action_projector--100_checkpoint.pt"), {}, "diffusion"),
     "another width": (lambda f: torch.save(WIDE, f / PROJECTOR), {}, r"proprio_projector\.fc1\.weight has shape \[4, 5\]"),
+    **{f"a head of {empty}": (lambda f, empty=empty: torch.save(empty, f / HEAD), {}, f"{HEAD} holds no tensors") for empty in ({}, [], {"a": 3})},
+    "a number as a name": (lambda f: torch.save({0: torch.zeros(1)}, f / HEAD), {}, "tensor action_head.* is missing"),
     "not a head": (lambda f: (f / HEAD).write_bytes(b"x"), {}, "no readable head"),
     "a program": (lambda f: torch.save({"model.fc1.weight": Evil()}, f / HEAD), {}, "no readable head"),
 }  # fmt: skip
@@ -132,6 +139,29 @@ def test_what_cannot_be_right_is_one_sentence(
     with pytest.raises(ConfigError, match=sentence):
         load_vla(published, **given)
     assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("action_head", "parallel"), ("num_actions_chunk", 1), ("num_images_in_input", 1), ("proprio_dim", 0), ("stop_token", False)],
+)  # fmt: skip
+def test_a_folder_whose_two_records_differ_is_refused(made: Path, tmp_path: Path, name: str, value: object) -> None:
+    folder = Path(shutil.copytree(made / "own", tmp_path / "own"))
+    change(folder / "processor.json", **{name: value})
+    with pytest.raises(ConfigError, match=rf"processor\.json: {name} is {value}, but config\.json"):
+        load_vla(folder)
+
+
+def test_columns_that_are_no_lists_are_refused_by_name(made: Path, published: Path) -> None:
+    vla = random_vla(dataclasses.replace(TINY, action_head="parallel", num_actions_chunk=2), seed=1)
+    parallel = saved(published.parent / "parallel", vla)
+    change(parallel / "dataset_statistics.json", demo={"action": COLUMNS | {"q01": 3}})
+    (published / HEAD).unlink()
+    (published / PROJECTOR).unlink()
+    change(published / "dataset_statistics.json", demo={"action": COLUMNS, "proprio": {"q99": 3}})
+    for folder, column in ((parallel, r"action\.q01"), (published, r"proprio\.q99")):
+        with pytest.raises(ConfigError, match=column):
+            policy_of(folder)
 
 
 def test_an_rl_folder_without_a_head_says_what_it_is_when_asked(published: Path) -> None:

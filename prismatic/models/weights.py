@@ -28,6 +28,7 @@ from prismatic.sums import check_sum
 SHARD_BYTES = 5 * 10**9  # a shard that export writes is at most this large
 SMALLEST_MATRIX = 256  # values: a smaller one, such as a class token's place, may be zero
 ANOTHER_COPY = "copy the weights again, or take an earlier step's"
+NO_TENSORS = f"holds no tensors: {ANOTHER_COPY}"
 LFS_POINTER = b"version https://git-lfs"
 FINGERPRINT_VALUES = 512  # of each tensor go into the fingerprint of a checkpoint
 FORMAT = {"format": "pt"}  # what transformers looks for
@@ -128,6 +129,8 @@ def read_safetensors(path: Path) -> Iterable[tuple[str, StoredTensor]]:
                     f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in {path.parent}"
                 ) from None
         raise ConfigError(f"{path} is damaged or truncated ({error}): copy it again") from None
+    if not handle.keys():
+        raise ConfigError(f"{path} {NO_TENSORS}")
     for name in handle.keys():  # noqa: SIM118  (no dict: it can't be iterated itself)
         shape = tuple(handle.get_slice(name).get_shape())
         yield name, StoredTensor(path, shape, lambda name=name: handle.get_tensor(name))
@@ -137,9 +140,12 @@ def read_pickle(path: Path, what: str) -> dict[str, StoredTensor]:
     """Every tensor of a pickle, the keys of nested ones joined by dots: mapped, and read with weights_only so that it can run no code."""
     check_sum(path)
     try:
-        return dict(_leaves(path, torch.load(path, map_location="cpu", weights_only=True, mmap=True)))
+        found = dict(_leaves(path, torch.load(path, map_location="cpu", weights_only=True, mmap=True)))
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         raise ConfigError(f"{path} is no readable {what} ({str(error).splitlines()[0]}): copy it again") from None
+    if not found:
+        raise ConfigError(f"{path} {NO_TENSORS}")
+    return found
 
 
 def _leaves(path: Path, value: Any, name: str = "") -> Iterator[tuple[str, StoredTensor]]:
@@ -147,7 +153,7 @@ def _leaves(path: Path, value: Any, name: str = "") -> Iterator[tuple[str, Store
         yield name, StoredTensor(path, tuple(value.shape), lambda: value)
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _leaves(path, inner, f"{name}.{key}" if name else key)
+            yield from _leaves(path, inner, f"{name}.{key}" if name else str(key))
 
 
 def adapter_tensors(folder: Path) -> dict[str, StoredTensor]:
