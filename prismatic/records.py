@@ -4,10 +4,13 @@ A folder is data from anywhere: what is read is a regular file of bounded size, 
 names file and field. Fields that a record doesn't know are passed over, so that a later version's files stay readable.
 """
 
+import contextlib
 import json
 import os
 import re
 import stat
+from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,16 +77,22 @@ def is_whole(line: bytes, kind: type[Record]) -> bool:
 
 
 def read_bytes(path: Path, *, largest: int = LARGEST, way_out: str = COPY_AGAIN) -> bytes:
-    """The content of a regular file of at most `largest` bytes; a pipe or a device, which would be waited for for ever, is refused."""
+    """The content of a regular file of at most `largest` bytes."""
+    with regular_file(path, way_out=way_out) as stream:
+        if (size := os.fstat(stream.fileno()).st_size) > largest:
+            raise ConfigError(f"{path} has {size} bytes, more than such a file ever has: {way_out}")
+        return stream.read(largest)
+
+
+@contextlib.contextmanager
+def regular_file(path: Path, *, way_out: str = COPY_AGAIN) -> Iterator[BufferedReader]:
+    """A file, open. ConfigError where it can't be read, or is a pipe or a device, which would be waited for for ever."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with open(descriptor, "rb") as stream:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise ConfigError(f"{path} is no regular file: {way_out}")
-            if found.st_size > largest:
-                raise ConfigError(f"{path} has {found.st_size} bytes, more than such a file ever has: {way_out}")
-            return stream.read(largest)
+            yield stream
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path} can't be read ({reason}): {way_out}") from None

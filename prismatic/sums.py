@@ -1,6 +1,5 @@
 """SHA256SUMS of a folder, in the form that `sha256sum -c` reads: written when the folder is whole, compared when its files are loaded."""
 
-import errno
 import functools
 import hashlib
 import re
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from prismatic.errors import ConfigError
 from prismatic.filenames import SUMS
-from prismatic.records import read_bytes
+from prismatic.records import read_bytes, regular_file
 
 LARGEST = 1 << 20  # bytes of a SHA256SUMS
 LINE = re.compile(r"(?P<digest>[0-9a-fA-F]{64}) [ *](\./)?(?P<name>.+)")  # " " of a text, "*" of a binary file
@@ -49,8 +48,6 @@ def _check(path: Path, size: int, changed: int, sums_changed: int) -> None:
 
 
 def sha256(file: Path) -> str:
-    """Hex digest of a file's content. OSError for what is no file: a pipe or a device would be read for ever."""
-    if file.exists() and not file.is_file():
-        raise OSError(errno.EINVAL, "no regular file", str(file))
-    with file.open("rb") as stream:
+    """Hex digest of a file's content."""
+    with regular_file(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -14,6 +14,7 @@ from typing import Any
 from prismatic import machine
 from prismatic.errors import ConfigError
 from prismatic.filenames import OPTIONS, TRAINING_STATE, VERSIONS
+from prismatic.records import regular_file
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "peft", "numpy", "mujoco", "robosuite")
 SIMULATOR_PACKAGES = ("mujoco", "robosuite", "libero")  # those whose version changes what happens in an episode
@@ -94,7 +95,7 @@ def folder_fingerprint(path: Path, *, weights_only: bool = False) -> str:
     for file in sorted(files, key=lambda file: file.name):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as stream:
+        with regular_file(file) as stream:
             if size <= SAMPLES * SAMPLE_BYTES:
                 digest.update(stream.read())
                 continue

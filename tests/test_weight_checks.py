@@ -1,5 +1,6 @@
 """Weights that would act badly without a word are refused as they load: NaN, infinity, whole numbers, zeros, another copy than was written."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from prismatic.checkpoint import load_vla
 from prismatic.errors import ConfigError
 from prismatic.filenames import SUMS, WEIGHTS, WEIGHTS_INDEX
-from prismatic.sums import write_sums
+from prismatic.sums import check_sum, write_sums
+from prismatic.versions import folder_fingerprint
 from tests.conftest import REPOSITORY
 
 MLP = "language_model.model.layers.0.mlp.down_proj.weight"
@@ -30,6 +32,18 @@ def refused(folder: Path) -> str:
         load_vla(folder)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Files of that name can't be opened by Python: root could."""
+    whole = os.open
+
+    def without(path: object, *how: int) -> int:
+        if str(path).endswith(name):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return whole(path, *how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", without)
 
 
 def put(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -85,12 +99,29 @@ def test_a_file_that_is_not_as_it_was_written_is_refused(folder: Path) -> None:
     load_vla(folder)
 
 
-def test_a_pointer_of_git_lfs_and_a_pipe_are_called_so(folder: Path) -> None:
-    (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 8454800\n")
+@pytest.mark.parametrize("name", [WEIGHTS, "action_head--1_checkpoint.pt"])
+def test_a_pointer_of_git_lfs_a_pipe_and_another_users_file_are_called_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 8454800\n")
     assert "git lfs pull" in refused(folder)
-    (folder / WEIGHTS).unlink()
-    os.mkfifo(folder / WEIGHTS)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
     assert "no regular file" in refused(folder)
+    (folder / name).unlink()
+    (folder / name).write_bytes(b"x")
+    forbid(monkeypatch, name)
+    assert f"{name} can't be read (Permission denied)" in refused(folder)
+
+
+@pytest.mark.parametrize("read", [folder_fingerprint, lambda folder: check_sum(folder / WEIGHTS)])
+def test_another_users_file_has_no_fingerprint_and_no_sum(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], object]
+) -> None:
+    write_sums(folder, [folder / WEIGHTS])
+    forbid(monkeypatch, WEIGHTS)
+    with pytest.raises(ConfigError, match=rf"{WEIGHTS} can't be read \(Permission denied\)"):
+        read(folder)
 
 
 @pytest.mark.parametrize(

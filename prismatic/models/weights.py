@@ -22,7 +22,7 @@ from torch import nn
 from prismatic.errors import ConfigError
 from prismatic.filenames import ADAPTER_WEIGHTS, ADAPTER_WEIGHTS_BIN, NATIVE_WEIGHTS, WEIGHTS, WEIGHTS_INDEX
 from prismatic.models import nf4
-from prismatic.records import read_record
+from prismatic.records import read_record, regular_file
 from prismatic.sums import check_sum
 
 SHARD_BYTES = 5 * 10**9  # a shard that export writes is at most this large
@@ -115,19 +115,10 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 def read_safetensors(path: Path) -> Iterable[tuple[str, StoredTensor]]:
     """(name, tensor) of one safetensors file, read lazily. ConfigError if it is missing, truncated, not as it was written, or a pointer."""
-    if path.exists() and not path.is_file():
-        raise ConfigError(f"{path} is no regular file: copy it again")
-    check_sum(path)
+    _check_file(path)
     try:
         handle = safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing: copy the folder again, with all of its files") from None
     except (SafetensorError, OSError) as error:
-        with path.open("rb") as stream:
-            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise ConfigError(
-                    f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in {path.parent}"
-                ) from None
         raise ConfigError(f"{path} is damaged or truncated ({error}): copy it again") from None
     if not handle.keys():
         raise ConfigError(f"{path} {NO_TENSORS}")
@@ -136,9 +127,19 @@ def read_safetensors(path: Path) -> Iterable[tuple[str, StoredTensor]]:
         yield name, StoredTensor(path, shape, lambda name=name: handle.get_tensor(name))
 
 
+def _check_file(path: Path) -> None:
+    """ConfigError for a file that is missing, unreadable, a pipe, a pointer, or not as it was written."""
+    if not path.exists():
+        raise ConfigError(f"{path} is missing: copy the folder again, with all of its files")
+    with regular_file(path) as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ConfigError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in {path.parent}")
+    check_sum(path)
+
+
 def read_pickle(path: Path, what: str) -> dict[str, StoredTensor]:
     """Every tensor of a pickle, the keys of nested ones joined by dots: mapped, and read with weights_only so that it can run no code."""
-    check_sum(path)
+    _check_file(path)
     try:
         found = dict(_leaves(path, torch.load(path, map_location="cpu", weights_only=True, mmap=True)))
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
