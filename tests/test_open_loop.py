@@ -12,6 +12,7 @@ from PIL import Image
 from prismatic.checkpoint import load_policy
 from prismatic.data.frames import FrameCache, Step
 from prismatic.episodes.open_loop import open_loop
+from prismatic.errors import ConfigError
 from prismatic.image import center_crop, decode_jpeg, encode_jpeg
 from prismatic.models.vla import VLA, VLAOutput
 from prismatic.normalize import normalize
@@ -125,3 +126,16 @@ def test_of_a_head_that_answers_with_chunks_both_paths_agree(
     monkeypatch.setattr(chunked, "raw_chunks", another_last)
     other = open_loop(chunked, cache, frames=6)["splits"]["validation"]
     assert other["policy"]["l1_loss"] != splits["validation"]["policy"]["l1_loss"]  # all actions of the chunk count
+
+
+@pytest.mark.parametrize("lacking", ["min", "max", "a number of each"])
+def test_statistics_that_cannot_normalise_the_data_are_named(
+    policy: VLAPolicy, cache: FrameCache, lacking: str
+) -> None:
+    (key,) = policy.processor.statistics
+    columns = dict(policy.processor.statistics[key]["action"])
+    if columns.pop(lacking, None) is None:
+        columns = {name: column[1:] for name, column in columns.items()}
+    processor = Processor(policy.processor.config, policy.processor.tokenizer, {key: {"action": columns}})
+    with pytest.raises(ConfigError, match=rf"action\.{lacking} is missing|actions of 7 numbers, this policy's have 6"):
+        open_loop(VLAPolicy(policy.vla, processor, {}), cache, frames=1)

@@ -15,6 +15,7 @@ import torch
 from action_tokenizer import ActionTokenizer
 from prismatic.data.examples import example
 from prismatic.data.frames import FrameCache, Step
+from prismatic.dataset_statistics import check_entry
 from prismatic.errors import ConfigError
 from prismatic.image import decode_jpeg
 from prismatic.models.vla import IGNORE, VLA
@@ -36,6 +37,13 @@ def open_loop(policy: Policy, cache: FrameCache, *, frames: int) -> dict[str, An
         raise ConfigError("--open_loop asks a model that learnt from such data, and this policy is none")
     if policy.num_images > 1 and not cache.has_wrist:
         raise ConfigError(f"{cache.name} has no wrist_image, which this policy looks at: give another --dataset_name")
+    key, width = str(policy.processor.config.unnorm_key), cache.actions.shape[1]
+    entry = policy.processor.statistics[key]
+    check_entry(entry, f"the policy's statistics of {key}", state=policy.uses_state, whole=True)
+    if (size := len(entry["action"]["q01"])) != width:
+        raise ConfigError(
+            f"{cache.name} has actions of {width} numbers, this policy's have {size}: give another --dataset_name"
+        )
     count = policy.num_actions_chunk
     splits = {
         "train": cache.train_indices(num_actions_chunk=count),
