@@ -193,11 +193,12 @@ def _damage(folder: Path) -> str | None:
     """What is wrong with a step folder; None if every file is as it was written."""
     try:
         sums = read_sums(folder)
-        changed = [name for name, digest in sums.items() if sha256(folder / name) != digest]
-    except OSError as error:
-        return f"{Path(error.filename or folder).name}: {error.strerror}"
     except ConfigError:
         return f"{SUMS} is missing or cut off"
+    try:
+        changed = [name for name, digest in sums.items() if sha256(folder / name) != digest]
+    except ConfigError as error:
+        return str(error).removeprefix(f"{folder}/").partition(":")[0]
     if changed:
         return f"{changed[0]} is not as it was written"
     return None if TRAINING_STATE in sums else f"{SUMS} is cut off"
