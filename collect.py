@@ -15,9 +15,10 @@ from collections import Counter
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
+from msgspec import Meta
 from tqdm import tqdm
 
 from config import WORKSPACE
@@ -28,7 +29,7 @@ from prismatic.episodes.demonstration import Demonstration, Job, Record
 from prismatic.episodes.replay import FAILED, Replays, find_replays
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.hub import newest_step
-from prismatic.ranges import Count, NonNegative, Positive, Seed, Workers, checked
+from prismatic.ranges import Count, Positive, Seed, Workers, checked
 from prismatic.records import read_object
 from prismatic.scene.renderer import choose_renderer
 from prismatic.scene.suites import instruction, num_tasks
@@ -59,7 +60,7 @@ class CollectConfig:
     # Simulator processes, 2 GB each.
     num_workers: Workers = 2
     # Largest random push while the expert acts, in units of a full command; 0 for none. Its own answers are what is recorded.
-    perturbation: NonNegative = 0.5
+    perturbation: Annotated[float, Meta(ge=0, le=2)] = 0.5
     # Checkpoint or adapter folder of a policy that acts first, for a random number of steps; the expert's answers are recorded all
     # the same, so the data shows the way back from that policy's own mistakes (DAgger); of a policy of chunks, whose labels are what was done next,
     # only from the expert's first own step on. None: the expert acts alone.

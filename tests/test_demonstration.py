@@ -1,14 +1,17 @@
 """demonstration.py: whose action moves the robot, and whose is recorded. A simulator that only counts; no rendering."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from prismatic import checkpoint
 from prismatic.data.staging import load_episode
 from prismatic.episodes import demonstration
 from prismatic.episodes.demonstration import POLICY_STEPS, Demonstration, Pushes, is_no_op
+from prismatic.errors import ConfigError
 from tests.fake_simulator import ScriptedSimulator
 
 EXPERT = np.array([0.5, 0, 0, 0, 0, 0, 1], np.float32)  # the gripper is open
@@ -70,6 +73,13 @@ def test_of_a_policy_of_chunks_only_the_experts_own_steps_are_recorded(
     assert len(load_episode(tmp_path / "a.npz").action) == sum(by_expert) < STEPS == len(by_expert)
     looks = -(-by_expert.index(True) // 8)  # of the policy, which executes its chunks whole
     assert sim.rendered == 2 * (looks + sum(by_expert))
+
+
+def test_a_policy_of_another_robot_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    arms = SimpleNamespace(processor=SimpleNamespace(action_dim=14))
+    monkeypatch.setattr(checkpoint, "load_policy", lambda folder, device: arms)
+    with pytest.raises(ConfigError, match="policy_checkpoint arms answers with 14 numbers and LIBERO takes 7"):
+        demonstration.learnt_policy("arms")
 
 
 def test_without_a_policy_the_expert_acts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

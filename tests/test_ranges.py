@@ -109,3 +109,4 @@ def test_a_value_of_another_type_is_refused() -> None:
     refused("finetune", log_to="nothing")
     refused("finetune", run_root_dir=3)
     refused("collect", num_workers=-1)
+    refused("collect", perturbation=1e308)

@@ -173,6 +173,7 @@ def test_demonstrations_come_in_their_numbers_order_and_once(tmp_path: Path) -> 
         ("empty", "holds no demonstration"),
         ("six numbers", r"data/demo_0/actions of .* should be \(steps, 7\) and is \(4, 6\)"),
         ("no states", rf"data/demo_0/states of .* should be \(steps, {STATE_SIZE}\) and is missing"),
+        ("texts", r"data/demo_0/actions of .* should be \(steps, 7\) and is missing, or no numbers"),
         ("another task's states", rf"data/demo_0/states of .* and is \(4, {STATE_SIZE + 1}\)"),
         ("not a number", "data/demo_0 of .* not finite"),
     ],
@@ -188,6 +189,8 @@ def test_bad_files_are_one_sentence(tmp_path: Path, damage: str, sentence: str) 
         path.write_bytes(path.read_bytes()[:-500])
     elif damage == "six numbers":
         write_libero_file(path, [(np.zeros((4, STATE_SIZE)), actions[:, :6])])
+    elif damage == "texts":
+        write_libero_file(path, [(np.zeros((4, STATE_SIZE)), actions.astype("S3"))])
     elif damage == "another task's states":
         write_libero_file(path, [(np.zeros((4, STATE_SIZE + 1)), actions)])
     elif damage in ("no data", "empty", "no states"):

@@ -18,8 +18,10 @@ import numpy as np
 
 from prismatic.data.staging import stage_episode
 from prismatic.episodes.pool import Parent
+from prismatic.errors import ConfigError
 from prismatic.expert import Expert
 from prismatic.image import encode_jpeg
+from prismatic.normalize import ACTION_DIMENSIONS
 from prismatic.scene.suites import Libero, step_limit
 from prismatic.simulator import LiberoSimulator
 
@@ -144,13 +146,17 @@ class EpisodeWriter:
 
 @functools.cache
 def learnt_policy(folder: str) -> "Policy":
-    """Once a process, on one thread and without a GPU: several simulator processes each have their own."""
+    """Once a process, on one thread and without a GPU: several simulator processes each have their own. ConfigError for another robot's."""
     import torch
 
     from prismatic.checkpoint import load_policy
 
     torch.set_num_threads(1)
-    return load_policy(folder, device="cpu")
+    policy = load_policy(folder, device="cpu")
+    if policy.processor.action_dim != len(ACTION_DIMENSIONS):
+        said = f"policy_checkpoint {folder} answers with {policy.processor.action_dim} numbers"
+        raise ConfigError(f"{said} and LIBERO takes {len(ACTION_DIMENSIONS)}: give another, or none")
+    return policy
 
 
 def beginning(generator: np.random.Generator, perturbation: float) -> tuple[int, Pushes]:

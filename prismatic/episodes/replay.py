@@ -135,11 +135,11 @@ def _lengths(path: Path, *, state_size: int) -> list[tuple[int, int]]:
         for number in sorted(int(name[5:]) for name in map(str, data) if DEMO.fullmatch(name)):
             for name, size in (("states", state_size), ("actions", len(ACTION_DIMENSIONS))):
                 array = data.get(f"demo_{number}/{name}")
-                shape = array.shape if isinstance(array, h5py.Dataset) else ()
+                shape = array.shape if isinstance(array, h5py.Dataset) and array.dtype.kind in "fiu" else ()
                 if len(shape) != 2 or shape[0] == 0 or shape[1] != size:
                     raise ConfigError(
                         f"data/demo_{number}/{name} of {path} (from_hdf5) should be (steps, {size}) and is "
-                        f"{shape or 'missing'}: is the file of this suite and task?"
+                        f"{shape or 'missing, or no numbers'}: is the file of this suite and task?"
                     )
             lengths.append((number, shape[0]))
     return lengths
