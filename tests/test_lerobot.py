@@ -315,6 +315,7 @@ REFUSED: list[tuple[str, Callable[[Path], Any], str]] = [
       for kind, fps in (("v2 video", 1), ("v3 video", 3), ("v3 video", 9.8), ("v3 video", 30))),
     *(("v3 image", other_type(pa.float64(), lambda n, bad=bad: [*n[1:], bad]), "no whole number")
       for bad in (0.5, -1.0, float("nan"), float("inf"), 1e300)),
+    ("v3 video", lambda f: rewrite(f, EPISODE_FILES, lambda t: pa.concat_tables([t, t])), "two rows for one episode"),
     ("v2 video", two_texts, "two texts for task_index"),
     ("v3 image", no_bytes, "without an image's bytes"),
     ("v3 image", other_actions([[1e39] * 7]), "holds NaN or infinity"),

@@ -193,6 +193,8 @@ class LeRobotFolder:
         ]
         rows = [row for table in tables for row in table.to_pylist()]
         fields_of(rows, list[_Episode], f"meta/episodes of {self.source}", way_out=AGAIN)
+        if len({row["episode_index"] for row in rows}) < len(rows):  # which of two places in a video?
+            raise ConfigError(f"meta/episodes of {self.source} has two rows for one episode: {AGAIN}")
         return sorted(rows, key=lambda row: row["episode_index"])
 
 
