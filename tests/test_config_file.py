@@ -50,6 +50,7 @@ def test_every_form_of_the_rotary_base_counts(tmp_path: Path) -> None:
         *({"text": text} for text in (
             {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, {"rope_scaling": {"type": "dynamic"}}, {"rope_scaling": 3},
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, {"rope_parameters": {"rope_theta": 5e5}},
+            {"rope_scaling": {"factor": 4.0}}, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, {"partial_rotary_factor": 0.5},
             {"hidden_act": "gelu"}, {"attention_bias": True}, {"mlp_bias": True}, {"tie_word_embeddings": True}, {"pretraining_tp": 2},
             {"head_dim": 64}, {"num_hidden_layers": 10**7}, {"num_hidden_layers": 0}, {"num_hidden_layers": True}, {"hidden_size": 127},
             {"hidden_size": 0}, {"num_attention_heads": 3}, {"num_key_value_heads": 3}, {"rms_norm_eps": 0}, {"rms_norm_eps": -1e-6},
@@ -61,6 +62,8 @@ def test_every_form_of_the_rotary_base_counts(tmp_path: Path) -> None:
         {"tiny_timm_kwargs": {"hf-hub:someone/model": {}}}, {"tiny_timm_kwargs": {SIGLIP: {"depth": 10**6}}},
         {"vision_stem": [0]}, {"vision_stem": "abc"}, {"vision_stem": [8] * 5}, {"tiny_timm_kwargs": {SIGLIP: {"patch_size": 7}}},
         {"tiny_timm_kwargs": {SIGLIP: {"patch_size": 160}}}, {"tiny_timm_kwargs": {SIGLIP: {"embed_dim": 97, "num_heads": 3}}},
+        {"vision_stem": [8, 8], "tiny_timm_kwargs": {}}, {"vision_stem": [8, 8], "tiny_timm_kwargs": {SIGLIP: {"patch_size": 16}}},
+        *({"tiny_timm_kwargs": {SIGLIP: size}} for size in ({"embed_dim": 96}, {"embed_dim": 100}, {"num_heads": 3}, {"num_heads": 5})),
         {"num_images_in_input": 3}, {"n_action_bins": 1}, {"n_action_bins": 5000}, {"pad_token_id": 5000},
         {"empty_token_id": -1}, {"num_images_in_input": 0}, {"num_images_in_input": None}, {"text_config": []}, {"text_config": None},
         {"pad_to_multiple_of": 5000}, {"image_resize_strategy": None}, {"arch_specifier": "linear"}, {"use_fused_vision_backbone": False},

@@ -44,6 +44,7 @@ PLAIN_TEXT = {
     "mlp_bias": False,
     "tie_word_embeddings": False,
     "pretraining_tp": 1,
+    "partial_rotary_factor": 1.0,
 }
 
 
@@ -124,7 +125,8 @@ def _check_sizes(config: VLAConfig, text: Mapping[str, Any], path: Path) -> None
         raise ConfigError(
             f"{path}: head_dim is {text['head_dim']!r:.40}, but only hidden_size / num_attention_heads is built here"
         )
-    for tower, sizes in config.tiny_timm_kwargs.items():
+    for tower in TOWERS:
+        sizes = config.tiny_timm_kwargs.get(tower, {})
         patch, halvings = sizes.get("patch_size", PATCH_SIZE), 2 ** len(config.vision_stem)
         if patch > config.image_size or patch % halvings:
             raise ConfigError(
@@ -132,6 +134,8 @@ def _check_sizes(config: VLAConfig, text: Mapping[str, Any], path: Path) -> None
                 f"{len(config.vision_stem)} convolutions makes {halvings} times smaller: {COPY_AGAIN}"
             )
         width, heads = (sizes.get(name) for name in ("embed_dim", "num_heads"))
+        if (width is None) != (heads is None):
+            raise ConfigError(f"{path}: {tower}: embed_dim and num_heads stand together or not at all: {COPY_AGAIN}")
         if width and heads and width % heads:
             raise ConfigError(f"{path}: {tower}: embed_dim {width} does not divide among {heads} heads: {COPY_AGAIN}")
     if config.vocab_size <= config.n_action_bins:
@@ -151,9 +155,11 @@ def _plain_text(text: Any, where: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ConfigError(f"{where}.{name} is {value!r:.60}, not an object: {COPY_AGAIN}")
         kind = value.get("rope_type", value.get("type", "default"))
-        if kind != "default":
+        others = [other for other in value if other not in ("rope_type", "type", "rope_theta")]
+        if kind != "default" or others:
+            asked = f"type {kind!r:.40}" if kind != "default" else f"another {others[0]:.40}"
             raise ConfigError(
-                f"{where}.{name} asks for rotary positions of type {kind!r:.40}, but only Llama-2's own are built here"
+                f"{where}.{name} asks for rotary positions of {asked}, but only Llama-2's own are built here"
             )
         theta = value.get("rope_theta", text.get("rope_theta", ROPE_THETA))
         if text.setdefault("rope_theta", theta) != theta:
