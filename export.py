@@ -8,6 +8,7 @@ Heads of OpenVLA-OFT are written as that project's code looks for them.
 """
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +53,7 @@ class ExportConfig:
 
 def main(cfg: ExportConfig) -> Path:
     cfg = checked(cfg)
-    cfg = dataclasses.replace(cfg, output=cfg.output.resolve())
+    cfg = dataclasses.replace(cfg, output=Path(os.path.realpath(cfg.output)))
     base, adapter = files.base_and_adapter(cfg.checkpoint, cfg.adapter)
     if cfg.output.exists() and (not cfg.output.is_dir() or any(cfg.output.iterdir())):
         raise ConfigError(f"--output {cfg.output} is not empty: give a new folder")

@@ -95,7 +95,8 @@ def load_adapter(vla: VLA, folder: Path, *, dtype: torch.dtype) -> VLA:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{folder / ADAPTER_CONFIG}: {reason}: give the adapter's own base") from None
     places = {name.removeprefix(FILE_PREFIX): tensor for name, tensor in lora_state_dict(vla).items()}
-    weights.check_names({name: tuple(tensor.shape) for name, tensor in places.items()}, stored, folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in places.items()}
+    weights.check_names(shapes, stored, folder, described_by=ADAPTER_CONFIG)
     for name, tensor in stored.items():
         half, letter = name.removesuffix(".weight").rsplit(".", 1)
         parameter = vla.get_parameter(f"{half}.{letter}.{ADAPTER}.weight")

@@ -232,7 +232,7 @@ def adapter_base(folder: Path) -> str:
         raise ConfigError(
             f"{folder / ADAPTER_CONFIG} names no base model: give the base and --lora_checkpoint {folder}"
         )
-    name = expanded(name)
+    name = expanded(name, f"{folder / ADAPTER_CONFIG}: base_model_name_or_path")
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise ConfigError(
             f"{folder} was trained on {name}, which is not there any more: give the base and --lora_checkpoint {folder}"

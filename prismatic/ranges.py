@@ -75,9 +75,9 @@ def check_folder_name(name: str, made_of: str) -> str:
     return name
 
 
-def expanded(path: str | Path) -> str:
-    """A path or hub id with ~ expanded; ConfigError where there is no such home, or no file system takes the path."""
-    return str(_checked_value(str(path), "the path"))
+def expanded(path: str | Path, name: str = "the path") -> str:
+    """A path or hub id with ~ expanded; ConfigError, which begins with name, where there is no such home, or no file system takes the path."""
+    return str(_checked_value(str(path), name))
 
 
 def _path(kind: type, value: Any) -> Any:

@@ -135,6 +135,26 @@ def test_what_cannot_be_written(place: Path, reference: Path, tmp_path: Path) ->
     assert (tmp_path / "kept").read_text() == "mine"
 
 
+def test_an_output_that_is_a_loop_of_links_is_refused(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ConfigError, match="cannot write"):
+        exported(place / "base", tmp_path / "loop" / "x")
+
+
+def test_weights_of_8_bits_go_out_and_none_are_refused(place: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(place / "base", tmp_path / "eight"))
+    tensors = {
+        name: torch.full_like(t, 0.375).to(torch.float8_e4m3fn)
+        for name, t in load_file(folder / "model.safetensors").items()
+    }
+    save_file(tensors, folder / "model.safetensors")
+    out = load_file(exported(folder, tmp_path / "out") / "model.safetensors")
+    assert all(torch.equal(out[name], tensor.bfloat16()) for name, tensor in tensors.items())
+    save_file({}, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"model\.safetensors holds no tensors"):
+        exported(folder, tmp_path / "none")
+
+
 def test_a_folder_of_links_goes_out_whole(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "links").mkdir()
     for file in (place / "base").iterdir():

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from prismatic.errors import ConfigError
-from prismatic.filenames import ADAPTER_WEIGHTS, ADAPTER_WEIGHTS_BIN, NATIVE_WEIGHTS, WEIGHTS, WEIGHTS_INDEX
+from prismatic.filenames import ADAPTER_WEIGHTS, ADAPTER_WEIGHTS_BIN, CONFIG, NATIVE_WEIGHTS, WEIGHTS, WEIGHTS_INDEX
 from prismatic.models import nf4
 from prismatic.records import read_record, regular_file
 from prismatic.sums import check_sum
@@ -171,20 +171,22 @@ def _published_name(native: str) -> str:
     return native.removesuffix(".gamma") + ".scale_factor" if native.endswith(".gamma") else native
 
 
-def check_names(expected: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor], folder: Path) -> None:
-    """ConfigError that names the first missing, surplus or mis-shaped tensor and its file."""
+def check_names(
+    expected: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor], folder: Path, *, described_by: str = CONFIG
+) -> None:
+    """ConfigError that names the first missing, surplus or mis-shaped tensor and its file; described_by: what makes them expected."""
     for name, shape in expected.items():
         if name not in stored:
             raise ConfigError(
-                f"{folder}: tensor {name} is missing: config.json describes another model, or a shard was lost"
+                f"{folder}: tensor {name} is missing: {described_by} describes another model, or a shard was lost"
             )
         if stored[name].shape != shape:
             raise ConfigError(
-                f"{stored[name].file}: tensor {name} has shape {list(stored[name].shape)}, but config.json makes it {list(shape)}"
+                f"{stored[name].file}: tensor {name} has shape {list(stored[name].shape)}, but {described_by} makes it {list(shape)}"
             )
     if surplus := sorted(set(stored) - set(expected)):
         raise ConfigError(
-            f"{stored[surplus[0]].file}: tensor {surplus[0]} has no place in the model of config.json ({len(surplus)} such)"
+            f"{stored[surplus[0]].file}: tensor {surplus[0]} has no place in the model of {described_by} ({len(surplus)} such)"
         )
 
 
@@ -214,8 +216,9 @@ def fill(model: nn.Module, stored: dict[str, StoredTensor], *, dtype: torch.dtyp
 
 
 def stored_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
-    """Number format of a checkpoint: that of its first tensor."""
-    return next(iter(stored.values())).read().dtype
+    """Number format of a checkpoint: that of its first tensor; of 8 bits bfloat16, which holds their every value and can be computed in."""
+    dtype = next(iter(stored.values())).read().dtype
+    return torch.bfloat16 if dtype.itemsize == 1 else dtype
 
 
 def fingerprint(stored: dict[str, StoredTensor]) -> str:
