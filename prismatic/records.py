@@ -71,7 +71,7 @@ def is_whole(line: bytes, kind: type[Record]) -> bool:
     """Whether a line that has no newline is a record all the same, as after an editor."""
     try:
         msgspec.json.decode(line, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
     return True
 
