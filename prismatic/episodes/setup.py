@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +88,7 @@ def load_policy(values: Mapping[str, Any]) -> Loaded:
         policy.processor.image_path,
         policy.counts,
         GATHERING if device else 0.0,
-        partial(memory_for, policy.vla),
+        lambda rows: memory_for(policy.vla, rows),
     )
 
 
