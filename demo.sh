@@ -21,7 +21,7 @@ for option in "$@"; do
 done
 # demos: of the expert; more: begun by the base policy, ended by the expert (DAgger); steps of training; episodes before and after
 case $head$size in
-    tokens) demos=24 more=20 steps=600 before=8 after=20 quality=fast ;;
+    tokens) demos=24 more=20 steps=600 before=10 after=20 quality=fast ;;
     oft) demos=60 more=0 steps=600 before=10 after=20 quality=fast ;;
     tokens_quick) demos=4 more=2 steps=40 before=1 after=2 quality=fast ;;
     oft_quick) demos=4 more=0 steps=40 before=1 after=2 quality=fast ;;

@@ -23,9 +23,6 @@ Rows = Frames | None  # None: not given
 One = np.ndarray | None
 Names = Sequence[Hashable] | None
 REMEMBERED = 1024  # episodes whose last answer is kept
-ACTIVATION_BYTES = (
-    120_000_000  # of a row at full size while its prompt is read, what graphs keep included; not measured
-)
 
 
 class Policy(Protocol):

@@ -16,7 +16,7 @@ from prismatic.models.compiled import (
     batches,
     decoder_for,
     memory_for,
-)  # fmt: skip
+)
 from prismatic.models.decode import ActionDecoder
 from prismatic.models.tiny import TINY, random_vla
 from prismatic.models.vla import VLA, VLAConfig

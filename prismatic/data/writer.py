@@ -61,10 +61,9 @@ class CacheWriter:
         """
         number, steps, before = len(self._file_paths), len(action), len(self._sizes)
         where = f"episode {number + 1} of {self._source or self._name}"
+        given = {"action": action} | ({} if state is None else {"state": state})
         with np.errstate(over="ignore"):  # becomes infinity
-            columns = {
-                f: np.asarray(v).astype(np.float32) for f, v in (("action", action), ("state", state)) if v is not None
-            }
+            columns = {field: np.asarray(values).astype(np.float32) for field, values in given.items()}
         for field, values in columns.items():
             if values.ndim != 2 or not np.isfinite(values).all():
                 said = f"{field} of {where} holds NaN or infinity, or no vectors"

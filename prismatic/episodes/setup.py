@@ -12,11 +12,12 @@ from prismatic.errors import ConfigError
 from prismatic.evaluation import Loaded
 from prismatic.filenames import STEP_FOLDER
 from prismatic.hub import newest_step
+from prismatic.normalize import ACTION_DIMENSIONS
 from prismatic.ranges import check_folder_name
 from prismatic.scene.suites import Benchmark
 from prismatic.versions import SIMULATOR_PACKAGES, folder_fingerprint, versions
 
-ACTION_DIM = 7  # numbers of LIBERO's actions
+ACTION_DIM = len(ACTION_DIMENSIONS)  # numbers of LIBERO's actions
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # set by torchrun
 LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, which they share
 GATHERING = 0.03  # s for which a GPU's answer waits for others to ask: a batch costs it little more than a row

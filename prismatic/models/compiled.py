@@ -23,9 +23,8 @@ from prismatic.models.decode import ActionDecoder, DecodedActions, Layers, Tenso
 
 PROMPT_WIDTH = 64  # tokens: holds every instruction of LIBERO with the prompt around it; WIDEST is the second width
 WIDEST = 128
-ACTIVATION_BYTES = (
-    120_000_000  # of a row at full size while its prompt is read, what graphs keep included; not measured
-)
+# of a row at full size while its prompt is read, what graphs keep included; not measured
+ACTIVATION_BYTES = 120_000_000
 BATCH_SIZES = (1, 4, 16, 32, 64)  # rows
 write_line = partial(tqdm.write, file=sys.stderr)
 VARIANTS = 64  # that torch may compile of one function: its own limit, 8, is less than two widths of five sizes
@@ -151,7 +150,7 @@ def memory_for(vla: Any, rows: int) -> int:
     config, text, size = vla.config, vla.config.text_config, next(vla.parameters()).element_size()
     columns = config.num_images_in_input * config.num_patches + WIDEST + config.action_positions
     width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
-    cached = max(batches(rows)) * (config.action_head == "tokens")
+    cached = max(rows, *batches(rows)) * (config.action_head == "tokens")  # an eager decoder reads all rows at once
     return rows * ACTIVATION_BYTES + cached * 2 * text.num_hidden_layers * columns * width * size
 
 

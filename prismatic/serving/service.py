@@ -52,13 +52,8 @@ class Service:
         """max_wait: seconds that a request may wait for others. prepare: what the policy may be given for a frame, worked out beside it.
         warm_ups: answers until a shape is as fast as it gets; a compiled policy on a GPU compiles in its first, records in its second.
         """
-        self.policy, self.limits, self.recorder, self._prepare, self._warm_ups = (
-            policy,
-            limits,
-            recorder,
-            prepare,
-            warm_ups,
-        )
+        self.policy, self.limits, self.recorder = policy, limits, recorder
+        self._prepare, self._warm_ups = prepare, warm_ups
         self.metadata = self._read_metadata()
         self.queue = BatchQueue(policy, max_batch=max_batch, max_wait=max_wait, max_waiting=limits.queue)
         self.metrics = Metrics(self.queue.waiting)

@@ -118,9 +118,8 @@ class RunFolder:
         link = self.path / f".{name}"
         link.unlink(missing_ok=True)
         link.symlink_to(folder.name)
-        if (
-            there := self.path / name
-        ).is_dir() and not there.is_symlink():  # a copy that followed links made a folder of it
+        there = self.path / name
+        if there.is_dir() and not there.is_symlink():  # a copy that followed links made a folder of it
             shutil.rmtree(aside := there.with_name(f"{name}-copied"), ignore_errors=True)
             there.rename(aside)
             print(f"notice: {there} was a folder and is a link again; what it held is now {aside.name}")
