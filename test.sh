@@ -6,4 +6,4 @@ cd "$(dirname "$0")"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/pyright --pythonpath .venv/bin/python
-OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile --durations 10 "$@"
+OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile --max-worker-restart 0 --durations 10 "$@"

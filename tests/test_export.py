@@ -31,8 +31,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place, vla = tmp_path_factory.mktemp("export"), random_vla(TINY, seed=0)
     saved(place / "base", vla, key="base")
     exported(place / "base", place / "half", dtype="bfloat16")
-    add_lora(vla, rank=4)
     torch.manual_seed(0)
+    add_lora(vla, rank=4)
     for name, parameter in vla.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -68,7 +68,9 @@ def test_merged_answers_as_base_and_adapter(place: Path, tmp_path: Path) -> None
     # an adapter that is not merged would be three products more a layer
     assert held.keys() == stored.keys() and all(torch.equal(tensor, stored[name]) for name, tensor in held.items())
     apart = logits(load_vla(place / "base", place / "adapter"))
-    torch.testing.assert_close(logits(merged.vla), apart, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logits(merged.vla), apart, atol=5e-4, rtol=1e-4
+    )  # of 7: another order of summing in float32
     assert merged.processor.config.unnorm_key == "mine" and set(merged.processor.statistics) == {"base", "mine"}
     alone = exported(place / "adapter", tmp_path / "alone")
     assert load_policy(alone, device="cpu").processor.config.merged_adapter

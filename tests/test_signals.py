@@ -1,5 +1,6 @@
 """What ends a run: each signal is noted once, ends a wait for data, and leaves a lost terminal alone."""
 
+import io
 import os
 import pty
 import signal
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from typing_extensions import Buffer
 
 from prismatic.errors import Terminated, exit_codes
 from prismatic.training.signals import STOPPING, StopSignal, leave
@@ -63,6 +65,27 @@ def test_a_signal_during_a_step_interrupts_nothing_and_nohup_is_respected() -> N
     os.kill(os.getpid(), signal.SIGUSR1)
     time.sleep(0.01)
     assert stop.received == signal.SIGUSR1
+
+
+class _Interrupted(io.RawIOBase):
+    """A stdout in whose midst a signal comes."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Buffer) -> int:
+        if not self.closed and bytes(data).startswith(b"step"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return len(bytes(data))
+
+
+def test_a_signal_in_the_midst_of_a_print_is_noted_and_said(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stop = StopSignal()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(_Interrupted()), line_buffering=True))
+    print("step 1")  # a second print within it is a RuntimeError
+    assert stop.received == signal.SIGTERM and "saving after this step" in capfd.readouterr().out
 
 
 HUNG_UP = """

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
-from prismatic.errors import Terminated
+from prismatic.errors import STDOUT, Terminated
 from prismatic.training.distributed import SINGLE_PROCESS, Ranks
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -38,7 +38,7 @@ class StopSignal:
         if self.received is not None:
             leave(signal.Signals(number))
         self.received = signal.Signals(number)
-        print(f"\n{self.received.name}: saving after this step, then stopping (once more: stop at once)", flush=True)
+        _say(f"\n{self.received.name}: saving after this step, then stopping (once more: stop at once)\n")
         if self._waiting:
             raise _StopWaiting
 
@@ -62,6 +62,14 @@ class StopSignal:
 def leave(number: signal.Signals) -> NoReturn:
     """End the process as `exit_codes` ends it for this signal."""
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number.name)
+
+
+def _say(text: str) -> None:
+    """Write to stdout from a signal's handler, which may run in the midst of another print: Python refuses a second one then."""
+    try:
+        print(text, end="", flush=True)
+    except RuntimeError:
+        os.write(STDOUT, text.encode())
 
 
 def _leave_terminal() -> None:
