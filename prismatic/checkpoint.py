@@ -206,8 +206,7 @@ def load_policy(
         "assumed": {name: getattr(vla.config, name) for name in UNSAID if guessed and name not in choice},
         **describe(vla, processor, drafting=drafting),
     }
-    decoder = None if chunked else decoder_for(vla, compilable=not bits)
-    return VLAPolicy(vla, processor, facts, decoder=decoder, drafting=drafting)
+    return VLAPolicy(vla, processor, facts, decoder=decoder_for(vla, compilable=not bits), drafting=drafting)
 
 
 def adapter_fingerprint(folder: Path) -> str:

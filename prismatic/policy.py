@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from prismatic.errors import ConfigError, PolicyError
-from prismatic.models.decode import ActionDecoder, best_tokens
+from prismatic.models.decode import ActionDecoder
 from prismatic.models.vla import VLA
 from prismatic.policy_inputs import as_frames, as_states, check_batch
 from prismatic.processor import Processor
@@ -125,19 +125,16 @@ class VLAPolicy(Policy):
         self, frames: Frames, instructions: Texts, wrists: Rows = None, states: Rows = None, *, episodes: Names = None
     ) -> np.ndarray:
         """(B, K, 7) as the head answers: token ids, or of a regression normalised numbers. A head of chunks has nothing to draft."""
-        input_ids, mask, pixels = self._inputs(frames, instructions, wrists)
+        ids, mask, pixels = self._inputs(frames, instructions, wrists)
         if self.processor.config.action_head == "tokens":
-            names = [None] * len(input_ids) if episodes is None else list(episodes)
-            return self._decoded(input_ids, mask, pixels, names)[:, None]
+            names = [None] * len(ids) if episodes is None else list(episodes)
+            return self._decoded(ids, mask, pixels, names)[:, None]
         proprio = self.processor.proprio(states)
-        hidden = self.vla.before_actions(input_ids, pixels, None if proprio is None else proprio.to(self.device), mask)
-        self.counts.update(actions=len(hidden) * self.num_actions_chunk, calls=1, passes=1)
-        if self.vla.action_head is not None:
-            self.last_margins = np.full(len(hidden), np.inf)
-            return self.vla.action_head(hidden).cpu().numpy()
-        ids, margins = best_tokens(self.vla, hidden)
-        self.last_margins = margins.amin(dim=1).cpu().numpy()
-        return self.vla.chunks(ids).cpu().numpy()
+        state = None if proprio is None else proprio.to(self.device)
+        answers, margins = self.decoder.chunk(ids, pixels, state, mask)
+        self.counts.update(actions=len(answers) * self.num_actions_chunk, calls=1, passes=1)
+        self.last_margins = margins.amin(dim=1).float().cpu().numpy()
+        return answers.cpu().numpy()
 
     def _decoded(
         self, input_ids: torch.Tensor, mask: torch.Tensor, pixels: torch.Tensor, names: Sequence[Hashable]

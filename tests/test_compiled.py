@@ -1,5 +1,6 @@
 """Compiled decoding: the same tokens as eager, few shapes, one cache, and the eager way where compiling fails. Traced here, not run on a GPU."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from prismatic.models.compiled import (
 from prismatic.models.decode import ActionDecoder
 from prismatic.models.tiny import TINY, random_vla
 from prismatic.models.vla import VLA, VLAConfig
+from prismatic.ranges import ActionHead
 
 traced = partial(torch.compile, backend="aot_eager", fullgraph=True, dynamic=False)  # a graph break raises
 
@@ -71,6 +73,29 @@ def test_rows_of_a_batch_that_is_cut_are_answered_as_alone(vla: VLA) -> None:
     for draft in (None, expected.ids, expected.ids.flip(0)):
         answer = decode(ids, pixels, 7, mask, draft)
         assert answer.ids.equal(expected.ids) and answer.margins.shape == (6, 7)
+
+
+@pytest.mark.parametrize("head", ["l1", "parallel"])
+def test_chunks_are_eagers_row_by_row_and_nothing_breaks_the_graph(head: ActionHead) -> None:
+    torch._dynamo.reset()
+    state = 8 if head == "l1" else 0
+    config = dataclasses.replace(TINY, action_head=head, num_actions_chunk=3, proprio_dim=state)
+    chunked, said = random_vla(config, seed=3).eval().requires_grad_(False), []
+    decode, eager = CompiledActionDecoder(chunked, compiler=traced, say=said.append), ActionDecoder(chunked)
+    for rows in (5, 1, 3):
+        ids, pixels, mask = prompts(rows)
+        ids[0, int(mask[0].sum()) - 1] = TINY.empty_token_id  # one row has it already
+        proprio = torch.randn(rows, state, generator=torch.Generator().manual_seed(0)) if state else None
+        answer, margins = decode.chunk(ids, pixels, proprio, mask)
+        expected, expected_margins = eager.chunk(ids, pixels, proprio, mask)
+        assert answer.shape == (rows, 3, 7) and answer.dtype == expected.dtype
+        torch.testing.assert_close(answer, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(margins, expected_margins, atol=1e-3, rtol=1e-3)
+    assert decode.description == "compiled"
+    assert [line.split()[0] for line in said] == ["compiling", "compiled"] * 2  # of 4 rows and of one
+    wide = prompts(2, WIDEST + 1)
+    assert len(decode.chunk(*wide[:2], None if not state else torch.zeros(2, state))[0]) == 2
+    assert f"{WIDEST} tokens" in decode.description
 
 
 def test_more_rows_or_the_second_width_compile_nothing_anew(vla: VLA) -> None:

@@ -9,6 +9,7 @@ from prismatic.bench import precision
 from prismatic.checkpoint import load_policy
 from prismatic.data.frames import FrameCache
 from prismatic.data.writer import CacheWriter
+from prismatic.episodes.open_loop import as_acting
 from prismatic.errors import ConfigError
 from prismatic.models.tiny import TINY, random_vla
 from prismatic.processor import Processor
@@ -51,7 +52,7 @@ def test_held_out_frames(cache: FrameCache) -> None:
 def test_behind_its_own_tokens_forcing_is_generating(cache: FrameCache, processor: Processor) -> None:
     """Demonstrate what the model itself would do: each place then predicts what generating chose there."""
     vla = random_vla(TINY, seed=3).eval()
-    batch = next(precision.batches(cache, np.arange(6), processor, 6))
+    batch = as_acting([cache.step(frame, 1) for frame in range(6)], processor)
     prompts = batch.labels[:, :] == -100
     prompts &= batch.attention_mask
     answer = vla.generate_action_ids(batch.input_ids * prompts, batch.pixel_values, 7, prompts)

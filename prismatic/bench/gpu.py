@@ -27,7 +27,7 @@ ROWS = {  # name → seconds that it may take on an H100, a start of about 15 in
     "act plain": 60, "act eager": 60, "act compiled": 300, "act plain compiled": 240, "profile": 90,
     "train plain 1": 60, "train ours 1": 60, "train plain 4": 60, "train ours 4": 60, "train compiled 4": 150, "train plain 8": 60,
     "train ours 8": 60, "train compiled 1": 150, "train compiled 8": 150,
-    "act int8": 240, "act int4": 240, "act batch 8": 150, "act batch 16": 150, "act batch 32": 150, "act OFT chunk": 60,
+    "act int8": 240, "act int4": 240, "act batch 8": 150, "act batch 16": 150, "act batch 32": 150, "act OFT chunk": 150,
     "train NF4 1": 90, "finetune": 240,
 }  # fmt: skip
 NEEDED = ("timm", "peft", "transformers", "safetensors", "msgspec", "tqdm", "PIL")  # modules, beside torch and numpy

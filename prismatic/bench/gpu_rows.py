@@ -71,6 +71,13 @@ def equal() -> Iterator[Row]:
         "what": "compiled", "tokens equal to eager, %": digits(100 * (answers[0] == eager.ids).float().mean().item()),
         "drafts change nothing": all(answer.equal(answers[0]) for answer in answers), "decoder": compiled.description,
     }  # fmt: skip
+    oft, state = infer.as_oft(here), torch.zeros(len(ids), infer.STATE, device=DEVICE)
+    chunks = [
+        one.chunk(ids, pixels, state)[0]
+        for one in (ActionDecoder(oft), CompiledActionDecoder(oft, compiler=compiler()))
+    ]
+    difference = (chunks[0] - chunks[1]).abs().max().item()
+    yield {"what": "compiled chunk, largest difference to eager", "value": digits(difference)}
     for precision in PRECISIONS:
         vla, exact = (random_vla(TINY, seed=0).eval().to(DEVICE, DTYPE) for _ in range(2))
         for name, kind in plan(exact, precision).items():

@@ -86,8 +86,8 @@ def way_of(name: str, vla: VLA, batch: int, decoder: ActionDecoder) -> Run:
         plain = PlainDecoder(vla, best=name != "plain")
         return lambda: (plain(ids, pixels, ACTION_DIM), ACTION_DIM)
     if name == "OFT chunk":
-        oft, state = as_oft(vla), torch.zeros(batch, STATE, device=ids.device)
-        return lambda: (oft.predict_chunk(ids, pixels, state), 1)
+        chunk, state = decoder_for(as_oft(vla)).chunk, torch.zeros(batch, STATE, device=ids.device)
+        return lambda: (chunk(ids, pixels, state)[0], 1)
     if name == "eager":
         decoder = ActionDecoder(vla)
     draft = None

@@ -7,7 +7,7 @@ regression's numbers too. Of the L1 distances in normalised units ([-1, 1]) one 
 This says how alike the answers are; whether the robot still succeeds is for `eval.py --compare` to say.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +16,16 @@ import torch
 from action_tokenizer import ActionTokenizer
 from prismatic.bench.instruments import Row, release_memory
 from prismatic.checkpoint import base_and_adapter, load_merged, load_policy
-from prismatic.data.examples import example
 from prismatic.data.frames import FrameCache
 from prismatic.data.mixture import open_cache
-from prismatic.episodes.open_loop import teacher_forced
+from prismatic.episodes.open_loop import as_acting, teacher_forced
 from prismatic.errors import ConfigError
 from prismatic.filenames import CONFIG
 from prismatic.models import quantize
 from prismatic.models.quantize import stored_bytes
 from prismatic.models.vla import VLA
 from prismatic.models.weights import stored_dtype, stored_tensors
-from prismatic.processor import Batch, Processor
+from prismatic.processor import Batch
 
 FLOAT32_BYTES = 4
 WAYS: dict[str, Row] = {  # arguments of quantize.quantize
@@ -53,15 +52,6 @@ def spread(cache: FrameCache, num_frames: int, *, every_episode: bool, chunk: in
             "demonstrations that the checkpoint has never seen (another --seed) and give --held_out all"
         )
     return frames[np.linspace(0, len(frames) - 1, num_frames).round().astype(int)]
-
-
-def batches(cache: FrameCache, frames: np.ndarray, processor: Processor, size: int) -> Iterator[Batch]:
-    """Samples with images as when acting, of the statistics that the policy acts with."""
-    config = processor.config
-    for start in range(0, len(frames), size):
-        steps = [cache.step(frame, config.num_actions_chunk) for frame in frames[start : start + size]]
-        steps = [step._replace(dataset=config.unnorm_key) for step in steps]
-        yield processor.collate([example(step, processor, as_acting=True) for step in steps])
 
 
 def answers(vla: VLA, samples: Sequence[Batch], tokenizer: ActionTokenizer) -> np.ndarray:
@@ -114,7 +104,8 @@ def run(
     cache, tokenizer = open_cache(data_root_dir, dataset_name, cache_dir=cache_dir), processor.action_tokenizer
     chunk = processor.config.num_actions_chunk
     frames = spread(cache, num_frames, every_episode=held_out == "all", chunk=chunk)
-    samples = list(batches(cache, frames, processor, batch_size))
+    parts = (frames[start : start + batch_size] for start in range(0, len(frames), batch_size))
+    samples = [as_acting([cache.step(frame, chunk) for frame in part], processor) for part in parts]
     demonstrated = np.concatenate([batch.actions for batch in samples if batch.actions is not None])
     plain = answers(vla, samples, tokenizer)
     rows = [row("none", vla, plain, plain, demonstrated, tokenizer)]

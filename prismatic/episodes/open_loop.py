@@ -20,7 +20,7 @@ from prismatic.errors import ConfigError
 from prismatic.image import decode_jpeg
 from prismatic.models.vla import IGNORE, VLA
 from prismatic.policy import Policy, VLAPolicy
-from prismatic.processor import Batch
+from prismatic.processor import Batch, Processor
 
 BATCH = 8  # frames of one pass
 SAME = 0.01  # between two numbers that are called alike: a second JPEG moves a regression a little, a token not at all or by 1
@@ -61,8 +61,7 @@ def _split(policy: VLAPolicy, steps: Sequence[Step]) -> dict[str, Any]:
     processor = policy.processor
     true, acted, forced = [], [], []
     for part in (steps[start : start + BATCH] for start in range(0, len(steps), BATCH)):
-        part = [step._replace(dataset=processor.config.unnorm_key) for step in part]  # the statistics that it acts with
-        batch = processor.collate([example(step, processor, as_acting=True) for step in part])
+        batch = as_acting(part, processor)
         assert batch.actions is not None
         true.append(batch.actions.numpy())
         forced.append(teacher_forced(policy.vla, batch, processor.action_tokenizer))
@@ -78,6 +77,12 @@ def _split(policy: VLAPolicy, steps: Sequence[Step]) -> dict[str, Any]:
         "teacher_forced": _metrics(policy, told, target),
         "same_first_id": float(np.mean(np.isclose(answers[:, 0, 0], told[:, 0, 0], rtol=0, atol=SAME))),
     }
+
+
+def as_acting(steps: Sequence[Step], processor: Processor) -> Batch:
+    """Samples with images as when acting, of the statistics that the policy acts with."""
+    steps = [step._replace(dataset=processor.config.unnorm_key) for step in steps]
+    return processor.collate([example(step, processor, as_acting=True) for step in steps])
 
 
 @torch.inference_mode()

@@ -19,7 +19,14 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from prismatic.models.decode import ActionDecoder, DecodedActions, Layers, Tensors, TokenModel
+from prismatic.models.decode import (
+    ActionDecoder,
+    DecodedActions,
+    Layers,
+    Tensors,
+    TokenModel,
+    with_empty_token,
+)
 
 PROMPT_WIDTH = 64  # tokens: holds every instruction of LIBERO with the prompt around it; WIDEST is the second width
 WIDEST = 128
@@ -44,6 +51,33 @@ def batches(rows: int) -> Iterator[int]:
         rows -= size
 
 
+def padded(
+    vla: TokenModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, *others: torch.Tensor | None
+) -> Iterator[tuple[Any, ...]]:
+    """Batches of the compiled shapes: ids and mask (size, a multiple of PROMPT_WIDTH), others (size, …) or None; the first row fills up."""
+    rows, more = len(input_ids), -input_ids.shape[1] % PROMPT_WIDTH
+    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
+    ids, mask, start = F.pad(input_ids, (0, more), value=vla.config.pad_token_id), F.pad(mask, (0, more)), 0
+    for size in batches(rows):
+        chosen = [row if row < rows else 0 for row in range(start, start + size)]
+        yield tuple(None if tensor is None else tensor[chosen] for tensor in (ids, mask, *others))
+        start += size
+
+
+def read_chunk(
+    vla: TokenModel,
+    _: Layers,
+    input_ids: torch.Tensor,
+    lengths: torch.Tensor,
+    pixel_values: torch.Tensor,
+    *proprio: torch.Tensor,
+) -> Tensors:
+    """VLA.answer to prompts (B, T) of `lengths` tokens, in one forward pass that waits for nothing and is masked."""
+    empty, pad = vla.config.empty_token_id, vla.config.pad_token_id
+    input_ids, lengths = with_empty_token(input_ids, lengths, empty=empty, pad=pad)
+    return vla.answer(vla.before_actions(input_ids, lengths, pixel_values, proprio[0] if proprio else None, True))
+
+
 class CompiledActionDecoder(ActionDecoder):
     """An ActionDecoder of compiled forward passes.
 
@@ -60,7 +94,7 @@ class CompiledActionDecoder(ActionDecoder):
         super().__init__(vla)
         self._say, self._compiled = say, functools.cache(compiler)
         self._views: dict[tuple[int, int], Layers] = {}  # of the cache, by (batch, length)
-        self._ready: set[Any] = set()  # (step, batch, length) that were compiled
+        self._ready: set[Any] = set()  # (step, batch, columns) that were compiled
         self._eager: dict[str, str] = {}  # what can't be compiled → why
 
     @property
@@ -79,29 +113,35 @@ class CompiledActionDecoder(ActionDecoder):
         draft: torch.Tensor | None = None,
     ) -> DecodedActions:
         """As ActionDecoder's."""
-        rows, tokens = input_ids.shape
-        if tokens > WIDEST:
-            self._give_up(f"prompts of more than {WIDEST} tokens", "each width would be compiled anew")
+        if self._is_wide(input_ids):
             return ActionDecoder(self.vla)(input_ids, pixel_values, action_dim, attention_mask, draft)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
-        more = -tokens % PROMPT_WIDTH
-        input_ids = F.pad(input_ids, (0, more), value=self.vla.config.pad_token_id)
-        attention_mask = F.pad(attention_mask, (0, more))
-        answers, start = [], 0
-        for batch in batches(rows):
-            part, padding = slice(start, start + batch), max(start + batch - rows, 0)
-
-            def padded(tensor: torch.Tensor, part: slice = part, padding: int = padding) -> torch.Tensor:
-                return torch.cat([tensor[part], tensor[:1].expand(padding, *tensor.shape[1:])])
-
-            guess = None if draft is None else padded(draft)
-            answers.append(
-                super().__call__(padded(input_ids), padded(pixel_values), action_dim, padded(attention_mask), guess)
-            )
-            start += batch
+        answers = []
+        for ids, mask, pixels, guess in padded(self.vla, input_ids, attention_mask, pixel_values, draft):
+            answers.append(super().__call__(ids, pixels, action_dim, mask, guess))
+        rows = len(input_ids)
         ids, margins = (torch.cat([getattr(answer, name) for answer in answers])[:rows] for name in ("ids", "margins"))
         return DecodedActions(ids, margins, sum(answer.forward_passes for answer in answers))
+
+    @torch.inference_mode()
+    def chunk(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        proprio: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> Tensors:
+        """As ActionDecoder's."""
+        if self._is_wide(input_ids):
+            return super().chunk(input_ids, pixel_values, proprio, attention_mask)
+        answers = []
+        for ids, mask, pixels, state in padded(self.vla, input_ids, attention_mask, pixel_values, proprio):
+            answers.append(self._run(read_chunk, [], ids, mask.sum(dim=1), pixels, *([] if state is None else [state])))
+        return tuple(torch.cat(parts)[: len(input_ids)] for parts in zip(*answers, strict=True))
+
+    def _is_wide(self, input_ids: torch.Tensor) -> bool:
+        if is_wide := input_ids.shape[1] > WIDEST:
+            self._give_up(f"prompts of more than {WIDEST} tokens", "each width would be compiled anew")
+        return is_wide
 
     def _layers(self, batch: int, length: int) -> Layers:
         """The same views each time: a CUDA graph remembers addresses."""
@@ -118,12 +158,13 @@ class CompiledActionDecoder(ActionDecoder):
         super()._grow(rows, columns + (0 if self._cache else WIDEST - PROMPT_WIDTH))
 
     def _run(self, step: Any, layers: Layers, *inputs: torch.Tensor) -> Tensors:
-        batch, _, length, _ = layers[0][0].shape
-        if (what := f"a batch of {batch}") in self._eager:
+        if (what := f"a batch of {len(inputs[0])}") in self._eager:
             return super()._run(step, layers, *inputs)
-        is_new, began = (step, batch, length) not in self._ready, time.monotonic()
+        columns = layers[0][0].shape[2] if layers else inputs[0].shape[1]
+        shape = step, len(inputs[0]), columns
+        is_new, began = shape not in self._ready, time.monotonic()
         if is_new:
-            self._say(f"compiling {step.__name__} for {what}, {length} columns: minutes the first time")
+            self._say(f"compiling {step.__name__} for {what}, {columns} columns: minutes the first time")
         try:
             torch.compiler.cudagraph_mark_step_begin()
             # cloned: the next pass fills a graph's own tensors anew
@@ -133,7 +174,7 @@ class CompiledActionDecoder(ActionDecoder):
         else:
             if is_new:
                 self._say(f"compiled {step.__name__} for {what} in {time.monotonic() - began:.0f} s")
-                self._ready.add((step, batch, length))
+                self._ready.add(shape)
             return outputs
         outputs = super()._run(step, layers, *inputs)  # raises what is no compiler's fault
         self._give_up(what, (str(failed).strip() or type(failed).__name__).partition("\n")[0])

@@ -29,6 +29,8 @@ class TokenModel(Protocol):
     language_model: Llama
 
     def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor: ...
+    def before_actions(self, input_ids: Any, lengths: Any, pixel_values: Any, proprio: Any, masked: bool) -> Any: ...
+    def answer(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -124,9 +126,7 @@ class ActionDecoder:
     ) -> DecodedActions:
         """(B, T) right-padded prompts, attention_mask None for full rows, draft (B, action_dim) of any numbers or None."""
         config, device = self.vla.config, input_ids.device
-        lengths = torch.full((len(input_ids),), input_ids.shape[1], device=device)
-        if attention_mask is not None:
-            lengths = attention_mask.sum(dim=1)
+        lengths = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).sum(dim=1)
         first_id, last_id = config.vocab_size - config.n_action_bins, config.vocab_size
         if draft is None:
             draft = torch.full((len(input_ids), action_dim), (first_id + last_id) // 2)
@@ -142,6 +142,24 @@ class ActionDecoder:
             if settled:
                 margins = torch.cat([margins, following_margins], dim=1)
         return DecodedActions(ids, margins, passes)
+
+    @torch.inference_mode()
+    def chunk(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        proprio: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> Tensors:
+        """VLA.answer to these prompts, of a model that answers with chunks. The host waits for the prompts' lengths once."""
+        config, lengths = (
+            self.vla.config,
+            (torch.ones_like(input_ids) if attention_mask is None else attention_mask).sum(dim=1),
+        )
+        ids, lengths = with_empty_token(input_ids, lengths, empty=config.empty_token_id, pad=config.pad_token_id)
+        shortest, longest = torch.stack([lengths.min(), lengths.max()]).tolist()
+        hidden = self.vla.before_actions(ids[:, :longest], lengths, pixel_values, proprio, shortest != longest)
+        return self.vla.answer(hidden)
 
     def _layers(self, batch: int, length: int) -> Layers:
         """Keys and values for this batch: views of one allocation, which grows to the largest that was asked for."""

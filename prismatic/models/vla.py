@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from action_tokenizer import ActionTokenizer
 from prismatic.errors import ConfigError
-from prismatic.models.decode import ActionDecoder, best_tokens, with_empty_token
+from prismatic.models.decode import ActionDecoder, best_tokens
 from prismatic.models.heads import L1RegressionHead, ProprioProjector, before_blanks, bin_centers, with_blanks
 from prismatic.models.llama import Llama, LlamaConfig, Size
 from prismatic.models.projector import Projector
@@ -193,32 +193,32 @@ class VLA(nn.Module):
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, T) right-padded prompts, attention_mask None for full rows → (B, K, D) float32, normalised, in one forward pass."""
-        hidden = self.before_actions(input_ids, pixel_values, proprio, attention_mask)
-        if self.action_head is not None:
-            return self.action_head(hidden)
-        return self.chunks(bin_centers(best_tokens(self, hidden)[0], self.tokenizer))
+        answer, _ = ActionDecoder(self).chunk(input_ids, pixel_values, proprio, attention_mask)
+        return answer if self.action_head is not None else bin_centers(answer, self.tokenizer)
 
     def before_actions(
         self,
         input_ids: torch.Tensor,
+        lengths: torch.Tensor,
         pixel_values: torch.Tensor,
         proprio: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
+        masked: bool = True,
     ) -> torch.Tensor:
-        """Hidden states (B, K·D, H) that the prompts' actions are predicted from. The host waits for the prompts' lengths once."""
-        config, pad = self.config, self.config.pad_token_id
-        lengths = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
-        if attention_mask is not None:
-            lengths = attention_mask.sum(dim=1)
-        input_ids, lengths = with_empty_token(input_ids, lengths, empty=config.empty_token_id, pad=pad)
-        shortest, longest = torch.stack([lengths.min(), lengths.max()]).tolist()
-        end = config.eos_token_id if config.stop_token else None
-        ids, mask, is_blank = with_blanks(
-            input_ids[:, :longest], lengths, blanks=config.action_positions, end=end, pad=pad
-        )
-        embeddings = self.embed(ids, pixel_values, proprio, is_blank)
-        hidden = self.hidden_states(embeddings, None if shortest == longest else mask)
-        return before_blanks(hidden, is_blank, config.action_positions)
+        """Hidden states (B, K·D, H) that the actions of prompts (B, T) of `lengths` tokens, the empty one last, are predicted from.
+
+        Waits for nothing on the device. masked False: every prompt has T tokens.
+        """
+        end, blanks = self.config.eos_token_id if self.config.stop_token else None, self.config.action_positions
+        ids, mask, is_blank = with_blanks(input_ids, lengths, blanks=blanks, end=end, pad=self.config.pad_token_id)
+        hidden = self.hidden_states(self.embed(ids, pixel_values, proprio, is_blank), mask if masked else None)
+        return before_blanks(hidden, is_blank, blanks)
+
+    def answer(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states (B, K·D, H) → what the head says (B, K, D), action ids or normalised numbers; margins (B, K·D), of numbers inf."""
+        if self.action_head is not None:
+            return self.action_head(hidden), hidden.new_full(hidden.shape[:2], torch.inf)
+        ids, margins = best_tokens(self, hidden)
+        return self.chunks(ids), margins
 
     def _is_action(self, ids: torch.Tensor) -> torch.Tensor:
         return (ids >= self.tokenizer.first_id) & (ids < self.config.vocab_size)
