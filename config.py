@@ -116,7 +116,7 @@ class FinetuneConfig:
     # Share of the learning rate at which warmup_steps begin (OpenVLA-OFT's lr_warmup_steps: 0.1).
     warmup_start: Share = 0.0
     # Weight decay of AdamW.
-    weight_decay: NonNegative = 0.01
+    weight_decay: Share = 0.01
     # Gradient norm above which gradients are scaled down to it; 0 never (OpenVLA).
     max_grad_norm: NonNegative = 0.0
     # Skipped steps in a row after which the run ends; a step is skipped and reported where its loss or gradient is not finite.

@@ -49,6 +49,7 @@ def test_every_form_of_the_rotary_base_counts(tmp_path: Path) -> None:
     [
         *({"text": text} for text in (
             {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, {"rope_scaling": {"type": "dynamic"}}, {"rope_scaling": 3},
+            {"rope_scaling": {"rope_type": "default", "type": "linear"}},
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, {"rope_parameters": {"rope_theta": 5e5}},
             {"rope_scaling": {"factor": 4.0}}, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, {"partial_rotary_factor": 0.5},
             {"hidden_act": "gelu"}, {"attention_bias": True}, {"mlp_bias": True}, {"tie_word_embeddings": True}, {"pretraining_tp": 2},
@@ -61,6 +62,7 @@ def test_every_form_of_the_rotary_base_counts(tmp_path: Path) -> None:
         {"tiny_timm_kwargs": {SIGLIP: {"checkpoint_path": "/etc/passwd"}}}, {"tiny_timm_kwargs": {SIGLIP: {"pretrained": True}}},
         {"tiny_timm_kwargs": {"hf-hub:someone/model": {}}}, {"tiny_timm_kwargs": {SIGLIP: {"depth": 10**6}}},
         {"vision_stem": [0]}, {"vision_stem": "abc"}, {"vision_stem": [8] * 5}, {"tiny_timm_kwargs": {SIGLIP: {"patch_size": 7}}},
+        {"tiny_timm_kwargs": {SIGLIP: {"patch_size": 32}}, "vision_stem": []},
         {"tiny_timm_kwargs": {SIGLIP: {"patch_size": 160}}}, {"tiny_timm_kwargs": {SIGLIP: {"embed_dim": 97, "num_heads": 3}}},
         {"vision_stem": [8, 8], "tiny_timm_kwargs": {}}, {"vision_stem": [8, 8], "tiny_timm_kwargs": {SIGLIP: {"patch_size": 16}}},
         *({"tiny_timm_kwargs": {SIGLIP: size}, "vision_stem": []} for size in ({"embed_dim": 96}, {"embed_dim": 100}, {"num_heads": 3})),

@@ -118,8 +118,7 @@ class CompiledActionDecoder(ActionDecoder):
         answers = []
         for ids, mask, pixels, guess in padded(self.vla, input_ids, attention_mask, pixel_values, draft):
             answers.append(super().__call__(ids, pixels, action_dim, mask, guess))
-        rows = len(input_ids)
-        ids, margins = (torch.cat([getattr(answer, name) for answer in answers])[:rows] for name in ("ids", "margins"))
+        ids, margins = (torch.cat([getattr(a, name) for a in answers])[: len(input_ids)] for name in ("ids", "margins"))
         return DecodedActions(ids, margins, sum(answer.forward_passes for answer in answers))
 
     @torch.inference_mode()

@@ -138,6 +138,8 @@ def _check_sizes(config: VLAConfig, text: Mapping[str, Any], path: Path) -> None
             raise ConfigError(f"{path}: {tower}: embed_dim and num_heads stand together or not at all: {COPY_AGAIN}")
         if width and heads and width % heads:
             raise ConfigError(f"{path}: {tower}: embed_dim {width} does not divide among {heads} heads: {COPY_AGAIN}")
+    if len(patches := {config.tiny_timm_kwargs.get(tower, {}).get("patch_size", PATCH_SIZE) for tower in TOWERS}) > 1:
+        raise ConfigError(f"{path}: the two towers have another patch_size each, {sorted(patches)}: {COPY_AGAIN}")
     if config.vocab_size <= config.n_action_bins:
         raise ConfigError(f"{path}: a vocab_size of {rows} leaves no room for text beside the actions: {COPY_AGAIN}")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "empty_token_id"):
@@ -154,7 +156,9 @@ def _plain_text(text: Any, where: str) -> dict[str, Any]:
             continue
         if not isinstance(value, dict):
             raise ConfigError(f"{where}.{name} is {value!r:.60}, not an object: {COPY_AGAIN}")
-        kind = value.get("rope_type", value.get("type", "default"))
+        kind = next(
+            (value[name] for name in ("rope_type", "type") if value.get(name, "default") != "default"), "default"
+        )
         others = [other for other in value if other not in ("rope_type", "type", "rope_theta")]
         if kind != "default" or others:
             asked = f"type {kind!r:.40}" if kind != "default" else f"another {others[0]:.40}"
