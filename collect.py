@@ -9,7 +9,6 @@ one of the stored states that evaluation uses.
 """
 
 import contextlib
-import fcntl
 import functools
 from collections import Counter
 from collections.abc import Hashable, Iterator
@@ -22,7 +21,7 @@ from msgspec import Meta
 from tqdm import tqdm
 
 from config import WORKSPACE
-from prismatic.atomic import sweep, write_json, writing_to
+from prismatic.atomic import lock, sweep, write_json, writing_to
 from prismatic.data import lerobot_writer, rlds
 from prismatic.episodes import pool
 from prismatic.episodes.demonstration import Demonstration, Job, Record
@@ -179,12 +178,7 @@ def open_stage(cfg: CollectConfig) -> Path:
 def alone(stage: Path) -> Iterator[None]:
     """Keep others out of the folder, and sweep what a killed call left unfinished there. ConfigError while another call writes to it."""
     with (stage / "settings.json").open() as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another collect.py writes to {stage}: wait for it, or give another dataset_name"
-            ) from None
+        lock(held, f"another collect.py writes to {stage}: wait for it, or give another dataset_name")
         sweep(stage)
         yield
 

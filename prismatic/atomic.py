@@ -3,12 +3,13 @@ a power cut empties: the content is on the disk before its name is.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from prismatic.errors import ConfigError
 from prismatic.filenames import UNFINISHED
@@ -27,6 +28,14 @@ def writing_to(place: Path) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         said = f"cannot write {place} ({reason}): make room, or give another folder"
         raise ConfigError(said) from error
+
+
+def lock(file: IO[Any], held: str) -> None:
+    """Lock an open file until it is closed; ConfigError with the sentence where another process holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(held) from None
 
 
 def write_json(path: Path, content: Any) -> None:

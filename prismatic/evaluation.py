@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 import msgspec
 from tqdm import tqdm
 
-from prismatic.atomic import append_line, sweep, write_json
+from prismatic.atomic import append_line, lock, sweep, write_json
 from prismatic.episodes import pool
 from prismatic.episodes.player import Outcome, Play
 from prismatic.episodes.result import ACTIONS, KNOWN_LATER, EpisodeResult, Facts, Run, read_rows, read_run, save_actions
@@ -62,20 +62,15 @@ class RolloutFolder:
             raise ConfigError(f"cannot write to {path} ({reason}): choose another --local_log_dir") from error
 
     def _hold(self) -> IO[str]:
-        lock = (self.path / f".lock-{self.rank}").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another evaluation is writing to {self.path}: wait for it, or use another --run_id_note"
-            ) from None
-        return lock
+        file = (self.path / f".lock-{self.rank}").open("w")
+        lock(file, f"another evaluation is writing to {self.path}: wait for it, or use another --run_id_note")
+        return file
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Alone among the ranks while it lasts."""
-        with (self.path / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with (self.path / ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def _claim(self, identity: Facts, record: Facts) -> None:

@@ -131,9 +131,9 @@ class VLAPolicy(Policy):
             return self._decoded(ids, mask, pixels, names)[:, None]
         proprio = self.processor.proprio(states)
         state = None if proprio is None else proprio.to(self.device)
-        answers, margins = self.decoder.chunk(ids, pixels, state, mask)
-        self.counts.update(actions=len(answers) * self.num_actions_chunk, calls=1, passes=1)
-        self.last_margins = margins.amin(dim=1).float().cpu().numpy()
+        answers, margins, passes = self.decoder.chunk(ids, pixels, state, mask)
+        self.counts.update(actions=len(answers) * self.num_actions_chunk, calls=1, passes=passes)
+        self.last_margins = margins.amin(dim=1).cpu().numpy()
         return answers.cpu().numpy()
 
     def _decoded(

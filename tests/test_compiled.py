@@ -28,11 +28,15 @@ traced = partial(torch.compile, backend="aot_eager", fullgraph=True, dynamic=Fal
 
 @pytest.fixture(scope="module")
 def vla() -> VLA:
-    vla = random_vla(TINY, seed=3).eval().requires_grad_(False)
+    return lively(random_vla(TINY, seed=3))
+
+
+def lively(vla: VLA) -> VLA:
+    """Its answers depend on what is read."""
     for name, parameter in vla.language_model.model.layers.named_parameters():
         if "norm" not in name:
-            parameter.data *= 4  # answers depend on what is read
-    return vla
+            parameter.data *= 4
+    return vla.eval().requires_grad_(False)
 
 
 def prompts(rows: int, tokens: int = 12) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -80,21 +84,23 @@ def test_chunks_are_eagers_row_by_row_and_nothing_breaks_the_graph(head: ActionH
     torch._dynamo.reset()
     state = 8 if head == "l1" else 0
     config = dataclasses.replace(TINY, action_head=head, num_actions_chunk=3, proprio_dim=state)
-    chunked, said = random_vla(config, seed=3).eval().requires_grad_(False), []
+    chunked, said = lively(random_vla(config, seed=3)), []
     decode, eager = CompiledActionDecoder(chunked, compiler=traced, say=said.append), ActionDecoder(chunked)
     for rows in (5, 1, 3):
         ids, pixels, mask = prompts(rows)
         ids[0, int(mask[0].sum()) - 1] = TINY.empty_token_id  # one row has it already
         proprio = torch.randn(rows, state, generator=torch.Generator().manual_seed(0)) if state else None
-        answer, margins = decode.chunk(ids, pixels, proprio, mask)
-        expected, expected_margins = eager.chunk(ids, pixels, proprio, mask)
+        answer, margins, passes = decode.chunk(ids, pixels, proprio, mask)
+        expected, expected_margins, _ = eager.chunk(ids, pixels, proprio, mask)
         assert answer.shape == (rows, 3, 7) and answer.dtype == expected.dtype
+        assert passes == len(list(batches(rows))) and len(expected.unique()) > 3
         torch.testing.assert_close(answer, expected, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(margins, expected_margins, atol=1e-3, rtol=1e-3)
     assert decode.description == "compiled"
     assert [line.split()[0] for line in said] == ["compiling", "compiled"] * 2  # of 4 rows and of one
     wide = prompts(2, WIDEST + 1)
-    assert len(decode.chunk(*wide[:2], None if not state else torch.zeros(2, state))[0]) == 2
+    proprio = torch.zeros(2, state) if state else None
+    assert decode.chunk(*wide[:2], proprio)[0].equal(eager.chunk(*wide[:2], proprio)[0])
     assert f"{WIDEST} tokens" in decode.description
 
 
@@ -160,6 +166,16 @@ def test_a_batch_that_cannot_be_compiled_runs_eagerly_and_says_so_once(vla: VLA,
         assert decode.description == f"{description}eager for a batch of 4: no compiler"
     notices = [line for line in said if "notice" in line]
     assert notices == ["notice: a batch of 4 can't be compiled and is decoded eagerly: no compiler"]
+
+
+def test_chunks_whose_batch_cannot_be_compiled_are_answered_as_eager_does_unpadded(vla: VLA) -> None:
+    chunked, widths = random_vla(dataclasses.replace(TINY, action_head="parallel", num_actions_chunk=3), seed=3), []
+    decode = CompiledActionDecoder(chunked, compiler=failing(RuntimeError("no compiler")), say=lambda line: None)
+    chunked.vision_backbone.register_forward_hook(lambda *call: widths.append(len(call[2])))
+    ids, pixels, mask = prompts(5)
+    for _ in range(2):
+        assert decode.chunk(ids, pixels, None, mask)[0].equal(ActionDecoder(chunked).chunk(ids, pixels, None, mask)[0])
+    assert widths == [4, 1, 5, 5, 5] and decode.description.endswith("eager for a batch of 4: no compiler")
 
 
 def test_an_input_that_plain_decoding_refuses_is_no_fault_of_the_compiler(vla: VLA) -> None:

@@ -55,6 +55,14 @@ def test_an_adapter_acts_and_knows_its_base_and_its_statistics(
     assert load_policy(kept)(*TOLD).shape == (7,)
     assert losses(kept.parent) != losses(finished)  # its tokens keep the base's meaning
     base = Path(shutil.copytree(place / "base", tmp_path / "none"))
+    other = {
+        name: part | {"q99": [9.0] * len(part["q99"])} if name == "action" else part for name, part in ENTRY.items()
+    }
+    (base / "dataset_statistics.json").write_text(json.dumps({"other": other, "drawn": ENTRY}))
+    kept = finetune.main(dataclasses.replace(cfg, vla_path=str(base), max_steps=1, action_statistics="base"))
+    assert json.loads((kept / "dataset_statistics.json").read_text()) == {
+        "drawn": ENTRY
+    }  # which its processor.json names
     (base / "dataset_statistics.json").write_text("{}")
     with pytest.raises(ConfigError, match="statistics"):
         finetune.main(dataclasses.replace(cfg, vla_path=str(base), action_statistics="base"))

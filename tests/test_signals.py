@@ -88,6 +88,20 @@ def test_a_signal_in_the_midst_of_a_print_is_noted_and_said(
     assert stop.received == signal.SIGTERM and "saving after this step" in capfd.readouterr().out
 
 
+def test_a_signal_is_noted_though_nobody_reads_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    broken, closed = os.fdopen(writer, "w"), io.StringIO()
+    closed.close()
+    for stdout in (broken, closed, None):
+        stop = StopSignal()
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert stop.unless_stopped(lambda: os.kill(os.getpid(), signal.SIGTERM)) is None
+        assert stop.received == signal.SIGTERM
+    with pytest.raises(BrokenPipeError):
+        broken.close()
+
+
 HUNG_UP = """
 import os, signal, sys, time
 from prismatic.training.signals import StopSignal

@@ -79,15 +79,20 @@ def as_oft(vla: VLA) -> VLA:
 
 
 def way_of(name: str, vla: VLA, batch: int, decoder: ActionDecoder) -> Run:
-    """A way of answering this batch; making it, or its first call, may run out of memory or find no compiler."""
+    """A way of answering this batch; making it, or its first call, may run out of memory or find no compiler. OFT chunk: decoder is of as_oft."""
     ids, pixels = inputs(vla, batch)
     first = vla.config.vocab_size - vla.config.n_action_bins
     if name.startswith("plain"):
         plain = PlainDecoder(vla, best=name != "plain")
         return lambda: (plain(ids, pixels, ACTION_DIM), ACTION_DIM)
     if name == "OFT chunk":
-        chunk, state = decoder_for(as_oft(vla)).chunk, torch.zeros(batch, STATE, device=ids.device)
-        return lambda: (chunk(ids, pixels, state)[0], 1)
+        state = torch.zeros(batch, STATE, device=ids.device)
+
+        def run_chunk() -> Answer:
+            answer, _, passes = decoder.chunk(ids, pixels, state)
+            return answer, passes
+
+        return run_chunk
     if name == "eager":
         decoder = ActionDecoder(vla)
     draft = None
@@ -103,7 +108,14 @@ def way_of(name: str, vla: VLA, batch: int, decoder: ActionDecoder) -> Run:
 
 
 def compare(
-    vla: VLA, precision: str, batch: int, ways: Sequence[str], *, rounds: int, plain: Plain, decoder: ActionDecoder
+    vla: VLA,
+    precision: str,
+    batch: int,
+    ways: Sequence[str],
+    *,
+    rounds: int,
+    plain: Plain,
+    decoder_of: Callable[[VLA], ActionDecoder] = decoder_for,
 ) -> list[Row]:
     """A row a way, which is timed or says why not. plain is added to where that is one of the ways.
 
@@ -117,6 +129,7 @@ def compare(
         print(f"{precision}, batch {batch}: {name}", file=sys.stderr, flush=True)
         row = rows[name] = dict.fromkeys(COLUMNS, "") | {"precision": precision, "batch": batch, "way": name}
         try:
+            decoder = decoder_of(as_oft(vla) if name == "OFT chunk" else vla)
             run, began = way_of(name, vla, batch, decoder), time.perf_counter()
             ids, row["forward passes"] = run()
             ids = ids.cpu()
@@ -135,7 +148,7 @@ def compare(
             if precision == "none" and dtype == torch.float32 and same < 1:
                 raise RuntimeError(f"{name}: {100 * (1 - same):.1f} % of its tokens are not the plain way's")
             row["same tokens %"] = round(100 * same, 1)
-        if name == "compiled":
+        if name in ("compiled", "OFT chunk"):
             row["note"] = decoder.description
     times = seconds_in_turns(runs, rounds, device)
     if "plain" in times:
@@ -187,11 +200,10 @@ def run(
             rows.append(dict.fromkeys(COLUMNS, "") | {"precision": precision, "note": sentence(error)})
             continue
         vla.eval().requires_grad_(False)
-        decoder = decoder_for(vla)
         known = WAYS if precision == "none" else WAYS[2:]  # the plain way has no integers
         ways = [name for name in known if compiled or name != "plain compiled"]
         for batch in batch_sizes:
-            rows += compare(vla, precision, batch, ways, rounds=rounds, plain=plain, decoder=decoder)
-        del vla, decoder  # before the next one is made
+            rows += compare(vla, precision, batch, ways, rounds=rounds, plain=plain)
+        del vla  # before the next one is made
         release_memory()
     return rows

@@ -2,7 +2,8 @@
 
 A forward pass is a thousand small kernels, which a GPU runs faster than Python can name them. torch.compile fuses them and records the rest as a
 CUDA graph (mode "reduce-overhead"), once for each shape: prompts are padded to a multiple of 64 tokens; batches are cut into, and padded to,
-those of BATCH_SIZES. Padding changes no answer: nothing reads a padded token, and padded rows are dropped. All shapes share one key-value cache.
+those of BATCH_SIZES. Padding changes no token, and a regression's numbers by rounding alone: nothing reads a padded token, and padded rows are
+dropped. All shapes share one key-value cache.
 
 Surprising: a shape's first use takes minutes (torch keeps what it compiled in its own cache, so the next run is faster) and says so. What
 can't be compiled runs eagerly, which is said once and stands in `description`. Compiled passes have never run on a GPU.
@@ -51,6 +52,10 @@ def batches(rows: int) -> Iterator[int]:
         rows -= size
 
 
+def _name(batch: int) -> str:
+    return f"a batch of {batch}"
+
+
 def padded(
     vla: TokenModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, *others: torch.Tensor | None
 ) -> Iterator[tuple[Any, ...]]:
@@ -59,8 +64,11 @@ def padded(
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
     ids, mask, start = F.pad(input_ids, (0, more), value=vla.config.pad_token_id), F.pad(mask, (0, more)), 0
     for size in batches(rows):
-        chosen = [row if row < rows else 0 for row in range(start, start + size)]
-        yield tuple(None if tensor is None else tensor[chosen] for tensor in (ids, mask, *others))
+        part, filling = slice(start, start + size), max(start + size - rows, 0)
+        yield tuple(
+            None if one is None else torch.cat([one[part], one[:1].expand(filling, *one.shape[1:])])
+            for one in (ids, mask, *others)
+        )
         start += size
 
 
@@ -128,14 +136,16 @@ class CompiledActionDecoder(ActionDecoder):
         pixel_values: torch.Tensor,
         proprio: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-    ) -> Tensors:
-        """As ActionDecoder's."""
-        if self._is_wide(input_ids):
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """As ActionDecoder's, which it is where a batch can't be compiled: unpadded, in one pass."""
+        sizes = list(batches(len(input_ids)))
+        if self._is_wide(input_ids) or any(_name(size) in self._eager for size in sizes):
             return super().chunk(input_ids, pixel_values, proprio, attention_mask)
         answers = []
         for ids, mask, pixels, state in padded(self.vla, input_ids, attention_mask, pixel_values, proprio):
             answers.append(self._run(read_chunk, [], ids, mask.sum(dim=1), pixels, *([] if state is None else [state])))
-        return tuple(torch.cat(parts)[: len(input_ids)] for parts in zip(*answers, strict=True))
+        answer, margins = (torch.cat(parts)[: len(input_ids)] for parts in zip(*answers, strict=True))
+        return answer, margins, len(sizes)
 
     def _is_wide(self, input_ids: torch.Tensor) -> bool:
         if is_wide := input_ids.shape[1] > WIDEST:
@@ -157,7 +167,7 @@ class CompiledActionDecoder(ActionDecoder):
         super()._grow(rows, columns + (0 if self._cache else WIDEST - PROMPT_WIDTH))
 
     def _run(self, step: Any, layers: Layers, *inputs: torch.Tensor) -> Tensors:
-        if (what := f"a batch of {len(inputs[0])}") in self._eager:
+        if (what := _name(len(inputs[0]))) in self._eager:
             return super()._run(step, layers, *inputs)
         columns = layers[0][0].shape[2] if layers else inputs[0].shape[1]
         shape = step, len(inputs[0]), columns

@@ -150,16 +150,14 @@ class ActionDecoder:
         pixel_values: torch.Tensor,
         proprio: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-    ) -> Tensors:
-        """VLA.answer to these prompts, of a model that answers with chunks. The host waits for the prompts' lengths once."""
-        config, lengths = (
-            self.vla.config,
-            (torch.ones_like(input_ids) if attention_mask is None else attention_mask).sum(dim=1),
-        )
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """VLA.answer to these prompts, of a model of chunks, and forward passes. The host waits for the prompts' lengths once."""
+        config = self.vla.config
+        lengths = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).sum(dim=1)
         ids, lengths = with_empty_token(input_ids, lengths, empty=config.empty_token_id, pad=config.pad_token_id)
         shortest, longest = torch.stack([lengths.min(), lengths.max()]).tolist()
         hidden = self.vla.before_actions(ids[:, :longest], lengths, pixel_values, proprio, shortest != longest)
-        return self.vla.answer(hidden)
+        return *self.vla.answer(hidden), 1
 
     def _layers(self, batch: int, length: int) -> Layers:
         """Keys and values for this batch: views of one allocation, which grows to the largest that was asked for."""
@@ -174,5 +172,5 @@ class ActionDecoder:
         self._cache = empty_cache(self.vla.config.text_config, rows, columns, like=like)
 
     def _run(self, step: Any, layers: Layers, *inputs: torch.Tensor) -> Tensors:
-        """One forward pass: prefill or verify."""
+        """One forward pass."""
         return step(self.vla, layers, *inputs)

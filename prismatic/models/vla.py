@@ -193,7 +193,7 @@ class VLA(nn.Module):
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, T) right-padded prompts, attention_mask None for full rows → (B, K, D) float32, normalised, in one forward pass."""
-        answer, _ = ActionDecoder(self).chunk(input_ids, pixel_values, proprio, attention_mask)
+        answer, *_ = ActionDecoder(self).chunk(input_ids, pixel_values, proprio, attention_mask)
         return answer if self.action_head is not None else bin_centers(answer, self.tokenizer)
 
     def before_actions(
@@ -202,7 +202,7 @@ class VLA(nn.Module):
         lengths: torch.Tensor,
         pixel_values: torch.Tensor,
         proprio: torch.Tensor | None,
-        masked: bool = True,
+        masked: bool,
     ) -> torch.Tensor:
         """Hidden states (B, K·D, H) that the actions of prompts (B, T) of `lengths` tokens, the empty one last, are predicted from.
 
@@ -216,7 +216,7 @@ class VLA(nn.Module):
     def answer(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states (B, K·D, H) → what the head says (B, K, D), action ids or normalised numbers; margins (B, K·D), of numbers inf."""
         if self.action_head is not None:
-            return self.action_head(hidden), hidden.new_full(hidden.shape[:2], torch.inf)
+            return self.action_head(hidden), torch.full(hidden.shape[:2], torch.inf, device=hidden.device)
         ids, margins = best_tokens(self, hidden)
         return self.chunks(ids), margins
 

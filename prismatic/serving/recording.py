@@ -5,7 +5,6 @@ behind the answers; when the disk is slower than the clients, or full, requests 
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import threading
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from prismatic.atomic import lock
 from prismatic.errors import ConfigError
 from prismatic.image import encode_jpeg
 from prismatic.serving.observation import Observation
@@ -36,9 +36,7 @@ class Recorder:
         try:
             (folder / FRAMES).mkdir(parents=True, exist_ok=True)
             self._lines = (folder / REQUESTS).open("a")
-            fcntl.flock(self._lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another server writes to --record {folder}: give this one another folder") from None
+            lock(self._lines, f"another server writes to --record {folder}: give this one another folder")
         except OSError as error:
             raise ConfigError(f"--record {folder} can't be written ({error.strerror}): give another folder") from None
         self._folder = folder

@@ -11,7 +11,6 @@ it was written is set aside as damaged-step-…, and the one before it takes its
 """
 
 import errno
-import fcntl
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from prismatic.atomic import flush, sweep, whole_folder, write_json, write_whole, writing_to
+from prismatic.atomic import flush, lock, sweep, whole_folder, write_json, write_whole, writing_to
 from prismatic.errors import ConfigError
 from prismatic.filenames import (
     BEST,
@@ -63,12 +62,8 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._lock, f"{self.path} is being trained by another process: wait, or give a --run_id_note")
             sweep(self.path)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{self.path} is being trained by another process: wait, or give a --run_id_note"
-            ) from None
         except OSError as error:
             raise ConfigError(
                 f"--run_root_dir {self.path.parent} can't be written ({error.strerror}): give another"

@@ -23,13 +23,13 @@ from prismatic.data.loader import PREFETCHED
 from prismatic.data.mixture import open_mixture, sentences
 from prismatic.dataset_statistics import check_entry, load_statistics, statistics_key
 from prismatic.errors import ConfigError
-from prismatic.filenames import ADAPTER_CONFIG, CONFIG, SKIPPED, TOKENIZER, TRAINING_STATE
+from prismatic.filenames import ADAPTER_CONFIG, CONFIG, PROCESSOR, SKIPPED, TOKENIZER, TRAINING_STATE
 from prismatic.head_files import model_config
 from prismatic.hub import resolve
 from prismatic.models import quantize, weights
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.processor import IMAGE_MARK, Processor, ProcessorConfig
-from prismatic.processor_files import check_state, check_tokenizer, load_tokenizer
+from prismatic.processor_files import check_state, check_tokenizer, load_tokenizer, read_processor
 from prismatic.training.distributed import Ranks
 from prismatic.training.loggers import check_installed
 from prismatic.training.model import ModelOptions
@@ -206,7 +206,7 @@ def build_processor(
         statistics = dict.fromkeys(names, base_entry(base, config))
     processor = ProcessorConfig.for_model(
         config,
-        unnorm_key=names[0] if len(names) == 1 else None,
+        unnorm_key=names[0] if len(names) == 1 or options.action_statistics == "base" else None,
         center_crop=options.image_aug and "random_resized_crop" in options.augment_order,
         base_model=str(base.resolve()) if Path(options.vla_path).is_dir() else options.vla_path,
         base_fingerprint=fingerprint if options.use_lora else "",
@@ -222,8 +222,8 @@ def build_processor(
 
 def base_entry(base: Path, config: VLAConfig) -> Mapping[str, Any]:
     """The base's statistics, for --action_statistics base. ConfigError where they aren't of such actions or states."""
-    learnt = load_statistics(base)
-    key = statistics_key(learnt, None, base)
+    learnt, own = load_statistics(base), base / PROCESSOR
+    key = statistics_key(learnt, read_processor(own).unnorm_key if own.exists() else None, base)
     entry, where = learnt[key], f"{base}, statistics of {key}"
     try:
         check_entry(entry, where, state=config.proprio_dim > 0, whole=True)

@@ -4,6 +4,7 @@ The first one is noted, and ends a wait for data; a second one ends the run at o
 what is printed goes nowhere; and where SIGHUP was ignored from the start (nohup), it stays ignored.
 """
 
+import contextlib
 import os
 import signal
 import stat
@@ -65,11 +66,12 @@ def leave(number: signal.Signals) -> NoReturn:
 
 
 def _say(text: str) -> None:
-    """Write to stdout from a signal's handler, which may run in the midst of another print: Python refuses a second one then."""
-    try:
-        print(text, end="", flush=True)
-    except RuntimeError:
-        os.write(STDOUT, text.encode())
+    """Write to stdout from a signal's handler, whatever has become of it: the run is to be saved. Within another print Python refuses a second."""
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it (`… | tee log`, which Ctrl-C ends too)
+        try:
+            print(text, end="", flush=True)
+        except RuntimeError:
+            os.write(STDOUT, text.encode())
 
 
 def _leave_terminal() -> None:
