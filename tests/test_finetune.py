@@ -58,7 +58,7 @@ def test_an_adapter_acts_and_knows_its_base_and_its_statistics(
     other = {
         name: part | {"q99": [9.0] * len(part["q99"])} if name == "action" else part for name, part in ENTRY.items()
     }
-    (base / "dataset_statistics.json").write_text(json.dumps({"other": other, "drawn": ENTRY}))
+    (base / "dataset_statistics.json").write_text(json.dumps({"other": other, "demo": ENTRY}))
     kept = finetune.main(dataclasses.replace(cfg, vla_path=str(base), max_steps=1, action_statistics="base"))
     assert json.loads((kept / "dataset_statistics.json").read_text()) == {
         "drawn": ENTRY
