@@ -41,6 +41,26 @@ if __name__ == "__main__":
 """
 
 
+HELD = """
+from prismatic.data.loader import batches
+
+
+class Examples:
+    class processor:
+        collate = staticmethod(list)
+
+    def __getitem__(self, index):
+        return index
+
+
+if __name__ == "__main__":
+    stream = batches(Examples(), [[0]] * 100, num_workers=1, pin_memory=False)
+    held = [stream]
+    held.append(held)  # nothing frees it before the process ends
+    print(next(stream), flush=True)
+"""
+
+
 class Broken(Dataset):
     processor = types.SimpleNamespace(collate=list)
 
@@ -56,6 +76,13 @@ def test_a_workers_error_stays_what_it_is(error: type[Exception]) -> None:
     with pytest.raises(error, match="frame 3 is damaged") as told:
         next(batches(Broken(error), [[0]], num_workers=1, pin_memory=False))  # pyright: ignore[reportArgumentType]
     assert error is RuntimeError or str(told.value) == "frame 3 is damaged"
+
+
+def test_a_stream_that_is_still_held_does_not_keep_the_process_from_ending(tmp_path: Path) -> None:
+    (tmp_path / "held.py").write_text(HELD)
+    command, here = [sys.executable, str(tmp_path / "held.py")], {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, env=here, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[0]\n", "")
 
 
 def test_a_batch_that_never_comes_ends_the_process_in_a_sentence(tmp_path: Path) -> None:

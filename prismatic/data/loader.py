@@ -4,7 +4,8 @@ import atexit
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -26,6 +27,15 @@ def _start_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _kill(workers: Iterable[Any]) -> None:
+    """End them at once, without torch's handler, which would complain of their death. They take no SIGTERM."""
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    signal.signal(signal.SIGCHLD, handler)
+
+
 def batches(examples: Examples, draws: DrawBatches, *, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
     """Endless batches from the one at which draws begins; the workers read ahead. ConfigError where a worker is lost or none comes for long."""
     loader = DataLoader(
@@ -40,20 +50,20 @@ def batches(examples: Examples, draws: DrawBatches, *, num_workers: int, pin_mem
         multiprocessing_context="spawn" if num_workers else None,  # forkserver's workers outlive a killed trainer
         prefetch_factor=PREFETCHED if num_workers else None,
     )
-    others = set(multiprocessing.active_children())
+    others, workers = set(multiprocessing.active_children()), set()
     try:
-        yield from loader
+        stream = iter(loader)
+        workers |= set(multiprocessing.active_children()) - others
+        atexit.register(
+            _kill, workers
+        )  # a stream that is still held then would leave them waiting, and this process waiting for them
+        yield from stream
     except ConfigError as error:  # of a worker, with its traceback as text
         raise ConfigError(str(error).rpartition("ConfigError: ")[2].strip()) from None
     except RuntimeError as error:
         if not str(error).startswith("DataLoader"):
             raise
-        # one that is stuck would be waited for when this process ends; torch's handler would complain of its death
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.kill()
-            worker.join()
-        signal.signal(signal.SIGCHLD, handler)
+        _kill(workers)  # one that is stuck would be waited for when this process ends
         raise ConfigError(
             f"the data loader gave no batch ({str(error).splitlines()[0]}): look for a full disk, memory or /dev/shm, or give --num_workers 0"
         ) from error
