@@ -19,14 +19,15 @@ for option in "$@"; do
         *) sed -n '2,10s/^# \{0,1\}//p' "$0"; [ "$option" = --help ] || { echo "error: unknown option $option" >&2; exit 2; }; exit 0 ;;
     esac
 done
-# demos: of the expert; more: begun by the base policy, ended by the expert (DAgger); steps of training; episodes before and after
+# demos: of the expert; more: begun by a policy, ended by the expert (DAgger); steps of training; episodes before and after
+# first: steps of an earlier training, on the expert's demonstrations alone, whose adapter then begins the others; 0: the base policy begins them
 case $head$size in
-    tokens) demos=24 more=20 steps=600 before=10 after=20 quality=fast ;;
-    oft) demos=60 more=0 steps=600 before=10 after=20 quality=fast ;;
-    tokens_quick) demos=4 more=2 steps=40 before=1 after=2 quality=fast ;;
-    oft_quick) demos=4 more=0 steps=40 before=1 after=2 quality=fast ;;
-    tokens_long) demos=80 more=60 steps=3000 before=50 after=50 quality=standard ;;
-    oft_long) demos=80 more=0 steps=2000 before=50 after=50 quality=standard ;;
+    tokens) demos=24 more=20 first=0 steps=600 before=10 after=20 quality=fast ;;
+    oft) demos=40 more=30 first=300 steps=600 before=10 after=20 quality=fast ;;
+    tokens_quick) demos=4 more=2 first=0 steps=40 before=1 after=2 quality=fast ;;
+    oft_quick) demos=4 more=2 first=20 steps=40 before=1 after=2 quality=fast ;;
+    tokens_long) demos=80 more=60 first=0 steps=3000 before=50 after=50 quality=standard ;;
+    oft_long) demos=80 more=60 first=600 steps=2000 before=50 after=50 quality=standard ;;
 esac
 name=demo_$head$size task=0 base=checkpoints/openvla-tiny push=0.5
 # a chunk is learnt from the eight actions that were done next: nothing pushes the expert off its way
@@ -53,16 +54,16 @@ show() {
     printf '   %s\n' "$*"
     "$@"
 }
-collect() { # collect NUMBER OPTION …
-    show $python collect.py --task_suite_name libero_spatial --task_ids $task --num_demos_per_task "$1" --perturbation $push \
-        --data_root_dir "$work/datasets" --dataset_name $dataset "${@:2}"
+collect() { # collect NAME NUMBER OPTION …
+    show $python collect.py --task_suite_name libero_spatial --task_ids $task --num_demos_per_task "$2" --perturbation $push \
+        --data_root_dir "$work/datasets" --dataset_name "$1" "${@:3}"
 }
-train() { # `adapter` is what comes out
+train() { # train NAMES STEPS NOTE; `adapter` is what comes out
     show env OMP_NUM_THREADS=1 $python -m torch.distributed.run --standalone --nproc-per-node $processes finetune.py --vla_path $base \
-        --data_root_dir "$work/datasets" --dataset_name $dataset --run_root_dir "$work/runs" --cache_dir "$work/cache" \
+        --data_root_dir "$work/datasets" --dataset_name "$1" --run_root_dir "$work/runs" --cache_dir "$work/cache" \
         --batch_size $batch --autocast $autocast --learning_rate 2e-3 --lr_schedule cosine --warmup_steps 50 --max_grad_norm 1.0 \
-        --max_steps $steps --save_steps 500 --num_workers 1 --augment_order random_resized_crop --action_statistics base --run_id_note "$name"
-    adapter=$(ls -td "$work/runs"/*/latest | head -n 1) # the newest, should settings have changed since
+        --max_steps "$2" --save_steps 500 --num_workers 1 --augment_order random_resized_crop --action_statistics base --run_id_note "$3"
+    adapter=$(ls -td "$work/runs"/*--"$3"--*/latest | head -n 1) # the newest, should settings have changed since
 }
 evaluate() { # evaluate NOTE EPISODES OPTION …; `rollouts` is what comes out
     show $python eval.py --task_suite_name libero_spatial --task_ids $task --num_trials_per_task "$2" --render_quality $quality \
@@ -84,9 +85,14 @@ stage "the expert, one episode" evaluate expert 1 --policy expert
 printf '\n>> watch it: %s\n' "$(ls "$rollouts"/*.mp4 | head -n 1)"
 stage "the base policy, which has never seen task $task" evaluate before $before --pretrained_checkpoint $base --video_every 5
 before_folder=$rollouts
-stage "$demos demonstrations of the expert → RLDS" collect $demos
-if [ $more -gt 0 ]; then stage "$more more that the base policy begins and the expert ends" collect $more --policy_checkpoint $base; fi
-stage "LoRA fine-tuning" train
+stage "$demos demonstrations of the expert → RLDS" collect $dataset $demos
+adapter=$base more_data=$dataset data=$dataset
+if [ $first -gt 0 ]; then
+    stage "LoRA fine-tuning on these" train $dataset $first "$name-first"
+    more_data=${dataset}_led data=$dataset,${dataset}_led # what has been learnt from stays as it was, should this go on later
+fi
+stage "$more more that this policy begins and the expert ends" collect $more_data $more --policy_checkpoint "$adapter"
+stage "LoRA fine-tuning" train $data $steps "$name"
 stage "the adapter" evaluate after $after --pretrained_checkpoint "$adapter" --video_every 5
 
 printf '\n== result: the base policy, then the adapter, on the same initial states\n'
