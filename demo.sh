@@ -2,7 +2,7 @@
 # The whole loop on a laptop's CPU: demonstrations of a task that the small model has never seen, LoRA fine-tuning, evaluation before and after.
 #
 #   ./demo.sh            OpenVLA: an action is seven tokens, one after the other
-#   ./demo.sh --oft      OpenVLA-OFT: eight actions in one forward pass, by regression; sooner done, and better
+#   ./demo.sh --oft      OpenVLA-OFT: eight actions in one forward pass, by regression; learns in two rounds
 #   ./demo.sh --quick    a few minutes: shows every stage, learns little (also with --oft)
 #   ./demo.sh --long     more demonstrations and trials, LIBERO's own rendering (also with --oft)
 #   ./demo.sh --fresh    forget what an earlier call made (otherwise it goes on from there)

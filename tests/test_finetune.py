@@ -59,10 +59,13 @@ def test_an_adapter_acts_and_knows_its_base_and_its_statistics(
         name: part | {"q99": [9.0] * len(part["q99"])} if name == "action" else part for name, part in ENTRY.items()
     }
     (base / "dataset_statistics.json").write_text(json.dumps({"other": other, "demo": ENTRY}))
-    kept = finetune.main(dataclasses.replace(cfg, vla_path=str(base), max_steps=1, action_statistics="base"))
-    assert json.loads((kept / "dataset_statistics.json").read_text()) == {
-        "drawn": ENTRY
-    }  # which its processor.json names
+    for name in ("drawn", "again"):
+        shutil.copytree(place / "data" / "drawn", tmp_path / "data" / name)
+    two = {"data_root_dir": str(tmp_path / "data"), "dataset_name": "drawn,again", "action_statistics": "base"}
+    kept = finetune.main(dataclasses.replace(cfg, vla_path=str(base), max_steps=1, **two))
+    # the entry that the base's processor.json names, for both; one key serves as well as the other
+    assert json.loads((kept / "dataset_statistics.json").read_text()) == {"drawn": ENTRY, "again": ENTRY}
+    assert load_policy(kept).processor.config.unnorm_key == "drawn"
     (base / "dataset_statistics.json").write_text("{}")
     with pytest.raises(ConfigError, match="statistics"):
         finetune.main(dataclasses.replace(cfg, vla_path=str(base), action_statistics="base"))
