@@ -17,6 +17,7 @@ from tests.conftest import REPOSITORY
 from tests.drawn_episodes import drawn_jpeg
 
 CHECKPOINTS = REPOSITORY / "checkpoints"
+HALF_A_BIN = 1 / 255
 EPISODES, STEPS = 20, 8  # round(0.95 · 20) = 19 are for training
 
 
@@ -89,6 +90,10 @@ def test_every_way_has_a_row(checkpoint: str, cache: FrameCache, monkeypatch: py
     rows = {row["what"]: row for row in found}
     assert list(rows) == ["none", *precision.WAYS]
     assert rows["none"]["tokens alike %"] == 100 and rows["none"]["L1 to unquantised"] == 0
-    assert rows["int8"]["L1 to unquantised"] < rows["int4"]["L1 to unquantised"] and rows["int8"]["tokens alike %"] > 90
+    assert rows["int8"]["L1 to unquantised"] < rows["int4"]["L1 to unquantised"]
+    if checkpoint == "openvla-tiny":
+        assert rows["int8"]["tokens alike %"] > 90
+    else:  # a regression's numbers move a little, and cross a bin's edge as often as they lie near one
+        assert rows["int8"]["L1 to unquantised"] < HALF_A_BIN < rows["int4"]["L1 to unquantised"]
     sizes = [rows[name]["MB"] for name in ("int8, image towers too", "int8", "none")]
     assert sizes == sorted(sizes)
