@@ -54,9 +54,8 @@ def batches(examples: Examples, draws: DrawBatches, *, num_workers: int, pin_mem
     try:
         stream = iter(loader)
         workers |= set(multiprocessing.active_children()) - others
-        atexit.register(
-            _kill, workers
-        )  # a stream that is still held then would leave them waiting, and this process waiting for them
+        # whatever still held the stream at the end would leave them waiting, and this process for them
+        atexit.register(_kill, workers)
         yield from stream
     except ConfigError as error:  # of a worker, with its traceback as text
         raise ConfigError(str(error).rpartition("ConfigError: ")[2].strip()) from None
