@@ -77,7 +77,7 @@ Stop at any time: the same command goes on from there. What comes, with its plac
   the scripted expert, one episode to watch first        rollouts/EVAL-…--$name-expert: a video
   the base policy, $before episodes                             rollouts/EVAL-…--$name-before
   $((demos + more)) demonstrations of the expert                         $work/datasets
-  LoRA fine-tuning                                       $work/runs: first_batch.png is what the model sees
+  LoRA fine-tuning (--oft: twice)                        $work/runs: first_batch.png is what the model sees
   the adapter, $after episodes, and the two compared       rollouts/EVAL-…--$name-after
 EOF
 
@@ -86,12 +86,12 @@ printf '\n>> watch it: %s\n' "$(ls "$rollouts"/*.mp4 | head -n 1)"
 stage "the base policy, which has never seen task $task" evaluate before $before --pretrained_checkpoint $base --video_every 5
 before_folder=$rollouts
 stage "$demos demonstrations of the expert → RLDS" collect $dataset $demos
-adapter=$base more_data=$dataset data=$dataset
+adapter=$base leader="the base policy" more_data=$dataset data=$dataset
 if [ $first -gt 0 ]; then
     stage "LoRA fine-tuning on these" train $dataset $first "$name-first"
-    more_data=${dataset}_led data=$dataset,${dataset}_led # what has been learnt from stays as it was, should this go on later
+    leader="this adapter" more_data=${dataset}_led data=$dataset,${dataset}_led # what has been learnt from stays as it was, should this go on later
 fi
-stage "$more more that this policy begins and the expert ends" collect $more_data $more --policy_checkpoint "$adapter"
+stage "$more more that $leader begins and the expert ends" collect $more_data $more --policy_checkpoint "$adapter"
 stage "LoRA fine-tuning" train $data $steps "$name"
 stage "the adapter" evaluate after $after --pretrained_checkpoint "$adapter" --video_every 5
 

@@ -68,9 +68,7 @@ def test_merged_answers_as_base_and_adapter(place: Path, tmp_path: Path) -> None
     # an adapter that is not merged would be three products more a layer
     assert held.keys() == stored.keys() and all(torch.equal(tensor, stored[name]) for name, tensor in held.items())
     apart = logits(load_vla(place / "base", place / "adapter"))
-    torch.testing.assert_close(
-        logits(merged.vla), apart, atol=5e-4, rtol=1e-4
-    )  # of 7: another order of summing in float32
+    torch.testing.assert_close(logits(merged.vla), apart, atol=2e-4, rtol=1e-4)
     assert merged.processor.config.unnorm_key == "mine" and set(merged.processor.statistics) == {"base", "mine"}
     alone = exported(place / "adapter", tmp_path / "alone")
     assert load_policy(alone, device="cpu").processor.config.merged_adapter

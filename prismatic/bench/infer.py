@@ -3,7 +3,7 @@
     plain, plain compiled     transformers' Llama and its generate: eager; with a static cache and torch.compile
     eager, compiled           ours (decode.py); compiled.py on a GPU
     right draft, wrong draft  ours, with a draft of the whole action
-    OFT chunk                 the same weights as OpenVLA-OFT: a state, and 8 actions by regression in one forward pass
+    OFT chunk                 the same weights as OpenVLA-OFT: a state, and 8 actions by regression in one forward pass (compiled on a GPU)
 
 The ways of one precision and batch size take turns. Each way's tokens are compared with the plain way's: in float32 they must be the same.
 """
@@ -115,7 +115,7 @@ def compare(
     *,
     rounds: int,
     plain: Plain,
-    decoder_of: Callable[[VLA], ActionDecoder] = decoder_for,
+    decoder_of: Callable[[VLA], ActionDecoder],
 ) -> list[Row]:
     """A row a way, which is timed or says why not. plain is added to where that is one of the ways.
 
@@ -123,14 +123,14 @@ def compare(
     """
     device, dtype = (norm := vla.language_model.model.norm.weight).device, norm.dtype
     expected, median = plain.get(batch, (None, None))
-    runs: dict[str, Run] = {}
+    runs, decoder = dict[str, Run](), decoder_of(vla)  # one for all ways: each would compile anew
     rows: dict[str, Row] = {}
     for name in ways:
         print(f"{precision}, batch {batch}: {name}", file=sys.stderr, flush=True)
         row = rows[name] = dict.fromkeys(COLUMNS, "") | {"precision": precision, "batch": batch, "way": name}
         try:
-            decoder = decoder_of(as_oft(vla) if name == "OFT chunk" else vla)
-            run, began = way_of(name, vla, batch, decoder), time.perf_counter()
+            used = decoder_of(as_oft(vla)) if name == "OFT chunk" else decoder
+            run, began = way_of(name, vla, batch, used), time.perf_counter()
             ids, row["forward passes"] = run()
             ids = ids.cpu()
             row["first call s"] = digits(time.perf_counter() - began)
@@ -149,7 +149,7 @@ def compare(
                 raise RuntimeError(f"{name}: {100 * (1 - same):.1f} % of its tokens are not the plain way's")
             row["same tokens %"] = round(100 * same, 1)
         if name in ("compiled", "OFT chunk"):
-            row["note"] = decoder.description
+            row["note"] = used.description
     times = seconds_in_turns(runs, rounds, device)
     if "plain" in times:
         median = float(times["plain"].quantile(0.5))
@@ -203,7 +203,7 @@ def run(
         known = WAYS if precision == "none" else WAYS[2:]  # the plain way has no integers
         ways = [name for name in known if compiled or name != "plain compiled"]
         for batch in batch_sizes:
-            rows += compare(vla, precision, batch, ways, rounds=rounds, plain=plain)
+            rows += compare(vla, precision, batch, ways, rounds=rounds, plain=plain, decoder_of=decoder_for)
         del vla  # before the next one is made
         release_memory()
     return rows

@@ -50,12 +50,11 @@ def batches(examples: Examples, draws: DrawBatches, *, num_workers: int, pin_mem
         multiprocessing_context="spawn" if num_workers else None,  # forkserver's workers outlive a killed trainer
         prefetch_factor=PREFETCHED if num_workers else None,
     )
-    others, workers = set(multiprocessing.active_children()), set()
+    others, stream = set(multiprocessing.active_children()), iter(loader)
+    workers = set(multiprocessing.active_children()) - others
+    # whatever still held the stream at the end would leave them waiting, and this process for them
+    atexit.register(_kill, workers)
     try:
-        stream = iter(loader)
-        workers |= set(multiprocessing.active_children()) - others
-        # whatever still held the stream at the end would leave them waiting, and this process for them
-        atexit.register(_kill, workers)
         yield from stream
     except ConfigError as error:  # of a worker, with its traceback as text
         raise ConfigError(str(error).rpartition("ConfigError: ")[2].strip()) from None

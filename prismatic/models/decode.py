@@ -104,7 +104,7 @@ def verify(vla: TokenModel, layers: Layers, tokens: torch.Tensor, ends: torch.Te
 
 
 class ActionDecoder:
-    """Turns batches into actions, kernel by kernel in plain PyTorch. One at a time: all calls share one cache."""
+    """Turns batches into actions, or chunks of them, kernel by kernel in plain PyTorch. One at a time: all calls share one cache."""
 
     def __init__(self, vla: TokenModel) -> None:
         self.vla = vla

@@ -223,9 +223,9 @@ def build_processor(
 def base_entry(base: Path, config: VLAConfig) -> Mapping[str, Any]:
     """The base's statistics, for --action_statistics base. ConfigError where they aren't of such actions or states."""
     learnt, own = load_statistics(base), base / PROCESSOR
-    key = statistics_key(learnt, read_processor(own).unnorm_key if own.exists() else None, base)
-    entry, where = learnt[key], f"{base}, statistics of {key}"
     try:
+        key = statistics_key(learnt, read_processor(own).unnorm_key if own.exists() else None, base)
+        entry, where = learnt[key], f"{base}, statistics of {key}"
         check_entry(entry, where, state=config.proprio_dim > 0, whole=True)
         check_state(entry, config.proprio_dim, where)
         if (size := len(entry["action"]["q01"])) != config.action_dim:
