@@ -9,9 +9,13 @@ import functools
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 JPEG_QUALITY = 95  # of 100; chroma 4:2:0: the settings of tf.image.encode_jpeg
 CROP_AREA = 0.9  # share of the image that a random crop (training) and the centre crop (acting) keep
@@ -60,11 +64,13 @@ class ImagePath:
 
 
 @functools.lru_cache(maxsize=32)
-def _lanczos3_taps(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """First tap (size_out,) int64 and weights (size_out, taps) float32 that sum to 1, zero past the last tap.
+def _lanczos3_matrix(size_in: int, size_out: int) -> "csr_array":
+    """Weights (size_out, size_in) float32 of an antialiased Lanczos of radius 3 along one axis; a row's sum to 1.
 
-    Antialiased Lanczos of radius 3 as TensorFlow's ScaleAndTranslate computes it: every step in float32, weights normalised per pixel.
+    As TensorFlow's ScaleAndTranslate computes it: every step in float32, weights normalised per pixel.
     """
+    from scipy.sparse import csr_array  # here: bench.py gpu runs where it is not installed
+
     one, half, radius = np.float32(1), np.float32(0.5), np.float32(_LANCZOS_RADIUS)
     inverse_scale = one / (np.float32(size_out) / np.float32(size_in))
     stretch = max(inverse_scale, one)
@@ -77,7 +83,9 @@ def _lanczos3_taps(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]
     kernel = radius * _sine(pi * safe) * _sine(pi * safe / radius) / (pi * pi * safe * safe)
     kernel = np.where(x <= np.float32(1e-3), one, kernel) * (x <= radius) * (tap <= last[:, None])
     total = np.cumsum(kernel, axis=1, dtype=np.float32)[:, -1:]
-    return first, (kernel * (one / total)).astype(np.float32)
+    weights, columns = (kernel * (one / total)).astype(np.float32), np.minimum(tap, size_in - 1)
+    starts = np.arange(0, tap.size + 1, tap.shape[1])
+    return csr_array((weights.ravel(), columns.ravel(), starts), shape=(size_out, size_in))
 
 
 def _sine(x: np.ndarray) -> np.ndarray:
@@ -86,15 +94,9 @@ def _sine(x: np.ndarray) -> np.ndarray:
 
 
 def _resample_rows(pixels: np.ndarray, size: int) -> np.ndarray:
-    """(H, …) float32 → (size, …) float32; taps are added one after another, because float32 sums depend on their order."""
-    first, weights = _lanczos3_taps(pixels.shape[0], size)
-    out = np.zeros((size, *pixels.shape[1:]), np.float32)
-    rows = np.empty_like(out)
-    for k in range(weights.shape[1]):
-        pixels.take(first + k, axis=0, out=rows, mode="clip")  # beyond the last row the weight is zero
-        rows *= weights[:, k].reshape(-1, *[1] * (pixels.ndim - 1))
-        out += rows
-    return out
+    """(H, W, 3) float32 → (size, W, 3) float32. A sparse product adds taps one after another: float32 sums depend on their order."""
+    rows = _lanczos3_matrix(len(pixels), size) @ pixels.reshape(len(pixels), -1)
+    return rows.reshape(size, *pixels.shape[1:])
 
 
 def resize_lanczos3(frame: np.ndarray, size: int) -> np.ndarray:
