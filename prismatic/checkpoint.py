@@ -7,7 +7,6 @@ layout; an adapter folder has `adapter_config.json`.
 import copy
 import importlib.metadata
 import json
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,7 +33,7 @@ from prismatic.processor import Processor
 from prismatic.processor_files import load_processor, preprocessor_json
 from prismatic.processor_json import processor_home, read_processor
 from prismatic.ranges import expanded
-from prismatic.records import read_record
+from prismatic.records import read_bytes, read_record
 
 UNSAID = ("num_actions_chunk", "num_images_in_input")  # what a published folder with a head of chunks doesn't say
 
@@ -277,7 +276,7 @@ def save_checkpoint(
         for name in TOKENIZER_FILES:
             # the first was read as this model's, wherever it lies
             if name == TOKENIZER or is_its_own(tokenizer_from / name):
-                shutil.copyfile(tokenizer_from / name, partial / name)
+                (partial / name).write_bytes(read_bytes(tokenizer_from / name))
             elif (tokenizer_from / name).exists():
                 print(
                     f"notice: {tokenizer_from / name} is a link to somewhere else, so it is left out", file=sys.stderr

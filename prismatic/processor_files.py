@@ -18,7 +18,7 @@ from prismatic.head_files import model_config
 from prismatic.models.vla import VLAConfig
 from prismatic.processor import PROMPT, Colours, Processor, ProcessorConfig
 from prismatic.processor_json import processor_home, read_processor
-from prismatic.records import read_record
+from prismatic.records import read_record, regular_file
 from prismatic.sums import check_sum
 
 EMPTY_TOKEN = "▁"  # Llama-2's, which stands between the prompt and the action
@@ -26,15 +26,18 @@ EMPTY_TOKEN = "▁"  # Llama-2's, which stands between the prompt and the action
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a checkpoint folder, from tokenizer.json alone: library updates can't reinterpret it."""
-    if not (folder / TOKENIZER).exists():
+    path = folder / TOKENIZER
+    if not path.exists():
         raise ConfigError(
-            f"{folder / TOKENIZER} is missing: copy it from the checkpoint, or for a native Prismatic folder from openvla-7b"
+            f"{path} is missing: copy it from the checkpoint, or for a native Prismatic folder from openvla-7b"
         )
+    with regular_file(path):  # of a pipe the library would wait for ever
+        pass
     try:
-        return PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER))
+        return PreTrainedTokenizerFast(tokenizer_file=str(path))
     except Exception as error:  # tokenizers raises plain Exception
         raise ConfigError(
-            f"{folder / TOKENIZER} is damaged ({str(error).splitlines()[0]}): copy it again from the checkpoint"
+            f"{path} is damaged ({str(error).splitlines()[0]}): copy it again from the checkpoint"
         ) from None
 
 

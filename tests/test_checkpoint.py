@@ -120,6 +120,14 @@ def test_a_damaged_file_is_named(tiny: Path, tmp_path: Path, name: str, content:
     assert "\n" not in str(caught.value)
 
 
+def test_a_pipe_in_place_of_the_tokenizer_is_not_waited_for(tiny: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "odd"))
+    (folder / "tokenizer.json").unlink()
+    os.mkfifo(folder / "tokenizer.json")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is no regular file"):
+        load_policy(folder, device="cpu")
+
+
 def test_a_misspelt_argument_is_an_error(tiny: Path) -> None:
     for load in (load_policy, load_vla):
         with pytest.raises(TypeError, match="misspelt"):

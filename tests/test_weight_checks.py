@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import export
+from export import ExportConfig
 from prismatic.checkpoint import load_vla
 from prismatic.errors import ConfigError
 from prismatic.filenames import SUMS, WEIGHTS, WEIGHTS_INDEX
@@ -112,6 +114,16 @@ def test_a_pointer_of_git_lfs_a_pipe_and_another_users_file_are_called_so(
     (folder / name).write_bytes(b"x")
     forbid(monkeypatch, name)
     assert f"{name} can't be read (Permission denied)" in refused(folder)
+
+
+def test_another_users_tokenizer_file_is_named_when_it_is_copied(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "tokenizer.model").write_bytes(b"x")
+    forbid(monkeypatch, "tokenizer.model")
+    with pytest.raises(ConfigError, match=rf"{folder / 'tokenizer.model'} can't be read \(Permission denied\)"):
+        export.main(ExportConfig(str(folder), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("read", [folder_fingerprint, lambda folder: check_sum(folder / WEIGHTS)])
