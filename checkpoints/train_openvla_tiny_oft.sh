@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # How checkpoints/openvla-tiny-oft was made from checkpoints/openvla-tiny, as OpenVLA-OFT is from OpenVLA: all of the model learns with a new L1
 # head, chunks of 8, two cameras and the robot's state; first from expert demonstrations of nine libero_spatial tasks (task 0 is left for the
-# demo), then also from ways back that the expert shows after this policy's own steps (DAgger).
+# demo), then in two more rounds also from ways back that the expert shows after this policy's own steps (DAgger), the last with more of the
+# four tasks that were weak.
 # Ctrl-C and the same command go on from there. train_openvla_tiny_oft.log is what it noted down: seconds, data, losses, weights.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,9 +17,9 @@ stage() { # stage LABEL COMMAND …: run it, note how long it took
     "${@:2}"
     echo "$1: $((SECONDS - start)) s" | tee -a "$log"
 }
-collect() { # collect NAME NUMBER OPTION …
+collect() { # collect NAME NUMBER OPTION …; what is there already is not made again
     $python collect.py --task_suite_name libero_spatial --data_root_dir "$work/datasets" --dataset_name "$1" --num_workers 2 \
-        --num_demos_per_task "$2" --task_ids $all "${@:3}"
+        --num_demos_per_task "$2" --task_ids "${@:3}"
 }
 train() { # train BASE RUNS NAMES OPTION …: all of the model, in two processes; then a checkpoint folder of what was learnt beside the runs
     # bfloat16 wants a CPU with instructions for it: where yours has none leave --autocast out, and other weights come out
@@ -29,19 +30,24 @@ train() { # train BASE RUNS NAMES OPTION …: all of the model, in two processes
         --num_workers 1 --augment_order random_resized_crop "${@:4}"
     $python export.py --checkpoint "$(ls -td "$2"/*/latest | head -n 1)" --output "$2-exported" --dtype float32
     { # what a second run must find again
-        cat "$work"/datasets/libero_spatial_*/1.0.0/*.tfrecord* | sha256sum | sed 's/ .*/ data/'
+        for name in ${3//,/ }; do cat "$work/datasets/$name"/1.0.0/*.tfrecord* | sha256sum | sed "s/ .*/ $name/"; done
         sed -n '1~50p;$p' "$2"/*/metrics.jsonl
         cat "$2-exported"/*.safetensors "$2-exported"/*.pt | sha256sum | sed 's/ .*/ weights/'
     } >>"$log"
 }
 
-if [ ! -d "$work/first-exported" ]; then
-    stage "demonstrations of the expert" collect libero_spatial_base 25
-    stage "first training" train checkpoints/openvla-tiny "$work/first" libero_spatial_base --learning_rate 1e-3 --max_steps 2000
-fi
+stage "demonstrations of the expert" collect libero_spatial_base 25 $all
+[ -d "$work/first-exported" ] || stage "first training" train checkpoints/openvla-tiny "$work/first" libero_spatial_base --learning_rate 1e-3 --max_steps 2000
 # what a chunk should be is what was done next: nothing pushes the expert off its way here
-stage "demonstrations that the first policy begins" collect libero_spatial_led 22 --policy_checkpoint "$work/first-exported" --perturbation 0
-[ -d "$work/second-exported" ] || stage "second training" train "$work/first-exported" "$work/second" libero_spatial_base,libero_spatial_led \
-    --action_statistics base --learning_rate 7e-4 --max_steps 4000
-checkpoints/install.sh "$work/second-exported" checkpoints/openvla-tiny-oft
+if [ ! -d "$work/second-exported" ]; then
+    stage "demonstrations that the first policy begins" collect libero_spatial_led 22 $all --policy_checkpoint "$work/first-exported" --perturbation 0
+    stage "second training" train "$work/first-exported" "$work/second" libero_spatial_base,libero_spatial_led \
+        --action_statistics base --learning_rate 7e-4 --max_steps 4000
+fi
+led=(--policy_checkpoint "$work/second-exported" --perturbation 0)
+stage "demonstrations that the second policy begins" collect libero_spatial_third 22 $all "${led[@]}"
+stage "more of them, of tasks 1, 6, 8 and 9" collect libero_spatial_third 40 1 6 8 9 "${led[@]}"
+[ -d "$work/third-exported" ] || stage "third training" train "$work/second-exported" "$work/third" libero_spatial_base,libero_spatial_third \
+    --action_statistics base --learning_rate 7e-4 --max_steps 5000
+checkpoints/install.sh "$work/third-exported" checkpoints/openvla-tiny-oft
 $python eval.py --pretrained_checkpoint checkpoints/openvla-tiny-oft --task_ids $all --num_trials_per_task 20 --render_quality fast
