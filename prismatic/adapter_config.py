@@ -8,7 +8,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Required, TypedDict
 
-import peft
 from msgspec import Meta
 
 from prismatic.errors import ConfigError
@@ -47,10 +46,12 @@ PLAIN = {"peft_type": "LORA", "bias": "none"}  # every other field that isn't na
 HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-def read_adapter_config(folder: Path, adapted: Collection[str]) -> peft.LoraConfig:
-    """The configuration of an adapter folder; adapted: the modules that its tensors belong to. ConfigError that names the field for a kind of
+def read_adapter_config(folder: Path, adapted: Collection[str]) -> Any:
+    """The peft.LoraConfig of an adapter folder; adapted: the modules that its tensors belong to. ConfigError that names the field for a kind of
     adapter that this is not.
     """
+    import peft  # here, because it takes seconds
+
     path = folder / ADAPTER_CONFIG
     raw = read_object(path)
     fields = fields_of(raw, HonouredFields, str(path))

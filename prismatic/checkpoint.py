@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 import torch
 from torch import nn
 
+from prismatic.adapter import load_adapter
 from prismatic.atomic import whole_folder
 from prismatic.errors import ConfigError
 from prismatic.filenames import ADAPTER_CONFIG, CONFIG, PREPROCESSOR, PROCESSOR, STATISTICS, TOKENIZER, TOKENIZER_FILES
@@ -93,8 +94,6 @@ def load_vla(
     if saved:
         return vla.requires_grad_(False)
     if adapter is not None:
-        from prismatic.adapter import load_adapter  # here, because peft takes seconds to import
-
         load_adapter(vla, adapter, dtype=adapter_dtype or dtype)
     return vla
 

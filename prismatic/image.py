@@ -9,13 +9,10 @@ import functools
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from PIL import Image
-
-if TYPE_CHECKING:
-    from scipy.sparse import csr_array
 
 JPEG_QUALITY = 95  # of 100; chroma 4:2:0: the settings of tf.image.encode_jpeg
 CROP_AREA = 0.9  # share of the image that a random crop (training) and the centre crop (acting) keep
@@ -64,8 +61,8 @@ class ImagePath:
 
 
 @functools.lru_cache(maxsize=32)
-def _lanczos3_matrix(size_in: int, size_out: int) -> "csr_array":
-    """Weights (size_out, size_in) float32 of an antialiased Lanczos of radius 3 along one axis; a row's sum to 1.
+def _lanczos3_matrix(size_in: int, size_out: int) -> Any:
+    """Sparse weights (size_out, size_in) float32 of an antialiased Lanczos of radius 3 along one axis; a row's sum to 1.
 
     As TensorFlow's ScaleAndTranslate computes it: every step in float32, weights normalised per pixel.
     """
@@ -83,9 +80,8 @@ def _lanczos3_matrix(size_in: int, size_out: int) -> "csr_array":
     kernel = radius * _sine(pi * safe) * _sine(pi * safe / radius) / (pi * pi * safe * safe)
     kernel = np.where(x <= np.float32(1e-3), one, kernel) * (x <= radius) * (tap <= last[:, None])
     total = np.cumsum(kernel, axis=1, dtype=np.float32)[:, -1:]
-    weights, columns = (kernel * (one / total)).astype(np.float32), np.minimum(tap, size_in - 1)
-    starts = np.arange(0, tap.size + 1, tap.shape[1])
-    return csr_array((weights.ravel(), columns.ravel(), starts), shape=(size_out, size_in))
+    columns, starts = np.minimum(tap, size_in - 1), np.arange(size_out + 1) * tap.shape[1]
+    return csr_array(((kernel * (one / total)).ravel(), columns.ravel(), starts), shape=(size_out, size_in))
 
 
 def _sine(x: np.ndarray) -> np.ndarray:
@@ -95,8 +91,7 @@ def _sine(x: np.ndarray) -> np.ndarray:
 
 def _resample_rows(pixels: np.ndarray, size: int) -> np.ndarray:
     """(H, W, 3) float32 → (size, W, 3) float32. A sparse product adds taps one after another: float32 sums depend on their order."""
-    rows = _lanczos3_matrix(len(pixels), size) @ pixels.reshape(len(pixels), -1)
-    return rows.reshape(size, *pixels.shape[1:])
+    return (_lanczos3_matrix(len(pixels), size) @ pixels.reshape(len(pixels), -1)).reshape(size, *pixels.shape[1:])
 
 
 def resize_lanczos3(frame: np.ndarray, size: int) -> np.ndarray:

@@ -93,3 +93,14 @@ def test_a_batch_that_never_comes_ends_the_process_in_a_sentence(tmp_path: Path)
     assert done.returncode == 2 and reached.exists() and "batch [0]" in done.stdout
     (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "gave no batch" in sentence and "--num_workers 0" in sentence and "Traceback" not in done.stderr
+
+
+def test_a_worker_that_imports_the_script_anew_imports_no_peft() -> None:
+    """200 MB of each worker, and 2 of its 7 seconds."""
+    command = [
+        sys.executable,
+        "-c",
+        "import sys, finetune; print({'peft', 'bitsandbytes', 'tensorflow'} & {*sys.modules})",
+    ]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -7,7 +7,6 @@ convolution), `lm_head` and parts the forward never reads; today's peft reads "a
 from collections.abc import Iterator
 from typing import Any
 
-import peft
 from torch import nn
 
 from prismatic.models.heads import HEADS
@@ -24,6 +23,8 @@ def add_lora(vla: VLA, *, rank: int = 32, alpha: int | None = None, dropout: flo
 
     OpenVLA's configuration: alpha None is min(rank, 16); A ~ N(0, 1/rank), B = 0. Heads are trained whole: they get no adapter.
     """
+    import peft  # here: it takes seconds, and 200 MB in each of a loader's processes
+
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=min(rank, 16) if alpha is None else alpha,
@@ -34,8 +35,10 @@ def add_lora(vla: VLA, *, rank: int = 32, alpha: int | None = None, dropout: flo
     return inject(vla, config)
 
 
-def inject(vla: VLA, config: peft.LoraConfig) -> VLA:
-    """add_lora with a configuration of any targets. The heads' layers are called fc1 and fc2 too: they are left out by name."""
+def inject(vla: VLA, config: Any) -> VLA:
+    """add_lora with a peft.LoraConfig of any targets. The heads' layers are called fc1 and fc2 too: they are left out by name."""
+    import peft
+
     vla.requires_grad_(False)
     if any(name.startswith(HEADS) for name, _ in vla.named_parameters()):
         config.exclude_modules = rf"({'|'.join(HEADS)})\..*"
@@ -49,5 +52,5 @@ def inject(vla: VLA, config: peft.LoraConfig) -> VLA:
 def lora_layers(vla: nn.Module) -> Iterator[tuple[str, Any]]:
     """(name, peft's LoraLayer) of every adapted module."""
     for name, module in vla.named_modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer):
+        if hasattr(module, "lora_A"):
             yield name, module
