@@ -12,25 +12,24 @@ Non-obvious behaviors
 - Success is LIBERO's `done`. It can hold for one step only (a bowl sliding across the plate), and it ends the episode.
 - `quality="fast"` (no anti-aliasing, no reflections, fewer triangles) renders seven times faster on a CPU and changes pixels by about 2 of 255: for
   demonstrations and demos, never for a score to be compared with others.
-- Every reset builds the model anew (robosuite's hard reset, about 1 s). A soft one would place what belongs on a fixture by where that fixture stood
-  an episode ago: a bowl falls beside its cabinet. The renderer is kept: it holds meshes and textures, the same again, and takes a second to make.
+- Every reset begins with a new model (robosuite's hard reset). A soft one would place what belongs on a fixture by where that fixture stood an
+  episode ago: a bowl falls beside its cabinet. What MuJoCo compiled is kept and copied, most of a second faster: a scene's XML is always the same.
+  The renderer is kept too: it holds meshes and textures, and takes a second to make.
 - The state's axis-angle is LIBERO's own: an angle from 0 to 2π, the quaternion's sign as MuJoCo gives it. Policies learnt with that.
 - scene/renderer.py chooses the renderer, and must have done so before the first simulator is built.
 """
 
 import contextlib
-import os
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from prismatic.errors import ConfigError, PolicyError
 from prismatic.meshes import fewer_triangles
+from prismatic.robosuite_tamed import tamed
 
 SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)  # LIBERO's convention: hold still, fingers open
 RESOLUTION = 256  # pixels a side, as the data sets were rendered
@@ -74,8 +73,7 @@ class LiberoSimulator:
         self._samplers = tuple(self.environment.object_property_initializers)
 
     def _make_env(self) -> Any:
-        _quiet_robosuite()
-        with _without_cuda_numbers():
+        with tamed():
             from libero.libero.envs.env_wrapper import ControlEnv
             from robosuite.utils.observables import Observable, sensor
 
@@ -170,7 +168,7 @@ class LiberoSimulator:
         fast, model = self.quality == "fast", sim.model._model
         if fast:
             model.vis.quality.offsamples = 0
-        with _without_cuda_numbers(), fewer_triangles(model) if fast else contextlib.nullcontext():
+        with tamed(), fewer_triangles(model) if fast else contextlib.nullcontext():
             context = MjRenderContextOffscreen(sim, device_id=-1)
         context.vopt.geomgroup[0] = 0  # collision shapes
         context.vopt.geomgroup[1] = 1  # what is meant to be seen
@@ -200,21 +198,3 @@ class LiberoSimulator:
         """Free the model and the renderer."""
         self._context = None
         self._env.close()
-
-
-def _quiet_robosuite() -> None:
-    """Give robosuite its private macros: no log file in the shared temporary folder (the first user's), no warnings."""
-    macros = ModuleType("robosuite.macros_private")
-    macros.__dict__.update(FILE_LOGGING_LEVEL=None, CONSOLE_LOGGING_LEVEL="ERROR")
-    sys.modules.setdefault(macros.__name__, macros)
-
-
-@contextlib.contextmanager
-def _without_cuda_numbers() -> Iterator[None]:
-    """robosuite would take CUDA_VISIBLE_DEVICES for EGL's device number, or refuse to start over it."""
-    visible = os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-    try:
-        yield
-    finally:
-        if visible is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = visible

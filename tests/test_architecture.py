@@ -14,7 +14,7 @@ from tests.conftest import REPOSITORY, SLOW
 SCRIPTS = sorted(REPOSITORY.glob("*.py"))
 PACKAGE = sorted((REPOSITORY / "prismatic").rglob("*.py"))
 FILES = [*SCRIPTS, *PACKAGE]
-SIMULATOR_ROOMS = {"simulator.py", "expert.py", "suites.py"}
+SIMULATOR_ROOMS = {"simulator.py", "robosuite_tamed.py", "expert.py", "suites.py"}
 # What the README calls the core, in its order. The two scripts call extras; no other file of the core does.
 CORE = [
     "config.py", "finetune.py", "eval.py", "action_tokenizer.py",
@@ -28,14 +28,14 @@ CORE = [
 LEAVES = tuple(
     f"prismatic.{name}"
     for name in (
-        "errors", "filenames", "ranges", "records", "arrays", "image", "meshes", "policy_inputs", "normalize", "data.cache_files",
+        "errors", "filenames", "ranges", "records", "arrays", "image", "meshes", "robosuite_tamed", "policy_inputs", "normalize", "data.cache_files",
     )
 )  # fmt: skip
 CALLERS = ("finetune.py", "eval.py")
 MAX_CORE, MAX_ALL, MAX_FILE, MEDIAN_FILE, MAX_FUNCTION = 2_800, 12_500, 350, 150, 80  # lines
 
 # The debt that is left: the two sums above are missed, and may not grow on the way there.
-CORE_TODAY, ALL_TODAY = 3_013, 18_244
+CORE_TODAY, ALL_TODAY = 2_993, 18_244
 
 
 def name_of(path: Path) -> str:

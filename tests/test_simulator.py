@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from prismatic.errors import ConfigError, PolicyError
+from prismatic.robosuite_tamed import compiled
 from prismatic.scene import suites
 from prismatic.scene.renderer import choose_renderer
 from prismatic.simulator import SETTLE_ACTION, LiberoSimulator
@@ -108,6 +109,7 @@ def measure() -> dict[str, Any]:
     for bad in (np.zeros(6), np.full(7, np.nan)):
         with pytest.raises(PolicyError, match="7 finite numbers"):
             fast.step(bad)
+    found["compiled"] = compiled.cache_info().misses
     return found
 
 
@@ -152,6 +154,11 @@ def test_fixtures_stand_where_a_new_environment_puts_them_however_many_episodes_
     new, first, second = found["drawer"]
     np.testing.assert_array_equal(first, new)
     np.testing.assert_array_equal(second, new)
+
+
+def test_a_scene_is_compiled_once(found: dict[str, Any]) -> None:
+    """What an episode changes in its model, such as where fixtures stand, is not in the next one's: the tests above."""
+    assert found["compiled"] == 1
 
 
 def test_gripper_convention(found: dict[str, Any]) -> None:

@@ -20,14 +20,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from prismatic.models.decode import (
-    ActionDecoder,
-    DecodedActions,
-    Layers,
-    Tensors,
-    TokenModel,
-    with_empty_token,
-)
+from prismatic.models.decode import ActionDecoder, DecodedActions, Layers, Tensors, TokenModel, with_empty_token
 
 PROMPT_WIDTH = 64  # tokens: holds every instruction of LIBERO with the prompt around it; WIDEST is the second width
 WIDEST = 128

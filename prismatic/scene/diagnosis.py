@@ -21,11 +21,8 @@ STILL, STILL_FINGERS = 0.01, 0.005  # m
 
 SENTENCES = {"open": "opened", "close": "closed", "turnon": "turned on", "turnoff": "turned off"}
 NOT_ENOUGH = {
-    "open": "not_open_enough",
-    "close": "not_closed_enough",
-    "turnon": "not_turned_enough",
-    "turnoff": "not_turned_enough",
-}
+    "open": "not_open_enough", "close": "not_closed_enough", "turnon": "not_turned_enough", "turnoff": "not_turned_enough",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

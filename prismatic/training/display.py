@@ -33,14 +33,7 @@ class Display:
     """`with Display(…) as display:` the bar of the run's steps. Time spent in `paused` doesn't count in samples/s. shown: the main process's."""
 
     def __init__(
-        self,
-        run: RunFolder,
-        logger: Logger,
-        progress: Progress,
-        *,
-        max_steps: int,
-        log_steps: int,
-        shown: bool = True,
+        self, run: RunFolder, logger: Logger, progress: Progress, *, max_steps: int, log_steps: int, shown: bool = True
     ) -> None:
         self.run, self.logger, self.progress = run, logger, progress
         self.max_steps, self.log_steps, self.shown = max_steps, log_steps, shown

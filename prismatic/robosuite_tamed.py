@@ -1,0 +1,37 @@
+"""What robosuite does to a process, and costs at each reset, undone: a leaf that simulator.py stands on."""
+
+import contextlib
+import copy
+import functools
+import os
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+
+@contextlib.contextmanager
+def tamed() -> Iterator[None]:
+    """robosuite with private macros: no log file in the shared temporary folder (the first user's), no warnings. Without CUDA_VISIBLE_DEVICES,
+    which it would take for EGL's device number, or refuse to start over. A scene is compiled once and copied for each episode: what is
+    compiled is always the same, and most of a second of work.
+    """
+    macros = ModuleType("robosuite.macros_private")
+    macros.__dict__.update(FILE_LOGGING_LEVEL=None, CONSOLE_LOGGING_LEVEL="ERROR")
+    sys.modules.setdefault(macros.__name__, macros)
+    visible = os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    try:
+        from robosuite.utils.binding_utils import MjSim
+
+        MjSim.from_xml_string = lambda xml: MjSim(copy.copy(compiled(xml)))
+        yield
+    finally:
+        if visible is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
+
+
+@functools.lru_cache(maxsize=1)  # 250 MB
+def compiled(xml: str) -> object:
+    """MuJoCo's model of a scene, never to be changed."""
+    import mujoco
+
+    return mujoco.MjModel.from_xml_string(xml)  # pyright: ignore[reportAttributeAccessIssue]
