@@ -20,10 +20,10 @@ for option in "$@"; do
     esac
 done
 # demos: of the expert; more: begun by a policy, ended by the expert (DAgger); steps of training; episodes before and after
-# first: steps of an earlier training, on the expert's demonstrations alone, whose adapter then begins the others; 0: the base policy begins them
+# first: steps of a training before, on the expert's demonstrations alone, whose adapter begins the others and is the next one's base; 0: the base begins them
 case $head$size in
-    tokens) demos=24 more=20 first=0 steps=600 before=10 after=20 quality=fast ;;
-    oft) demos=40 more=30 first=300 steps=600 before=10 after=20 quality=fast ;;
+    tokens) demos=24 more=20 first=0 steps=540 before=10 after=20 quality=fast ;;
+    oft) demos=40 more=30 first=300 steps=300 before=10 after=20 quality=fast ;;
     tokens_quick) demos=4 more=2 first=0 steps=40 before=1 after=2 quality=fast ;;
     oft_quick) demos=4 more=2 first=20 steps=40 before=1 after=2 quality=fast ;;
     tokens_long) demos=80 more=60 first=0 steps=3000 before=50 after=50 quality=standard ;;
@@ -89,7 +89,9 @@ stage "$demos demonstrations of the expert → RLDS" collect $dataset $demos
 adapter=$base leader="the base policy" more_data=$dataset data=$dataset
 if [ $first -gt 0 ]; then
     stage "LoRA fine-tuning on these" train $dataset $first "$name-first"
-    leader="this adapter" more_data=${dataset}_led data=$dataset,${dataset}_led # what has been learnt from stays as it was, should this go on later
+    [ -d "$work/first" ] || show $python export.py --checkpoint "$adapter" --output "$work/first" --dtype float32
+    base=$work/first # the second adapter goes on from what the first one learnt
+    leader="the first adapter" more_data=${dataset}_led data=$dataset,${dataset}_led # what has been learnt from stays as it was, should this go on later
 fi
 stage "$more more that $leader begins and the expert ends" collect $more_data $more --policy_checkpoint "$adapter"
 stage "LoRA fine-tuning" train $data $steps "$name"
