@@ -22,7 +22,7 @@ def tamed() -> Iterator[None]:
     try:
         from robosuite.utils.binding_utils import MjSim
 
-        MjSim.from_xml_string = lambda xml: MjSim(copy.copy(compiled(xml)))
+        MjSim.from_xml_string = staticmethod(lambda xml: MjSim(copy.copy(compiled(xml))))
         yield
     finally:
         if visible is not None:
