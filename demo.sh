@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
-# The whole loop on a laptop's CPU: demonstrations of a task that the small model has never seen, LoRA fine-tuning in two rounds (the second also
-# on what the expert shows after the first policy's own steps), evaluation before and after.
+# The whole loop on a laptop's CPU: demonstrations of a task that the small model has never seen, LoRA fine-tuning, evaluation before and after.
 #
 #   ./demo.sh            OpenVLA: an action is seven tokens, one after the other
-#   ./demo.sh --oft      OpenVLA-OFT: eight actions in one forward pass, by regression
+#   ./demo.sh --oft      OpenVLA-OFT: eight actions in one forward pass, by regression; learns in two rounds
 #   ./demo.sh --quick    a few minutes: shows every stage, learns little (also with --oft)
 #   ./demo.sh --long     more demonstrations and trials, LIBERO's own rendering (also with --oft)
 #   ./demo.sh --fresh    forget what an earlier call made (otherwise it goes on from there)
@@ -17,16 +16,18 @@ for option in "$@"; do
         --oft) head=oft ;;
         --quick | --long) size=_${option#--} ;;
         --fresh) fresh=1 ;;
-        *) sed -n '2,11s/^# \{0,1\}//p' "$0"; [ "$option" = --help ] || { echo "error: unknown option $option" >&2; exit 2; }; exit 0 ;;
+        *) sed -n '2,10s/^# \{0,1\}//p' "$0"; [ "$option" = --help ] || { echo "error: unknown option $option" >&2; exit 2; }; exit 0 ;;
     esac
 done
-# demos: of the expert; first: steps of a training on these; more: demonstrations that its adapter begins and the expert ends (DAgger);
-# steps: of a training on all, which goes on from that adapter; episodes before and after
+# demos: of the expert; more: begun by a policy, ended by the expert (DAgger); steps of training; episodes before and after
+# first: steps of a training before, on the expert's demonstrations alone, whose adapter begins the others and is the next one's base; 0: the base does
 case $head$size in
-    tokens) demos=20 first=150 more=16 steps=200 before=10 after=20 quality=fast ;;
-    oft) demos=18 first=120 more=16 steps=130 before=10 after=20 quality=fast ;;
-    *_quick) demos=4 first=20 more=2 steps=30 before=1 after=2 quality=fast ;;
-    *_long) demos=80 first=600 more=60 steps=2000 before=50 after=50 quality=standard ;;
+    tokens) demos=24 more=20 first=0 steps=600 before=10 after=20 quality=fast ;;
+    oft) demos=18 more=16 first=130 steps=140 before=10 after=20 quality=fast ;;
+    tokens_quick) demos=4 more=2 first=0 steps=40 before=1 after=2 quality=fast ;;
+    oft_quick) demos=4 more=2 first=20 steps=40 before=1 after=2 quality=fast ;;
+    tokens_long) demos=80 more=60 first=0 steps=3000 before=50 after=50 quality=standard ;;
+    oft_long) demos=80 more=60 first=600 steps=2000 before=50 after=50 quality=standard ;;
 esac
 name=demo_$head$size task=0 base=checkpoints/openvla-tiny push=0.5
 # a chunk is learnt from the eight actions that were done next: nothing pushes the expert off its way
@@ -76,7 +77,7 @@ Stop at any time: the same command goes on from there. What comes, with its plac
   the scripted expert, one episode to watch first        rollouts/EVAL-…--$name-expert: a video
   the base policy, $before episodes                             rollouts/EVAL-…--$name-before
   $((demos + more)) demonstrations of the expert                         $work/datasets
-  LoRA fine-tuning, twice                                $work/runs: first_batch.png is what the model sees
+  LoRA fine-tuning (--oft: twice)                        $work/runs: first_batch.png is what the model sees
   the adapter, $after episodes, and the two compared       rollouts/EVAL-…--$name-after
 EOF
 
@@ -85,12 +86,15 @@ printf '\n>> watch it: %s\n' "$(ls "$rollouts"/*.mp4 | head -n 1)"
 stage "the base policy, which has never seen task $task" evaluate before $before --pretrained_checkpoint $base --video_every 5
 before_folder=$rollouts
 stage "$demos demonstrations of the expert → RLDS" collect $dataset $demos
-stage "LoRA fine-tuning on these" train $dataset $first "$name-first"
-[ -d "$work/first" ] || show $python export.py --checkpoint "$adapter" --output "$work/first" --dtype float32
-base=$work/first # the second adapter goes on from what the first one learnt
-# a data set of its own: what has been learnt from stays as it was, should this go on later
-stage "$more more that this policy begins and the expert ends" collect ${dataset}_led $more --policy_checkpoint $base
-stage "LoRA fine-tuning on all" train $dataset,${dataset}_led $steps "$name"
+leader="the base policy" more_data=$dataset data=$dataset
+if [ $first -gt 0 ]; then
+    stage "LoRA fine-tuning on these" train $dataset $first "$name-first"
+    [ -d "$work/first" ] || show $python export.py --checkpoint "$adapter" --output "$work/first" --dtype float32
+    base=$work/first leader="the first adapter" # from which the second one goes on
+    more_data=${dataset}_led data=$dataset,${dataset}_led # what has been learnt from stays as it was, should this go on later
+fi
+stage "$more more that $leader begins and the expert ends" collect $more_data $more --policy_checkpoint $base
+stage "LoRA fine-tuning" train $data $steps "$name"
 stage "the adapter" evaluate after $after --pretrained_checkpoint "$adapter" --video_every 5
 
 printf '\n== result: the base policy, then the adapter, on the same initial states\n'
