@@ -13,7 +13,7 @@ Non-obvious behaviors
 - `quality="fast"` (no anti-aliasing, no reflections, fewer triangles) renders seven times faster on a CPU and changes pixels by about 2 of 255: for
   demonstrations and demos, never for a score to be compared with others.
 - Every reset begins with a new model (robosuite's hard reset). A soft one would place what belongs on a fixture by where that fixture stood an
-  episode ago: a bowl falls beside its cabinet. What MuJoCo compiled is kept and copied, most of a second faster: a scene's XML is always the same.
+  episode ago: a bowl falls beside its cabinet. What MuJoCo compiled is kept and copied, half a second faster: a scene's XML is always the same.
   The renderer is kept too: it holds meshes and textures, and takes a second to make.
 - The state's axis-angle is LIBERO's own: an angle from 0 to 2π, the quaternion's sign as MuJoCo gives it. Policies learnt with that.
 - scene/renderer.py chooses the renderer, and must have done so before the first simulator is built.
