@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,11 @@ import pytest
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: expected numbers are a CPU's, also where there is a GPU
 
 import torch
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a shell does that to what it starts with `&`, and children would not see Ctrl-C either
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXCERPT = Path(__file__).resolve().parent / "reference"
