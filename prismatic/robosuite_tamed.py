@@ -11,9 +11,9 @@ from types import ModuleType
 
 @contextlib.contextmanager
 def tamed() -> Iterator[None]:
-    """robosuite with private macros: no log file in the shared temporary folder (the first user's), no warnings. Without CUDA_VISIBLE_DEVICES,
-    which it would take for EGL's device number, or refuse to start over. A scene is compiled once and copied for each episode: what is
-    compiled is always the same, and more than half a second of work.
+    """Within it no CUDA_VISIBLE_DEVICES, which robosuite would take for EGL's device number, or refuse to start over. What lasts: private macros (no
+    log file in the shared temporary folder, the first user's, and no warnings); and a scene is compiled once and copied for each episode, as
+    what is compiled is always the same, and more than half a second of work.
     """
     macros = ModuleType("robosuite.macros_private")
     macros.__dict__.update(FILE_LOGGING_LEVEL=None, CONSOLE_LOGGING_LEVEL="ERROR")

@@ -10,9 +10,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: expected numbers 
 
 import torch
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # a shell does that to what it starts with `&`, and children would not see Ctrl-C either
+# a shell has it ignored in what it starts with `&`, and children would not see Ctrl-C either
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
