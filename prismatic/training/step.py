@@ -5,14 +5,13 @@ In: a model and batches. Out: gradients, added to what is there, and numbers. fi
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 
 from prismatic.models.vla import VLAOutput
 from prismatic.processor import Batch
@@ -42,25 +41,6 @@ def learning_rate(
     return rate * 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
 
 
-@contextlib.contextmanager
-def attention_kernel(device: str, autocast: bool) -> Iterator[None]:
-    """On a CPU in bfloat16, for as long as it lasts: attention in float32, ours and timm's. The fused kernel's gradient takes a half to a quarter of
-    the time that it takes in bfloat16 there (torch 2.15). A mode of torch's would not reach blocks that are recomputed in the backward pass.
-    """
-    fused = F.scaled_dot_product_attention
-
-    def in_float32(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
-        with torch.autocast("cpu", enabled=False):
-            return fused(q.float(), k.float(), v.float(), **options).to(q.dtype)
-
-    if autocast and device == "cpu":
-        F.scaled_dot_product_attention = in_float32
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = fused
-
-
 def backward(
     model: nn.Module,
     micro_batches: Sequence[Batch],
@@ -79,11 +59,7 @@ def backward(
     device = next(model.parameters()).device
     for number, batch in enumerate(micro_batches, start=1):
         batch = batch.to(device)
-        # attention is chosen for the backward pass too, which computes blocks again where activations are recomputed
-        with (
-            contextlib.nullcontext() if number == len(micro_batches) else no_sync(),
-            attention_kernel(device.type, autocast),
-        ):
+        with contextlib.nullcontext() if number == len(micro_batches) else no_sync():
             # no cache: it would hold a copy of every trained weight until the end, recomputing or not
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast, cache_enabled=False):
                 out = model(**vars(batch))
