@@ -68,6 +68,7 @@ class LiberoSimulator:
         self.task, self.suite, self.task_id = task, task.suite, task.task_id
         self.env_seed, self.instruction, self.quality = env_seed, task.instruction, quality
         self._seen_model: Any = None
+        self._seen: Any = None
         self._context: Any = None
         self._env = self._make_env()
         self._samplers = tuple(self.environment.object_property_initializers)
@@ -102,7 +103,7 @@ class LiberoSimulator:
 
         if self._seen_model is not sim.model._model:
             self._seen_model = sim.model._model
-            self._seen: Any = mujoco.MjData(sim.model._model)  # pyright: ignore[reportAttributeAccessIssue]
+            self._seen = mujoco.MjData(sim.model._model)  # pyright: ignore[reportAttributeAccessIssue]
         for name in SCENE_FIELDS:
             getattr(self._seen, name)[:] = getattr(sim.data._data, name)
 
@@ -118,6 +119,9 @@ class LiberoSimulator:
         state = self._stored_state(init_state) if isinstance(init_state, int) else init_state
         if state is None and seed is None:
             raise ValueError("a randomised reset needs a seed")
+        self._seen_model = self._seen = None  # with the renderer the only ones that would hold 250 MB of scene while the next is made
+        if self._context is not None:
+            self._context.sim = self._context.model = self._context.data = None
         self.environment.object_property_initializers = [*self._samplers]
         self._env.seed(seed if state is None else self.env_seed)
         self._env.reset()
