@@ -1,12 +1,14 @@
 """simulator.py. What renders runs once, in a process of its own: osmesa and torch don't mix."""
 
 import multiprocessing
+import weakref
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 
+from prismatic import robosuite_tamed
 from prismatic.errors import ConfigError, PolicyError
 from prismatic.robosuite_tamed import compiled
 from prismatic.scene import suites
@@ -82,7 +84,10 @@ def measure() -> dict[str, Any]:
         for _ in range(12):
             fast.step(np.array([0, 0, 0, 0, 0, 0, gripper]))
         found[f"fingers_{gripper:g}"] = float(np.abs(fast.state()[6:]).sum())
-    fast.reset(STATE)
+    before, found["left"] = weakref.ref(fast.environment.sim.model._model), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(robosuite_tamed, "compiled", lambda xml: found["left"].append(before()) or compiled(xml))
+        fast.reset(STATE)
     found["kept"] = fast.frame()
     found["random"] = []
     for seed in (5, 6, 5):
@@ -159,6 +164,11 @@ def test_fixtures_stand_where_a_new_environment_puts_them_however_many_episodes_
 def test_a_scene_is_compiled_once(found: dict[str, Any]) -> None:
     """What an episode changes in its model, such as where fixtures stand, is not in the next one's: the tests above."""
     assert found["compiled"] == 1
+
+
+def test_the_scene_before_is_gone_when_the_next_is_made(found: dict[str, Any]) -> None:
+    """250 MB of each process at its fullest."""
+    assert found["left"] == [None]
 
 
 def test_gripper_convention(found: dict[str, Any]) -> None:
