@@ -6,6 +6,8 @@ from pathlib import Path
 
 import psutil
 
+from prismatic.errors import ConfigError
+
 CGROUP = Path("/sys/fs/cgroup")
 GPU_RENDERER_BYTES = 300_000_000  # of the GPU's memory, a renderer's context and buffers; not measured here
 RENDERER_BYTES = 2_000_000_000  # one LIBERO process with a renderer holds 1.6 to 1.9 GB and does not grow
@@ -18,6 +20,17 @@ def available_cores() -> int:
     if quota.isdigit() and period.isdigit():
         cores = min(cores, max(1, int(quota) // int(period)))
     return cores
+
+
+def own_gpu(rank: int) -> str:
+    """The device of this machine's process `rank`. ConfigError where there are fewer GPUs."""
+    import torch
+
+    if rank >= (count := torch.cuda.device_count()):
+        raise ConfigError(
+            f"process {rank} of this machine has no GPU, there are {count}: give torchrun --nproc-per-node that number"
+        )
+    return f"cuda:{rank}"
 
 
 def available_memory() -> int:

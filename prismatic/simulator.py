@@ -119,7 +119,8 @@ class LiberoSimulator:
         state = self._stored_state(init_state) if isinstance(init_state, int) else init_state
         if state is None and seed is None:
             raise ValueError("a randomised reset needs a seed")
-        self._seen_model = self._seen = None  # with the renderer the only ones that would hold 250 MB of scene while the next is made
+        # with the renderer the only ones that would hold the scene before, 250 MB, while the next is made
+        self._seen_model = self._seen = None
         if self._context is not None:
             self._context.sim = self._context.model = self._context.data = None
         self.environment.object_property_initializers = [*self._samplers]

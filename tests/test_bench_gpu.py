@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,30 @@ def test_each_row_measures_something(name: str) -> None:
     if name in ("act compiled", "act int8"):
         assert [row["way"] for row in rows] == ["compiled", "right draft"]
         assert rows[1]["forward passes"] == 2 <= rows[0]["forward passes"] and rows[0]["note"] == "compiled"
+
+
+def test_what_ran_eagerly_is_not_called_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(gpu_rows, "compiler", lambda: broken)
+    rows = gpu_rows.measure("act compiled")
+    assert next(rows)["note"] == "eager for a batch of 1: no compiler"  # kept, and the row then fails
+    with pytest.raises(SystemExit, match="not compiled: eager for a batch of 1"):
+        next(rows)
+
+
+def test_what_a_row_can_use_is_installed_from_the_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "USED", ("drawn_module", "drawn_other"))
+    info = "drawn_module-1.0.dist-info"
+    with zipfile.ZipFile(tmp_path / "drawn_module-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("drawn_module/__init__.py", "")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: drawn_module\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    out = tmp_path / "out"
+    assert gpu.main(["--out", str(out), "--wheels", str(tmp_path), "--rows", "environment", "--minutes", "1e-9"]) == 1
+    assert (out / gpu.INSTALLED / "drawn_module").is_dir() and not (out / gpu.INSTALLED / "drawn_other").exists()
 
 
 def test_without_what_it_needs_a_row_says_so() -> None:

@@ -12,9 +12,11 @@ from prismatic.models.compiled import (
     ACTIVATION_BYTES,
     BATCH_SIZES,
     PROMPT_WIDTH,
+    VARIANTS,
     WIDEST,
     CompiledActionDecoder,
     batches,
+    compile_step,
     decoder_for,
     memory_for,
 )
@@ -188,3 +190,18 @@ def test_an_input_that_plain_decoding_refuses_is_no_fault_of_the_compiler(vla: V
 
 def test_on_a_cpu_nothing_is_compiled(vla: VLA) -> None:
     assert type(decoder_for(vla)) is ActionDecoder and decoder_for(vla).description == "eager"
+
+
+def test_a_torch_that_knows_no_limit_of_its_own_gets_it_by_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2.11's torch.compile has no such option; a fallback to eager would hide it."""
+    given: dict[str, Any] = {}
+
+    def compile_of_2_11(step: Any, *, fullgraph: bool, dynamic: bool, mode: str) -> Any:
+        given.update(fullgraph=fullgraph, dynamic=dynamic, mode=mode)
+        return step
+
+    with torch._dynamo.config.patch(recompile_limit=8):
+        monkeypatch.setattr(torch, "compile", compile_of_2_11)
+        assert compile_step(ActionDecoder.chunk) is ActionDecoder.chunk
+        assert given == {"fullgraph": True, "dynamic": False, "mode": "reduce-overhead"}
+        assert torch._dynamo.config.recompile_limit == VARIANTS

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from prismatic import machine
+from prismatic.errors import ConfigError
 
 
 def available(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -65,3 +66,10 @@ def test_the_peak_of_memory_is_this_process_own() -> None:
     block[::4096] = b"x" * len(block[::4096])  # touched, so that it counts
     del block
     assert machine.peak_memory() >= 200_000_000  # gone, and still the peak
+
+
+def test_a_process_without_a_gpu_of_its_own_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert machine.own_gpu(0) == "cuda:0"
+    with pytest.raises(ConfigError, match=r"process 1 of this machine has no GPU, there are 1: .*--nproc-per-node"):
+        machine.own_gpu(1)

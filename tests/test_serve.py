@@ -151,8 +151,11 @@ def test_the_largest_batch_is_warmed_up_first_and_what_was_learnt_of_the_decoder
     policy = Compiled()
     service = Service(policy, Limits(), max_batch=6, max_wait=0.0, warm_ups=2)
     times = asyncio.run(service.warm_up())
-    assert [rows for rows, _ in times] == [6, 4, 2, 1] and policy.batches == [6, 6, 4, 4, 2, 2, 1, 1]
-    assert service.describe()["decoder"] == "8 batches"
+    # of each size one of long instructions, one of short ones, and the one that is timed
+    assert [rows for rows, _ in times] == [6, 4, 2, 1] and policy.batches == [
+        rows for rows in (6, 4, 2, 1) for _ in range(3)
+    ]
+    assert service.describe()["decoder"] == "12 batches"
 
 
 def test_the_access_log_is_a_json_line_a_request_without_what_was_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -40,6 +40,7 @@ def run(
     import torch
 
     from prismatic.checkpoint import load_policy
+    from prismatic.models.compiled import batches
 
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
@@ -47,7 +48,9 @@ def run(
     policy: Any = load_policy(checkpoint)
     image, said = np.zeros((RESOLUTION, RESOLUTION, 3), np.uint8), instruction(task_suite_name, task_id)
     states = [np.zeros(8, np.float32)] if policy.uses_state else None
-    for size in (1, *workers):  # on a GPU the first batch of a size compiles, for minutes
+    # on a GPU the first batch of a size compiles, for minutes, and the second records
+    sizes = sorted({size for rows in range(1, max(workers) + 1) for size in batches(rows)}, reverse=True)
+    for size in [size for size in sizes for _ in range(3 if torch.cuda.is_available() else 1)]:
         wrists = [image] * size if policy.num_images == 2 else None
         policy.batch_chunks([image] * size, [said] * size, wrists, states and states * size)
     play = Play(

@@ -31,6 +31,8 @@ ROWS = {  # name → seconds that it may take on an H100, a start of about 15 in
     "train NF4 1": 90, "finetune": 240,
 }  # fmt: skip
 NEEDED = ("timm", "peft", "transformers", "safetensors", "msgspec", "tqdm", "PIL")  # modules, beside torch and numpy
+# modules of the rows finetune and NF4, which are left out without them
+USED = ("tyro", "docstring_parser", "typeguard", "typing_extensions", "simplejpeg", "bitsandbytes")
 PACKAGES = {"PIL": "pillow"}  # where a package is not called as its module
 LINES, TABLE, LOGS, INSTALLED, COMPILED = "rows.jsonl", "table.md", "logs", "packages", "inductor"
 
@@ -82,10 +84,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _environment(options: argparse.Namespace) -> dict[str, str]:
     """What the rows' processes run with: packages out of the wheels, compiled code kept from row to row. ConfigError for a missing package."""
     installed = (options.out / INSTALLED).resolve()
-    for module in NEEDED:
+    for module in NEEDED + USED:
         if importlib.util.find_spec(module) or (installed / module).exists():
             continue
         package = PACKAGES.get(module, module)
+        if module in USED and not (options.wheels and [*options.wheels.glob(f"{package}-*.whl")]):
+            continue
         if options.wheels is None:
             raise ConfigError(
                 f"{package} is not installed: install it, or give a folder that holds its wheel as --wheels"

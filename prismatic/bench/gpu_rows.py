@@ -126,7 +126,15 @@ def act(way: str) -> Iterator[Row]:
     if not GPU and way == "plain compiled":  # minutes of a CPU's compiler
         ways = ["plain"]
     how = {"rounds": ROUNDS, "plain": {}, "decoder_of": partial(CompiledActionDecoder, compiler=compiler())}
-    yield from infer.compare(vla, precision, batch, ways, **how)
+    for row in infer.compare(vla, precision, batch, ways, **how):
+        yield row
+        is_compiled(row["note"])
+
+
+def is_compiled(description: str) -> None:
+    """End the row as failed where what is called compiled ran eagerly."""
+    if "eager for" in description:
+        raise SystemExit(f"not compiled: {description}")
 
 
 def profile() -> Iterator[Row]:
@@ -151,6 +159,7 @@ def profile() -> Iterator[Row]:
             "way": name, "kernels": sum(e.count for e in events), "busy ms": digits(sum(busy.values())),
             "profiled ms": digits(whole), "slowest": [f"{key[:60]} {digits(busy[key])} ms" for key in slowest],
         }  # fmt: skip
+        is_compiled(getattr(decoder, "description", ""))
 
 
 def training(way: str) -> Iterator[Row]:
@@ -181,6 +190,8 @@ def finetune() -> Iterator[Row]:
     code = subprocess.run(command, stdout=sys.stderr).returncode
     took = digits(time.monotonic() - began)
     yield {"what": "20 steps of finetune.py, small model", "exit code": code, "seconds": took}
+    if code:
+        raise SystemExit(f"finetune.py ended with {code}: its log says why")
 
 
 def measure(name: str) -> Iterator[Row]:

@@ -36,6 +36,7 @@ PROMPT_TOKENS = 30  # of LIBERO's instructions with the prompt around them
 DECISIVE = 8  # times the deviation of a random head's other rows
 CHUNK, STATE = 8, 8  # actions and numbers of OpenVLA-OFT in LIBERO
 WAYS = ("plain", "plain compiled", "eager", "compiled", "right draft", "wrong draft", "OFT chunk")
+COMPILED = ("compiled", "right draft", "wrong draft", "OFT chunk")  # where the decoder given is
 COLUMNS = (
     "precision", "batch", "way", "weights GB", "peak GB", "first call s", "forward passes", "p50 ms", "p95 ms",
     "actions/s", "× plain", "same tokens %", "note",
@@ -148,7 +149,7 @@ def compare(
             if precision == "none" and dtype == torch.float32 and same < 1:
                 raise RuntimeError(f"{name}: {100 * (1 - same):.1f} % of its tokens are not the plain way's")
             row["same tokens %"] = round(100 * same, 1)
-        if name in ("compiled", "OFT chunk"):
+        if name in COMPILED:
             row["note"] = used.description
     times = seconds_in_turns(runs, rounds, device)
     if "plain" in times:

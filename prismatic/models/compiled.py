@@ -10,6 +10,7 @@ can't be compiled runs eagerly, which is said once and stands in `description`. 
 """
 
 import functools
+import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -33,8 +34,10 @@ VARIANTS = 64  # that torch may compile of one function: its own limit, 8, is le
 
 def compile_step(step: Callable[..., Tensors]) -> Callable[..., Tensors]:
     """The function as a CUDA graph; a limit that is given here holds in every thread, torch's configuration in one."""
-    options: dict[str, Any] = {"recompile_limit": VARIANTS}  # torch's own types leave it out
-    return torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False, **options)
+    limit: dict[str, Any] = {"recompile_limit": VARIANTS}  # torch's own types leave it out
+    if "recompile_limit" not in inspect.signature(torch.compile).parameters:  # torch 2.11
+        limit, torch._dynamo.config.recompile_limit = {}, VARIANTS
+    return torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False, **limit)
 
 
 def batches(rows: int) -> Iterator[int]:

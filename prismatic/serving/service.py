@@ -33,6 +33,10 @@ ACCESS_LOG = logging.getLogger("serve.access")
 READERS = min(4, max(2, len(os.sched_getaffinity(0)) - 1))
 WarmUp = list[tuple[int, float]]  # rows of a batch, and seconds that it took
 WARM_UP_SIDE = 256  # pixels
+INSTRUCTION = "pick up the black bowl and place it on the plate"
+LONG_INSTRUCTION = (
+    f"{INSTRUCTION}, then " * 5
+)  # with the prompt 65 to 128 of Llama's tokens: the second width of compiled.py
 
 
 class Service:
@@ -147,12 +151,12 @@ class Service:
             "versions": versions(),
         }
 
-    def example(self, stream: Hashable = None) -> Observation:
+    def example(self, stream: Hashable = None, instruction: str = INSTRUCTION) -> Observation:
         """What this policy needs, in grey."""
         frame = np.full((WARM_UP_SIDE, WARM_UP_SIDE, 3), 127, np.uint8)
         return Observation(
             frame=frame,
-            instruction="pick up the black bowl and place it on the plate",
+            instruction=instruction,
             wrist=frame if self.policy.num_images > 1 else None,
             state=np.zeros(self.metadata["proprio_dim"], np.float32) if self.policy.uses_state else None,
             stream=stream,
@@ -161,13 +165,15 @@ class Service:
     async def warm_up(self) -> WarmUp:
         """Answer batches of max_batch … 4, 2, 1 rows, each as often as it takes until all is compiled and recorded. Then ready.
 
-        The largest first: what was recorded before its cache was made would be recorded anew.
+        The largest first: what was recorded before its cache was made would be recorded anew. What is compiled is compiled for long
+        instructions too (a second width): else the first of them would keep all clients waiting.
         """
         loop, times, most = asyncio.get_running_loop(), [], self.queue.max_batch
         for rows in sorted({*(2**n for n in range(most.bit_length())), most}, reverse=True):
             examples = [self.example(("warm-up", row)) for row in range(rows)]
-            for _ in range(self._warm_ups - 1):
-                await loop.run_in_executor(self.queue.thread, compute, self.policy, examples)
+            longer = [self.example(("warm-up", row), LONG_INSTRUCTION) for row in range(rows)]
+            for asked in [longer, examples] * (self._warm_ups - 1):
+                await loop.run_in_executor(self.queue.thread, compute, self.policy, asked)
             start = time.monotonic()
             await loop.run_in_executor(self.queue.thread, compute, self.policy, examples)
             times.append((rows, time.monotonic() - start))

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
+from prismatic import machine
 from prismatic.errors import ConfigError
 from prismatic.models.unused import unused_parameters
 from prismatic.models.vla import VLA
@@ -115,11 +116,7 @@ def joined() -> Iterator[Ranks]:
     if size == 1:
         yield Ranks(device="cuda" if on_gpu else "cpu")
         return
-    if on_gpu and local >= torch.cuda.device_count():
-        raise ConfigError(
-            f"process {local} of this machine has no GPU, there are {torch.cuda.device_count()}: give torchrun --nproc-per-node that number"
-        )
-    device = f"cuda:{local}" if on_gpu else "cpu"
+    device = machine.own_gpu(local) if on_gpu else "cpu"
     if on_gpu:
         torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
