@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
 from msgspec import Meta
 from tqdm import tqdm
 
@@ -28,7 +27,7 @@ from prismatic.episodes.demonstration import Demonstration, Job, Record
 from prismatic.episodes.replay import FAILED, Replays, find_replays
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.hub import newest_step
-from prismatic.ranges import Count, Positive, Seed, Workers, checked
+from prismatic.ranges import Count, Positive, Seed, Workers, checked, command_line
 from prismatic.records import read_object
 from prismatic.scene.renderer import choose_renderer
 from prismatic.scene.suites import instruction, num_tasks
@@ -148,16 +147,11 @@ def stage_folder(cfg: CollectConfig) -> Path:
 def open_stage(cfg: CollectConfig) -> Path:
     """The folder of finished episodes; ConfigError where it holds another collection's."""
     stage = stage_folder(cfg)
-    settings = {
-        "format": STAGE_FORMAT,
-        "from_hdf5": None,
-        "task_suite_name": cfg.task_suite_name,
-        "dataset_format": cfg.format,
-    }
+    source = cfg.from_hdf5 and str(cfg.from_hdf5.resolve())
+    settings = {"format": STAGE_FORMAT, "from_hdf5": source}
+    settings |= {"task_suite_name": cfg.task_suite_name, "dataset_format": cfg.format}
     settings |= {name: versions()[name] for name in SIMULATOR_PACKAGES}
-    if cfg.from_hdf5:
-        settings["from_hdf5"] = str(cfg.from_hdf5.resolve())
-    else:
+    if not source:
         settings |= {name: getattr(cfg, name) for name in ("seed", "perturbation", "render_quality")}
     note = stage / "settings.json"
     if not note.is_file():
@@ -234,7 +228,4 @@ def collect(cfg: CollectConfig) -> Path:
 
 if __name__ == "__main__":
     with exit_codes():
-        flags = tyro.cli(
-            CollectConfig, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True
-        )
-        print(f"data set: {collect(checked(flags))}")
+        print(f"data set: {collect(checked(command_line(CollectConfig, __doc__)))}")

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torchvision  # noqa: F401  (before the first osmesa context: afterwards it crashes)
-import tyro
 
 from config import WORKSPACE, FinetuneConfig, GripperConvention
 from prismatic import machine
 from prismatic.errors import ConfigError, exit_codes
-from prismatic.ranges import ActionHead, Few, Images, checked
+from prismatic.ranges import ActionHead, Few, Images, checked, command_line
 from prismatic.scene.renderer import choose_renderer, draws_in_software
 from prismatic.scene.suites import Libero
 from prismatic.versions import SIMULATOR_PINS, versions
@@ -238,7 +237,4 @@ def scenes() -> Iterator[Check]:
 
 if __name__ == "__main__":
     with exit_codes():
-        config = tyro.cli(
-            DoctorConfig, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True
-        )
-        sys.exit(main(config))
+        sys.exit(main(command_line(DoctorConfig, __doc__)))

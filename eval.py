@@ -13,8 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from config import EvalConfig
 from prismatic import evaluation, foreign_flags, report
 from prismatic.episodes import setup
@@ -24,7 +22,7 @@ from prismatic.episodes.trials import list_trials
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.evaluation import RolloutFolder
 from prismatic.pages import comparison
-from prismatic.ranges import checked
+from prismatic.ranges import checked, command_line
 from prismatic.scene.renderer import choose_renderer, render_options
 from prismatic.scene.suites import Benchmark, Libero
 from prismatic.summary import mean_over_suites, result
@@ -139,8 +137,7 @@ def record(cfg: EvalConfig) -> Facts:
 
 def parse(arguments: list[str]) -> EvalConfig:
     """A command line, OpenVLA's and OpenVLA-OFT's own flags included."""
-    own, how = foreign_flags.translate(arguments, foreign_flags.EVALUATE), (tyro.conf.FlagConversionOff,)
-    return tyro.cli(EvalConfig, args=own, description=__doc__, config=how, use_underscores=True)
+    return command_line(EvalConfig, __doc__, foreign_flags.translate(arguments, foreign_flags.EVALUATE))
 
 
 if __name__ == "__main__":

@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 
 from prismatic import checkpoint as files
-from prismatic.dataset_statistics import base_statistics, load_statistics
+from prismatic.dataset_statistics import load_statistics
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.filenames import CONFIG, PROCESSOR, STATISTICS
 from prismatic.models import quantize, weights
 from prismatic.processor import Processor
 from prismatic.processor_files import load_processor
 from prismatic.processor_json import processor_home, read_processor
-from prismatic.ranges import ActionHead, Few, Images, checked
+from prismatic.ranges import ActionHead, Few, Images, checked, command_line
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def exported_processor(cfg: ExportConfig, base: Path, adapter: Path | None, choi
         if merged == added:
             raise ConfigError(f"{adapter} is merged into {base} already: use {base} as it is")
         merged = added
-    statistics = base_statistics(base)
+    statistics = load_statistics(base, needed=False)
     if adapter is not None and (adapter / STATISTICS).exists():
         statistics |= load_statistics(adapter)
     statistics = statistics or load_statistics(base)  # which says what is missing
@@ -108,4 +107,4 @@ def exported_processor(cfg: ExportConfig, base: Path, adapter: Path | None, choi
 
 if __name__ == "__main__":
     with exit_codes():
-        main(tyro.cli(ExportConfig, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
+        main(command_line(ExportConfig, __doc__))

@@ -13,17 +13,15 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import tyro
-
 from config import MAY_CHANGE_ON_RESUME, FinetuneConfig
 from prismatic import foreign_flags
 from prismatic.augmentation import drawing
-from prismatic.data.examples import DrawBatches, Examples
+from prismatic.data.examples import Examples, draw_batches
 from prismatic.data.loader import batches
 from prismatic.errors import exit_codes
 from prismatic.filenames import FIRST_BATCH, LATEST
 from prismatic.models.lora_dtype import cast_once
-from prismatic.ranges import check_folder_name, checked
+from prismatic.ranges import check_folder_name, checked, command_line
 from prismatic.training import first_batch, setup
 from prismatic.training.attention import attention_kernel
 from prismatic.training.display import Display
@@ -62,7 +60,7 @@ def train(cfg: FinetuneConfig, run: setup.TrainingRun, display: Display) -> None
     )  # fmt: skip
     augment = drawing(cfg.augment_order) if cfg.image_aug else None
     examples = Examples(mixture, processor, augment=augment, seed=cfg.seed)
-    draws = DrawBatches(  # each micro-batch of all ranks together is what one process would draw
+    draws = draw_batches(  # each micro-batch of all ranks together is what one process would draw
         batch_size=run.micro_batch_size, first=progress.step * run.grad_accumulation_steps, rank=ranks.rank, world_size=ranks.size
     )  # fmt: skip
     stream = batches(examples, draws, num_workers=cfg.num_workers, pin_memory=ranks.device != "cpu")
@@ -155,6 +153,5 @@ def options_of(cfg: FinetuneConfig) -> setup.RunOptions:
 
 if __name__ == "__main__":
     with exit_codes():
-        arguments = foreign_flags.translate(sys.argv[1:], foreign_flags.FINETUNE)
-        how = (tyro.conf.FlagConversionOff,)
-        main(tyro.cli(FinetuneConfig, args=arguments, config=how, use_underscores=True, description=__doc__))
+        own = foreign_flags.translate(sys.argv[1:], foreign_flags.FINETUNE)
+        main(command_line(FinetuneConfig, __doc__, own))

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
 from msgspec import Meta
 
 from prismatic.errors import ConfigError, exit_codes
-from prismatic.ranges import ActionHead, BatchSize, Few, Images, Positive, checked
+from prismatic.ranges import ActionHead, BatchSize, Few, Images, Positive, checked, command_line
 from prismatic.serving.guard import KEY_VARIABLE, read_key
 from prismatic.serving.observation import Limits
 
@@ -140,4 +139,4 @@ def addresses(cfg: ServeConfig, port: int) -> list[str]:
 
 if __name__ == "__main__":
     with exit_codes():
-        main(tyro.cli(ServeConfig, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
+        main(command_line(ServeConfig, __doc__))

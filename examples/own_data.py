@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 
 import av
 import numpy as np
-import tyro
 from av.error import FFmpegError
 from msgspec import Meta
 
@@ -27,7 +26,7 @@ from prismatic.data import lerobot_writer, rlds
 from prismatic.data.staging import stage_episode
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.image import encode_jpeg
-from prismatic.ranges import Positive, checked
+from prismatic.ranges import Positive, checked, command_line
 
 
 @dataclass(frozen=True)
@@ -132,4 +131,4 @@ def main(cfg: OwnDataConfig) -> Path:
 
 if __name__ == "__main__":
     with exit_codes():
-        main(tyro.cli(OwnDataConfig, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
+        main(command_line(OwnDataConfig, __doc__))

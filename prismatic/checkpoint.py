@@ -5,6 +5,7 @@ layout; an adapter folder has `adapter_config.json`.
 """
 
 import copy
+import dataclasses
 import importlib.metadata
 import json
 import sys
@@ -264,7 +265,7 @@ def save_checkpoint(
         tensors = quantization.quantize(vla, precision, dtype=dtype).state_dict()
         # quantize() has refused any other precision
         saved = quantization.Saved(precision, vision=False, format=1)  # pyright: ignore[reportArgumentType]
-        config |= saved.to_json()
+        config["quantization"] = dataclasses.asdict(saved)
     with whole_folder(folder) as partial:
         weights.save_weights(without_heads(tensors), partial)
         save_heads(partial, tensors, published=published)

@@ -42,22 +42,20 @@ class _Entry(TypedDict, total=False):
     num_trajectories: Count
 
 
-def load_statistics(folder: Path, unnorm_key: str | None = None) -> dict[str, Any]:
-    """All entries of a folder's statistics: dataset_statistics.json, else `norm_stats` of config.json. ConfigError where there are none."""
+def load_statistics(folder: Path, unnorm_key: str | None = None, *, needed: bool = True) -> dict[str, Any]:
+    """All entries of a folder's statistics: dataset_statistics.json, else `norm_stats` of config.json. Where there are none, as in a base model,
+    ConfigError if they are needed, else {}.
+    """
     if (folder / STATISTICS).exists():
         return read_statistics(folder / STATISTICS, unnorm_key)
     found = read_object(folder / CONFIG).get("norm_stats") if (folder / CONFIG).exists() else None
+    if not found and not needed:
+        return {}
     if not found:
         raise ConfigError(
             f"{folder} has no {STATISTICS} (and no norm_stats in {CONFIG}): copy it from the run that made the weights"
         )
     return _entries(found, f"{folder / CONFIG}, norm_stats", unnorm_key)
-
-
-def base_statistics(folder: Path) -> dict[str, Any]:
-    """As load_statistics, but empty for a base model that has none."""
-    config = read_object(folder / CONFIG) if (folder / CONFIG).exists() else {}
-    return load_statistics(folder) if (folder / STATISTICS).exists() or config.get("norm_stats") else {}
 
 
 def read_statistics(path: Path, unnorm_key: str | None = None) -> dict[str, Any]:

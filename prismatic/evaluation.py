@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from tqdm import tqdm
@@ -48,7 +48,8 @@ class RolloutFolder:
         self.path, self.rank = path, rank
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = self._hold()
+            self._lock = (path / f".lock-{rank}").open("w")
+            lock(self._lock, f"another evaluation is writing to {path}: wait for it, or use another --run_id_note")
             with self.locked():
                 self._claim(identity, record)
                 _drop_torn_line(path / RESULTS)
@@ -60,11 +61,6 @@ class RolloutFolder:
         except OSError as error:
             reason = error.strerror or str(error)
             raise ConfigError(f"cannot write to {path} ({reason}): choose another --local_log_dir") from error
-
-    def _hold(self) -> IO[str]:
-        file = (self.path / f".lock-{self.rank}").open("w")
-        lock(file, f"another evaluation is writing to {self.path}: wait for it, or use another --run_id_note")
-        return file
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -161,11 +157,11 @@ def poster_name(video: str) -> str:
 class Loaded:
     """A policy, ready to act, and how it is best asked."""
 
-    policy: "Policy"
+    policy: "Policy | None" = None
     prepare: Callable[[Any], Any] | None = None  # its image path, for the simulator processes
     counts: Mapping[str, int] | None = None  # what its decoding has done so far
     window: float = 0.0  # s for which an answer waits for more to ask, see pool.answer_at
-    memory_for: Callable[[int], int] = lambda rows: 0  # bytes of its device that answering so many at once takes
+    memory_for: Callable[[int], int] | None = None  # bytes of its device that answering so many at once takes
 
 
 def evaluate(
@@ -195,15 +191,13 @@ def evaluate(
     if not pending:
         return folder.summarise()
     play = replace(play, golden=True, video_folder=play.video_folder and folder.unfinished.resolve())
-    policy, counts, window, memory_for = None, None, 0.0, None
-    if load_policy:
-        loaded = load_policy()
-        policy, counts, window = loaded.policy, loaded.counts, 0.0 if one_by_one else loaded.window
+    loaded = load_policy() if load_policy else Loaded()
+    if policy := loaded.policy:
         folder.note(policy_card=policy.metadata())
         play = replace(play, num_images=policy.num_images, uses_state=policy.uses_state, prepare=loaded.prepare)
-        memory_for = loaded.memory_for
-    workers = min(max(num_workers(memory_for) if callable(num_workers) else num_workers, 1), len(pending))
-    session = Session(policy, workers=workers, rank=folder.rank, one_by_one=one_by_one, counts=counts)
+    wanted = num_workers(loaded.memory_for) if callable(num_workers) else num_workers
+    workers, window = min(max(wanted, 1), len(pending)), 0.0 if one_by_one else loaded.window
+    session = Session(policy, workers=workers, rank=folder.rank, one_by_one=one_by_one, counts=loaded.counts)
     players = pool.Pool(TrialQueue(pending), play, workers, session.answer, window, on_message=session.hear)
     outcomes = Counter(row.success for row in done)
 

@@ -36,6 +36,7 @@ SKIPPED = "skipped.jsonl"
 TRAINING_STATE = "training_state.pt"
 CURVES = "curves.png"
 FIRST_BATCH = "first_batch.png"
+STEP = "step-{:06d}"
 STEP_FOLDER = re.compile(r"latest|best|step-\d+")  # names within a run: the run's own name says more
 UNFINISHED = ".unfinished-"  # begins the name of what is being written: whoever finds one without its writer deletes it
 
@@ -55,8 +56,3 @@ RLDS_INFO = "dataset_info.json"
 RLDS_FEATURES = "features.json"
 LEROBOT_INFO = "meta/info.json"
 STAGED_NOTE = ".staged.json"  # in a data set that was made of staged episodes: which ones
-
-
-def step_folder(step: int) -> str:
-    """Name of a step's folder within a run."""
-    return f"step-{step:06d}"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from prismatic.dataset_statistics import base_statistics, read_statistics
+from prismatic.dataset_statistics import load_statistics, read_statistics
 from prismatic.errors import ConfigError
 from prismatic.filenames import ACTION_HEAD, CONFIG, MERGED_ADAPTER, PROCESSOR, PROPRIO_PROJECTOR, STATISTICS
 from prismatic.models.config_file import read_config
@@ -156,9 +156,8 @@ def _kind(folder: Path, config: VLAConfig, parts: set[str]) -> str:
         return "l1"
     if config.action_head != "tokens" or "action_head" in read_object(folder / CONFIG):
         return config.action_head
-    signs = ["a proprio projector"] * ("proprio_projector" in parts) + [MERGED_ADAPTER] * (
-        folder / MERGED_ADAPTER
-    ).is_dir()
+    signs = ["a proprio projector"] * ("proprio_projector" in parts)
+    signs += [MERGED_ADAPTER] * (folder / MERGED_ADAPTER).is_dir()
     if signs or _learnt_with_state(folder):
         sign = (*signs, "statistics of the robot's state")[0]
         raise ConfigError(
@@ -170,7 +169,7 @@ def _kind(folder: Path, config: VLAConfig, parts: set[str]) -> str:
 
 def _learnt_with_state(folder: Path) -> bool:
     """Whether statistics hold states that change: OpenVLA's own always have zeros there."""
-    states = [entry.get("proprio") for entry in base_statistics(folder).values()]
+    states = [entry.get("proprio") for entry in load_statistics(folder, needed=False).values()]
     columns = [state.get("q99") for state in states if isinstance(state, dict)]
     return any(isinstance(column, list) and any(column) for column in columns)
 

@@ -125,32 +125,22 @@ class VLAPolicy(Policy):
         self, frames: Frames, instructions: Texts, wrists: Rows = None, states: Rows = None, *, episodes: Names = None
     ) -> np.ndarray:
         """(B, K, 7) as the head answers: token ids, or of a regression normalised numbers. A head of chunks has nothing to draft."""
-        ids, mask, pixels = self._inputs(frames, instructions, wrists)
+        input_ids, mask, pixels = self._inputs(frames, instructions, wrists)
+        names = [None] * len(input_ids) if episodes is None else list(episodes)
         if self.processor.config.action_head == "tokens":
-            names = [None] * len(ids) if episodes is None else list(episodes)
-            return self._decoded(ids, mask, pixels, names)[:, None]
-        proprio = self.processor.proprio(states)
-        state = None if proprio is None else proprio.to(self.device)
-        answers, margins, passes = self.decoder.chunk(ids, pixels, state, mask)
-        self.counts.update(actions=len(answers) * self.num_actions_chunk, calls=1, passes=passes)
-        self.last_margins = margins.amin(dim=1).cpu().numpy()
-        return answers.cpu().numpy()
-
-    def _decoded(
-        self, input_ids: torch.Tensor, mask: torch.Tensor, pixels: torch.Tensor, names: Sequence[Hashable]
-    ) -> np.ndarray:
-        """(B, 7) ids, token by token, drafted from what each named episode was answered last."""
-        remembered = any(name in self._last for name in names)
-        draft = self._draft(names) if self.drafting and remembered else None
-        answer = self.decoder(input_ids, pixels, self.processor.action_dim, mask, draft)
+            draft = self._draft(names)
+            answer = self.decoder(input_ids, pixels, self.processor.action_dim, mask, draft)
+        else:
+            draft, proprio = None, self.processor.proprio(states)
+            answer = self.decoder.chunk(input_ids, pixels, None if proprio is None else proprio.to(self.device), mask)
         ids = answer.ids.cpu()
         self.last_margins = answer.margins.amin(dim=1).cpu().numpy()
-        self.counts.update(actions=len(ids), calls=1, passes=answer.forward_passes)
+        self.counts.update(actions=len(ids) * self.num_actions_chunk, calls=1, passes=answer.forward_passes)
         if draft is not None:
             self.counts["accepted"] += int((draft == ids).cumprod(dim=1).sum())
         if self.drafting:
             self._remember(names, ids)
-        return ids.numpy()
+        return ids.reshape(len(ids), self.num_actions_chunk, -1).numpy()
 
     def _inputs(
         self, frames: Frames, instructions: Texts, wrists: Rows
@@ -171,8 +161,10 @@ class VLAPolicy(Policy):
         pixels = torch.stack([pixel_values for _, pixel_values in rows])
         return input_ids.to(self.device), mask.to(self.device), pixels.to(self.device, self.dtype)
 
-    def _draft(self, names: Sequence[Hashable]) -> torch.Tensor:
-        """(B, action_dim): what each named episode was answered last; to the others the middle token, which is no motion."""
+    def _draft(self, names: Sequence[Hashable]) -> torch.Tensor | None:
+        """(B, action_dim): what each named episode was answered last; to the others the middle token, which is no motion. None if to all."""
+        if not self.drafting or not any(name in self._last for name in names):
+            return None
         config = self.processor.config
         middle = torch.full((self.processor.action_dim,), config.vocab_size - config.n_action_bins // 2)
         return torch.stack([middle if name is None else self._last.get(name, middle) for name in names])

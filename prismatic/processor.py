@@ -9,7 +9,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -117,6 +116,7 @@ class Processor:
         self.tokenizer = tokenizer
         self.statistics = statistics
         self.action_tokenizer = ActionTokenizer(config.vocab_size, config.n_action_bins)
+        self.pixel_constants = np.array(config.means), np.array(config.stds)  # (towers, 3) each
 
     def action_statistics(self, dataset: str | None = None) -> Mapping[str, Any]:
         """The "action" part of a data set's entry; of config.unnorm_key's if none is named."""
@@ -125,11 +125,6 @@ class Processor:
     @property
     def action_dim(self) -> int:
         return len(self.action_statistics()["q01"])
-
-    @cached_property
-    def pixel_constants(self) -> tuple[np.ndarray, np.ndarray]:
-        """Means and deviations (towers, 3)."""
-        return np.array(self.config.means), np.array(self.config.stds)
 
     def prompt_ids(self, instruction: str) -> list[int]:
         """Token ids of the prompt, BOS first, the empty token last."""

@@ -6,6 +6,7 @@ fields of a file. Surprising: a float is finite everywhere, without saying so.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
@@ -37,6 +38,14 @@ FolderName = Annotated[str, Meta(pattern=r"\A(?!\.)[^/\\\x00-\x1f\x7f\ud800-\udf
 WORDS = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "array": "a list"}
 
 Config = TypeVar("Config")
+
+
+def command_line(kind: type[Config], description: str | None, arguments: Sequence[str] | None = None) -> Config:
+    """A script's configuration, not checked yet; arguments: None are this process's."""
+    import tyro  # here: bench.py gpu runs where it is not installed
+
+    how = (tyro.conf.FlagConversionOff,)  # a switch takes True or False, as in the original's scripts
+    return tyro.cli(kind, args=arguments, description=description, config=how, use_underscores=True)
 
 
 def checked(flags: Config) -> Config:

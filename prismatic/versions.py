@@ -85,10 +85,7 @@ def folder_fingerprint(path: Path, *, weights_only: bool = False) -> str:
     """
     digest = hashlib.sha256()
     kinds = WEIGHTS if weights_only else (*WEIGHTS, ".json")
-    there = [
-        *path.glob("*"),
-        *path.glob("checkpoints/*"),
-    ]  # the second is where a native Prismatic folder keeps its .pt
+    there = [*path.glob("*"), *path.glob("checkpoints/*")]  # a native Prismatic folder keeps its .pt in the second
     files = [file for file in there if file.suffix in kinds and file.name not in NOT_BEHAVIOUR and file.is_file()]
     if not any(file.suffix in WEIGHTS for file in files):
         raise ConfigError(f"{path} holds no weights: give a checkpoint's or an adapter's folder")

@@ -19,7 +19,7 @@ import finetune
 from config import FinetuneConfig
 from prismatic.augmentation import drawing
 from prismatic.checkpoint import load_policy
-from prismatic.data.examples import DrawBatches, Examples
+from prismatic.data.examples import Examples, draw_batches
 from prismatic.data.lerobot_writer import write_dataset
 from prismatic.data.loader import batches
 from prismatic.errors import ConfigError
@@ -155,7 +155,7 @@ def test_each_camera_of_a_chunked_head_has_augmentations_of_its_own(place: Path)
 def test_the_number_of_loader_processes_changes_nothing(place: Path) -> None:
     examples = examples_of(place, "l1", AUGMENTATIONS)
     alone, helped = (
-        itertools.islice(batches(examples, DrawBatches(batch_size=2, first=1), num_workers=n, pin_memory=False), 3)
+        itertools.islice(batches(examples, draw_batches(batch_size=2, first=1), num_workers=n, pin_memory=False), 3)
         for n in (0, 2)
     )
     for mine, theirs in zip(alone, helped, strict=True):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from prismatic.data.examples import DrawBatches
+from prismatic.data.examples import draw_batches
 from prismatic.data.frames import FrameCache, Mixture, num_train_episodes
 from prismatic.errors import ConfigError
 from prismatic.normalize import normalize
@@ -218,9 +218,9 @@ def test_mixtures_that_make_no_sense_are_refused(cache, pair, tmp_path):
 
 
 def test_ranks_share_the_batches_without_repeats():
-    ranks = [DrawBatches(batch_size=3, rank=rank, world_size=2) for rank in range(2)]
-    assert np.array_equal([rank.batch(step) for step in range(2) for rank in ranks], np.arange(12).reshape(4, 3))
-    resumed = iter(DrawBatches(batch_size=3, first=1, rank=1, world_size=2))
+    ranks = [draw_batches(batch_size=3, rank=rank, world_size=2) for rank in range(2)]
+    assert np.array_equal([next(rank) for _ in range(2) for rank in ranks], np.arange(12).reshape(4, 3))
+    resumed = draw_batches(batch_size=3, first=1, rank=1, world_size=2)
     assert [next(resumed), next(resumed)] == [[9, 10, 11], [15, 16, 17]]
 
 
@@ -228,7 +228,7 @@ def test_batches_of_workers_are_the_draws(cache):
     mixture = Mixture([cache], seed=3)
     loader = DataLoader(
         mixture,  # pyright: ignore[reportArgumentType]  (any object with __getitem__ serves)
-        batch_sampler=DrawBatches(batch_size=4, first=2),
+        batch_sampler=draw_batches(batch_size=4, first=2),
         num_workers=2,
         collate_fn=list,
     )

@@ -15,7 +15,7 @@ from PIL import Image
 
 from prismatic.augmentation import drawing
 from prismatic.bench.instruments import Row
-from prismatic.data.examples import DrawBatches, Examples
+from prismatic.data.examples import Examples, draw_batches
 from prismatic.data.frames import FrameCache, Mixture
 from prismatic.data.loader import batches
 from prismatic.data.rlds import build_cache, find_dataset, stage_episode, write_dataset
@@ -65,7 +65,7 @@ def stage(folder: Path, *, episodes: int, frames: int) -> None:
 def load(mixture: Mixture, processor: Processor, workers: int, frames: int) -> Row:
     """Frames a second, augmented as in training, once the processes run; memory of this process and the loader's, early and late."""
     examples = Examples(mixture, processor, augment=drawing(AUGMENTATIONS), seed=0)
-    stream = batches(examples, DrawBatches(batch_size=BATCH), num_workers=workers, pin_memory=False)
+    stream = batches(examples, draw_batches(batch_size=BATCH), num_workers=workers, pin_memory=False)
     held, start, last = {}, 0.0, frames // BATCH
     warm = min(2 * workers + 1, last // 2)
     for number in range(1, last + 1):

@@ -41,8 +41,7 @@ COLUMNS = (
     "precision", "batch", "way", "weights GB", "peak GB", "first call s", "forward passes", "p50 ms", "p95 ms",
     "actions/s", "× plain", "same tokens %", "note",
 )  # fmt: skip
-Answer = tuple[torch.Tensor, int]  # ids (B, tokens) or a chunk, and forward passes through the language model
-Run = Callable[[], Answer]
+Run = Callable[[], tuple[Any, ...]]  # ids (B, tokens) or a chunk first, forward passes through the language model last
 Plain = dict[int, tuple[Any, float]]  # batch size → ids and median seconds of the plain way
 
 
@@ -82,30 +81,18 @@ def as_oft(vla: VLA) -> VLA:
 def way_of(name: str, vla: VLA, batch: int, decoder: ActionDecoder) -> Run:
     """A way of answering this batch; making it, or its first call, may run out of memory or find no compiler. OFT chunk: decoder is of as_oft."""
     ids, pixels = inputs(vla, batch)
-    first = vla.config.vocab_size - vla.config.n_action_bins
     if name.startswith("plain"):
         plain = PlainDecoder(vla, best=name != "plain")
         return lambda: (plain(ids, pixels, ACTION_DIM), ACTION_DIM)
     if name == "OFT chunk":
         state = torch.zeros(batch, STATE, device=ids.device)
-
-        def run_chunk() -> Answer:
-            answer, _, passes = decoder.chunk(ids, pixels, state)
-            return answer, passes
-
-        return run_chunk
-    if name == "eager":
-        decoder = ActionDecoder(vla)
-    draft = None
+        return lambda: decoder.chunk(ids, pixels, state)
+    asked, draft = ActionDecoder(vla) if name == "eager" else decoder, None
     if name.endswith("draft"):
+        first = vla.config.vocab_size - vla.config.n_action_bins
         answer = ActionDecoder(vla)(ids, pixels, ACTION_DIM).ids
         draft = first + (answer - first + (name == "wrong draft")) % vla.config.n_action_bins
-
-    def run() -> Answer:
-        answer = decoder(ids, pixels, ACTION_DIM, draft=draft)
-        return answer.ids, answer.forward_passes
-
-    return run
+    return lambda: asked(ids, pixels, ACTION_DIM, draft=draft)
 
 
 def compare(
@@ -132,7 +119,7 @@ def compare(
         try:
             used = decoder_of(as_oft(vla)) if name == "OFT chunk" else decoder
             run, began = way_of(name, vla, batch, used), time.perf_counter()
-            ids, row["forward passes"] = run()
+            ids, *_, row["forward passes"] = run()
             ids = ids.cpu()
             row["first call s"] = digits(time.perf_counter() - began)
             run()

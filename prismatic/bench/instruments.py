@@ -71,13 +71,11 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / float(seconds_of(lambda: a @ b, REPEATS, device).min())
 
 
-def random_model(
-    config: VLAConfig, *, dtype: torch.dtype, device: torch.device, seed: int = 0, nf4: bool = False
-) -> VLA:
+def random_model(config: VLAConfig, *, dtype: torch.dtype, device: torch.device, nf4: bool = False) -> VLA:
     """A model made on the device, tensor by tensor: N(0, 0.02²), biases too; norms and LayerScale 1. nf4: packed as by --use_quantization."""
     with torch.device("meta"):
         vla = VLA(config)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
     stored = {
         name: weights.StoredTensor(
             Path("random"), tuple(tensor.shape), lambda name=name, shape=tensor.shape: drawn(name, shape)

@@ -52,9 +52,8 @@ class PlainVLA(VLA):
         plain.load_state_dict(weights, assign=True)
         llama: Any = plain.language_model
         with weights["language_model.lm_head.weight"].device:
-            llama.model.rotary_emb = LlamaRotaryEmbedding(
-                llama.config
-            )  # its table is no weight: made off the meta device
+            # its table is no weight: made off the meta device
+            llama.model.rotary_emb = LlamaRotaryEmbedding(llama.config)
         return plain
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -47,20 +47,11 @@ class Examples(Dataset[Example]):
         return [self.augment(rng) for _ in range(config.num_images_in_input)]
 
 
-class DrawBatches:
-    """Batch sampler of torch's DataLoader over a Mixture: endless batches, each a list of draw numbers.
+def draw_batches(*, batch_size: int, first: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[list[int]]:
+    """Endless batches of draw numbers of a Mixture, this rank's of batch `first` and on: torch's DataLoader takes them as its batch sampler.
 
     Batch k of all W ranks together is draws [k·B·W, (k+1)·B·W), shared out without repeats; to resume is to begin at a later one.
     """
-
-    def __init__(self, *, batch_size: int, first: int = 0, rank: int = 0, world_size: int = 1) -> None:
-        self.batch_size, self.first = batch_size, first  # samples of one rank; number of the first batch
-        self.rank, self.world_size = rank, world_size
-
-    def batch(self, number: int) -> list[int]:
-        """This rank's draws of a batch (≥ 0)."""
-        start = (number * self.world_size + self.rank) * self.batch_size
-        return list(range(start, start + self.batch_size))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return map(self.batch, itertools.count(self.first))
+    for number in itertools.count(first):
+        start = (number * world_size + rank) * batch_size
+        yield list(range(start, start + batch_size))

@@ -20,10 +20,9 @@ FLAG = "--gripper"
 
 def gripper_dims(action_dim: int, names: Sequence[str] = ()) -> tuple[int, ...]:
     """Dimensions whose name holds "grip"; without any the last of 7 unless it is a joint's, and none of another width."""
-    named = (
-        tuple(place for place, name in enumerate(names) if "grip" in name.lower()) if len(names) == action_dim else ()
-    )
-    if named or action_dim != ACTION_DIM_OF_ONE_ARM or (len(names) == action_dim and "joint" in names[-1].lower()):
+    names = names if len(names) == action_dim else ()
+    named = tuple(place for place, name in enumerate(names) if "grip" in name.lower())
+    if named or action_dim != ACTION_DIM_OF_ONE_ARM or (names and "joint" in names[-1].lower()):
         return named
     return (ACTION_DIM_OF_ONE_ARM - 1,)
 
@@ -37,10 +36,8 @@ def detect_gripper(actions: np.ndarray, names: Sequence[str] = ()) -> Gripper:
     low, high = float(actions[:, dims].min()), float(actions[:, dims].max())
     width = low >= -SLACK and SLACK < high < LARGEST_WIDTH
     if width or low < -1 - SLACK or high > 1 + SLACK:
-        text = (
-            f"values from {low:.3g} to {high:.3g} are no gripper command: they are normalised like the other dimensions"
-        )
-        return Gripper((), "none", text)
+        said = f"values from {low:.3g} to {high:.3g} are no gripper command"
+        return Gripper((), "none", f"{said}: they are normalised like the other dimensions")
     if low < PROOF:
         return Gripper(dims, "minus_one_open", f"-1 open, +1 close, as its smallest value is {low:.3g}")
     below = "no value is below 0" if low >= 0 else f"its smallest value, {low:.3g}, is nearer to 0 than to -1"

@@ -210,10 +210,8 @@ def _video_frames(dataset: LeRobotFolder, rows: Rows, camera: str) -> Iterator[n
     rate = 1 / float(np.median(steps[steps > 0])) if (steps > 0).any() else dataset.fps or 1.0
     fps = dataset.fps or rate
     if abs(rate / fps - 1) > 0.01:
-        said = (
-            f"{dataset.source / LEROBOT_INFO} says fps {fps:g}, and its rows are {rate:g} a second by their timestamps"
-        )
-        raise ConfigError(f"{said}: mend the fps there")
+        said = f"{dataset.source / LEROBOT_INFO} says fps {fps:g}"
+        raise ConfigError(f"{said}, and its rows are {rate:g} a second by their timestamps: mend the fps there")
     spans = rows.spans()
     runs: list[tuple[Path, list[float]]] = []
     for (path, begins), span in zip(dataset.video_places(camera, [*spans]), spans.values(), strict=True):

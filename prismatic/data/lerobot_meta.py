@@ -26,9 +26,8 @@ COUNTERS = {
 CHUNK_FILES = 1000  # files, or in v2.x episodes, a folder
 DATA_FILES = "data/**/*.parquet"
 EPISODE_FILES = "meta/episodes/**/*.parquet"
-NUMBERED = (
-    "chunk-{chunk_index:03d}/file-{file_index:03d}"  # v3.0's files, in data/, meta/episodes/ and videos/<camera>/
-)
+# v3.0's files, in data/, meta/episodes/ and videos/<camera>/
+NUMBERED = "chunk-{chunk_index:03d}/file-{file_index:03d}"
 VIDEO_PATHS = {
     2: "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
     3: f"videos/{{video_key}}/{NUMBERED}.mp4",

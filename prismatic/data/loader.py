@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from prismatic.data.examples import DrawBatches, Examples
+from prismatic.data.examples import Examples
 from prismatic.errors import ConfigError
 from prismatic.processor import Batch
 
@@ -36,7 +36,7 @@ def _kill(workers: Iterable[Any]) -> None:
     signal.signal(signal.SIGCHLD, handler)
 
 
-def batches(examples: Examples, draws: DrawBatches, *, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+def batches(examples: Examples, draws: Iterator[list[int]], *, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
     """Endless batches from the one at which draws begins; the workers read ahead. ConfigError where a worker is lost or none comes for long."""
     loader = DataLoader(
         examples,

@@ -139,9 +139,8 @@ def _read(source: Path, folder: Path, options: str) -> None:
             file_path=_decoded(metadata.get("file_path", b"")),
         )
     notes = sentences(keys) + ["of several instructions a step the first that is not empty is taken"] * several
-    names = (
-        [name for name in keys.action for _ in range(_vector(fields, (name,)).shape[1])] if len(keys.action) > 1 else []
-    )
+    parts = keys.action if len(keys.action) > 1 else ()
+    names = [name for name in parts for _ in range(_vector(fields, (name,)).shape[1])]
     writer.finish(train_episodes=splits["train"] if "val" in splits else None, action_names=names, notes=notes)
 
 

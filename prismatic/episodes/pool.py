@@ -26,10 +26,8 @@ HANG_LIMIT = 180.0  # s without a word from a process at play before it counts a
 START_LIMIT = 600.0  # s for starting and building a simulator (~10 s), which many processes do at once
 HEARTBEAT = 1.0  # s between signs of life of a process that needs no answers
 PR_SET_PDEATHSIG = 1  # Linux prctl: be sent a signal when the parent dies
-ONE_THREAD = {
-    "LP_NUM_THREADS": "0",
-    "OMP_NUM_THREADS": "1",
-}  # llvmpipe and BLAS, a process a core; the caller's own win
+# llvmpipe and BLAS, a process a core; the caller's own win
+ONE_THREAD = {"LP_NUM_THREADS": "0", "OMP_NUM_THREADS": "1"}
 GONE = (EOFError, BrokenPipeError, ConnectionResetError)  # of a pipe's other end
 _context = multiprocessing.get_context("spawn")  # a forked child would inherit torch's and the renderer's threads
 

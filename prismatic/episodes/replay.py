@@ -8,6 +8,7 @@ step is a success. Unlike there, fixtures stand where `env_seed` 0 puts them at 
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,12 +81,10 @@ class Replays:
                 f"none of the {self.total} demonstrations in {self.jobs[0].source.parent} (from_hdf5) ends in success "
                 f"when replayed: are they {self.jobs[0].suite}'s, and does doctor.py find the simulator right?"
             )
-        lines = []
-        for task_id in dict.fromkeys(job.task_id for job in self.jobs):
-            wanted = sum(job.task_id == task_id for job in self.jobs)
-            dropped = wanted - sum(job.task_id == task_id for job in kept)
-            if dropped:
-                lines.append(f"task {task_id}: {dropped} of {wanted} demonstrations dropped, they don't end in success")
+        wanted = Counter(job.task_id for job in self.jobs)
+        dropped = wanted - Counter(job.task_id for job in kept)
+        said = "demonstrations dropped, they don't end in success"
+        lines = [f"task {task_id}: {count} of {wanted[task_id]} {said}" for task_id, count in dropped.items()]
         steps = sum(job.steps for job in kept)
         no_ops = steps - sum(len(read_arrays(job.path)["action"]) for job in kept)
         return [

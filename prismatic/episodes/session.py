@@ -79,7 +79,7 @@ class Session:
         self.episodes += 1
         if outcome.process:
             self._processes[outcome.process] = max(outcome.peak_memory, self._processes.get(outcome.process, 0))
-        if cuda := _cuda():
+        if cuda := cuda_in_use():
             free, total = cuda.mem_get_info()
             self._device_bytes = max(self._device_bytes, total - free)
 
@@ -95,7 +95,7 @@ class Session:
                 "accepted_tokens": round(self._counts.get("accepted", 0) / self._counts["actions"], 2),
             }
         # torch's own peaks, loading included, and the most that the whole device held (renderers too)
-        if cuda := _cuda():
+        if cuda := cuda_in_use():
             own = {"allocated": cuda.max_memory_allocated(), "reserved": cuda.max_memory_reserved()}
             gpu = {**own, "device": self._device_bytes}
         # each process's own peak; of replaced processes the largest, as no more than `workers` live at once
@@ -115,7 +115,7 @@ class Session:
         }
 
 
-def _cuda() -> Any:
+def cuda_in_use() -> Any:
     """torch.cuda, if something computes on a GPU here. torch is never imported for it: the expert needs none."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None

@@ -8,6 +8,7 @@ from typing import Any
 
 from prismatic import machine
 from prismatic.episodes.result import Facts
+from prismatic.episodes.session import cuda_in_use
 from prismatic.errors import ConfigError
 from prismatic.evaluation import Loaded
 from prismatic.filenames import STEP_FOLDER
@@ -104,13 +105,9 @@ def workers_that_fit(memory_for: Callable[[int], int] | None) -> int:
     """Simulator processes of this rank. Where a GPU computes a core stays for this process, and each worker takes of the GPU's memory that is
     left: to draw with, where EGL draws, and to be answered (memory_for: bytes for so many at once; None: no model answers).
     """
-    if memory_for is None:
+    if memory_for is None or not (cuda := cuda_in_use()):
         return machine.simulators_that_fit(LOCAL_RANKS)
-    import torch
-
-    if not torch.cuda.is_initialized():
-        return machine.simulators_that_fit(LOCAL_RANKS)
-    free, _ = torch.cuda.mem_get_info()
+    free, _ = cuda.mem_get_info()
     drawing = machine.GPU_RENDERER_BYTES if os.environ.get("MUJOCO_GL") == "egl" else 0
     most = machine.simulators_that_fit(LOCAL_RANKS, spare_cores=1)
     return next((n for n in range(most, 1, -1) if n * drawing + memory_for(n) <= free), 1)

@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from prismatic.models.decode import ActionDecoder, DecodedActions, Layers, Tensors, TokenModel, with_empty_token
+from prismatic.models.decode import ActionDecoder, Answer, Layers, Tensors, TokenModel, with_empty_token
 
 PROMPT_WIDTH = 64  # tokens: holds every instruction of LIBERO with the prompt around it; WIDEST is the second width
 WIDEST = 128
@@ -115,7 +115,7 @@ class CompiledActionDecoder(ActionDecoder):
         action_dim: int,
         attention_mask: torch.Tensor | None = None,
         draft: torch.Tensor | None = None,
-    ) -> DecodedActions:
+    ) -> Answer:
         """As ActionDecoder's."""
         if self._is_wide(input_ids):
             return ActionDecoder(self.vla)(input_ids, pixel_values, action_dim, attention_mask, draft)
@@ -123,7 +123,7 @@ class CompiledActionDecoder(ActionDecoder):
         for ids, mask, pixels, guess in padded(self.vla, input_ids, attention_mask, pixel_values, draft):
             answers.append(super().__call__(ids, pixels, action_dim, mask, guess))
         ids, margins = (torch.cat([getattr(a, name) for a in answers])[: len(input_ids)] for name in ("ids", "margins"))
-        return DecodedActions(ids, margins, sum(answer.forward_passes for answer in answers))
+        return Answer(ids, margins, sum(answer.forward_passes for answer in answers))
 
     @torch.inference_mode()
     def chunk(
@@ -132,7 +132,7 @@ class CompiledActionDecoder(ActionDecoder):
         pixel_values: torch.Tensor,
         proprio: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+    ) -> Answer:
         """As ActionDecoder's, which it is where a batch can't be compiled: unpadded, in one pass."""
         sizes = list(batches(len(input_ids)))
         if self._is_wide(input_ids) or any(_name(size) in self._eager for size in sizes):
@@ -141,7 +141,7 @@ class CompiledActionDecoder(ActionDecoder):
         for ids, mask, pixels, state in padded(self.vla, input_ids, attention_mask, pixel_values, proprio):
             answers.append(self._run(read_chunk, [], ids, mask.sum(dim=1), pixels, *([] if state is None else [state])))
         answer, margins = (torch.cat(parts)[: len(input_ids)] for parts in zip(*answers, strict=True))
-        return answer, margins, len(sizes)
+        return Answer(answer, margins, len(sizes))
 
     def _is_wide(self, input_ids: torch.Tensor) -> bool:
         if is_wide := input_ids.shape[1] > WIDEST:

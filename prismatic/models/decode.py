@@ -10,8 +10,7 @@ Surprising: without a draft the very same passes run, from a draft of middle tok
 out of a pass of the same shape, so its bits, and with them the answer, don't depend on the draft: no tolerance is needed.
 """
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -33,10 +32,9 @@ class TokenModel(Protocol):
     def answer(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
-@dataclass(frozen=True)
-class DecodedActions:
-    """ids (B, action_dim) int64; margins (B, action_dim) float32: by how much each id's logit beats the second best (the top-1 margin);
-    forward_passes through the language model, the prompt's included.
+class Answer(NamedTuple):
+    """ids (B, action_dim) int64, of chunks as VLA.answer; margins (B, numbers) float32: by how much each id's logit beats the second best (the
+    top-1 margin); forward_passes through the language model, the prompt's included.
     """
 
     ids: torch.Tensor
@@ -123,7 +121,7 @@ class ActionDecoder:
         action_dim: int,
         attention_mask: torch.Tensor | None = None,
         draft: torch.Tensor | None = None,
-    ) -> DecodedActions:
+    ) -> Answer:
         """(B, T) right-padded prompts, attention_mask None for full rows, draft (B, action_dim) of any numbers or None."""
         config, device = self.vla.config, input_ids.device
         lengths = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).sum(dim=1)
@@ -141,7 +139,7 @@ class ActionDecoder:
             ids, passes = torch.cat([first, following], dim=1), passes + 1
             if settled:
                 margins = torch.cat([margins, following_margins], dim=1)
-        return DecodedActions(ids, margins, passes)
+        return Answer(ids, margins, passes)
 
     @torch.inference_mode()
     def chunk(
@@ -150,14 +148,14 @@ class ActionDecoder:
         pixel_values: torch.Tensor,
         proprio: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """VLA.answer to these prompts, of a model of chunks, and forward passes. The host waits for the prompts' lengths once."""
+    ) -> Answer:
+        """VLA.answer to these prompts, of a model of chunks. The host waits for the prompts' lengths once."""
         config = self.vla.config
         lengths = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).sum(dim=1)
         ids, lengths = with_empty_token(input_ids, lengths, empty=config.empty_token_id, pad=config.pad_token_id)
         shortest, longest = torch.stack([lengths.min(), lengths.max()]).tolist()
         hidden = self.vla.before_actions(ids[:, :longest], lengths, pixel_values, proprio, shortest != longest)
-        return *self.vla.answer(hidden), 1
+        return Answer(*self.vla.answer(hidden), 1)
 
     def _layers(self, batch: int, length: int) -> Layers:
         """Keys and values for this batch: views of one allocation, which grows to the largest that was asked for."""

@@ -8,7 +8,7 @@ Embedding table, norms, biases, convolutions and the image towers stay as they a
 weights, and compute-bound). Adapters are merged before.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
@@ -38,9 +38,6 @@ class Saved:
     precision: Literal["int8", "int4"]
     vision: bool  # whether the image towers are in int8
     format: Annotated[int, Meta(ge=1, le=1)]  # a later one is refused
-
-    def to_json(self) -> dict[str, Any]:
-        return {"quantization": asdict(self)}
 
 
 class _Entries(TypedDict, total=False):

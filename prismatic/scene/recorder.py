@@ -39,7 +39,7 @@ class SceneRecorder:
         self._states = [tuple(state) for state in states]
         self._listen()
         environment._check_success()
-        self._note(closing=False)
+        self.note(None)
 
     # --- what there is ----------------------------------------------------------------------------------------------
 
@@ -129,18 +129,15 @@ class SceneRecorder:
 
         environment._eval_predicate = remember
 
-    def note(self, action: np.ndarray) -> None:
-        """After a step with an action (7,) in the policy's convention (gripper 1 open, 0 close)."""
-        self._note(closing=bool(action[6] < 0.5))
-
-    def _note(self, *, closing: bool) -> None:
+    def note(self, action: np.ndarray | None) -> None:
+        """After a step with an action (7,) in the policy's convention (gripper 1 open, 0 close), or before the first (None)."""
         data = self._data
         fingers = data.qpos[self._fingers]
         self._rows.append(
             {
                 "hand": data.site_xpos[self._grip].copy(),
                 "opening": fingers[0] - fingers[1],
-                "closing": closing,
+                "closing": action is not None and bool(action[6] < 0.5),
                 "places": data.xpos[self._bodies],
                 "upright": data.xmat[self._bodies, 6:],
                 "touch": self._touch(),

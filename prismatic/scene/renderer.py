@@ -6,6 +6,7 @@ CUDA's device numbers are not EGL's: MUJOCO_EGL_DEVICE_ID alone says where frame
 
 import ctypes.util
 import hashlib
+import itertools
 import os
 import subprocess
 import sys
@@ -62,14 +63,10 @@ def _best_renderer(local_rank: int) -> str:
 def _egl_device(local_rank: int) -> str | None:
     """An EGL device that draws, as MUJOCO_EGL_DEVICE_ID wants it: the asked one; else of those that draw the local_rank-th, and on from the first."""
     asked = os.environ.get("MUJOCO_EGL_DEVICE_ID")
-    if asked is not None or not _egl_works({}):
-        return asked if asked is not None and _egl_works({}) else None
-    drawing: list[str] = []
-    for number in map(str, range(MOST_EGL_DEVICES)):
-        if _egl_works({"MUJOCO_EGL_DEVICE_ID": number}):
-            drawing.append(number)
-        if len(drawing) > local_rank:
-            break
+    if not (works := _egl_works({})) or asked is not None:
+        return asked if works else None
+    devices = (number for number in map(str, range(MOST_EGL_DEVICES)) if _egl_works({"MUJOCO_EGL_DEVICE_ID": number}))
+    drawing = list(itertools.islice(devices, local_rank + 1))
     return drawing[local_rank % len(drawing)] if drawing else None
 
 

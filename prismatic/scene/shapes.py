@@ -44,15 +44,11 @@ class Shapes:
 
     def extent(self, body: int) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper corner (3,) of a body's shapes in the body's own frame, m."""
+        from scipy.spatial.transform import Rotation
+
         chosen = self.own(body) & (self._model.geom_bodyid == body)
-        w, x, y, z = self._model.geom_quat[chosen].T
-        rotation = np.array(
-            [
-                [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-                [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-                [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-            ]
-        )  # (3, 3, n)
-        centre = self._model.geom_pos[chosen] + np.einsum("ijn,nj->ni", rotation, self._box[chosen, :3])
-        half = np.einsum("ijn,nj->ni", np.abs(rotation), self._box[chosen, 3:])
+        # scipy wants MuJoCo's w last
+        rotation = Rotation.from_quat(np.roll(self._model.geom_quat[chosen], -1, axis=1)).as_matrix()  # (n, 3, 3)
+        centre = self._model.geom_pos[chosen] + np.einsum("nij,nj->ni", rotation, self._box[chosen, :3])
+        half = np.einsum("nij,nj->ni", np.abs(rotation), self._box[chosen, 3:])
         return (centre - half).min(axis=0), (centre + half).max(axis=0)

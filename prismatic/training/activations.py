@@ -109,9 +109,8 @@ def _runs(
     yield "projector", vla.projector, (batch, patches, vla.vision_backbone.width)
     length = patches + words + (config.proprio_dim > 0)
     norm, positions = llama.model.norm.weight, torch.arange(length).expand(batch, -1)
-    cos_sin = rotary(
-        positions, text.hidden_size // text.num_attention_heads, text.rope_theta, norm.dtype
-    )  # all layers'
+    # all layers'
+    cos_sin = rotary(positions, text.hidden_size // text.num_attention_heads, text.rope_theta, norm.dtype)
     chunked = config.action_head != "tokens"
     attn_mask = torch.ones(batch, 1, 1, length, dtype=torch.bool) if chunked else None
     labels = 1 + config.action_positions  # the end token's too

@@ -27,7 +27,6 @@ from prismatic.models.unused import unused_parameters
 from prismatic.models.vla import VLA
 
 PATIENCE = timedelta(hours=2)  # how long ranks wait for one that builds a frame cache, downloads or saves
-EXIT_CONFIGURATION = 2
 T = TypeVar("T")
 
 
@@ -55,10 +54,8 @@ class Ranks:
             except ConfigError as error:
                 answer[1] = error
         dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
-        if answer[1] is not None and self.is_main:
-            raise answer[1]
         if answer[1] is not None:
-            raise SystemExit(EXIT_CONFIGURATION)
+            raise answer[1] if self.is_main else SystemExit(2)  # as errors.exit_codes leaves for it
         return answer[0]
 
     def main_process_first(self, action: Callable[[], T]) -> T:

@@ -23,17 +23,7 @@ import torch
 
 from prismatic.atomic import flush, lock, sweep, whole_folder, write_json, write_whole, writing_to
 from prismatic.errors import ConfigError
-from prismatic.filenames import (
-    BEST,
-    BEST_VALUE,
-    LATEST,
-    METRICS,
-    OPTIONS,
-    STEP_FOLDER,
-    SUMS,
-    TRAINING_STATE,
-    step_folder,
-)
+from prismatic.filenames import BEST, BEST_VALUE, LATEST, METRICS, OPTIONS, STEP, STEP_FOLDER, SUMS, TRAINING_STATE
 from prismatic.ranges import Count
 from prismatic.records import read_object, read_record
 from prismatic.sums import read_sums, sha256, write_sums
@@ -147,7 +137,7 @@ class RunFolder:
 
     def folder(self, step: int) -> Path:
         """Where a step is saved."""
-        return self.path / step_folder(step)
+        return self.path / STEP.format(step)
 
     def newest_whole(self) -> Path | None:
         """The step folder to go on from; newer ones that are damaged are set aside. None in a new run; ConfigError where none is whole."""

@@ -197,9 +197,8 @@ def build_processor(
     """What the run learns with, and its policy will act with."""
     names = [cache.name for cache in mixture.caches]
     statistics = mixture.statistics
-    if (
-        not config.proprio_dim
-    ):  # zeros as in OpenVLA's own files: a folder with statistics of a state is taken for one that reads it
+    if not config.proprio_dim:
+        # zeros as in OpenVLA's own files: a folder with statistics of a state is taken for one that reads it
         zeros = {name: [0.0] * config.action_dim for name in ("mean", "std", "max", "min", "q01", "q99")}
         statistics = {name: entry | {"proprio": zeros} for name, entry in statistics.items()}
     if options.action_statistics == "base":
