@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from prismatic.errors import ConfigError, PolicyError
 from prismatic.models.decode import ActionDecoder
@@ -88,7 +89,7 @@ class VLAPolicy(Policy):
         self.vla, self.processor, self.facts = vla.eval(), processor, facts
         self.decoder, self.drafting = decoder or ActionDecoder(vla), drafting
         self.counts: Counter[str] = Counter()
-        self._last: OrderedDict[Hashable, torch.Tensor] = OrderedDict()
+        self._last: OrderedDict[Hashable, Tensor] = OrderedDict()
         self.num_images = processor.config.num_images_in_input
         self.num_actions_chunk = processor.config.num_actions_chunk
         self.uses_state = processor.config.proprio_dim > 0
@@ -142,9 +143,7 @@ class VLAPolicy(Policy):
             self._remember(names, ids)
         return ids.reshape(len(ids), self.num_actions_chunk, -1).numpy()
 
-    def _inputs(
-        self, frames: Frames, instructions: Texts, wrists: Rows
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _inputs(self, frames: Frames, instructions: Texts, wrists: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Right-padded prompt ids and their mask (B, T), and pixel_values, on the model's device."""
         if self.num_images == 2 and wrists is None:
             raise ConfigError(
@@ -161,7 +160,7 @@ class VLAPolicy(Policy):
         pixels = torch.stack([pixel_values for _, pixel_values in rows])
         return input_ids.to(self.device), mask.to(self.device), pixels.to(self.device, self.dtype)
 
-    def _draft(self, names: Sequence[Hashable]) -> torch.Tensor | None:
+    def _draft(self, names: Sequence[Hashable]) -> Tensor | None:
         """(B, action_dim): what each named episode was answered last; to the others the middle token, which is no motion. None if to all."""
         if not self.drafting or not any(name in self._last for name in names):
             return None
@@ -169,7 +168,7 @@ class VLAPolicy(Policy):
         middle = torch.full((self.processor.action_dim,), config.vocab_size - config.n_action_bins // 2)
         return torch.stack([middle if name is None else self._last.get(name, middle) for name in names])
 
-    def _remember(self, names: Sequence[Hashable], ids: torch.Tensor) -> None:
+    def _remember(self, names: Sequence[Hashable], ids: Tensor) -> None:
         for name, row in zip(names, ids, strict=True):
             if name is not None:
                 self._last[name] = row

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from action_tokenizer import ActionTokenizer
@@ -73,11 +74,11 @@ class ProcessorConfig:
 class Example:
     """One training sample: ids and labels (T,) int64, pixel_values (6·n_images, S, S), normalised actions (K, D) and state (S,) float32."""
 
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    pixel_values: torch.Tensor
-    actions: torch.Tensor
-    proprio: torch.Tensor | None = None
+    input_ids: Tensor
+    labels: Tensor
+    pixel_values: Tensor
+    actions: Tensor
+    proprio: Tensor | None = None
 
 
 @dataclass
@@ -86,12 +87,12 @@ class Batch:
     actions (B, K, D) and proprio (B, S) float32, normalised.
     """
 
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    attention_mask: torch.Tensor
-    pixel_values: torch.Tensor
-    actions: torch.Tensor | None = None
-    proprio: torch.Tensor | None = None
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor
+    pixel_values: Tensor
+    actions: Tensor | None = None
+    proprio: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """All tensors on device, without waiting for the copy."""
@@ -101,7 +102,7 @@ class Batch:
         """What torch's loader asks for with pin_memory=True; without it a batch stays as it is, and its copy to a GPU is waited for."""
         return self._each(lambda tensor: tensor.pin_memory())
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         tensors = (getattr(self, f.name) for f in dataclasses.fields(self))
         return Batch(*(None if tensor is None else change(tensor) for tensor in tensors))  # pyright: ignore[reportArgumentType]
 
@@ -171,16 +172,12 @@ class Processor:
         """What `inputs` does to a frame, for a process beside the camera."""
         return image.ImagePath(self.config.image_size, self.config.center_crop)
 
-    def inputs(
-        self, frames: Sequence[np.ndarray | image.PreparedImage], instruction: str
-    ) -> tuple[list[int], torch.Tensor]:
+    def inputs(self, frames: Sequence[np.ndarray | image.PreparedImage], instruction: str) -> tuple[list[int], Tensor]:
         """Prompt ids and pixel_values (6·n_images, S, S) from live frames (H, W, 3) uint8, upright, or what image_path made of them."""
         prepared = [frame if isinstance(frame, image.PreparedImage) else self.image_path(frame) for frame in frames]
         return self.prompt_ids(instruction), self.pixel_values([one.pixels for one in prepared])
 
-    def proprio(
-        self, states: np.ndarray | Sequence[np.ndarray] | None, *, dataset: str | None = None
-    ) -> torch.Tensor | None:
+    def proprio(self, states: np.ndarray | Sequence[np.ndarray] | None, *, dataset: str | None = None) -> Tensor | None:
         """States (..., S) in a data set's units → float32 as the model reads them; None for a model that reads none."""
         if not self.config.proprio_dim:
             return None
@@ -191,7 +188,7 @@ class Processor:
         stats = self.statistics[dataset or str(self.config.unnorm_key)]["proprio"]
         return torch.from_numpy(normalize.normalize_state(np.asarray(states), stats)).float()
 
-    def pixel_values(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+    def pixel_values(self, images: Sequence[np.ndarray]) -> Tensor:
         """(H, W, 3) uint8 images → (6·n_images, S, S) float32, normalised for each tower; another size is squashed by PIL's bicubic."""
         sized = [image.resize_bicubic(frame, self.config.image_size) for frame in images]
         return torch.from_numpy(np.concatenate([image.normalize_pixels(p, *self.pixel_constants) for p in sized]))

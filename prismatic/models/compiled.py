@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -53,7 +54,7 @@ def _name(batch: int) -> str:
 
 
 def padded(
-    vla: TokenModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, *others: torch.Tensor | None
+    vla: TokenModel, input_ids: Tensor, attention_mask: Tensor | None, *others: Tensor | None
 ) -> Iterator[tuple[Any, ...]]:
     """Batches of the compiled shapes: ids and mask (size, a multiple of PROMPT_WIDTH), others (size, …) or None; the first row fills up."""
     rows, more = len(input_ids), -input_ids.shape[1] % PROMPT_WIDTH
@@ -69,12 +70,7 @@ def padded(
 
 
 def read_chunk(
-    vla: TokenModel,
-    _: Layers,
-    input_ids: torch.Tensor,
-    lengths: torch.Tensor,
-    pixel_values: torch.Tensor,
-    *proprio: torch.Tensor,
+    vla: TokenModel, _: Layers, input_ids: Tensor, lengths: Tensor, pixel_values: Tensor, *proprio: Tensor
 ) -> Tensors:
     """VLA.answer to prompts (B, T) of `lengths` tokens, in one forward pass that waits for nothing and is masked."""
     empty, pad = vla.config.empty_token_id, vla.config.pad_token_id
@@ -110,11 +106,11 @@ class CompiledActionDecoder(ActionDecoder):
     @torch.inference_mode()
     def __call__(
         self,
-        input_ids: torch.Tensor,
-        pixel_values: torch.Tensor,
+        input_ids: Tensor,
+        pixel_values: Tensor,
         action_dim: int,
-        attention_mask: torch.Tensor | None = None,
-        draft: torch.Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        draft: Tensor | None = None,
     ) -> Answer:
         """As ActionDecoder's."""
         if self._is_wide(input_ids):
@@ -128,10 +124,10 @@ class CompiledActionDecoder(ActionDecoder):
     @torch.inference_mode()
     def chunk(
         self,
-        input_ids: torch.Tensor,
-        pixel_values: torch.Tensor,
-        proprio: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        proprio: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Answer:
         """As ActionDecoder's, which it is where a batch can't be compiled: unpadded, in one pass."""
         sizes = list(batches(len(input_ids)))
@@ -143,7 +139,7 @@ class CompiledActionDecoder(ActionDecoder):
         answer, margins = (torch.cat(parts)[: len(input_ids)] for parts in zip(*answers, strict=True))
         return Answer(answer, margins, len(sizes))
 
-    def _is_wide(self, input_ids: torch.Tensor) -> bool:
+    def _is_wide(self, input_ids: Tensor) -> bool:
         if is_wide := input_ids.shape[1] > WIDEST:
             self._give_up(f"prompts of more than {WIDEST} tokens", "each width would be compiled anew")
         return is_wide
@@ -162,7 +158,7 @@ class CompiledActionDecoder(ActionDecoder):
         self._views.clear()
         super()._grow(rows, columns + (0 if self._cache else WIDEST - PROMPT_WIDTH))
 
-    def _run(self, step: Any, layers: Layers, *inputs: torch.Tensor) -> Tensors:
+    def _run(self, step: Any, layers: Layers, *inputs: Tensor) -> Tensors:
         if (what := _name(len(inputs[0]))) in self._eager:
             return super()._run(step, layers, *inputs)
         columns = layers[0][0].shape[2] if layers else inputs[0].shape[1]

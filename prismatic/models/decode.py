@@ -13,12 +13,12 @@ out of a pass of the same shape, so its bits, and with them the answer, don't de
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prismatic.models.llama import Layers, Llama, cache_views, empty_cache
 
-Tensors = tuple[torch.Tensor, ...]
+Tensors = tuple[Tensor, ...]
 
 
 class TokenModel(Protocol):
@@ -27,9 +27,9 @@ class TokenModel(Protocol):
     config: Any
     language_model: Llama
 
-    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor: ...
+    def embed(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor: ...
     def before_actions(self, input_ids: Any, lengths: Any, pixel_values: Any, proprio: Any, masked: bool) -> Any: ...
-    def answer(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def answer(self, hidden: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class Answer(NamedTuple):
@@ -37,14 +37,12 @@ class Answer(NamedTuple):
     top-1 margin); forward_passes through the language model, the prompt's included.
     """
 
-    ids: torch.Tensor
-    margins: torch.Tensor
+    ids: Tensor
+    margins: Tensor
     forward_passes: int
 
 
-def with_empty_token(
-    input_ids: torch.Tensor, lengths: torch.Tensor, *, empty: int, pad: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def with_empty_token(input_ids: Tensor, lengths: Tensor, *, empty: int, pad: int) -> tuple[Tensor, Tensor]:
     """Append the empty token to every row that doesn't end in it. (B, T), (B,) → ids (B, T + 1) and new lengths (B,)."""
     rows = torch.arange(input_ids.shape[0], device=input_ids.device)
     missing = input_ids[rows, lengths - 1] != empty
@@ -53,14 +51,14 @@ def with_empty_token(
     return widened, lengths + missing
 
 
-def action_logits(head: nn.Module, hidden: torch.Tensor, first_id: int, last_id: int) -> torch.Tensor:
+def action_logits(head: nn.Module, hidden: Tensor, first_id: int, last_id: int) -> Tensor:
     """(…, H) → (…, last_id - first_id) float32. Of a plain head only the action rows are read, less than a hundredth of it."""
     if type(head) is nn.Linear and type(head.weight) is nn.Parameter:
         return F.linear(hidden, head.weight[first_id:last_id]).float()
     return head(hidden)[..., first_id:last_id].float()
 
 
-def best_tokens(vla: TokenModel, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def best_tokens(vla: TokenModel, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states (B, N, H) → the likeliest action ids (B, N) and their top-1 margins (B, N)."""
     first_id, last_id = vla.config.vocab_size - vla.config.n_action_bins, vla.config.vocab_size
     logits = action_logits(vla.language_model.lm_head, hidden, first_id, last_id)
@@ -68,9 +66,7 @@ def best_tokens(vla: TokenModel, hidden: torch.Tensor) -> tuple[torch.Tensor, to
     return first_id + logits.argmax(dim=-1), values[..., 0] - values[..., 1]
 
 
-def prefill(
-    vla: TokenModel, layers: Layers, input_ids: torch.Tensor, lengths: torch.Tensor, pixel_values: torch.Tensor
-) -> Tensors:
+def prefill(vla: TokenModel, layers: Layers, input_ids: Tensor, lengths: Tensor, pixel_values: Tensor) -> Tensors:
     """Read the prompts (B, T) of `lengths` tokens into the cache → first ids (B, 1), margins (B, 1), and where the answer begins (B,).
 
     Waits for nothing on the device; shapes depend on nothing but the arguments' shapes.
@@ -90,7 +86,7 @@ def prefill(
     return *best_tokens(vla, hidden), ends
 
 
-def verify(vla: TokenModel, layers: Layers, tokens: torch.Tensor, ends: torch.Tensor) -> Tensors:
+def verify(vla: TokenModel, layers: Layers, tokens: Tensor, ends: Tensor) -> Tensors:
     """tokens (B, N) of the answer, guesses or not, written behind the prompts that end at `ends` → the ids that follow each (B, N), margins."""
     columns = torch.arange(layers[0][0].shape[2], device=ends.device)
     first = len(columns) - tokens.shape[1]  # the answer's columns are the last
@@ -116,11 +112,11 @@ class ActionDecoder:
     @torch.inference_mode()
     def __call__(
         self,
-        input_ids: torch.Tensor,
-        pixel_values: torch.Tensor,
+        input_ids: Tensor,
+        pixel_values: Tensor,
         action_dim: int,
-        attention_mask: torch.Tensor | None = None,
-        draft: torch.Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        draft: Tensor | None = None,
     ) -> Answer:
         """(B, T) right-padded prompts, attention_mask None for full rows, draft (B, action_dim) of any numbers or None."""
         config, device = self.vla.config, input_ids.device
@@ -144,10 +140,10 @@ class ActionDecoder:
     @torch.inference_mode()
     def chunk(
         self,
-        input_ids: torch.Tensor,
-        pixel_values: torch.Tensor,
-        proprio: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        proprio: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Answer:
         """VLA.answer to these prompts, of a model of chunks. The host waits for the prompts' lengths once."""
         config = self.vla.config
@@ -169,6 +165,6 @@ class ActionDecoder:
         like = self.vla.language_model.model.norm.weight
         self._cache = empty_cache(self.vla.config.text_config, rows, columns, like=like)
 
-    def _run(self, step: Any, layers: Layers, *inputs: torch.Tensor) -> Tensors:
+    def _run(self, step: Any, layers: Layers, *inputs: Tensor) -> Tensors:
         """One forward pass."""
         return step(self.vla, layers, *inputs)

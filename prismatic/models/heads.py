@@ -6,7 +6,7 @@ end token, which every position attends to, as all of them attend to each other.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from action_tokenizer import ActionTokenizer
@@ -20,7 +20,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.ffn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU())
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return x + self.ffn(x)
 
 
@@ -35,7 +35,7 @@ class ResidualMLP(nn.Module):
         self.layer_norm2 = nn.LayerNorm(width)
         self.fc2 = nn.Linear(width, width_out)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.fc1(self.layer_norm1(x)))
         for block in self.mlp_resnet_blocks:
             x = block(x)
@@ -50,7 +50,7 @@ class L1RegressionHead(nn.Module):
         self.action_dim = action_dim
         self.model = ResidualMLP(action_dim * hidden_size, hidden_size, action_dim)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         """(B, K·D, H), step by step → (B, K, D) float32."""
         steps = hidden.reshape(len(hidden), -1, self.action_dim * hidden.shape[-1])  # (B, K, D·H)
         return self.model(steps.to(self.model.fc1.weight.dtype)).float()
@@ -64,14 +64,14 @@ class ProprioProjector(nn.Module):
         self.fc1 = nn.Linear(proprio_dim, hidden_size)
         self.fc2 = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, proprio: torch.Tensor) -> torch.Tensor:
+    def forward(self, proprio: Tensor) -> Tensor:
         """(B, proprio_dim), normalised → (B, 1, H)."""
         return self.fc2(F.gelu(self.fc1(proprio.to(self.fc1.weight.dtype))))[:, None]
 
 
 def with_blanks(
-    input_ids: torch.Tensor, lengths: torch.Tensor, *, blanks: int, end: int | None, pad: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    input_ids: Tensor, lengths: Tensor, *, blanks: int, end: int | None, pad: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Append `blanks` places for actions and the end token to prompts (B, T) of `lengths` (B,) tokens, right-padded.
 
     → ids (B, T + blanks + 1), attention_mask and is_blank of the same shape, bool. end None: no end token, as some RL recipes train.
@@ -84,7 +84,7 @@ def with_blanks(
     return ids, behind < blanks + (end is not None), is_blank
 
 
-def before_blanks(hidden: torch.Tensor, is_blank: torch.Tensor, blanks: int) -> torch.Tensor:
+def before_blanks(hidden: Tensor, is_blank: Tensor, blanks: int) -> Tensor:
     """Hidden states (B, S, H) one position before each of a row's blanks, which stand side by side: (B, blanks, H).
 
     is_blank (B, T): of the last T of the S positions.
@@ -94,7 +94,7 @@ def before_blanks(hidden: torch.Tensor, is_blank: torch.Tensor, blanks: int) -> 
     return torch.take_along_dim(hidden, positions[..., None], dim=1)
 
 
-def bin_centers(ids: torch.Tensor, tokenizer: ActionTokenizer) -> torch.Tensor:
+def bin_centers(ids: Tensor, tokenizer: ActionTokenizer) -> Tensor:
     """Action ids → float32 centres of their bins, as ActionTokenizer.decode has them in float64."""
     centers = torch.from_numpy(tokenizer.centers).float().to(ids.device)
     return centers[(tokenizer.vocab_size - 1 - ids).clamp(0, len(centers) - 1)]

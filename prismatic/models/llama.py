@@ -10,7 +10,7 @@ from typing import Annotated, NamedTuple
 
 import torch
 from msgspec import Meta
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prismatic.ranges import Few
@@ -34,7 +34,7 @@ class LlamaConfig:
     max_position_embeddings: Size = 2048
 
 
-Layers = list[tuple[torch.Tensor, torch.Tensor]]  # a KV cache: keys and values (B, kv_heads, length, D) of each layer
+Layers = list[tuple[Tensor, Tensor]]  # a KV cache: keys and values (B, kv_heads, length, D) of each layer
 
 
 class CacheView(NamedTuple):
@@ -44,20 +44,20 @@ class CacheView(NamedTuple):
     the T whose output is needed, if not all; attn_mask is then (B, 1, N, length).
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    columns: torch.Tensor  # (T,) int64: the columns that this pass fills
-    attn_mask: torch.Tensor | None
-    output_positions: torch.Tensor | None = None
+    keys: Tensor
+    values: Tensor
+    columns: Tensor  # (T,) int64: the columns that this pass fills
+    attn_mask: Tensor | None
+    output_positions: Tensor | None = None
 
 
-def empty_cache(config: LlamaConfig, batch: int, length: int, *, like: torch.Tensor) -> Layers:
+def empty_cache(config: LlamaConfig, batch: int, length: int, *, like: Tensor) -> Layers:
     """Keys and values of every layer, allocated once: column c of row b holds what column c of that row left there."""
     shape = (batch, config.num_key_value_heads, length, config.hidden_size // config.num_attention_heads)
     return [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.num_hidden_layers)]
 
 
-def cache_views(layers: Layers, columns: torch.Tensor, attn_mask: torch.Tensor | None) -> list[CacheView]:
+def cache_views(layers: Layers, columns: Tensor, attn_mask: Tensor | None) -> list[CacheView]:
     """Each layer's view in a pass that fills columns (T,)."""
     return [CacheView(keys, values, columns, attn_mask) for keys, values in layers]
 
@@ -68,15 +68,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype == torch.float32:
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
 
 
-def rotary(
-    positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """positions (B, T) → cos, sin (B, 1, T, head_dim) of rotate-half RoPE, computed in float32; sin negated where `_rotate` wants -x."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions[:, None, :, None].float() * (1.0 / theta**exponents)
@@ -84,7 +82,7 @@ def rotary(
     return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
@@ -99,9 +97,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(
-        self, queries: torch.Tensor, x: torch.Tensor, cos_sin, cache: CacheView | None, attn_mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(self, queries: Tensor, x: Tensor, cos_sin, cache: CacheView | None, attn_mask: Tensor | None) -> Tensor:
         """queries: x, or x at its output positions. attn_mask (B, 1, 1, T) bool: which positions of x all others attend to; None: all."""
         batch, length, _ = x.shape
         q = self.q_proj(queries).view(batch, -1, self.heads, self.head_dim).transpose(1, 2)
@@ -129,7 +125,7 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -141,9 +137,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, x: torch.Tensor, cos_sin, cache: CacheView | None, attn_mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, cos_sin, cache: CacheView | None, attn_mask: Tensor | None) -> Tensor:
         normed = queries = self.input_layernorm(x)
         if cache is not None and cache.output_positions is not None:
             x, queries = (torch.take_along_dim(part, cache.output_positions[..., None], dim=1) for part in (x, normed))
@@ -175,11 +169,11 @@ class Llama(nn.Module):
 
     def forward(
         self,
-        embeddings: torch.Tensor,
-        positions: torch.Tensor,
+        embeddings: Tensor,
+        positions: Tensor,
         caches: list[CacheView] | None = None,
-        attn_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        attn_mask: Tensor | None = None,
+    ) -> Tensor:
         """embeddings (B, T, H), positions (B, T) → normed hidden states (B, T, H), or (B, N, H) at the output positions.
 
         caches: one a layer (cache_views); None reads nothing and keeps nothing. attn_mask (B, 1, 1, T) bool: the positions that are no

@@ -1,7 +1,6 @@
 """Two towers' patch features → the language model's width. In: (B, N, D_dino + D_siglip). Out: (B, N, hidden)."""
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 EXPANSION = 4  # fc1 widens to four times the fused width: 2176 → 8704
@@ -16,6 +15,6 @@ class Projector(nn.Module):
         self.fc2 = nn.Linear(EXPANSION * vision_width, hidden_size)
         self.fc3 = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """(B, N, vision_width) → (B, N, hidden_size)."""
         return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(features)))))

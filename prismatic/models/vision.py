@@ -9,7 +9,7 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 DINO_ID, SIGLIP_ID = "vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"
 CHANNELS = 3  # of one image; each tower sees it normalised its own way
@@ -22,7 +22,7 @@ class LayerScale(nn.Module):
         super().__init__()
         self.scale_factor = nn.Parameter(torch.full((width,), 1e-5))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return x * self.scale_factor
 
 
@@ -43,7 +43,7 @@ class ConvStem(nn.Module):
         self.convs = nn.Sequential(*layers)
         self.proj = nn.Conv2d(channels[-1], width, remaining, stride=remaining)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, 3, S, S) → (B, N, width)."""
         return self.proj(self.convs(x)).flatten(2).transpose(1, 2)
 
@@ -62,7 +62,7 @@ def build_tower(timm_id: str, *, image_size: int, stem: Sequence[int] = (), **ti
     return tower
 
 
-def patch_features(tower: Any, pixels: torch.Tensor) -> torch.Tensor:
+def patch_features(tower: Any, pixels: Tensor) -> Tensor:
     """(B, 3, S, S) → (B, N, D): output of the second-to-last block, prefix tokens (cls, registers) dropped."""
     x = tower._pos_embed(tower.patch_embed(pixels))
     for block in tower.blocks[:-1]:
@@ -92,7 +92,7 @@ class VisionBackbone(nn.Module):
         for tower in (self.featurizer, self.fused_featurizer):
             yield from tower.blocks[:-1]
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, 6·n_images, S, S) → (B, n_images·N, D_dino + D_siglip); per image the DINO channels, then the SigLIP channels."""
         batch = pixel_values.shape[0]
         images = pixel_values.reshape(-1, 2 * CHANNELS, *pixel_values.shape[-2:])  # (B·n_images, 6, S, S)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import torch
 from msgspec import Meta
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from action_tokenizer import ActionTokenizer
@@ -82,9 +82,9 @@ class VLAOutput:
     a regression head that wasn't asked. actions: (B, K, D) float32, normalised, of a head that answers with chunks.
     """
 
-    logits: torch.Tensor | None
-    loss: torch.Tensor | None = None
-    actions: torch.Tensor | None = None
+    logits: Tensor | None
+    loss: Tensor | None = None
+    actions: Tensor | None = None
 
 
 class VLA(nn.Module):
@@ -109,12 +109,8 @@ class VLA(nn.Module):
         yield from self.language_model.model.layers
 
     def embed(
-        self,
-        input_ids: torch.Tensor,
-        pixel_values: torch.Tensor,
-        proprio: torch.Tensor | None = None,
-        is_blank: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, input_ids: Tensor, pixel_values: Tensor, proprio: Tensor | None = None, is_blank: Tensor | None = None
+    ) -> Tensor:
         """(B, T) ids, (B, 6·n_images, S, S) pixels, (B, proprio_dim) state → (B, P + T, H): BOS, patches, the state's token, the other tokens.
 
         is_blank (B, T): tokens that are embedded as zeros.
@@ -130,7 +126,7 @@ class VLA(nn.Module):
             parts.append(self.proprio_projector(proprio))
         return torch.cat([part.to(tokens.dtype) for part in (*parts, tokens[:, 1:])], dim=1)
 
-    def hidden_states(self, embeddings: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def hidden_states(self, embeddings: Tensor, attention_mask: Tensor | None) -> Tensor:
         """(B, P + T, H) → the same after the final norm. attention_mask (B, T) bool, False at right padding; a causal model needs none."""
         attn_mask = None
         if attention_mask is not None and self.config.action_head != "tokens":
@@ -141,14 +137,14 @@ class VLA(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        pixel_values: torch.Tensor,
-        labels: torch.Tensor | None = None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
         all_logits: bool = False,
         *,
-        actions: torch.Tensor | None = None,
-        proprio: torch.Tensor | None = None,
+        actions: Tensor | None = None,
+        proprio: Tensor | None = None,
     ) -> VLAOutput:
         """One forward pass over a right-padded batch in training form: the ids end with those of the actions and the end token.
 
@@ -175,35 +171,26 @@ class VLA(nn.Module):
 
     @torch.inference_mode()
     def generate_action_ids(
-        self,
-        input_ids: torch.Tensor,
-        pixel_values: torch.Tensor,
-        action_dim: int = 7,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, input_ids: Tensor, pixel_values: Tensor, action_dim: int = 7, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """Greedy over the action ids: (B, T) right-padded prompts → (B, action_dim) int64. See decode.py."""
         return ActionDecoder(self)(input_ids, pixel_values, action_dim, attention_mask).ids
 
     @torch.inference_mode()
     def predict_chunk(
         self,
-        input_ids: torch.Tensor,
-        pixel_values: torch.Tensor,
-        proprio: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        proprio: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
         """(B, T) right-padded prompts, attention_mask None for full rows → (B, K, D) float32, normalised, in one forward pass."""
         answer, *_ = ActionDecoder(self).chunk(input_ids, pixel_values, proprio, attention_mask)
         return answer if self.action_head is not None else bin_centers(answer, self.tokenizer)
 
     def before_actions(
-        self,
-        input_ids: torch.Tensor,
-        lengths: torch.Tensor,
-        pixel_values: torch.Tensor,
-        proprio: torch.Tensor | None,
-        masked: bool,
-    ) -> torch.Tensor:
+        self, input_ids: Tensor, lengths: Tensor, pixel_values: Tensor, proprio: Tensor | None, masked: bool
+    ) -> Tensor:
         """Hidden states (B, K·D, H) that the actions of prompts (B, T) of `lengths` tokens, the empty one last, are predicted from.
 
         Waits for nothing on the device. masked False: every prompt has T tokens.
@@ -213,16 +200,16 @@ class VLA(nn.Module):
         hidden = self.hidden_states(self.embed(ids, pixel_values, proprio, is_blank), mask if masked else None)
         return before_blanks(hidden, is_blank, blanks)
 
-    def answer(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def answer(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states (B, K·D, H) → what the head says (B, K, D), action ids or normalised numbers; margins (B, K·D), of numbers inf."""
         if self.action_head is not None:
             return self.action_head(hidden), torch.full(hidden.shape[:2], torch.inf, device=hidden.device)
         ids, margins = best_tokens(self, hidden)
         return self.chunks(ids), margins
 
-    def _is_action(self, ids: torch.Tensor) -> torch.Tensor:
+    def _is_action(self, ids: Tensor) -> Tensor:
         return (ids >= self.tokenizer.first_id) & (ids < self.config.vocab_size)
 
-    def chunks(self, values: torch.Tensor) -> torch.Tensor:
+    def chunks(self, values: Tensor) -> Tensor:
         """(B·K·D,) values of a batch's actions, or in any such shape → (B, K, D)."""
         return values.reshape(-1, self.config.num_actions_chunk, self.config.action_dim)
