@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from tqdm import tqdm
@@ -28,9 +28,6 @@ from prismatic.errors import ConfigError
 from prismatic.filenames import REPORT, RESULTS, RUN, SUMMARY, UNFINISHED, VERSIONS
 from prismatic.records import is_whole, read_object
 from prismatic.summary import beside, summarise
-
-if TYPE_CHECKING:  # it needs torch, which an evaluation of the expert does not
-    from prismatic.policy import Policy
 
 POSTERS = "posters"  # folder of the videos' last frames
 TASK_CHARACTERS = 50  # of the instruction in a video's name, as OpenVLA has it
@@ -157,7 +154,7 @@ def poster_name(video: str) -> str:
 class Loaded:
     """A policy, ready to act, and how it is best asked."""
 
-    policy: "Policy | None" = None
+    policy: Any = None  # a Policy, whose module needs torch, which an evaluation of the expert does not; None: none is asked
     prepare: Callable[[Any], Any] | None = None  # its image path, for the simulator processes
     counts: Mapping[str, int] | None = None  # what its decoding has done so far
     window: float = 0.0  # s for which an answer waits for more to ask, see pool.answer_at

@@ -19,6 +19,7 @@ from prismatic.models.compiled import (
     compile_step,
     decoder_for,
     memory_for,
+    read_chunk,
 )
 from prismatic.models.decode import ActionDecoder
 from prismatic.models.tiny import TINY, random_vla
@@ -202,6 +203,6 @@ def test_a_torch_that_knows_no_limit_of_its_own_gets_it_by_configuration(monkeyp
 
     with torch._dynamo.config.patch(recompile_limit=8):
         monkeypatch.setattr(torch, "compile", compile_of_2_11)
-        assert compile_step(ActionDecoder.chunk) is ActionDecoder.chunk
+        assert compile_step(read_chunk) is read_chunk
         assert given == {"fullgraph": True, "dynamic": False, "mode": "reduce-overhead"}
         assert torch._dynamo.config.recompile_limit == VARIANTS
