@@ -154,7 +154,9 @@ def poster_name(video: str) -> str:
 class Loaded:
     """A policy, ready to act, and how it is best asked."""
 
-    policy: Any = None  # a Policy, whose module needs torch, which an evaluation of the expert does not; None: none is asked
+    policy: Any = (
+        None  # a Policy, whose module needs torch, which an evaluation of the expert does not; None: none is asked
+    )
     prepare: Callable[[Any], Any] | None = None  # its image path, for the simulator processes
     counts: Mapping[str, int] | None = None  # what its decoding has done so far
     window: float = 0.0  # s for which an answer waits for more to ask, see pool.answer_at
