@@ -42,13 +42,13 @@ class FinetuneConfig:
     # Train a LoRA adapter (and an action head whole). False trains every weight: for a small model, or a large machine.
     use_lora: bool = True
     # Rank r of the LoRA adapter's matrices; alpha is min(r, 16).
-    lora_rank: ranges.Positive = 32
+    lora_rank: ranges.Rank = 32
     # Keep the frozen base's linear layers (not lm_head) in 4 bits, NF4, as QLoRA does. Only with use_lora.
     use_quantization: bool = False
     # Samples of one forward pass of one process (the micro-batch).
     batch_size: ranges.BatchSize = 16
     # Micro-batches whose gradients are added up for a step: a step has batch_size x this x the number of processes (torchrun) samples.
-    grad_accumulation_steps: ranges.Positive = 1
+    grad_accumulation_steps: ranges.BatchSize = 1
     # Learning rate of AdamW.
     learning_rate: ranges.LearningRate = 5e-4
     # Number of optimizer steps of the whole run.

@@ -66,8 +66,16 @@ def recorded(folder: Path) -> Iterator[dict[str, Any]]:
         yield (
             {name: frames(video) for name, video in videos.items()}
             | numbers
-            | {"instruction": str(arrays["instruction"])}
+            | {"instruction": said(arrays["instruction"], path)}
         )
+
+
+def said(instruction: np.ndarray, path: Path) -> str:
+    """The one text of an array of one or of equal texts."""
+    texts = {text.decode() if isinstance(text, bytes) else text for text in np.ravel(instruction).tolist()}
+    if len(texts) != 1 or not isinstance(text := texts.pop(), str):
+        raise ConfigError(f"{path}: instruction is no single text: save it with numpy.savez(…, instruction='…')")
+    return text
 
 
 def frames(path: Path) -> list[np.ndarray]:

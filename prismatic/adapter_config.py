@@ -12,10 +12,9 @@ from msgspec import Meta
 
 from prismatic.errors import ConfigError
 from prismatic.filenames import ADAPTER_CONFIG
-from prismatic.ranges import Share
+from prismatic.ranges import Rank, Share
 from prismatic.records import COPY_AGAIN, fields_of, read_object
 
-Rank = Annotated[int, Meta(ge=1, le=2**14)]
 Alpha = Annotated[float, Meta(gt=0, le=1e6)]  # some tools write 16.0
 Names = Annotated[list[str], Meta(min_length=1)]
 PATTERNS = ("exclude_modules", "layers_to_transform", "layers_pattern")

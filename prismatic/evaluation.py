@@ -47,6 +47,7 @@ class RolloutFolder:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / f".lock-{rank}").open("w")
             lock(self._lock, f"another evaluation is writing to {path}: wait for it, or use another --run_id_note")
+            self._is_new = rank == 0 and not (path / RUN).exists()
             with self.locked():
                 self._claim(identity, record)
                 _drop_torn_line(path / RESULTS)
@@ -132,7 +133,9 @@ class RolloutFolder:
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         shutil.rmtree(self.unfinished, ignore_errors=True)
         self._lock.close()
-        if kind and not (self.path / RESULTS).exists():  # it failed before anything came of it: leave no trace
+        if (
+            kind and self._is_new and not (self.path / RESULTS).exists()
+        ):  # it failed before anything came of it: leave no trace
             for name in (RUN, SUMMARY, REPORT, VERSIONS, ".lock", f".lock-{self.rank}"):
                 (self.path / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # something else lies there

@@ -19,6 +19,7 @@ Count = Annotated[int, Meta(ge=0, lt=2**53)]
 Positive = Annotated[int, Meta(ge=1, lt=2**53)]
 Few = Annotated[int, Meta(ge=1, le=256)]  # layers, actions of a chunk
 Seed = Annotated[int, Meta(ge=0, lt=2**32)]  # what numpy's and LIBERO's generators take
+Rank = Annotated[int, Meta(ge=1, le=2**14)]  # of an adapter
 BatchSize = Annotated[int, Meta(ge=1, le=2**16)]
 Processes = Annotated[int, Meta(ge=0, le=1024)]  # beside this one
 Workers = Annotated[int, Meta(ge=1, le=1024)]
@@ -58,6 +59,8 @@ def checked(flags: Config) -> Config:
             value = msgspec.convert(value, hints[field.name], dec_hook=_path)
         except msgspec.ValidationError as error:
             raise ConfigError(f"{name} {value!r}: {wanted(str(error).partition(' - at ')[0])}") from None
+        if value == "" and field.default != "":
+            raise ConfigError(f"{name} is empty: give a value, or leave the flag out")
         values[field.name] = _checked_value(value, name)
     return dataclasses.replace(flags, **values)  # type: ignore[type-var]
 

@@ -15,6 +15,7 @@ import numpy as np
 
 CONFIDENCE = 0.95
 SIGNIFICANCE = 0.05  # of a two-sided test
+SMALLEST = 1e-6  # difference that is told apart from none
 POWER = 0.8  # chance to see a difference that is there, when a sample size is asked for
 
 
@@ -96,7 +97,8 @@ def _size(variance_if_equal: float, variance: float, difference: float) -> int:
     from scipy import stats
 
     equal, power = stats.norm.ppf([1 - SIGNIFICANCE / 2, POWER])
-    return math.ceil(((equal * math.sqrt(variance_if_equal) + power * math.sqrt(variance)) / difference) ** 2)
+    size = ((equal * math.sqrt(variance_if_equal) + power * math.sqrt(variance)) / max(difference, SMALLEST)) ** 2
+    return math.ceil(size)
 
 
 def needed(rate: float | None, difference: float | None) -> dict[str, Any] | None:

@@ -81,6 +81,14 @@ def test_what_a_row_can_use_is_installed_from_the_wheels(tmp_path: Path, monkeyp
     assert (out / gpu.INSTALLED / "drawn_module").is_dir() and not (out / gpu.INSTALLED / "drawn_other").exists()
 
 
+def test_rows_that_are_not_run_again_stay(tmp_path: Path) -> None:
+    kept, again = ({"row": name, "ms": 1} for name in ("products", "environment"))
+    (tmp_path / gpu.LINES).write_text("".join(json.dumps(row) + "\n" for row in (kept, again)))
+    assert gpu.main(["--out", str(tmp_path), "--rows", "environment", "--minutes", "1e-9"]) == 1
+    rows = [json.loads(line) for line in (tmp_path / gpu.LINES).read_text().splitlines()]
+    assert rows[0] == kept and [(row["row"], row["status"]) for row in rows[1:]] == [("environment", "left out")]
+
+
 def test_without_what_it_needs_a_row_says_so() -> None:
     assert measured("finetune") == [{"result": "left out: give a data set with --data_root_dir"}]
 

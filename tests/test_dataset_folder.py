@@ -91,6 +91,8 @@ def empty(version: Path) -> None:
         (empty, "has 0 of the 0 episodes"),
         *((write("dataset_info.json", text), r"dataset_info\.json.*: download or collect")
           for text in ("{", "{}", '{"splits": [{"name": "train"}]}')),
+        (write("dataset_info.json", '{"splits": [{"shardLengths": [3], "filepathTemplate": "/elsewhere/{SPLIT}"}]}'),
+         "filepathTemplate names files outside"),
         (lambda version: (version / "features.json").unlink(), r"no RLDS data set, as it has no features\.json"),
         (write("set-train.tfrecord-00000-of-00002", "version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
     ],

@@ -134,6 +134,14 @@ def test_a_policy_that_cannot_be_loaded_leaves_no_trace(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_what_was_there_before_a_failure_stays(tmp_path: Path) -> None:
+    with opened(tmp_path, {"policy": "x"}):
+        (tmp_path / "summary.json").write_text("{}")  # as --open_loop leaves it, without an episode
+    with pytest.raises(KeyboardInterrupt), opened(tmp_path, {"policy": "x"}):
+        raise KeyboardInterrupt
+    assert (tmp_path / "summary.json").exists() and (tmp_path / "run.json").exists()
+
+
 def test_another_run_is_refused_the_folder(tmp_path: Path) -> None:
     with opened(tmp_path, {"policy": "mistyped"}):
         pass  # a run that never got anywhere leaves the folder to the next

@@ -269,6 +269,17 @@ def no_start(folder: Path) -> None:
     )
 
 
+def still(folder: Path) -> None:
+    """Some rows would share a frame."""
+    rewrite(folder, DATA_FILES, lambda t: replace(t, "timestamp", pa.array([0.0] * len(t), pa.float32())))
+
+
+def two_columns(folder: Path) -> None:
+    """Which of the texts is the instruction?"""
+    rewrite(folder, "meta/tasks.parquet", lambda t: pa.table({
+        "task_index": t["task_index"], "category": ["kitchen"] * len(t), "other": ["place"] * len(t)}))  # fmt: skip
+
+
 def other_start(second: float) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         name = f"videos/{keys_of(folder).image}/from_timestamp"
@@ -310,6 +321,8 @@ REFUSED: list[tuple[str, Callable[[Path], Any], str]] = [
     ("v3 video", lambda f: change_info(f, codebase_version="v1.6"), r"v1\.6.*converter"),
     ("v3 video", no_time, "add the fps"),
     ("v3 video", no_start, "from_timestamp"),
+    *((kind, still, "don't rise") for kind in ("v2 video", "v3 video")),
+    ("v3 image", two_columns, "task"),
     *(("v3 video", other_start(second), "from_timestamp") for second in (float("nan"), float("inf"), 1e300, -1.0)),
     *((kind, lambda f, fps=fps: change_info(f, fps=fps), "mend the fps")
       for kind, fps in (("v2 video", 1), ("v3 video", 3), ("v3 video", 9.8), ("v3 video", 30))),

@@ -141,3 +141,15 @@ def test_statistics_that_cannot_normalise_the_data_are_named(
     processor = Processor(policy.processor.config, policy.processor.tokenizer, {key: {"action": columns}})
     with pytest.raises(ConfigError, match=rf"action\.{lacking} is missing|actions of 7 numbers, this policy's have 6"):
         open_loop(VLAPolicy(policy.vla, processor, {}), cache, frames=1)
+
+
+def test_a_policy_that_answers_with_nan_has_no_accuracy(
+    policy: VLAPolicy, cache: FrameCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nan(*views: Any) -> np.ndarray:
+        policy.last_margins = np.array([np.nan])
+        return np.full((len(views[0]), 1, 7), policy.processor.action_tokenizer.first_id)
+
+    monkeypatch.setattr(policy, "raw_chunks", nan)
+    with pytest.raises(ConfigError, match="NaN or infinity"):
+        open_loop(policy, cache, frames=2)

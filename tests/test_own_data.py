@@ -62,6 +62,13 @@ def test_mp4_and_actions_become_a_data_set(tmp_path: Path, capsys: pytest.Captur
         (lambda npz: npz.write_bytes(npz.read_bytes()[:200]), r"a\.npz can't be read"),
         (lambda npz: np.savez(npz, instruction="push"), r"a\.npz has no action, only instruction"),
         (lambda npz: np.savez(npz, action=ACTION), r"a\.npz has no instruction"),
+        *(
+            (
+                lambda npz, said=said: np.savez(npz, action=ACTION, instruction=said),
+                r"a\.npz: instruction is no single text",
+            )
+            for said in (["push", "pull"], 3, [])
+        ),
         (lambda npz: np.savez(npz, action=ACTION[:4], instruction="push"), r"recording 1: .*6 images .*\(4, 7\)"),
         (lambda npz: np.savez(npz, action=ACTION[:, 0], instruction="push"), r"recording 1: .*\(6,\)"),
     ],
@@ -102,3 +109,8 @@ def test_rlds_is_written(tmp_path: Path) -> None:
     """That both formats hold the same is a test of their writers'."""
     own_data.main(OwnDataConfig(tmp_path, "mine", format="rlds", episodes=2))
     assert (tmp_path / f"mine/1.0.0/{RLDS_INFO}").is_file() and [*tmp_path.iterdir()] == [tmp_path / "mine"]
+
+
+@pytest.mark.parametrize("instruction", ["push", b"push", ["push"], ["push"] * 6])
+def test_one_text_in_whatever_form_is_the_instruction(instruction: Any, tmp_path: Path) -> None:
+    assert own_data.said(np.array(instruction), tmp_path) == "push"

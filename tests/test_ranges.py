@@ -110,3 +110,12 @@ def test_a_value_of_another_type_is_refused() -> None:
     refused("finetune", run_root_dir=3)
     refused("collect", num_workers=-1)
     refused("collect", perturbation=1e308)
+
+
+@pytest.mark.parametrize(
+    ("script", "flag"), [("finetune", "vla_path"), ("eval", "unnorm_key"), ("doctor", "checkpoint")]
+)
+def test_an_empty_text_is_no_value(script: str, flag: str) -> None:
+    """As a shell makes it of a variable that is not set."""
+    with pytest.raises(ConfigError, match=f"--{flag} is empty"):
+        checked(dataclasses.replace(CONFIGS[script], **{flag: ""}))

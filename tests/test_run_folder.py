@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from prismatic.errors import ConfigError
+from prismatic.filenames import OPTIONS
 from prismatic.sums import read_sums, sha256
 from prismatic.training.run_folder import RunFolder
 
@@ -85,6 +86,9 @@ def test_options_may_change_until_a_step_is_saved(tmp_path: Path) -> None:
     for quantised in (False, True):  # as the memory plan advises
         run.check_options({"use_quantization": quantised}, may_change=())
     run.save(1, nothing, {})
+    with pytest.raises(ConfigError, match="was begun with --use_quantization True, not False"):
+        run.check_options({"use_quantization": False}, may_change=())
+    (tmp_path / OPTIONS).unlink()  # each step has its own copy
     with pytest.raises(ConfigError, match="was begun with --use_quantization True, not False"):
         run.check_options({"use_quantization": False}, may_change=())
 

@@ -7,7 +7,7 @@ RLDS lies in `<data_root_dir>/<dataset_name>/<version>/` (dataset_info.json, fea
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from prismatic.errors import ConfigError
 from prismatic.filenames import LEROBOT_INFO, RLDS_FEATURES, RLDS_INFO
@@ -23,6 +23,7 @@ LFS_POINTER = b"version https://git-lfs"
 # Of dataset_info.json, what is counted with: the episodes of each file; tfds writes 64-bit numbers as texts.
 class _Split(TypedDict):
     shardLengths: list[Count | str]
+    filepathTemplate: NotRequired[str | None]
 
 
 class _Info(TypedDict):
@@ -110,6 +111,8 @@ def check_whole(source: Path) -> None:
         expected = sum(int(length) for split in info["splits"] for length in split["shardLengths"])
     except ValueError:
         raise ConfigError(f"{source / RLDS_INFO}: splits: a shard's length is no number: {AGAIN}") from None
+    if any(set(split.get("filepathTemplate") or "") & {"/", "\\"} for split in info["splits"]):
+        raise ConfigError(f"{source / RLDS_INFO}: splits: filepathTemplate names files outside this folder: {AGAIN}")
     found, shards = 0, len([*source.glob("*.array_record*")])
     if shards and shards == sum(len(split["shardLengths"]) for split in info["splits"]):
         return  # of this kind no more is known without its library

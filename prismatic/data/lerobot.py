@@ -207,6 +207,8 @@ def _video_frames(dataset: LeRobotFolder, rows: Rows, camera: str) -> Iterator[n
             f"{dataset.source} has rows without a timestamp and no fps in {LEROBOT_INFO}: add the fps there"
         )
     steps = np.diff(rows.time)
+    if (steps[np.diff(rows.episode) == 0] <= 0).any():  # several rows would get one frame
+        raise ConfigError(f"{dataset.source} has timestamps that don't rise within an episode: {AGAIN}")
     rate = 1 / float(np.median(steps[steps > 0])) if (steps > 0).any() else dataset.fps or 1.0
     fps = dataset.fps or rate
     if abs(rate / fps - 1) > 0.01:

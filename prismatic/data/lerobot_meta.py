@@ -26,6 +26,7 @@ COUNTERS = {
 CHUNK_FILES = 1000  # files, or in v2.x episodes, a folder
 DATA_FILES = "data/**/*.parquet"
 EPISODE_FILES = "meta/episodes/**/*.parquet"
+PANDAS_INDEX = "__index_level_0__"  # where pandas writes an index without a name: v3.0's texts of tasks
 # v3.0's files, in data/, meta/episodes/ and videos/<camera>/
 NUMBERED = "chunk-{chunk_index:03d}/file-{file_index:03d}"
 VIDEO_PATHS = {
@@ -119,10 +120,11 @@ class LeRobotFolder:
     def tasks(self) -> dict[int, str]:
         """Number → instruction, of meta/tasks.parquet (v3.0: the text's column has no fixed name) or meta/tasks.jsonl."""
         path = self.source / "meta/tasks.parquet"
-        if path.is_file():
+        if path.is_file() and self.version == 3:  # beside tasks.jsonl in an older set it is a converter's, and stale
             rows = read_table(path).to_pylist()
             for row in rows:
-                row.setdefault("task", next((value for value in row.values() if isinstance(value, str)), None))
+                texts = [value for value in row.values() if isinstance(value, str)]
+                row.setdefault("task", row.get(PANDAS_INDEX) or (texts[0] if len(texts) == 1 else None))
             found = fields_of(rows, list[_Task], str(path), way_out=AGAIN)
         else:
             found = _lines(self.source / "meta/tasks.jsonl", _Task)

@@ -70,6 +70,8 @@ def _split(policy: VLAPolicy, steps: Sequence[Step]) -> dict[str, Any]:
         views = [decode_jpeg(step.image) for step in part], [step.instruction for step in part], wrists
         # not the actions made of it: a number that is constant in the data hides what was answered
         acted.append(policy.raw_chunks(*views, states))
+        if np.isnan(policy.last_margins).any() or not np.isfinite([acted[-1], forced[-1]]).all():
+            raise ConfigError("the policy answered with NaN or infinity: its weights or statistics are damaged")
     target, answers, told = map(np.concatenate, (true, acted, forced))
     return {
         "frames": len(steps),

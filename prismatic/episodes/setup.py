@@ -27,7 +27,7 @@ IDENTITY = ("task_suite_name", "policy", "num_steps_wait", "env_seed", "seed", "
 OF_A_CHECKPOINT = ("unnorm_key", "center_crop", "load_in_8bit", "load_in_4bit", "deterministic")
 SAID_OF_FOREIGN = ("action_head", "num_actions_chunk", "num_images_in_input")
 QUANTISATION = 2  # is raised where the same flag makes other weights: 2 leaves the image towers whole, and INT4 is this project's own
-WHERE_CHANGED = ("quantize", "instruction", "num_open_loop_steps", *SAID_OF_FOREIGN)
+WHERE_CHANGED = ("quantize", "instruction", "num_open_loop_steps", "gripper", "rotate_images", *SAID_OF_FOREIGN)
 
 
 def check(values: Mapping[str, Any]) -> None:

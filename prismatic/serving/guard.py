@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from prismatic.errors import ConfigError
+from prismatic.records import read_bytes
 
 KEY_VARIABLE = "OPENVLA_API_KEY"
 SHORTEST_KEY = 16  # characters
@@ -32,7 +33,11 @@ def is_loopback(host: str) -> bool:
 def read_key(file: Path | None, host: str) -> str | None:
     """The API key of a file, else of the environment; None where there is none and host needs none. ConfigError otherwise."""
     try:
-        key = file.read_text().strip() if file else os.environ.get(KEY_VARIABLE, "").strip()
+        key = (
+            read_bytes(file, largest=4096, way_out="give a text file with the key").decode().strip()
+            if file
+            else os.environ.get(KEY_VARIABLE, "").strip()
+        )
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--api_key_file {file} can't be read ({error}): give a text file with the key") from None
     source = f"--api_key_file {file}" if file else KEY_VARIABLE

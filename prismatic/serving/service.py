@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from prismatic.dataset_statistics import NO_NOOPS
+from prismatic.errors import ConfigError, PolicyError
 from prismatic.policy import Policy
 from prismatic.serving.batching import BatchQueue, compute
 from prismatic.serving.metrics import Metrics
@@ -172,10 +173,13 @@ class Service:
         for rows in sorted({*(2**n for n in range(most.bit_length())), most}, reverse=True):
             examples = [self.example(("warm-up", row)) for row in range(rows)]
             longer = [self.example(("warm-up", row), LONG_INSTRUCTION) for row in range(rows)]
-            for asked in [longer, examples] * (self._warm_ups - 1):
-                await loop.run_in_executor(self.queue.thread, compute, self.policy, asked)
-            start = time.monotonic()
-            await loop.run_in_executor(self.queue.thread, compute, self.policy, examples)
+            try:
+                for asked in [longer, examples] * (self._warm_ups - 1):
+                    await loop.run_in_executor(self.queue.thread, compute, self.policy, asked)
+                start = time.monotonic()
+                await loop.run_in_executor(self.queue.thread, compute, self.policy, examples)
+            except PolicyError as error:  # of no request's, so of the weights
+                raise ConfigError(str(error)) from None
             times.append((rows, time.monotonic() - start))
         self.ready = True
         return times

@@ -69,8 +69,8 @@ class RunFolder:
     def check_options(self, options: Mapping[str, Any], *, may_change: tuple[str, ...]) -> None:
         """Remember the options of the run; ConfigError that names the first one that differs from what its saved steps learnt with."""
         path, options = self.path / OPTIONS, json.loads(json.dumps(options, default=str))
-        if path.exists() and self.checkpoints():
-            before = read_object(path)
+        if self.checkpoints():
+            before = read_object(path if path.exists() else self.path / LATEST / OPTIONS)
             for name, value in options.items():
                 if name not in may_change and name in before and before[name] != value:
                     raise ConfigError(
