@@ -97,7 +97,7 @@ def _size(variance_if_equal: float, variance: float, difference: float) -> int:
     from scipy import stats
 
     equal, power = stats.norm.ppf([1 - SIGNIFICANCE / 2, POWER])
-    size = ((equal * math.sqrt(variance_if_equal) + power * math.sqrt(variance)) / max(difference, SMALLEST)) ** 2
+    size = ((equal * math.sqrt(variance_if_equal) + power * math.sqrt(variance)) / max(abs(difference), SMALLEST)) ** 2
     return math.ceil(size)
 
 

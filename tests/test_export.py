@@ -74,7 +74,7 @@ def test_merged_answers_as_base_and_adapter(place: Path, tmp_path: Path) -> None
     assert load_policy(alone, device="cpu").processor.config.merged_adapter
     with pytest.raises(ConfigError, match=r"merged into .* already"):
         exported(folder, tmp_path / "twice", adapter=place / "adapter")
-    with pytest.raises(ConfigError, match="trained on other weights"):
+    with pytest.raises(ConfigError, match="merged in already: leave out"):
         load_vla(folder, place / "adapter")
 
 

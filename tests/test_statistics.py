@@ -113,3 +113,7 @@ def test_compare_uses_shared_episodes_only_and_says_how_many_are_needed() -> Non
     assert compare(*runs(60, 15, 10, 15), difference_asked=0.1).episodes_needed == 194
     assert compare(*runs(99, 1, 0, 0), difference_asked=0.1).episodes_needed == paired_episodes_needed(0.1, 0.1)
     assert compare(*runs(99, 1, 0, 0), difference_asked=0.0).episodes_needed is None
+
+
+def test_a_difference_of_nothing_takes_no_end_of_episodes_and_no_traceback() -> None:
+    assert episodes_needed(0.5, 1e-300) > 10**9
