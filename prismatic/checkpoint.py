@@ -68,11 +68,9 @@ def load_vla(
     if (folder / ADAPTER_CONFIG).exists():
         raise ConfigError(f"{folder} is an adapter: give its base as the checkpoint and this folder as the adapter")
     refuse_merged(adapter, folder)
-    if (
-        adapter
-        and (folder / PROCESSOR).exists()
-        and read_processor(folder / PROCESSOR).merged_adapter == adapter_fingerprint(adapter)
-    ):
+    # most bases have none merged: an adapter's hash, of half a gigabyte at full size, is then not made
+    merged = read_processor(folder / PROCESSOR).merged_adapter if adapter and (folder / PROCESSOR).exists() else ""
+    if adapter and merged and merged == adapter_fingerprint(adapter):
         raise ConfigError(f"{folder} has this adapter merged in already: leave out {adapter}")
     config = model_config(folder, adapter, new_heads=new_heads, **choice)
     stored = weights.stored_tensors(folder)

@@ -133,9 +133,8 @@ class RolloutFolder:
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         shutil.rmtree(self.unfinished, ignore_errors=True)
         self._lock.close()
-        if (
-            kind and self._is_new and not (self.path / RESULTS).exists()
-        ):  # it failed before anything came of it: leave no trace
+        # it failed before anything came of it: leave no trace
+        if kind and self._is_new and not (self.path / RESULTS).exists():
             for name in (RUN, SUMMARY, REPORT, VERSIONS, ".lock", f".lock-{self.rank}"):
                 (self.path / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # something else lies there
@@ -157,9 +156,8 @@ def poster_name(video: str) -> str:
 class Loaded:
     """A policy, ready to act, and how it is best asked."""
 
-    policy: Any = (
-        None  # a Policy, whose module needs torch, which an evaluation of the expert does not; None: none is asked
-    )
+    # a Policy, whose module needs torch, which an evaluation of the expert does not; None: none is asked
+    policy: Any = None
     prepare: Callable[[Any], Any] | None = None  # its image path, for the simulator processes
     counts: Mapping[str, int] | None = None  # what its decoding has done so far
     window: float = 0.0  # s for which an answer waits for more to ask, see pool.answer_at

@@ -15,7 +15,7 @@ from torch import Tensor
 from prismatic.errors import ConfigError, PolicyError
 from prismatic.models.decode import ActionDecoder
 from prismatic.models.vla import VLA
-from prismatic.policy_inputs import as_frames, as_states, check_batch
+from prismatic.policy_inputs import DAMAGED, as_frames, as_states, check_batch
 from prismatic.processor import Processor
 
 Frames = Sequence[np.ndarray]  # one a row of a batch
@@ -118,7 +118,7 @@ class VLAPolicy(Policy):
         tokens = self.processor.config.action_head != "l1"
         actions = self.processor.actions(answers) if tokens else self.processor.unnormalize(answers)
         if not np.isfinite(actions).all() or np.isnan(self.last_margins).any():
-            raise PolicyError("the policy answered with NaN or infinity: its weights or statistics are damaged")
+            raise PolicyError(DAMAGED)
         return actions.astype(np.float32)  # (B, K, 7)
 
     @torch.inference_mode()

@@ -11,6 +11,8 @@ from prismatic.image import PreparedImage
 WANTED = "a frame is (H, W, 3) uint8, RGB, upright"
 SMALLEST, LARGEST = 8, 8192  # pixels a side
 
+DAMAGED = "the policy answered with NaN or infinity: its weights or statistics are damaged"
+
 
 def as_frame(given: Any, name: str) -> np.ndarray:
     """(H, W, 3) uint8 of a frame, a PIL image, or either with an alpha channel. ConfigError that says what was given and what is wanted."""

@@ -20,6 +20,7 @@ from prismatic.errors import ConfigError
 from prismatic.image import decode_jpeg
 from prismatic.models.vla import IGNORE, VLA
 from prismatic.policy import Policy, VLAPolicy
+from prismatic.policy_inputs import DAMAGED
 from prismatic.processor import Batch, Processor
 
 BATCH = 8  # frames of one pass
@@ -71,7 +72,7 @@ def _split(policy: VLAPolicy, steps: Sequence[Step]) -> dict[str, Any]:
         # not the actions made of it: a number that is constant in the data hides what was answered
         acted.append(policy.raw_chunks(*views, states))
         if np.isnan(policy.last_margins).any() or not np.isfinite([acted[-1], forced[-1]]).all():
-            raise ConfigError("the policy answered with NaN or infinity: its weights or statistics are damaged")
+            raise ConfigError(DAMAGED)
     target, answers, told = map(np.concatenate, (true, acted, forced))
     return {
         "frames": len(steps),
