@@ -97,7 +97,7 @@ def checks(cfg: DoctorConfig) -> Iterator[Check]:
     asked = cfg.data_root_dir or cfg.dataset_name
     for part in (cfg.dataset_name or FinetuneConfig.dataset_name).split(",") if asked else ():
         try:
-            caches.append(opened(cfg, part.partition(":")[0].strip()))
+            caches.append(opened(cfg, part))
             yield from data(cfg, caches[-1])
         except ConfigError as error:
             yield Check(False, str(error), about_data=True)
@@ -134,10 +134,11 @@ def gpus() -> Iterator[Check]:
     yield Check(None, f"CUDA's and EGL's device numbers differ: {numbers}")
 
 
-def opened(cfg: DoctorConfig, name: str) -> "FrameCache":
-    """A data set as training would read it."""
-    from prismatic.data.mixture import open_cache
+def opened(cfg: DoctorConfig, part: str) -> "FrameCache":
+    """A data set, name or name:weight, as training would read it."""
+    from prismatic.data.mixture import names_and_weights, open_cache
 
+    ((name, _),) = names_and_weights(part)
     how = {"data_keys": cfg.data_keys, "gripper": cfg.gripper, "rotate_images": cfg.rotate_images}
     root = cfg.data_root_dir or str(FinetuneConfig.data_root_dir)
     return open_cache(root, name, cache_dir=cfg.cache_dir, **how)

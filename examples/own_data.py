@@ -22,6 +22,7 @@ from msgspec import Meta
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, wherever this is started
 
 from prismatic.arrays import read_arrays
+from prismatic.atomic import writing_to
 from prismatic.data import lerobot_writer, rlds
 from prismatic.data.staging import stage_episode
 from prismatic.errors import ConfigError, exit_codes
@@ -113,9 +114,14 @@ def main(cfg: OwnDataConfig) -> Path:
     cfg = checked(cfg)
     rlds.check_name(cfg.dataset_name)
     episodes = recorded(cfg.recordings) if cfg.recordings else drawn(cfg.episodes, cfg.action_dim)
-    cfg.output.mkdir(parents=True, exist_ok=True)
+    with writing_to(cfg.output):
+        cfg.output.mkdir(parents=True, exist_ok=True)
+    widths: dict[str, list[int]] = {}
     with tempfile.TemporaryDirectory(prefix=".staged-", dir=cfg.output) as staged:
         for number, episode in enumerate(episodes):
+            found = {name: list(np.shape(episode[name])[1:]) for name in ("action", "state") if name in episode}
+            if found != (widths := widths or found):
+                raise ConfigError(f"recording {number + 1} has vectors of {found}, the first {widths}: give all alike")
             views = [name for name in ("images", "wrist_images") if name in episode]
             jpegs: dict[str, Any] = {view: [encode_jpeg(frame) for frame in episode[view]] for view in views}
             try:

@@ -175,7 +175,10 @@ class Processor:
     def inputs(self, frames: Sequence[np.ndarray | image.PreparedImage], instruction: str) -> tuple[list[int], Tensor]:
         """Prompt ids and pixel_values (6·n_images, S, S) from live frames (H, W, 3) uint8, upright, or what image_path made of them."""
         prepared = [frame if isinstance(frame, image.PreparedImage) else self.image_path(frame) for frame in frames]
-        return self.prompt_ids(instruction), self.pixel_values([one.pixels for one in prepared])
+        ids = self.prompt_ids(instruction)
+        if len(ids) >= MAX_LENGTH:
+            raise ConfigError(f"the instruction has {len(ids):,} tokens, and the model reads {MAX_LENGTH:,}: shorten it")
+        return ids, self.pixel_values([one.pixels for one in prepared])
 
     def proprio(self, states: np.ndarray | Sequence[np.ndarray] | None, *, dataset: str | None = None) -> Tensor | None:
         """States (..., S) in a data set's units → float32 as the model reads them; None for a model that reads none."""

@@ -66,7 +66,8 @@ def kinds(f: Any) -> dict[str, dict[str, Any]]:
         "long_state": {"state": (vector(10), lambda t: state(t, 10))},
         "gripper_one_open": {"action": (vector(7), lambda t: action(t, gripper=(1.0, 0.0)))},
         "rotated": {"image": (png, lambda t: picture(t)[::-1, ::-1].copy()), "rotate": True},
-        "lean": {"state": None},  # with a split for validation
+        "lean": {"state": None, "splits": {"train": LENGTHS, "val": LENGTHS}},
+        "splits": {"splits": {"test": LENGTHS, "train": (0, *LENGTHS), "validation": LENGTHS}},
         "other_cameras": {"image": None, "left": (png, picture), "right": (png, picture)},
     }  # fmt: skip
 
@@ -78,7 +79,9 @@ def write(tfds: Any, folder: Path, kind: str, changes: dict[str, Any]) -> Path:
     usual |= {"state": (f.Tensor(shape=(8,), dtype=np.float32), state)}
     usual |= {"action": (f.Tensor(shape=(7,), dtype=np.float32), action)}
     usual |= {"language_instruction": (f.Text(), lambda t: INSTRUCTION)}
-    forms = {name: form for name, form in (usual | changes).items() if form and name not in ("keys", "rotate")}
+    forms = {
+        name: form for name, form in (usual | changes).items() if form and name not in ("keys", "rotate", "splits")
+    }
 
     def step(t: int | None = None) -> dict[str, Any]:
         """The values at step t, or the features."""
@@ -94,10 +97,15 @@ def write(tfds: Any, folder: Path, kind: str, changes: dict[str, Any]) -> Path:
             return tfds.core.DatasetInfo(builder=self, features=f.FeaturesDict({"steps": f.Dataset(step())}))
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            return {name: self._generate_examples() for name in (("train", "val") if kind == "lean" else ("train",))}
+            return {
+                name: self._episodes(lengths) for name, lengths in changes.get("splits", {"train": LENGTHS}).items()
+            }
 
         def _generate_examples(self) -> Any:
-            for number, length in enumerate(LENGTHS):
+            raise NotImplementedError  # each split has its own
+
+        def _episodes(self, lengths: tuple[int, ...]) -> Any:
+            for number, length in enumerate(lengths):
                 yield f"episode_{number}", {"steps": [step(t) for t in range(length)]}
 
     builder = Builder(data_dir=folder, **({"file_format": "array_record"} if kind == "array_record" else {}))

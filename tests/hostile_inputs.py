@@ -186,7 +186,7 @@ def make_cache(folder: Path) -> None:
 KINDS = (
     Kind("results.jsonl", lambda folder: folder_with(folder, ROWS), evaluation.read_rows),
     Kind("summary.json", lambda folder: folder_with(folder, ROWS), lambda folder: report.build(folder).read_bytes()),
-    Kind("run.json", written("run.json", {"identity": {"a": 1}, "record": {"sessions": []}}), read_run),
+    Kind("run.json", written("run.json", {"identity": {"a": 1}, "record": {"sessions": [{}]}}), read_run),
     Kind("metrics.jsonl", written("metrics.jsonl", [{"step": s, "loss": 1 / s, "l1_loss": 0.1} for s in (1, 2, 3)]), curves.draw),
     Kind("config.json", copied(TINY, "config.json"), lambda folder: read_config(folder / "config.json")),
     Kind("processor.json", copied(TINY, "processor.json"), lambda folder: read_processor(folder / "processor.json")),

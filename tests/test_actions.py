@@ -33,8 +33,9 @@ def test_a_missing_or_damaged_file_is_no_reason_to_fail(tmp_path: Path) -> None:
         assert load_actions(tmp_path, "a.npz") is None
     np.save(tmp_path / "a.npy", np.zeros((4, 7)))
     assert load_actions(tmp_path, "a.npy") is None  # an array, no archive
-    np.savez(tmp_path / "a.npz", actions=np.zeros((4, 6)))
-    assert load_actions(tmp_path, "a.npz") is None
+    for actions in (np.zeros((4, 6)), np.full((4, 7), "up"), np.zeros((4, 7), dtype=complex)):
+        np.savez(tmp_path / "a.npz", actions=actions)
+        assert load_actions(tmp_path, "a.npz") is None
 
 
 def points(path: str) -> np.ndarray:

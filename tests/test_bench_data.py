@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import pytest
+
 from prismatic.bench import data
+from prismatic.errors import ConfigError
 
 
 def test_it_writes_reads_and_loads_what_was_asked_for(tmp_path: Path) -> None:
@@ -17,3 +20,10 @@ def test_it_writes_reads_and_loads_what_was_asked_for(tmp_path: Path) -> None:
     early, late = (rows[-1][f"RssAnon MiB at {part}"] for part in ("10%", "100%"))
     assert early > 0 and late < 1.5 * early
     assert not (tmp_path / "new").exists()
+
+
+def test_what_cannot_be_timed_is_one_sentence(tmp_path: Path) -> None:
+    for folder, episodes, sentence in ((tmp_path / "new", 100, "one an episode"), (tmp_path, 5, "cannot write")):
+        with pytest.raises(ConfigError, match=sentence):
+            data.run(folder, episodes=episodes, frames=96, num_workers=(0,))
+    assert [*tmp_path.iterdir()] == []

@@ -42,6 +42,9 @@ def test_a_missing_data_set_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (text,) = bad(DoctorConfig(simulator=False, data_root_dir=str(tmp_path), dataset_name="none"))
     assert "none" in text
     assert len(bad(DoctorConfig(simulator=False, data_root_dir=str(tmp_path), dataset_name="none,nor:0.5"))) == 2
+    for weight in ("nan", "much", "-1", "1e9"):
+        (text,) = bad(DoctorConfig(simulator=False, data_root_dir=str(tmp_path), dataset_name=f"none:{weight}"))
+        assert "is no weight" in text
     monkeypatch.setattr(FinetuneConfig, "data_root_dir", str(tmp_path / "nowhere"))
     (text,) = bad(DoctorConfig(simulator=False, dataset_name="none"))
     assert "nowhere" in text

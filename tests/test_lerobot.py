@@ -321,6 +321,7 @@ REFUSED: list[tuple[str, Callable[[Path], Any], str]] = [
     ("v3 video", lambda f: change_info(f, codebase_version="v1.6"), r"v1\.6.*converter"),
     ("v3 video", no_time, "add the fps"),
     ("v3 video", no_start, "from_timestamp"),
+    ("v3 video", other_start(0.0), "two episodes .* share second 0"),
     *((kind, still, "don't rise") for kind in ("v2 video", "v3 video")),
     ("v3 image", two_columns, "task"),
     *(("v3 video", other_start(second), "from_timestamp") for second in (float("nan"), float("inf"), 1e300, -1.0)),

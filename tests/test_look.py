@@ -75,6 +75,7 @@ FAULTS: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], str, str]] = {
     "a duplicate": (lambda episodes: episodes.append(episodes[3]), "hurts", "1 episodes are another one again"),
     "no instruction": (every("instruction", ""), "wrong", "no training episode has an instruction"),
     "one silent": (lambda episodes: episodes[1].update(instruction=""), "hurts", "1 episodes begin without"),
+    "a silent step": (lambda episodes: episodes[1].update(instruction=["go", *[""] * 8]), "hurts", "8 steps have no instruction"),
     "blanks and capitals": (lambda episodes: episodes[0].update(instruction="Lift  block 0"), "hurts", "blanks or capitals"),
     "one step": (shorten, "hurts", "1 episodes have one step"),
     "one colour": (every("images", [encode_jpeg(np.zeros((48, 64, 3), np.uint8))] * STEPS), "wrong", "show one colour"),

@@ -182,6 +182,14 @@ def test_an_rl_folder_without_a_head_says_what_it_is_when_asked(published: Path)
     assert not load_vla(published, action_head="parallel").config.stop_token
 
 
+def test_a_record_that_denies_the_head_s_file_is_named(made: Path) -> None:
+    for name in ("config.json", "processor.json"):
+        path = made / "own" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"action_head": "tokens", "num_actions_chunk": 1}))
+    with pytest.raises(ConfigError, match=r"token head is untrained: processor\.json says tokens, copy it again"):
+        policy_of(made / "own")
+
+
 def test_what_a_folder_says_is_not_contradicted_nor_merged_again(made: Path, published: Path) -> None:
     with pytest.raises(ConfigError, match="--action_head tokens contradicts"):
         policy_of(made / "own", action_head="tokens")

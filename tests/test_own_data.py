@@ -71,6 +71,13 @@ def test_mp4_and_actions_become_a_data_set(tmp_path: Path, capsys: pytest.Captur
         ),
         (lambda npz: np.savez(npz, action=ACTION[:4], instruction="push"), r"recording 1: .*6 images .*\(4, 7\)"),
         (lambda npz: np.savez(npz, action=ACTION[:, 0], instruction="push"), r"recording 1: .*\(6,\)"),
+        (lambda npz: np.savez(npz, action=ACTION, state=3.0, instruction="push"), r"recording 1: .*'state': \(\)"),
+        (lambda npz: np.savez(npz, action=ACTION[:, :0], instruction="push"), r"recording 1: .*\(6, 0\)"),
+        (
+            lambda npz: record(npz.with_name("b.npz"), action=ACTION[:, :6], instruction="push"),
+            r"recording 2 has .*\[6\].*the first .*\[7\]",
+        ),
+        (lambda npz: npz.parents[1].joinpath("out").write_text("a file"), r"cannot write .*out"),
     ],
 )
 def test_a_recording_that_is_not_whole_is_one_sentence(tmp_path: Path, change: Any, sentence: str) -> None:
@@ -78,7 +85,7 @@ def test_a_recording_that_is_not_whole_is_one_sentence(tmp_path: Path, change: A
     change(tmp_path / "in/a.npz")
     with pytest.raises(ConfigError, match=sentence):
         own_data.main(OwnDataConfig(tmp_path / "out", "mine", recordings=tmp_path / "in"))
-    assert not [*(tmp_path / "out").glob("*")]
+    assert not (tmp_path / "out").is_dir() or not [*(tmp_path / "out").iterdir()]
 
 
 @pytest.mark.slow

@@ -64,6 +64,11 @@ def test_a_row_too_long_for_the_model_loses_words_and_no_action(tiny: Processor)
     assert (long.labels != IGNORE).sum() == (short.labels != IGNORE).sum() == 8
 
 
+def test_an_instruction_too_long_to_act_on_is_refused(tiny: Processor) -> None:
+    with pytest.raises(ConfigError, match=r"the instruction has 3,\d+ tokens, and the model reads 2,048"):
+        tiny.inputs([np.zeros((9, 9, 3), dtype=np.uint8)], "q" * 3000)
+
+
 def test_only_the_actions_and_the_end_are_learnt(tiny: Processor) -> None:
     example = tiny.example([np.zeros((256, 256, 3), np.uint8)] * 2, "Pick up the BOWL", np.zeros(7, np.float32))
     learnt = example.labels != IGNORE

@@ -69,6 +69,15 @@ def test_no_state_no_wrist_and_a_split_for_validation(forms: Path) -> None:
     assert arms.statistics["action"]["mask"] == [True] * 14
 
 
+def test_a_split_named_validation_one_that_is_not_used_and_an_episode_without_steps(forms: Path) -> None:
+    cache = FrameCache(forms / "splits")
+    assert len(cache.file_paths) == 1 + 2 * len(LENGTHS) and any(
+        "splits test are not used" in note for note in cache.notes
+    )
+    assert sorted(np.bincount(cache.episode)) == sorted((0, *LENGTHS, *LENGTHS))
+    assert {*cache.episode[cache.validation_indices()]} == {4, 5, 6}
+
+
 def test_what_is_refused_names_what_is_there(forms: Path) -> None:
     sentence = (forms / "other_cameras.error").read_text()
     assert all(part in sentence for part in ("observation/left", "observation/right", "--data_keys image="))

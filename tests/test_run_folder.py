@@ -88,6 +88,8 @@ def test_options_may_change_until_a_step_is_saved(tmp_path: Path) -> None:
     run.save(1, nothing, {})
     with pytest.raises(ConfigError, match="was begun with --use_quantization True, not False"):
         run.check_options({"use_quantization": False}, may_change=())
+    run.check_options({"use_quantization": True, "dataset_name": "a"}, may_change=())
+    run.check_options({"dataset_name": "a/"}, may_change=())  # as a shell completes it
     (tmp_path / OPTIONS).unlink()  # each step has its own copy
     with pytest.raises(ConfigError, match="was begun with --use_quantization True, not False"):
         run.check_options({"use_quantization": False}, may_change=())

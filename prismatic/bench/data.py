@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from prismatic.atomic import writing_to
 from prismatic.augmentation import drawing
 from prismatic.bench.instruments import Row
 from prismatic.data.examples import Examples, draw_batches
@@ -98,9 +99,10 @@ def run(
 
     loaded_frames: of the last row, which shows memory; None: an epoch. ConfigError for fewer frames than can be timed.
     """
-    if (fewest := min(frames, loaded_frames or frames)) < FEWEST:
-        raise ConfigError(f"{fewest} frames are too few to time a loader: give {FEWEST} or more")
-    folder.mkdir(parents=True)
+    if (fewest := min(frames, loaded_frames or frames)) < FEWEST or frames < episodes:
+        raise ConfigError(f"{fewest} frames are too few: give {FEWEST} or more, to time a loader, and one an episode")
+    with writing_to(folder):
+        folder.mkdir(parents=True)
     try:
         start = time.perf_counter()
         stage(folder / "staged", episodes=episodes, frames=frames)

@@ -215,9 +215,13 @@ def _video_frames(dataset: LeRobotFolder, rows: Rows, camera: str) -> Iterator[n
         said = f"{dataset.source / LEROBOT_INFO} says fps {fps:g}"
         raise ConfigError(f"{said}, and its rows are {rate:g} a second by their timestamps: mend the fps there")
     spans = rows.spans()
+    places = zip(dataset.video_places(camera, [*spans]), spans.values(), strict=True)
+    parts = [(path, (begins + rows.time[span]).tolist()) for (path, begins), span in places]
+    for (path, before), (other, after) in itertools.pairwise(sorted(parts)):
+        if path == other and after[0] < before[-1] + 0.5 / fps:
+            raise ConfigError(f"two episodes of {dataset.source} share second {after[0]:.6g} of {path.name}: {AGAIN}")
     runs: list[tuple[Path, list[float]]] = []
-    for (path, begins), span in zip(dataset.video_places(camera, [*spans]), spans.values(), strict=True):
-        seconds = (begins + rows.time[span]).tolist()
+    for path, seconds in parts:
         if runs and runs[-1][0] == path and runs[-1][1][-1] < seconds[0]:
             runs[-1][1].extend(seconds)
         else:

@@ -73,7 +73,8 @@ def look(cache: FrameCache) -> Look:
     train = len(np.unique(cache.episode[cache.train_indices()]))
     spread, still = _decoded_episode(cache)
     facts = Look(lengths, train, said.most_common(), dimensions, no_ops, still, _duplicates(cache, lengths), [])
-    rows = [*_of_actions(cache, facts, motion[:, :3]), *_of_episodes(facts), *_of_images(spread, still)]
+    blank = sum(not cache.instruction(frame) for frame in cache.train_indices().tolist())
+    rows = [*_of_actions(cache, facts, motion[:, :3]), *_of_episodes(facts, blank), *_of_images(spread, still)]
     findings = [Finding(severity, text, remedy) for there, severity, text, remedy in rows if there]
     return facts._replace(findings=sorted(findings, key=lambda finding: finding.severity, reverse=True))
 
@@ -134,13 +135,14 @@ def _of_images(spread: dict[str, float], still: float) -> Iterable[Row]:
     yield still > 0.2, "hurts", text, "record actions and images at one rate"
 
 
-def _of_episodes(facts: Look) -> Iterable[Row]:
+def _of_episodes(facts: Look, blank: int) -> Iterable[Row]:
     lengths, train, texts = facts.lengths, facts.train_episodes, dict(facts.instructions)
     silent, empty, single = texts.get("", 0), (lengths == 0).sum(), (lengths == 1).sum()
     alike = len(texts) - len({" ".join(text.split()).lower() for text in texts})
     return (
         (train == 0, "wrong", "no training episode has an instruction", f"{KEYS_FLAG} instruction=… names the field that has them"),
         (silent and train, "hurts", f"{silent} episodes begin without an instruction", "episodes without any are left out; write one for each"),
+        (blank, "hurts", f"{blank} steps have no instruction in episodes with one", "they are learnt as told nothing: write it at each step"),
         (alike, "hurts", f"{alike} instructions are another one with other blanks or capitals", "capitals don't matter, blanks do: unify"),
         (empty, "hurts", f"{empty} episodes have no step", "leave them out"),
         (single, "hurts", f"{single} episodes have one step", "an action chunk needs as many steps as it has actions"),

@@ -6,7 +6,7 @@ from typing import Any
 
 from prismatic.data import lerobot, rlds
 from prismatic.data.dataset_folder import find_dataset, is_lerobot
-from prismatic.data.frames import VAL_SHARE, FrameCache, Mixture
+from prismatic.data.frames import LARGEST_WEIGHT, VAL_SHARE, FrameCache, Mixture
 from prismatic.data.gripper import choose_gripper
 from prismatic.errors import ConfigError
 from prismatic.hub import resolve
@@ -55,16 +55,25 @@ def open_mixture(
     **how: Any,
 ) -> Mixture:
     """The frame caches of dataset_name (a name, or name:weight,name:weight), each opened by open_cache, which takes `how`."""
-    caches, shares = [], []
+    names, weights = zip(*names_and_weights(dataset_name), strict=True)
+    caches = [open_cache(root, name, **how) for name in names]
+    return Mixture(caches, seed=seed, weights=weights, val_share=val_share, num_actions_chunk=num_actions_chunk)
+
+
+def names_and_weights(dataset_name: str) -> list[tuple[str, float]]:
+    """Of each data set, 1 where it has no weight. ConfigError for a weight that isn't above 0 and at most 1000."""
+    found = []
     for part in dataset_name.split(","):
-        name, _, share = part.strip().partition(":")
+        name, _, given = part.strip().partition(":")
         try:
-            shares.append(float(share or 1.0))
+            weight = float(given or 1.0)
         except ValueError:
-            said = f"--dataset_name {part!r}: {share!r} is no weight"
-            raise ConfigError(f"{said}, write it like libero_spatial_no_noops:0.5") from None
-        caches.append(open_cache(root, name, **how))
-    return Mixture(caches, seed=seed, weights=shares, val_share=val_share, num_actions_chunk=num_actions_chunk)
+            weight = 0.0
+        if not 0 < weight <= LARGEST_WEIGHT:
+            said = f"--dataset_name {part!r}: {given!r} is no weight above 0 and at most {LARGEST_WEIGHT}"
+            raise ConfigError(f"{said}, write it like libero_spatial_no_noops:0.5")
+        found.append((name, weight))
+    return found
 
 
 def sentences(cache: FrameCache, *, rotate_images: bool = False) -> list[str]:

@@ -10,6 +10,7 @@ import ctypes
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -116,16 +117,19 @@ def _read(source: Path, folder: Path, options: str) -> None:
 
     told, rotate = json.loads(options)
     builder: Any = tfds.builder_from_directory(source)
-    splits = {name: split.num_examples for name, split in builder.info.splits.items() if name in ("train", "val")}
-    if "train" not in splits:
-        raise ConfigError(f"{source} has no split named train, only {list(builder.info.splits)}: rename one")
+    there = {name: split.num_examples for name, split in builder.info.splits.items()}
+    if "train" not in there:
+        raise ConfigError(f"{source} has no split named train, only {list(there)}: rename one")
+    held_out = next((name for name in ("val", "validation") if name in there), None)
+    splits = {name: there[name] for name in ("train", held_out) if name}  # in this order
+    unused = [name for name in there if name not in splits]
     keys = find_keys(_fields(tfds, builder.info.features), told, str(source))
     assert keys.instruction  # else find_keys, which was given texts, would have raised
     several, fields = False, {}
     writer = CacheWriter(folder, name=dataset_name(source), source=str(source), views=keys.views, rotate=rotate)
-    stored = itertools.chain.from_iterable(_stored_episodes(tfds, builder, split) for split in sorted(splits))
+    stored = itertools.chain.from_iterable(_stored_episodes(tfds, builder, split) for split in splits)
     bar = tqdm(stored, total=sum(splits.values()), desc=f"reading {dataset_name(source)}", unit="episode")
-    for example in bar:  # train, then val
+    for example in bar:
         metadata = example.get("episode_metadata", {})
         fields = dict(_flat(example["steps"])) | dict(_flat({"episode_metadata": metadata}))
         action, text = _vector(fields, keys.action), fields[keys.instruction]
@@ -139,9 +143,10 @@ def _read(source: Path, folder: Path, options: str) -> None:
             file_path=_decoded(metadata.get("file_path", b"")),
         )
     notes = sentences(keys) + ["of several instructions a step the first that is not empty is taken"] * several
+    notes += [f"its splits {', '.join(unused)} are not used"] * bool(unused)
     parts = keys.action if len(keys.action) > 1 else ()
     names = [name for name in parts for _ in range(_vector(fields, (name,)).shape[1])]
-    writer.finish(train_episodes=splits["train"] if "val" in splits else None, action_names=names, notes=notes)
+    writer.finish(train_episodes=splits["train"] if held_out else None, action_names=names, notes=notes)
 
 
 def _stored_episodes(tfds: Any, builder: Any, split: str) -> Iterator[dict[str, Any]]:
@@ -158,7 +163,8 @@ def _stored_episodes(tfds: Any, builder: Any, split: str) -> Iterator[dict[str, 
 
 def _vector(fields: Mapping[str, np.ndarray], names: tuple[str, ...]) -> np.ndarray:
     """(T, D): one field, or several beside each other."""
-    return np.concatenate([np.asarray(fields[name]).reshape(len(fields[name]), -1) for name in names], axis=1)
+    parts = [np.asarray(fields[name]) for name in names]
+    return np.concatenate([part.reshape(len(part), math.prod(part.shape[1:])) for part in parts], axis=1)
 
 
 def _decoded(text: Any) -> str:

@@ -47,8 +47,9 @@ def stage_episode(
     vectors = {"action": action, "state": state, "joint_state": joint_state}
     numbers = {name: np.asarray(values, dtype=np.float32) for name, values in vectors.items() if values is not None}
     shapes = {name: values.shape for name, values in numbers.items()}
-    lengths = {len(images), len(wrist_images) or len(images), *(len(values) for values in numbers.values())}
-    if len(images) == 0 or len(lengths) > 1 or any(len(shape) != 2 for shape in shapes.values()):
+    views = (len(images),), (len(wrist_images) or len(images),)
+    lengths = {*views, *(shape[:1] for shape in shapes.values())}
+    if len(images) == 0 or len(lengths) > 1 or any(len(shape) != 2 or 0 in shape for shape in shapes.values()):
         raise ValueError(f"an episode of {len(images)} images and {len(wrist_images)} wrist images, arrays {shapes}")
     content = {
         "image_jpeg": np.frombuffer(b"".join(images), dtype=np.uint8),

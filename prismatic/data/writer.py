@@ -65,7 +65,7 @@ class CacheWriter:
         with np.errstate(over="ignore"):  # becomes infinity
             columns = {field: np.asarray(values).astype(np.float32) for field, values in given.items()}
         for field, values in columns.items():
-            if values.ndim != 2 or not np.isfinite(values).all():
+            if values.ndim != 2 or values.shape[1] == 0 or not np.isfinite(values).all():
                 said = f"{field} of {where} holds NaN or infinity, or no vectors"
                 raise ConfigError(f"{said}: repair or drop that episode")
             self._columns.setdefault(field, []).append(values)

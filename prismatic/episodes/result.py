@@ -69,8 +69,9 @@ class Run(Struct, kw_only=True):
 def read_run(folder: Path) -> Run:
     """A rollout folder's run.json. ConfigError where it is missing or damaged."""
     run = read_record(folder / RUN, Run, way_out=AGAIN)
-    if not isinstance(run.record.get("sessions", []), list):
-        raise ConfigError(f"{folder / RUN}: record.sessions is no list: {AGAIN}")
+    sessions = run.record.get("sessions", [])
+    if not isinstance(sessions, list) or not all(isinstance(session, dict) for session in sessions):
+        raise ConfigError(f"{folder / RUN}: record.sessions is no list of calls: {AGAIN}")
     return run
 
 
@@ -105,4 +106,5 @@ def load_actions(folder: Path, name: str | None) -> np.ndarray | None:
         actions = read_arrays(folder / name)["actions"]
     except Exception:  # zipfile, zlib and numpy each have their own for a damaged file
         return None
-    return actions if actions.ndim == 2 and actions.shape[1] == len(ACTION_DIMENSIONS) else None
+    whole = actions.ndim == 2 and actions.shape[1] == len(ACTION_DIMENSIONS) and actions.dtype.kind == "f"
+    return actions if whole else None

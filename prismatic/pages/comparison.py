@@ -111,7 +111,7 @@ def _differences(before: Run, after: Run) -> list[tuple[str, object, object]]:
 
 def build(before: Run, after: Run, result: Comparison) -> Path:
     """Write the page into the second run's folder and return its path. result: statistics.compare of its and the first's outcomes."""
-    name = re.sub(r"[^\w.+=-]", "_", before.path.resolve().name)
+    name = re.sub(r"[^\w.+=-]", "_", before.path.resolve().name, flags=re.ASCII)[-200:]  # its end tells runs apart
     path = after.path / f"compared-with-{name}.html"
     runs = {"A": after, "B": before}
     both = [row for name, row in after.rows.items() if name in before.rows]

@@ -86,7 +86,7 @@ def _image(value: Any, name: str, limits: Limits) -> np.ndarray:
         raise RequestError(f"{name} is missing: send an image (H, W, 3) uint8")
     if not isinstance(value, np.ndarray) or value.dtype != np.uint8 or value.ndim != 3 or value.shape[2] != 3:
         found = f"{value.dtype} of shape {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
-        raise RequestError(f"{name} must be an array (H, W, 3) of uint8, it is {found}")
+        raise RequestError(f"{name} must be an array (H, W, 3) of uint8, as it is (no .tolist()), not {found}")
     check_size(value.shape[0], value.shape[1], name, limits)
     return value
 

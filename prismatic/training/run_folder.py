@@ -72,7 +72,7 @@ class RunFolder:
         if self.checkpoints():
             before = read_object(path if path.exists() else self.path / LATEST / OPTIONS)
             for name, value in options.items():
-                if name not in may_change and name in before and before[name] != value:
+                if name not in may_change and name in before and _plain(before[name]) != _plain(value):
                     raise ConfigError(
                         f"{self.path} was begun with --{name} {before[name]}, not {value}: "
                         "give that, or a --run_id_note to begin another run"
@@ -171,6 +171,11 @@ class RunFolder:
         """Append a line to metrics.jsonl, or to another file of its kind."""
         with writing_to(self.path), (self.path / name).open("a") as stream:
             stream.write(json.dumps(row) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """An option as it is compared: a name or path that ends in / is the same without it."""
+    return value.rstrip("/") if isinstance(value, str) else value
 
 
 def _damage(folder: Path) -> str | None:
