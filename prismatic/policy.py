@@ -112,9 +112,7 @@ class VLAPolicy(Policy):
         except torch.OutOfMemoryError:
             if len(frames) > 1:
                 raise PolicyError(f"the GPU has no memory to answer {len(frames)} at once") from None
-            raise ConfigError(
-                "the GPU has no memory left to answer with: end what else runs there, or quantise"
-            ) from None
+            raise ConfigError("the GPU has no memory left: end what else runs there, or quantise") from None
         tokens = self.processor.config.action_head != "l1"
         actions = self.processor.actions(answers) if tokens else self.processor.unnormalize(answers)
         if not np.isfinite(actions).all() or np.isnan(self.last_margins).any():
@@ -146,9 +144,7 @@ class VLAPolicy(Policy):
     def _inputs(self, frames: Frames, instructions: Texts, wrists: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Right-padded prompt ids and their mask (B, T), and pixel_values, on the model's device."""
         if self.num_images == 2 and wrists is None:
-            raise ConfigError(
-                "this policy learnt with two images (num_images_in_input 2): pass the wrist camera's frame as wrist="
-            )
+            raise ConfigError("this policy learnt with two images: pass the wrist camera's frame as wrist=")
         views = zip(frames, wrists, strict=True) if self.num_images == 2 and wrists is not None else zip(frames)
         rows = [self.processor.inputs(images, text) for images, text in zip(views, instructions, strict=True)]
         prompts = [torch.tensor(ids) for ids, _ in rows]

@@ -182,12 +182,13 @@ def test_an_rl_folder_without_a_head_says_what_it_is_when_asked(published: Path)
     assert not load_vla(published, action_head="parallel").config.stop_token
 
 
-def test_a_record_that_denies_the_head_s_file_is_named(made: Path) -> None:
+def test_a_record_that_denies_the_head_s_file_is_named(made: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made / "own", tmp_path / "denied"))
     for name in ("config.json", "processor.json"):
-        path = made / "own" / name
+        path = folder / name
         path.write_text(json.dumps(json.loads(path.read_text()) | {"action_head": "tokens", "num_actions_chunk": 1}))
     with pytest.raises(ConfigError, match=r"token head is untrained: processor\.json says tokens, copy it again"):
-        policy_of(made / "own")
+        policy_of(folder)
 
 
 def test_what_a_folder_says_is_not_contradicted_nor_merged_again(made: Path, published: Path) -> None:

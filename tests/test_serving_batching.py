@@ -19,8 +19,9 @@ from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
 from prismatic.errors import ConfigError
 from prismatic.image import decode_jpeg, encode_jpeg
+from prismatic.observation import Observation
 from prismatic.serving.batching import BatchQueue
-from prismatic.serving.observation import Limits, Observation, RequestError
+from prismatic.serving.observation import Limits, RequestError
 from prismatic.serving.recording import Recorder
 from tests.fake_policy import FakePolicy, picture
 from tests.live_server import Live, body, live, openpi

@@ -8,10 +8,11 @@ import pytest
 
 from prismatic import machine
 from prismatic.episodes import session as module
-from prismatic.episodes.player import Observation, Outcome
+from prismatic.episodes.player import Outcome
 from prismatic.episodes.pool import Question
 from prismatic.episodes.session import Session
 from prismatic.errors import PolicyError
+from prismatic.observation import Observation
 from tests.drawn_results import row
 from tests.fake_policies import BrightnessPolicy
 

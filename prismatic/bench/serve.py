@@ -28,9 +28,9 @@ from websockets.sync.client import connect
 from prismatic import machine
 from prismatic.bench.instruments import Row, seconds_in_turns
 from prismatic.checkpoint import load_policy
+from prismatic.observation import Observation
 from prismatic.policy import Policy
 from prismatic.serving.codec import bytes_keys, string_keys, write_msgpack
-from prismatic.serving.observation import Observation
 from prismatic.serving.openvla import write_request
 from prismatic.serving.vla_eval import envelope
 

@@ -22,19 +22,10 @@ from prismatic.episodes.pool import Parent
 from prismatic.episodes.recorded import RecordedActions
 from prismatic.episodes.result import EpisodeResult
 from prismatic.episodes.trials import Trial
+from prismatic.observation import Observation
 from prismatic.rollout import Actor, Simulator, rollout
 from prismatic.scene.diagnosis import diagnose
 from prismatic.scene.suites import Benchmark, Libero
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What a policy in the parent is asked about. Images are frames, or what Play.prepare made of them."""
-
-    image: Any
-    instruction: str
-    wrist: Any = None
-    state: np.ndarray | None = None  # (8,) as Simulator.state
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 A run may be continued or shared by ranks: each call has its own entry in the protocol's `sessions`, none is averaged away.
 """
 
+import dataclasses
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prismatic import machine
-from prismatic.episodes.player import Observation, Outcome
+from prismatic.episodes.player import Outcome
 from prismatic.episodes.pool import Question
 from prismatic.episodes.result import Facts
 from prismatic.errors import PolicyError
+from prismatic.observation import answered
 from prismatic.versions import git_commit
 
 if TYPE_CHECKING:  # it needs torch, which an evaluation of the expert does not
@@ -51,16 +53,10 @@ class Session:
         assert self._policy is not None
         if self._one_by_one and len(questions) > 1:
             return [answer for question in questions for answer in self.answer([question])]
-        rows: list[Observation] = [question.content for question in questions]
+        rows = [dataclasses.replace(question.content, stream=question.job) for question in questions]
         start = time.perf_counter()
         try:
-            chunks = self._policy.batch_chunks(
-                [row.image for row in rows],
-                [row.instruction for row in rows],
-                wrists=[row.wrist for row in rows] if self._policy.num_images > 1 else None,
-                states=[np.asarray(row.state) for row in rows] if self._policy.uses_state else None,
-                episodes=[question.job for question in questions],
-            )
+            chunks = answered(self._policy, rows)
         except PolicyError as error:
             if len(rows) == 1:
                 return [error]

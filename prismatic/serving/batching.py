@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from prismatic.errors import ConfigError, PolicyError
+from prismatic.observation import Observation, answered
 from prismatic.policy import Policy
-from prismatic.serving.observation import Observation, RequestError
+from prismatic.serving.observation import RequestError
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class BatchQueue:
     def _compute(self, batch: Sequence[_Waiting]) -> list[np.ndarray | RequestError]:
         """One batch; if it fails, its rows one by one, so that only the one at fault is refused."""
         try:
-            return list(compute(self.policy, [request.observation for request in batch]))
+            return list(answered(self.policy, [request.observation for request in batch]))
         except Exception as error:
             if len(batch) > 1:
                 return [result for request in batch for result in self._compute([request])]
@@ -100,14 +101,3 @@ class BatchQueue:
                 return [RequestError(str(error), status=500)]
             logging.getLogger("serve").exception("the policy failed")
             return [RequestError(f"the policy failed on this request ({type(error).__name__})", status=500)]
-
-
-def compute(policy: Policy, observations: Sequence[Observation]) -> np.ndarray:
-    """(B, K, D) float32."""
-    return policy.batch_chunks(
-        [o.frame for o in observations],
-        [o.instruction for o in observations],
-        [o.wrist for o in observations if o.wrist is not None] or None,
-        [o.state for o in observations if o.state is not None] if policy.uses_state else None,
-        episodes=[o.stream for o in observations],
-    )

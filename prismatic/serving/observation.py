@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from prismatic.observation import Observation
+
 LARGEST = float(np.finfo(np.float32).max)
 SMALLEST_SIDE, LARGEST_SIDE = 8, 4096  # pixels; a strip of a million would make resampling slow
 
@@ -32,21 +34,6 @@ class Limits:
     connections: int = 128
     queue: int = 256  # requests that wait
     read_seconds: float = 30.0  # from a request's first byte to its last
-
-
-@dataclass(frozen=True)
-class Observation:
-    """frame, wrist: (H, W, 3) uint8, upright. state: (D,) float32. unnorm_key: the statistics that the client believes in, None: any.
-
-    stream: the same while one robot goes on, so that its last answer drafts the next; None: unknown.
-    """
-
-    frame: np.ndarray
-    instruction: str
-    wrist: np.ndarray | None = None
-    state: np.ndarray | None = None
-    unnorm_key: str | None = None
-    stream: Hashable = None
 
 
 def read_observation(
@@ -86,7 +73,7 @@ def _image(value: Any, name: str, limits: Limits) -> np.ndarray:
         raise RequestError(f"{name} is missing: send an image (H, W, 3) uint8")
     if not isinstance(value, np.ndarray) or value.dtype != np.uint8 or value.ndim != 3 or value.shape[2] != 3:
         found = f"{value.dtype} of shape {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
-        raise RequestError(f"{name} must be an array (H, W, 3) of uint8, as it is (no .tolist()), not {found}")
+        raise RequestError(f"{name} must be an array (H, W, 3) of uint8, it is {found}")
     check_size(value.shape[0], value.shape[1], name, limits)
     return value
 

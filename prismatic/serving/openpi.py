@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from prismatic.observation import Observation
 from prismatic.serving.codec import bytes_keys, write_msgpack
-from prismatic.serving.observation import Limits, Observation, RequestError, read_observation
+from prismatic.serving.observation import Limits, RequestError, read_observation
 
 NAMES = {"image": "observation/image", "wrist": "observation/wrist_image", "state": "observation/state"}
 

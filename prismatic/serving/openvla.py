@@ -14,8 +14,9 @@ import numpy as np
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
+from prismatic.observation import Observation
 from prismatic.serving.codec import json_array, read_json
-from prismatic.serving.observation import Limits, Observation, RequestError, read_observation
+from prismatic.serving.observation import Limits, RequestError, read_observation
 from prismatic.serving.service import Service
 
 OPENVLA, OFT = "openvla", "openvla-oft"

@@ -18,7 +18,7 @@ import numpy as np
 from prismatic.atomic import lock
 from prismatic.errors import ConfigError
 from prismatic.image import encode_jpeg
-from prismatic.serving.observation import Observation
+from prismatic.observation import Observation
 
 REQUESTS, FRAMES = "requests.jsonl", "frames"
 MOST_WAITING = 64  # requests that are not written yet, which lie in memory

@@ -19,10 +19,11 @@ import numpy as np
 
 from prismatic.dataset_statistics import NO_NOOPS
 from prismatic.errors import ConfigError, PolicyError
+from prismatic.observation import Observation, answered
 from prismatic.policy import Policy
-from prismatic.serving.batching import BatchQueue, compute
+from prismatic.serving.batching import BatchQueue
 from prismatic.serving.metrics import Metrics
-from prismatic.serving.observation import Limits, Observation, RequestError
+from prismatic.serving.observation import Limits, RequestError
 from prismatic.serving.recording import Recorder, utc_now
 from prismatic.versions import versions
 
@@ -175,9 +176,9 @@ class Service:
             longer = [self.example(("warm-up", row), LONG_INSTRUCTION) for row in range(rows)]
             try:
                 for asked in [longer, examples] * (self._warm_ups - 1):
-                    await loop.run_in_executor(self.queue.thread, compute, self.policy, asked)
+                    await loop.run_in_executor(self.queue.thread, answered, self.policy, asked)
                 start = time.monotonic()
-                await loop.run_in_executor(self.queue.thread, compute, self.policy, examples)
+                await loop.run_in_executor(self.queue.thread, answered, self.policy, examples)
             except PolicyError as error:  # of no request's, so of the weights
                 raise ConfigError(str(error)) from None
             times.append((rows, time.monotonic() - start))

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from prismatic.observation import Observation
 from prismatic.serving.codec import string_keys, write_msgpack
-from prismatic.serving.observation import Limits, Observation, RequestError, read_observation
+from prismatic.serving.observation import Limits, RequestError, read_observation
 from prismatic.serving.service import Service
 
 PROTOCOL_VERSION = 1
