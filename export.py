@@ -75,16 +75,9 @@ def main(cfg: ExportConfig) -> Path:
 
 
 def exported_processor(cfg: ExportConfig, base: Path, adapter: Path | None, choice: dict[str, Any]) -> Processor:
-    """The adapter's processor where there is one; statistics of both. A foreign checkpoint with several keys leaves the choice open.
-
-    ConfigError if the adapter is in the base's weights already.
-    """
+    """The adapter's processor where there is one; statistics of both. A foreign checkpoint with several keys leaves the choice open."""
     merged = read_processor(base / PROCESSOR).merged_adapter if (base / PROCESSOR).exists() else ""
-    if adapter is not None:
-        added = files.adapter_fingerprint(adapter)
-        if merged == added:
-            raise ConfigError(f"{adapter} is merged into {base} already: use {base} as it is")
-        merged = added
+    merged = merged if adapter is None else files.adapter_fingerprint(adapter)
     statistics = load_statistics(base, needed=False)
     if adapter is not None and (adapter / STATISTICS).exists():
         statistics |= load_statistics(adapter)

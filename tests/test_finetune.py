@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,14 +21,18 @@ from config import FinetuneConfig
 from prismatic.augmentation import drawing
 from prismatic.checkpoint import load_policy
 from prismatic.data.examples import Examples, draw_batches
+from prismatic.data.frames import Mixture
 from prismatic.data.lerobot_writer import write_dataset
 from prismatic.data.loader import batches
 from prismatic.errors import ConfigError
 from prismatic.image import AUGMENTATIONS
+from prismatic.models.vla import VLAConfig
 from prismatic.processor import Processor, ProcessorConfig
 from prismatic.training import setup
 from tests.conftest import REPOSITORY
+from tests.drawn_cache import write_cache
 from tests.drawn_checkpoint import ENTRY, tokenizer
+from tests.drawn_episodes import drawn_episode
 from tests.drawn_run import SMALL, drawn_mixture, rows, run_folder
 
 pytest_plugins = ["tests.drawn_run"]
@@ -160,6 +165,23 @@ def test_the_number_of_loader_processes_changes_nothing(place: Path) -> None:
     )
     for mine, theirs in zip(alone, helped, strict=True):
         assert torch.equal(mine.pixel_values, theirs.pixel_values) and torch.equal(mine.input_ids, theirs.input_ids)
+
+
+def test_other_states_or_another_split_are_other_data(tmp_path: Path) -> None:
+    """Where a model reads states: the cache's fingerprint is of images, words and actions."""
+    plain = [drawn_episode(n) for n in range(3)]
+    moved = [episode | {"state": episode["state"] + 1} for episode in plain]
+    reads, blind = VLAConfig(action_head="l1", num_actions_chunk=2, proprio_dim=8), VLAConfig()
+
+    def identity(name: str, episodes: list, config: VLAConfig, **how: Any) -> dict[str, Any]:
+        cache = write_cache(tmp_path / name, episodes, **how)
+        mixture = Mixture([cache], seed=0)
+        return setup.Task(tmp_path, "base", config, mixture, None).identity  # pyright: ignore[reportArgumentType]
+
+    same = identity("a", plain, reads)
+    assert same == identity("b", plain, reads)
+    assert same != identity("c", moved, reads) and same != identity("d", plain, reads, train_episodes=1)
+    assert identity("e", plain, blind) == identity("f", moved, blind)
 
 
 BAD: dict[str, tuple[dict, str]] = {

@@ -4,6 +4,7 @@ In: values that a person gave. Out: the parts of a TrainingRun. Each error is on
 """
 
 import dataclasses
+import hashlib
 import os
 import shutil
 import sys
@@ -13,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -82,7 +84,14 @@ class Task:
     @property
     def identity(self) -> dict[str, Any]:
         """What tells base and data apart wherever they lie."""
-        return {"base": self.base_fingerprint, "data": {cache.name: cache.fingerprint for cache in self.mixture.caches}}
+        data = {cache.name: cache.fingerprint for cache in self.mixture.caches}  # of images, words and actions
+        found = {"base": self.base_fingerprint, "data": data, "samples": len(self.mixture)}
+        if self.config.proprio_dim:
+            states = {cache.name: np.ascontiguousarray(cache.state) for cache in self.mixture.caches}
+            found["states"] = {
+                name: hashlib.blake2b(state, digest_size=16).hexdigest() for name, state in states.items()
+            }
+        return found
 
     @cached_property
     def longest_row(self) -> int:
