@@ -28,7 +28,7 @@ class Observation:
 
 def answered(policy: "Policy", asked: Sequence[Observation]) -> np.ndarray:
     """(B, K, D) float32: the policy's chunk for each."""
-    wrists = [one.wrist for one in asked if one.wrist is not None]
-    states = [one.state for one in asked if one.state is not None] if policy.uses_state else None
+    wrists = [one.wrist for one in asked] if policy.num_images > 1 else None
+    states = [np.asarray(one.state) for one in asked] if policy.uses_state else None
     frames, texts, names = zip(*((one.frame, one.instruction, one.stream) for one in asked), strict=True)
-    return policy.batch_chunks(frames, texts, wrists or None, states, episodes=names)
+    return policy.batch_chunks(frames, texts, wrists, states, episodes=names)

@@ -150,9 +150,8 @@ class VLAPolicy(Policy):
         prompts = [torch.tensor(ids) for ids, _ in rows]
         pad = self.processor.config.pad_token_id
         input_ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=pad)
-        mask = torch.nn.utils.rnn.pad_sequence(
-            [torch.ones_like(ids, dtype=torch.bool) for ids in prompts], batch_first=True
-        )
+        lengths = torch.tensor([len(ids) for ids in prompts])
+        mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
         pixels = torch.stack([pixel_values for _, pixel_values in rows])
         return input_ids.to(self.device), mask.to(self.device), pixels.to(self.device, self.dtype)
 

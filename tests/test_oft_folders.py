@@ -186,7 +186,11 @@ def test_a_record_that_denies_the_head_s_file_is_named(made: Path, tmp_path: Pat
     folder = Path(shutil.copytree(made / "own", tmp_path / "denied"))
     for name in ("config.json", "processor.json"):
         path = folder / name
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"action_head": "tokens", "num_actions_chunk": 1}))
+        path.write_text(
+            json.dumps(
+                json.loads(path.read_text()) | {"action_head": "tokens", "num_actions_chunk": 1, "proprio_dim": 0}
+            )
+        )
     with pytest.raises(ConfigError, match=r"token head is untrained: processor\.json says tokens, copy it again"):
         policy_of(folder)
 

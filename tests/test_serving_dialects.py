@@ -159,7 +159,6 @@ def test_a_session_names_the_stream(small: Live) -> None:
         ({"state": ["1"] * 8}, "state"),
         ({"state": [1e300] * 8}, "float32"),
         ({"image": FRAME.astype(np.float32)}, "uint8"),
-        ({"image": np.resize(FRAME, (224, 224, 3)).tolist()}, "json-numpy"),
         ({"image": FRAME[:4]}, "pixels"),
         ({"image": None}, "image is missing"),
         ({"instruction": " "}, "sentence"),
