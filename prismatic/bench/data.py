@@ -115,8 +115,7 @@ def run(
         mixture = Mixture([FrameCache(cache)], seed=0)
         config = ProcessorConfig.for_model(VLAConfig(), unnorm_key=NAME, center_crop=True)
         processor = Processor(config, tiny_tokenizer([INSTRUCTION]), mixture.statistics)
-        for count in num_workers:
-            rows.append(load(mixture, processor, count, min(TIMED_FRAMES, len(mixture))))
+        rows += [load(mixture, processor, count, min(TIMED_FRAMES, len(mixture))) for count in num_workers]
         rows.append(load(mixture, processor, max(num_workers), loaded_frames or len(mixture)))
         rows[-1]["what"] = ("" if loaded_frames else "an epoch, ") + rows[-1]["what"]
         print(f"{os.cpu_count()} cores, openvla-7b's pixels (224), batches of {BATCH}, every augmentation")

@@ -43,9 +43,8 @@ def main(arguments: Sequence[str]) -> int:
         options = _parse(arguments)
         (options.out / LOGS).mkdir(parents=True, exist_ok=True)
         environment, lines = _environment(options), (options.out / LINES).resolve()
-        there = (
-            lines.read_text().splitlines() if lines.exists() else []
-        )  # of an earlier call; what runs again replaces it
+        # of an earlier call; what runs again replaces it
+        there = lines.read_text().splitlines() if lines.exists() else []
         lines.write_text("".join(f"{line}\n" for line in there if json.loads(line)["row"] not in options.rows))
         end, ran = time.monotonic() + 60 * options.minutes, []
         try:

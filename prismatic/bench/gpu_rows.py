@@ -57,11 +57,9 @@ def equal() -> Iterator[Row]:
     eager = ActionDecoder(here)(ids, pixels, ACTION_DIM)
     same = eager.ids.cpu() == ActionDecoder(there)(ids.cpu(), pixels.cpu(), ACTION_DIM).ids
     yield {"what": "tokens equal to the CPU's", "%": digits(100 * same.float().mean().item())}
-    on_cpu = train.Bench(TINY, CPU, torch.float32, steps=1)
-    on_device = train.Bench(TINY, DEVICE, torch.float32, steps=1)
-    found, expected = (
-        train.gradients(train.model_of(on_cpu, "ours").to(b.device), b, 2)[1] for b in (on_device, on_cpu)
-    )
+    benches = [train.Bench(TINY, device, torch.float32, steps=1) for device in (DEVICE, CPU)]
+    models = [train.model_of(benches[1], "ours").to(bench.device) for bench in benches]
+    found, expected = (train.gradients(*pair, 2)[1] for pair in zip(models, benches, strict=True))
     errors = [(found[name].cpu() - g).norm().item() / (g.norm().item() or 1) for name, g in expected.items()]
     yield {"what": "largest relative difference of a gradient to the CPU's", "value": digits(max(errors))}
     compiled = CompiledActionDecoder(here, compiler=compiler())
@@ -113,7 +111,6 @@ def compiler() -> Callable[..., Any]:
 
 
 def actor() -> VLA:
-    """What acts."""
     return infer.random_actor(VLAConfig() if GPU else TINY, dtype=DTYPE, device=DEVICE)
 
 

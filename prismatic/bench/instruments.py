@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,6 @@ def random_model(config: VLAConfig, *, dtype: torch.dtype, device: torch.device,
     with torch.device("meta"):
         vla = VLA(config)
     generator = torch.Generator(device).manual_seed(0)
-    stored = {
-        name: weights.StoredTensor(
-            Path("random"), tuple(tensor.shape), lambda name=name, shape=tensor.shape: drawn(name, shape)
-        )
-        for name, tensor in vla.state_dict().items()
-    }
 
     def drawn(name: str, shape: torch.Size) -> torch.Tensor:
         tensor = torch.empty(shape, dtype=dtype, device=device)
@@ -89,6 +84,10 @@ def random_model(config: VLAConfig, *, dtype: torch.dtype, device: torch.device,
             return tensor.fill_(float(not name.endswith("bias")))
         return tensor.normal_(std=0.02, generator=generator)
 
+    stored = {
+        name: weights.StoredTensor(Path("random"), tuple(tensor.shape), partial(drawn, name, tensor.shape))
+        for name, tensor in vla.state_dict().items()
+    }
     if nf4:
         prepare_nf4(vla, on_cpu=device.type == "cpu")
     weights.fill(vla, stored, dtype=dtype, device=device)

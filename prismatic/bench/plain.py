@@ -15,17 +15,7 @@ from torch import nn
 from transformers.generation.configuration_utils import CompileConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from prismatic.models.llama import LlamaConfig
 from prismatic.models.vla import IGNORE, VLA, VLAConfig
-
-
-def stock_llama(text: LlamaConfig) -> transformers.LlamaForCausalLM:
-    """transformers' own model of these sizes, with random weights."""
-    sizes = dataclasses.asdict(text)
-    rope = {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")}
-    attention: dict[str, Any] = {"attn_implementation": "sdpa"}
-    config = transformers.LlamaConfig(**sizes, rope_parameters=rope, tie_word_embeddings=False, **attention)
-    return transformers.LlamaForCausalLM(config)
 
 
 def run_for_nothing(last: nn.Module, block: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -38,7 +28,11 @@ class PlainVLA(VLA):
 
     def __init__(self, config: VLAConfig) -> None:
         super().__init__(config)
-        stock: Any = stock_llama(config.text_config)
+        sizes = dataclasses.asdict(config.text_config)
+        rope = {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")}
+        attention: dict[str, Any] = {"attn_implementation": "sdpa"}
+        text = transformers.LlamaConfig(**sizes, rope_parameters=rope, tie_word_embeddings=False, **attention)
+        stock: Any = transformers.LlamaForCausalLM(text)
         self.language_model = stock
         for tower in (self.vision_backbone.featurizer, self.vision_backbone.fused_featurizer):
             tower.blocks[-2].register_forward_hook(partial(run_for_nothing, tower.blocks[-1]))

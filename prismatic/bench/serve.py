@@ -75,29 +75,25 @@ def run(checkpoint: str, *, clients: int, seconds: float, pairs: int, hostile: i
 def server(checkpoint: str) -> Iterator[tuple[int, int]]:
     """Port and process id of a warm serve.py."""
     script = str(Path(__file__).parents[2] / "serve.py")
-    log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
-    process = subprocess.Popen(
-        [sys.executable, script, "--pretrained_checkpoint", checkpoint, "--port", "0"],
-        env={"OMP_NUM_THREADS": "1"} | dict(os.environ),
-        stdout=subprocess.PIPE,
-        stderr=log,
-        text=True,
-    )
-    try:
-        found = next(filter(None, map(READY.match, process.stdout or ())), None)
-        if found is None:
-            log.seek(0)
-            why = [line for line in log.read().splitlines() if line.strip()][-1:]
-            raise RuntimeError(
-                f"serve.py, which holds the model a second time, ended before it was ready: {''.join(why)}"
-            )
-        yield int(found[1]), process.pid
-        if process.poll() is not None:
-            raise RuntimeError(f"serve.py ended with {process.returncode} while it was measured")
-    finally:
-        process.terminate()
-        process.wait()
-        log.close()
+    command = [sys.executable, script, "--pretrained_checkpoint", checkpoint, "--port", "0"]
+    environment = {"OMP_NUM_THREADS": "1"} | dict(os.environ)
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+    ):
+        try:
+            found = next(filter(None, map(READY.match, process.stdout or ())), None)
+            if found is None:
+                log.seek(0)
+                why = [line for line in log.read().splitlines() if line.strip()][-1:]
+                raise RuntimeError(
+                    f"serve.py, which holds the model a second time, ended before it was ready: {''.join(why)}"
+                )
+            yield int(found[1]), process.pid
+            if process.poll() is not None:
+                raise RuntimeError(f"serve.py ended with {process.returncode} while it was measured")
+        finally:
+            process.terminate()
 
 
 def observation(policy: Policy, seed: int) -> Observation:

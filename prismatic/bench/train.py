@@ -46,8 +46,6 @@ SIZES = {"cuda": (1, 2, 4, 8, 16, 32), "cpu": (1, 4)}  # micro-batches, where no
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured where."""
-
     config: VLAConfig
     device: torch.device
     dtype: torch.dtype
@@ -85,9 +83,8 @@ def batch_of(bench: Bench, size: int) -> dict[str, torch.Tensor]:
     ids = torch.randint(3, config.vocab_size, (size, TOKENS), generator=generator)
     labels = ids.clone()
     labels[:, :-LABELS] = IGNORE
-    pixels = torch.randn(
-        size, 6 * config.num_images_in_input, config.image_size, config.image_size, generator=generator
-    )
+    shape = (size, 6 * config.num_images_in_input, config.image_size, config.image_size)
+    pixels = torch.randn(shape, generator=generator)
     mask = torch.ones_like(ids, dtype=torch.bool)
     rows = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "labels": labels}
     return {name: tensor.to(bench.device) for name, tensor in rows.items()}
