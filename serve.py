@@ -73,16 +73,9 @@ def main(cfg: ServeConfig) -> None:
 
     recorder = None if cfg.record is None else Recorder(cfg.record)
     start = time.monotonic()
-    policy = load_policy(
-        cfg.pretrained_checkpoint,
-        adapter=cfg.lora_checkpoint,
-        unnorm_key=cfg.unnorm_key,
-        center_crop=cfg.center_crop,
-        quantize=cfg.quantize,
-        action_head=cfg.action_head,
-        num_actions_chunk=cfg.num_actions_chunk,
-        num_images_in_input=cfg.num_images_in_input,
-    )
+    names = ("unnorm_key", "center_crop", "quantize", "action_head", "num_actions_chunk", "num_images_in_input")
+    choice = {name: getattr(cfg, name) for name in names}
+    policy = load_policy(cfg.pretrained_checkpoint, adapter=cfg.lora_checkpoint, **choice)
     print(f"loaded {cfg.pretrained_checkpoint} in {time.monotonic() - start:.1f} s", flush=True)
     service = Service(
         policy,

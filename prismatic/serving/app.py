@@ -105,14 +105,13 @@ class Server(uvicorn.Server):
         """Listen, warm up, then answer until a signal comes. on_ready: is told how the warm-up went."""
 
         async def work() -> None:
-            on_ready(await self.service.warm_up())
-            await self.service.queue.run()
-
-        def stop(task: asyncio.Task[None]) -> None:
-            self.should_exit = True
+            try:
+                on_ready(await self.service.warm_up())
+                await self.service.queue.run()
+            finally:
+                self.should_exit = True
 
         worker = asyncio.create_task(work())
-        worker.add_done_callback(stop)
         await self.serve([listener])
         if worker.done():
             worker.result()  # raises what stopped it

@@ -76,8 +76,6 @@ def read_msgpack(data: bytes, limits: Limits) -> Any:
             max_map_len=MOST_CONTAINERS,
             max_ext_len=0,
         )
-    except RequestError:
-        raise
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:  # TypeError: an unhashable key
         raise RequestError(f"the message is no valid msgpack: {_first_line(error)}") from None
 

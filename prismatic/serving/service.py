@@ -36,9 +36,8 @@ READERS = min(4, max(2, len(os.sched_getaffinity(0)) - 1))
 WarmUp = list[tuple[int, float]]  # rows of a batch, and seconds that it took
 WARM_UP_SIDE = 256  # pixels
 INSTRUCTION = "pick up the black bowl and place it on the plate"
-LONG_INSTRUCTION = (
-    f"{INSTRUCTION}, then " * 5
-)  # with the prompt 65 to 128 of Llama's tokens: the second width of compiled.py
+# with the prompt 65 to 128 of Llama's tokens: the second width of compiled.py
+LONG_INSTRUCTION = f"{INSTRUCTION}, then " * 5
 
 
 class Service:

@@ -16,7 +16,6 @@ from prismatic.serving.codec import string_keys, write_msgpack
 from prismatic.serving.observation import Limits, RequestError, read_observation
 from prismatic.serving.service import Service
 
-PROTOCOL_VERSION = 1
 NAMES = {"image": "images.agentview", "wrist": "images.wrist", "instruction": "task_description", "state": "states"}
 # What an action and an observation mean, in the harness's words: it warns where its benchmark means something else.
 ACTION_SPEC = {
@@ -40,7 +39,7 @@ def hello(service: Service) -> dict[str, Any]:
         spec["state"] = STATE_SPEC
     payload = {
         "harness_version": "",
-        "protocol_version": PROTOCOL_VERSION,
+        "protocol_version": 1,
         "model_server": "openvla",
         "capabilities": {},
         "observation_params": params,
