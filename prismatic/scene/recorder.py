@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from prismatic.scene.shapes import ROBOT_PARTS, Shapes
+from prismatic.scene.shapes import Shapes
 from prismatic.scene.trajectory import MOVING, PLACING, Goal, JointGoal, Part, Place, Trajectory
 
 HINGE, SLIDE = 3, 2  # MuJoCo's joint types
@@ -62,13 +62,12 @@ class SceneRecorder:
         for body in range(1, model.nbody):  # a parent's id is smaller than its children's
             thing_of_body[body] = numbers.get(body, thing_of_body[model.body_parentid[body]])
         self._thing = thing_of_body[model.geom_bodyid]
-        solid = (model.geom_contype > 0) | (model.geom_conaffinity > 0)
-        self._part_geoms = [(self._thing == len(self._objects) + n) & solid for n in range(len(self._parts))]
+        things = range(len(self._objects), len(self._objects) + len(self._parts))
+        self._part_geoms = [(self._thing == thing) & self._shapes.solid for thing in things]
 
     def _find_robot(self) -> None:
         model, robot = self._model, self._environment.robots[0]
-        belongs = [model.body(body).name.startswith(ROBOT_PARTS) for body in range(model.nbody)]
-        self._side = np.where(np.array(belongs)[model.geom_bodyid], REST, 0)
+        self._side = np.where(self._shapes.robot, REST, 0)
         for side, part in ((LEFT, "left_finger"), (RIGHT, "right_finger")):
             self._side[[model.geom(name).id for name in robot.gripper.important_geoms[part]]] = side
         self._grip = robot.eef_site_id

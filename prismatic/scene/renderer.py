@@ -19,7 +19,6 @@ import numpy as np
 from prismatic.errors import ConfigError
 from prismatic.simulator import RESOLUTION
 
-RENDERER_PACKAGES = "apt-get install libosmesa6 libegl1 libgl1"
 MOST_EGL_DEVICES = 16  # that are tried
 GOLDEN_FRAME = Path(__file__).with_name("golden_frame.png")  # libero_spatial, task 0, state 0, with osmesa
 TOLERANCE = {"osmesa": 0.5, "egl": 3.0}  # mean |difference| of 255 from it; drivers shade a little differently
@@ -57,7 +56,7 @@ def _best_renderer(local_rank: int) -> str:
         return "egl"
     if has_osmesa:
         return "osmesa"
-    raise ConfigError(f"no software or GPU renderer found for the simulator: {RENDERER_PACKAGES}")
+    raise ConfigError("no software or GPU renderer found for the simulator: apt-get install libosmesa6 libegl1 libgl1")
 
 
 def _egl_device(local_rank: int) -> str | None:

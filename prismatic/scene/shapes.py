@@ -13,7 +13,7 @@ PLANE = 0  # MuJoCo's geom type
 
 
 class Shapes:
-    """The solid shapes of a MuJoCo model. `owner` (ngeom,) is the id of the outermost body a shape belongs to."""
+    """The solid shapes of a MuJoCo model. Of each shape (ngeom,): `owner`, id of its outermost body; `solid`, `robot`: bool."""
 
     def __init__(self, model: Any) -> None:
         outermost = np.arange(model.nbody)
@@ -24,17 +24,18 @@ class Shapes:
         self._box = model.geom_aabb.copy()  # (ngeom, 6): centre and half sizes in the shape's own frame
         self.owner = outermost[model.geom_bodyid]
         robot = [model.body(body).name.startswith(ROBOT_PARTS) for body in range(model.nbody)]
-        solid = (model.geom_contype > 0) | (model.geom_conaffinity > 0)
+        self.robot = np.array(robot)[model.geom_bodyid]
+        self.solid = (model.geom_contype > 0) | (model.geom_conaffinity > 0)
         small = (self._box[:, 3:].max(axis=1) < FURNITURE_SIZE) & (model.geom_type != PLANE)
-        self._solid = solid & small & ~np.array(robot)[model.geom_bodyid]
+        self._things = self.solid & small & ~self.robot
 
     def others(self, body: int) -> np.ndarray:
         """(ngeom,) bool: the shapes that aren't the body's."""
-        return self._solid & (self.owner != body)
+        return self._things & (self.owner != body)
 
     def own(self, body: int) -> np.ndarray:
         """(ngeom,) bool: the body's shapes."""
-        return self._solid & (self.owner == body)
+        return self._things & (self.owner == body)
 
     def boxes(self, data: Any, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Centres (n, 3) and half sizes (n, 3) of the chosen shapes' axis-aligned boxes in the world, m."""
