@@ -68,12 +68,9 @@ def save_adapter(
             "lora_dropout": getattr(layer.lora_dropout[ADAPTER], "p", 0.0),
             "target_modules": sorted({name.rpartition(".")[2] for name, _ in lora_layers(vla)}),
         }
-        for name, content in (
-            (ADAPTER_CONFIG, dict(sorted(config.items()))),
-            (STATISTICS, statistics),
-            (OPTIONS, options),
-            (VERSIONS, versions()),
-        ):
+        config = dict(sorted(config.items()))
+        files = {ADAPTER_CONFIG: config, STATISTICS: statistics, OPTIONS: options, VERSIONS: versions()}
+        for name, content in files.items():
             (partial / name).write_text(json.dumps(content, indent=2, default=str))
         (partial / PROCESSOR).write_text(processor.config.to_json())
 

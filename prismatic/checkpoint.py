@@ -16,7 +16,7 @@ from typing import Any, TypedDict
 import torch
 from torch import nn
 
-from prismatic.adapter import load_adapter
+from prismatic.adapter import load_adapter, merge_lora
 from prismatic.atomic import whole_folder
 from prismatic.errors import ConfigError
 from prismatic.filenames import ADAPTER_CONFIG, CONFIG, PREPROCESSOR, PROCESSOR, STATISTICS, TOKENIZER, TOKENIZER_FILES
@@ -127,8 +127,6 @@ def load_merged(folder: Path, adapter: Path | None, *, dtype: torch.dtype, devic
     """As load_vla, with the adapter merged in float32, for acting and for export.py: a folder and its export answer alike."""
     vla = load_vla(folder, adapter, dtype=dtype, device=device, adapter_dtype=torch.float32, **choice)
     if adapter is not None:
-        from prismatic.adapter import merge_lora
-
         merge_lora(vla)
     for part in HEADS:
         if getattr(vla, part) is not None:

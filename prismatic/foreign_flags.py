@@ -56,8 +56,7 @@ FINETUNE: Table = {
     "merge_lora_during_training": _ignored("the adapter is saved by itself; export.py merges it"),
     "shuffle_buffer_size": _ignored("frames are read in random order from disk"),
     "val_time_limit": _ignored("validation looks at a fixed number of frames"),
-    "num_diffusion_steps_train": _ignored("there is no diffusion head"),
-    "diffusion_sample_freq": _ignored("there is no diffusion head"),
+    **dict.fromkeys(("num_diffusion_steps_train", "diffusion_sample_freq"), _ignored("there is no diffusion head")),
     # OpenVLA-OFT's True and False: a run that exists is continued either way, one that doesn't is begun
     "resume": Rule("--resume {}", on="--resume auto", off="--resume auto"),
     "resume_step": _ignored("a run goes on from its newest checkpoint"),

@@ -27,7 +27,6 @@ from prismatic.models.vla import VLA
 from prismatic.models.weights import stored_dtype, stored_tensors
 from prismatic.processor import Batch
 
-FLOAT32_BYTES = 4
 WAYS: dict[str, Row] = {  # arguments of quantize.quantize
     "int8": {"precision": "int8"},
     "int8, image towers too": {"precision": "int8", "vision": True},
@@ -65,7 +64,7 @@ def row(
 ) -> Row:
     """One line of the table. Sizes: what the weights take on this device, against the model's (without an adapter) in float32."""
     with torch.device("meta"):
-        float32 = FLOAT32_BYTES * sum(parameter.numel() for parameter in VLA(vla.config).parameters())
+        float32 = torch.float32.itemsize * sum(parameter.numel() for parameter in VLA(vla.config).parameters())
     same, distance = tokenizer.encode(actions) == tokenizer.encode(plain), np.abs(actions - plain)
     return {
         "what": what,

@@ -29,7 +29,6 @@ def write_dataset(episodes: Path, output: Path, name: str, *, fps: float = LIBER
 
     What an earlier call wrote is replaced. ConfigError where there is no episode, or a data set from elsewhere in the way.
     """
-
     fill = functools.partial(_write, fps=fps)
     return made_of_staged(episodes, Path(output).absolute() / name, fill, fps=fps)
 

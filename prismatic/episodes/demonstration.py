@@ -10,7 +10,7 @@ failures and no-ops.
 import functools
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +62,6 @@ class Record:
     """The pool's Work of a collection: jobs in, their number of recorded steps out. policy: folder of the one that acts first."""
 
     policy: str = ""
-    benchmark: Libero = field(default_factory=Libero)
 
     def start(self, parent: Parent, *, first: bool) -> None:
         """Load the policy before the first image is rendered: torchvision crashes when it is imported after that."""
@@ -71,7 +70,7 @@ class Record:
 
     def build(self, scene: tuple[str, int, str]) -> LiberoSimulator:
         suite, task_id, quality = scene
-        return self.benchmark.simulator(suite, task_id, quality=quality)
+        return Libero().simulator(suite, task_id, quality=quality)
 
     def play(self, sim: LiberoSimulator, job: Job, parent: Parent) -> int:
         return job.record(sim, parent.alive)
