@@ -121,8 +121,7 @@ class _Case:
             return "dropped", f"{dropped}: {how}; it fell {_cm(fall)}"
         text = f"Let go of the {self.name} at step {stop}"
         if wrong := [name for name in trajectory.supports[self.number] if name != place.owner]:
-            other = _plain(wrong[0])
-            return "wrong_target", f"{text}; it rests on the {other}, not on the {self.aim}"
+            return "wrong_target", f"{text}; it rests on the {_plain(wrong[0])}, not on the {self.aim}"
         return "beside_target" if self._miss(place) > 0 else "never_held", f"{text}; {self._where(place)}"
 
     def _miss(self, place: Place) -> float:
@@ -181,9 +180,8 @@ class _Case:
 
     def _how_far(self, goal: JointGoal, predicate: str, name: str) -> str:
         hinge, left = self.trajectory.parts[goal.part].hinge, goal.left(self.trajectory.values[:, goal.part])
-        best, needed, last = (
-            _amount(way, hinge) for way in (left[0] - left.min(), left[0], max(left[0] - left[-1], 0))
-        )
+        ways = (left[0] - left.min(), left[0], max(left[0] - left[-1], 0))
+        best, needed, last = (_amount(way, hinge) for way in ways)
         text = f"The {_plain(name)} was to be {SENTENCES[predicate]}, by {needed}; it got {best} far"
         return text + (f" and ended at {last}" if left[-1] > left.min() + MOVED * left[0] else "")
 

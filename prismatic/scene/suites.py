@@ -147,20 +147,6 @@ def _torch_array(path: Path) -> np.ndarray:
         return np.asarray(torch.load(path, weights_only=True))
 
 
-def num_init_states(suite: str, task_id: int) -> int:
-    """How many stored initial states the task has (50 in LIBERO's suites)."""
-    return len(init_states(suite, task_id))
-
-
-def files_fingerprint(suite: str) -> str:
-    """16 hex digits of the suite's BDDL files and stored states: LIBERO_CONFIG_PATH may lead to another LIBERO's."""
-    digest = hashlib.sha256()
-    for task_id in range(num_tasks(suite)):
-        for path in (bddl_file(suite, task_id), _states_file(suite, task_id)):
-            digest.update(path.read_bytes() if path.is_file() else b"missing")
-    return digest.hexdigest()[:16]
-
-
 class Benchmark(Protocol):
     """Task suites and their simulator. It is pickled, so that each simulator process has it too."""
 
@@ -178,10 +164,20 @@ class Libero:
     """The Benchmark of LIBERO's and LIBERO-PRO's suites."""
 
     num_tasks = staticmethod(num_tasks)
-    num_init_states = staticmethod(num_init_states)
     instruction = staticmethod(instruction)
     step_limit = staticmethod(step_limit)
-    files_fingerprint = staticmethod(files_fingerprint)
+
+    def num_init_states(self, suite: str, task_id: int) -> int:
+        """50 in LIBERO's suites."""
+        return len(init_states(suite, task_id))
+
+    def files_fingerprint(self, suite: str) -> str:
+        """16 hex digits of the suite's BDDL files and stored states: LIBERO_CONFIG_PATH may lead to another LIBERO's."""
+        digest = hashlib.sha256()
+        for task_id in range(num_tasks(suite)):
+            for path in (bddl_file(suite, task_id), _states_file(suite, task_id)):
+                digest.update(path.read_bytes() if path.is_file() else b"missing")
+        return digest.hexdigest()[:16]
 
     def simulator(self, suite: str, task_id: int, *, env_seed: int = 0, quality: str = "standard") -> LiberoSimulator:
         """A simulator of the task; chooses the renderer where nobody has."""
