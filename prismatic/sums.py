@@ -14,11 +14,9 @@ LARGEST = 1 << 20  # bytes of a SHA256SUMS
 LINE = re.compile(r"(?P<digest>[0-9a-fA-F]{64}) [ *](\./)?(?P<name>.+)")  # " " of a text, "*" of a binary file
 
 
-def write_sums(folder: Path, files: Iterable[Path]) -> Path:
+def write_sums(folder: Path, files: Iterable[Path]) -> None:
     """Add the sums of these files, which lie in folder."""
-    path = folder / SUMS
-    path.write_text("".join(f"{sha256(file)}  {file.name}\n" for file in sorted(files)))
-    return path
+    (folder / SUMS).write_text("".join(f"{sha256(file)}  {file.name}\n" for file in sorted(files)))
 
 
 def read_sums(folder: Path) -> dict[str, str]:

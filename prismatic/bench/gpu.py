@@ -67,9 +67,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10.0, help="no row starts, and none goes on, after that")
     only = "only these rows, such as: environment 'act plain'"
     parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", default=list(ROWS), help=only)
-    parser.add_argument(
-        "--wheels", type=Path, help="folder of wheels from which missing packages are installed into --out"
-    )
+    wheels = "folder of wheels from which missing packages are installed into --out"
+    parser.add_argument("--wheels", type=Path, help=wheels)
     parser.add_argument("--memory_cap_gib", type=float, default=22.0, help="GPU memory that training may take, GiB")
     parser.add_argument("--data_root_dir", type=Path, help="folder of data sets for the row finetune")
     parser.add_argument("--dataset_name", default="libero_spatial_no_noops", help="data set in it")

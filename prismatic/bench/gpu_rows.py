@@ -63,8 +63,7 @@ def equal() -> Iterator[Row]:
     errors = [(found[name].cpu() - g).norm().item() / (g.norm().item() or 1) for name, g in expected.items()]
     yield {"what": "largest relative difference of a gradient to the CPU's", "value": digits(max(errors))}
     compiled = CompiledActionDecoder(here, compiler=compiler())
-    drafts = (None, eager.ids, eager.ids.flip(1))
-    answers = [compiled(ids, pixels, ACTION_DIM, draft=draft).ids for draft in drafts]
+    answers = [compiled(ids, pixels, ACTION_DIM, draft=d).ids for d in (None, eager.ids, eager.ids.flip(1))]
     yield {
         "what": "compiled", "tokens equal to eager, %": digits(100 * (answers[0] == eager.ids).float().mean().item()),
         "drafts change nothing": all(answer.equal(answers[0]) for answer in answers), "decoder": compiled.description,

@@ -29,8 +29,7 @@ def write_dataset(episodes: Path, output: Path, name: str, *, fps: float = LIBER
 
     What an earlier call wrote is replaced. ConfigError where there is no episode, or a data set from elsewhere in the way.
     """
-    fill = functools.partial(_write, fps=fps)
-    return made_of_staged(episodes, Path(output).absolute() / name, fill, fps=fps)
+    return made_of_staged(episodes, Path(output).absolute() / name, functools.partial(_write, fps=fps), fps=fps)
 
 
 def _write(folder: Path, paths: Sequence[Path], *, fps: float) -> None:

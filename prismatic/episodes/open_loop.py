@@ -109,6 +109,5 @@ def _metrics(policy: VLAPolicy, answers: np.ndarray, target: np.ndarray) -> dict
         found["action_accuracy"] = answers == ids
         answers, target = tokenizer.decode(answers), tokenizer.decode(ids)
     found["l1_loss"] = np.abs(answers - target)
-    return {name: float(values.mean()) for name, values in found.items()} | {
-        "per_dimension": {name: values.mean(axis=(0, 1)).tolist() for name, values in found.items()}
-    }
+    per_dimension = {name: values.mean(axis=(0, 1)).tolist() for name, values in found.items()}
+    return {name: float(values.mean()) for name, values in found.items()} | {"per_dimension": per_dimension}

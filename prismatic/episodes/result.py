@@ -21,7 +21,6 @@ KNOWN_LATER = ("benchmark_files",)  # facts of a run that those of before did no
 ACTIONS = "actions"  # folder of the episodes' actions within a rollout folder; an episode takes about 5 KB
 Facts = dict[str, Any]  # of run.json and summary.json: JSON values
 Count = Annotated[int, Meta(ge=0)]
-FileName = Annotated[str, Meta(pattern=r"^[^/\x00]+$")]  # within the rollout folder
 
 
 class ReplayResult(Struct, kw_only=True):
@@ -48,7 +47,7 @@ class EpisodeResult(Struct, kw_only=True):
     error: str | None
     steps: Count
     seconds: float
-    video: FileName | None = None
+    video: Annotated[str, Meta(pattern=r"^[^/\x00]+$")] | None = None  # within the rollout folder
     actions_sha256: str | None = None  # tells whether two runs did the same, not only whether they ended alike
     stages: dict[str, int | None] = msgspec.field(default_factory=dict)  # stage → its first step (scene/trajectory.py)
     verdict: str | None = None  # a code of scene/diagnosis.py

@@ -70,11 +70,10 @@ def _shots(cache: FrameCache, episode: int) -> Shots:
 def _path(counts: Sequence[int]) -> str:
     """Bars as one SVG path."""
     most, width = max(counts) or 1, WIDTH / len(counts)
-    bars = (
+    return "".join(
         f"M{n * width:.1f} {HEIGHT}v{-HEIGHT * count / most:.1f}h{width:.1f}V{HEIGHT}z"
         for n, count in enumerate(counts)
     )
-    return "".join(bars)
 
 
 def _band(low: float, high: float, q01: float, q99: float) -> tuple[float, float]:

@@ -13,14 +13,12 @@ from prismatic.serving.codec import bytes_keys, read_msgpack, write_msgpack
 from prismatic.serving.observation import RequestError
 from prismatic.serving.service import Service
 
-Dialect = openpi.Openpi | vla_eval.VlaEval  # how a client is answered; one object a connection
-
 
 async def converse(socket: WebSocket) -> None:
     """Greet, then answer each message."""
     service: Service = socket.app.state.service
     client = "{}:{}".format(*socket.scope["client"])
-    dialect: Dialect = openpi.Openpi(client)
+    dialect: openpi.Openpi | vla_eval.VlaEval = openpi.Openpi(client)
     chosen = False
     with service.metrics.connections.track_inprogress(), contextlib.suppress(OSError):
         await socket.accept()

@@ -40,9 +40,8 @@ class Recorder:
         except OSError as error:
             raise ConfigError(f"--record {folder} can't be written ({error.strerror}): give another folder") from None
         self._folder = folder
-        self._number = 1 + max(
-            (int(path.stem) for path in (folder / FRAMES).glob("*.jpg") if path.stem.isdigit()), default=-1
-        )
+        numbers = (int(path.stem) for path in (folder / FRAMES).glob("*.jpg") if path.stem.isdigit())
+        self._number = 1 + max(numbers, default=-1)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="recorder")
         self._room = threading.Semaphore(MOST_WAITING)
         self._left_out = 0

@@ -131,8 +131,7 @@ def _runs(
 
 
 def _measure(run: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...], *, precision: Precision) -> Piece:
-    needs_gradient = shape[1] != CHANNELS  # pixels have none
-    leaf = torch.empty(shape, dtype=precision.base_dtype, requires_grad=needs_gradient)
+    leaf = torch.empty(shape, dtype=precision.base_dtype, requires_grad=shape[1] != CHANNELS)  # pixels need none
 
     def there_and_back() -> Piece:
         with LiveBytes() as live:

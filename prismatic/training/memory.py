@@ -112,9 +112,8 @@ def describe(config: VLAConfig, precision: Precision, *, words: int, on_cpu: boo
     towers = dict(zip(TOWERS, (vision.featurizer, vision.fused_featurizer), strict=True))
     unread = set(unused_parameters(vla))
     trained = sum(p.numel() for name, p in vla.named_parameters() if p.requires_grad and name not in unread)
-    depths = {name: len(tower.blocks) - 1 for name, tower in towers.items()} | {
-        "layer": config.text_config.num_hidden_layers
-    }
+    depths = {name: len(tower.blocks) - 1 for name, tower in towers.items()}
+    depths["layer"] = config.text_config.num_hidden_layers
     return Model(
         base=base,
         linear=sum(linears),
@@ -183,8 +182,8 @@ def choose(model: Model, settings: Settings, card: int, *, place: str) -> Plan:
 
     card: free bytes of place. ConfigError that names settings of the same effective batch that fit, if these don't.
     """
-    decide = settings.gradient_checkpointing is None
-    ways = (False, SELECTIVE, True) if decide else (settings.gradient_checkpointing,)
+    told = settings.gradient_checkpointing
+    ways = (False, SELECTIVE, True) if told is None else (told,)
     asked = [plan(model, dataclasses.replace(settings, gradient_checkpointing=way)) for way in ways]
     others = [plan(model, smaller) for smaller in _smaller(settings, quantisable=model.precision.lora_rank > 0)]
     if fitting := next((found for found in asked if found.total <= card), None):

@@ -61,9 +61,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Step folders, oldest first."""
-        folders = [
-            folder for folder in self.path.glob("step-*") if STEP_FOLDER.fullmatch(folder.name) and folder.is_dir()
-        ]
+        folders = [path for path in self.path.glob("step-*") if STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
         return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
 
     def check_options(self, options: Mapping[str, Any], *, may_change: tuple[str, ...]) -> None:
@@ -93,7 +91,7 @@ class RunFolder:
             for name in (METRICS, OPTIONS):
                 if (self.path / name).exists() and not (unfinished / name).exists():
                     shutil.copyfile(self.path / name, unfinished / name)
-            write_sums(unfinished, list(unfinished.iterdir()))
+            write_sums(unfinished, unfinished.iterdir())
         self._link(LATEST, folder)
         flush(self.path)
         self._delete_old()

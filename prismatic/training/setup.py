@@ -180,9 +180,8 @@ def choose_model(base: Path, options: RunOptions) -> VLAConfig:
     if chunk is None:
         chunk = 1 if tokens else OFT_CHUNK if found.num_actions_chunk == 1 else found.num_actions_chunk
     reads_state = bool(found.proprio_dim) if options.use_proprio is None else options.use_proprio
-    return dataclasses.replace(
-        found, num_actions_chunk=chunk, proprio_dim=(found.proprio_dim or 1) if reads_state else 0
-    )
+    state = (found.proprio_dim or 1) if reads_state else 0
+    return dataclasses.replace(found, num_actions_chunk=chunk, proprio_dim=state)
 
 
 def fit_to_data(config: VLAConfig, mixture: Mixture) -> VLAConfig:
