@@ -89,8 +89,8 @@ stage "$demos demonstrations of the expert → RLDS" collect $dataset $demos
 leader="the base policy" more_data=$dataset data=$dataset
 if [ $first -gt 0 ]; then
     stage "LoRA fine-tuning on these" train $dataset $first "$name-first"
-    [ -d "$work/first" ] || show $python export.py --checkpoint "$adapter" --output "$work/first" --dtype float32
-    base=$work/first leader="the first adapter" # from which the second one goes on
+    [ -d "$work/first-$first" ] || show $python export.py --checkpoint "$adapter" --output "$work/first-$first" --dtype float32
+    base=$work/first-$first leader="the first adapter" # from which the second one goes on
     more_data=${dataset}_led data=$dataset,${dataset}_led # what has been learnt from stays as it was, should this go on later
 fi
 stage "$more more that $leader begins and the expert ends" collect $more_data $more --policy_checkpoint $base

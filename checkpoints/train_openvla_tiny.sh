@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 ./setup.sh
 export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= # two processes on the CPU, also where there is a GPU
-python=.venv/bin/python work=${WORKSPACE:-workspace}/openvla-tiny name=libero_spatial_base all="1 2 3 4 5 6 7 8 9"
+python=.venv/bin/python work=${WORKSPACE:-workspace}/openvla-tiny-four-rounds name=libero_spatial_base all="1 2 3 4 5 6 7 8 9"
 mkdir -p "$work"
 log=$work/recipe.log
 
@@ -21,7 +21,6 @@ collect() { # collect NUMBER TASKS OPTION …: more, into the one data set
         --num_demos_per_task "$1" --task_ids "${@:2}"
 }
 train() { # train BASE NAME OPTION …: all of the model, in two processes; then NAME-exported, a checkpoint folder of what was learnt
-    [ ! -d "$work/$2-exported" ] || return 0
     # bfloat16 wants a CPU with instructions for it: where yours has none leave --autocast out, and other weights come out
     $python -m torch.distributed.run --standalone --nproc-per-node 2 finetune.py --vla_path "$work/$1" --use_lora False \
         --data_root_dir "$work/datasets" --dataset_name $name --run_root_dir "$work/$2" --cache_dir "$work/cache" \
@@ -38,10 +37,10 @@ train() { # train BASE NAME OPTION …: all of the model, in two processes; then
 
 [ -d "$work/random" ] || $python checkpoints/make_openvla_tiny.py "$work/random"
 stage "demonstrations of the expert" collect 20 $all
-stage "first training" train random first --learning_rate 1e-3 --max_steps 3000
+[ -d "$work/first-exported" ] || stage "first training" train random first --learning_rate 1e-3 --max_steps 3000
 dagger() { # dagger FROM TO NUMBER STEPS: so many more demonstrations a task that one policy begins; the next one learns from all so far
     stage "demonstrations that the $1 policy begins" collect "$3" $all --policy_checkpoint "$work/$1-exported"
-    stage "$2 training" train "$1-exported" "$2" --learning_rate 7e-4 --max_steps "$4"
+    [ -d "$work/$2-exported" ] || stage "$2 training" train "$1-exported" "$2" --learning_rate 7e-4 --max_steps "$4"
 }
 dagger first second 12 2500
 dagger second third 15 3000

@@ -71,7 +71,7 @@ def load_vla(
     # most bases have none merged: an adapter's hash, of half a gigabyte at full size, is then not made
     merged = read_processor(folder / PROCESSOR).merged_adapter if adapter and (folder / PROCESSOR).exists() else ""
     if adapter and merged and merged == adapter_fingerprint(adapter):
-        raise ConfigError(f"{folder} has this adapter merged in already: leave out {adapter}")
+        raise ConfigError(f"{folder} has {adapter} merged in already: give {folder} alone")
     config = model_config(folder, adapter, new_heads=new_heads, **choice)
     stored = weights.stored_tensors(folder)
     with torch.device("meta"):

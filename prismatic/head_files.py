@@ -125,7 +125,7 @@ def model_config(folder: Path, adapter: Path | None = None, *, new_heads: bool =
     if said["action_head"] != "l1" and any(name.startswith("action_head") for name in heads):
         kind = said["action_head"]
         way_out = (
-            f"leave out --action_head {kind}" if home is None or given else f"{PROCESSOR} says {kind}, copy it again"
+            f"leave out --action_head {kind}" if "action_head" in given else f"{PROCESSOR} says {kind}, copy it again"
         )
         raise ConfigError(f"{home or folder} holds an action head, so its token head is untrained: {way_out}")
     return dataclasses.replace(config, **said)

@@ -177,9 +177,7 @@ class Processor:
         prepared = [frame if isinstance(frame, image.PreparedImage) else self.image_path(frame) for frame in frames]
         ids = self.prompt_ids(instruction)
         if len(ids) >= MAX_LENGTH:
-            raise ConfigError(
-                f"the instruction has {len(ids):,} tokens, and the model reads {MAX_LENGTH:,}: shorten it"
-            )
+            raise ConfigError(f"the prompt has {len(ids):,} tokens, and the model reads {MAX_LENGTH:,}: shorten it")
         return ids, self.pixel_values([one.pixels for one in prepared])
 
     def proprio(self, states: np.ndarray | Sequence[np.ndarray] | None, *, dataset: str | None = None) -> Tensor | None:

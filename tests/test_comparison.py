@@ -80,7 +80,7 @@ def test_equal_runs_and_hostile_names(tmp_path: Path) -> None:
     assert "None: both runs solved the same episodes." in page
     assert "<b>x" not in page and "&lt;b&gt;x" in page
     assert (tmp_path / "after" / "compared-with-_b_x.html").is_file()
-    build(run(tmp_path / f"{'é' * 118}end", [True, False]), tmp_path / "after")  # 239 bytes
+    build(run(tmp_path / f"{'x' * 247}end", [True, False]), tmp_path / "after")
     assert len([*(tmp_path / "after").glob("compared-with-*end.html")]) == 1
 
 

@@ -29,6 +29,7 @@ from prismatic.image import AUGMENTATIONS
 from prismatic.models.vla import VLAConfig
 from prismatic.processor import Processor, ProcessorConfig
 from prismatic.training import setup
+from prismatic.training.distributed import SINGLE_PROCESS
 from tests.conftest import REPOSITORY
 from tests.drawn_cache import write_cache
 from tests.drawn_checkpoint import ENTRY, tokenizer
@@ -167,6 +168,13 @@ def test_the_number_of_loader_processes_changes_nothing(place: Path) -> None:
         assert torch.equal(mine.pixel_values, theirs.pixel_values) and torch.equal(mine.input_ids, theirs.input_ids)
 
 
+def test_a_warm_up_longer_than_the_run_is_said(cfg: FinetuneConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    for warmup, said in ((11, True), (10, False)):
+        options = finetune.options_of(dataclasses.replace(cfg, max_steps=10, warmup_steps=warmup))
+        setup.check_flags(options, SINGLE_PROCESS, default_root="elsewhere")
+        assert ("--warmup_steps" in capsys.readouterr().out) == said
+
+
 def test_other_states_or_another_split_are_other_data(tmp_path: Path) -> None:
     """Where a model reads states: the cache's fingerprint is of images, words and actions."""
     plain = [drawn_episode(n) for n in range(3)]
@@ -239,5 +247,5 @@ def test_a_run_goes_on_where_its_base_lies_now_but_not_with_other_data(
     (staged / "episode_0.npz").unlink()
     write_dataset(staged, tmp_path / "data", "drawn")
     other = dataclasses.replace(begun, data_root_dir=str(tmp_path / "data"), cache_dir=tmp_path / "cache")
-    with pytest.raises(ConfigError, match="begun with --data"):
+    with pytest.raises(ConfigError, match="begun with other data"):
         finetune.main(other)

@@ -65,7 +65,7 @@ def test_a_row_too_long_for_the_model_loses_words_and_no_action(tiny: Processor)
 
 
 def test_an_instruction_too_long_to_act_on_is_refused(tiny: Processor) -> None:
-    with pytest.raises(ConfigError, match=r"the instruction has 3,\d+ tokens, and the model reads 2,048"):
+    with pytest.raises(ConfigError, match=r"the prompt has 3,\d+ tokens, and the model reads 2,048"):
         tiny.inputs([np.zeros((9, 9, 3), dtype=np.uint8)], "q" * 3000)
 
 

@@ -123,7 +123,7 @@ class FrameCache:
         """Frames (int64) of the training episodes that have num_actions_chunk actions from them on, without episodes that have no instruction.
 
         So the last K - 1 frames of an episode are left out, as in OpenVLA-OFT: nothing is padded or repeated.
-        val_share, in [0, 1): the part of the episodes that is held out where the data set has no split named val.
+        val_share, in [0, 1): the part of the episodes that is held out where the data set has no split for validation.
         """
         return self._indices(val_share, num_actions_chunk, training=True)
 

@@ -218,8 +218,9 @@ def _video_frames(dataset: LeRobotFolder, rows: Rows, camera: str) -> Iterator[n
     places = zip(dataset.video_places(camera, [*spans]), spans.values(), strict=True)
     parts = [(path, (begins + rows.time[span]).tolist()) for (path, begins), span in places]
     for (path, before), (other, after) in itertools.pairwise(sorted(parts)):
-        if path == other and after[0] < before[-1] + 0.5 / fps:
-            raise ConfigError(f"two episodes of {dataset.source} share second {after[0]:.6g} of {path.name}: {AGAIN}")
+        if path == other and after[0] < before[-1] + 1e-3:
+            said = f"two episodes of {dataset.source} share second {after[0]:.6g} of {path.name}"
+            raise ConfigError(f"{said}: mend from_timestamp in meta/episodes, or drop one of them")
     runs: list[tuple[Path, list[float]]] = []
     for path, seconds in parts:
         if runs and runs[-1][0] == path and runs[-1][1][-1] < seconds[0]:

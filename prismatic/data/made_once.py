@@ -39,29 +39,20 @@ def made_of_staged(
 ) -> Path:
     """The data set `target` of a folder's staged episodes, made by `fill` (folder to write in, episodes) unless it holds just these.
 
-    What an earlier call wrote is replaced if it shares an episode's name. ConfigError where there is no episode, or another data set in the way.
+    What an earlier call wrote is replaced. ConfigError where there is no episode, or a data set from elsewhere in the way.
     """
     paths = sorted(Path(episodes).absolute().glob("*.npz"))
     if not paths:
         raise ConfigError(f"{episodes} holds no finished episode (*.npz): collect at least one first")
     note = json.dumps(listing(paths) if fps is None else [fps, listing(paths)])
     with _alone_in(target.parent):
-        if target.exists() and not _names_of(target) & {path.name for path in paths}:
+        if target.exists() and not (target / STAGED_NOTE).is_file():
             raise ConfigError(f"{target} is a data set from elsewhere and is kept: give another output or name")
         if not target.exists() or (target / STAGED_NOTE).read_text() != note:
             with whole_folder(target) as folder:
                 fill(folder, paths)
                 (folder / STAGED_NOTE).write_text(note)
     return target
-
-
-def _names_of(target: Path) -> set[str]:
-    """The staged episodes' files that a data set was made of, which its note lists; none where it is not ours."""
-    try:
-        note = json.loads((target / STAGED_NOTE).read_text())
-        return {row[0] for row in (note if isinstance(note[0], list) else note[1])}
-    except (OSError, ValueError, LookupError, TypeError):
-        return set()
 
 
 @contextlib.contextmanager

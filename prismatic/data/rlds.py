@@ -60,7 +60,11 @@ def build_cache(rlds_dir: Path, cache_dir: Path, *, data_keys: str = "", rotate_
         check_whole(source)
         _in_child(f"reading {source}", "read", source, folder, json.dumps([told, rotate_images]))
 
-    identity = [listing(source.iterdir()), sorted(told.items()), rotate_images]
+    files = listing(source.iterdir())
+    held_out = ["validation"] * any(
+        "-validation." in str(name) for name, *_ in files
+    )  # earlier caches were made without it
+    identity = [files, sorted(told.items()), rotate_images, *held_out]
     return cached(cache_dir, dataset_name(source), identity, fill)
 
 

@@ -68,7 +68,8 @@ def _split(policy: VLAPolicy, steps: Sequence[Step]) -> dict[str, Any]:
         forced.append(teacher_forced(policy.vla, batch, processor.action_tokenizer))
         wrists = [decode_jpeg(step.wrist or b"") for step in part] if policy.num_images > 1 else None
         states = [np.asarray(step.state) for step in part] if policy.uses_state else None
-        views = [decode_jpeg(step.image) for step in part], [step.instruction for step in part], wrists
+        said = [processor.shortened(step.instruction, batch.actions[0].numel()) for step in part]  # as in training
+        views = [decode_jpeg(step.image) for step in part], said, wrists
         # not the actions made of it: a number that is constant in the data hides what was answered
         acted.append(policy.raw_chunks(*views, states))
         if np.isnan(policy.last_margins).any() or not np.isfinite([acted[-1], forced[-1]]).all():

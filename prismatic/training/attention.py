@@ -1,4 +1,4 @@
-"""Attention in float32 where a CPU trains in bfloat16. In: nothing. Out: a block of code within which it is so, for ours and for timm's."""
+"""Attention in float32 where a CPU trains in bfloat16. In: where a run computes. Out: a block of code where it is so."""
 
 import contextlib
 from collections.abc import Iterator

@@ -29,6 +29,8 @@ from prismatic.records import read_object, read_record
 from prismatic.sums import read_sums, sha256, write_sums
 from prismatic.training.distributed import SINGLE_PROCESS, Ranks
 
+IDENTITY = ("base", "data", "samples", "states")  # of Task.identity: they are no flags
+
 
 class Best(TypedDict):
     """The checkpoint that validated best."""
@@ -71,10 +73,9 @@ class RunFolder:
             before = read_object(path if path.exists() else self.path / LATEST / OPTIONS)
             for name, value in options.items():
                 if name not in may_change and name in before and _plain(before[name]) != _plain(value):
-                    raise ConfigError(
-                        f"{self.path} was begun with --{name} {before[name]}, not {value}: "
-                        "give that, or a --run_id_note to begin another run"
-                    )
+                    given = f"other {name}" if name in IDENTITY else f"--{name} {before[name]}, not {value}"
+                    way_out = "give that, or a --run_id_note to begin another run"
+                    raise ConfigError(f"{self.path} was begun with {given}: {way_out}")
         write_json(path, options)
 
     def save(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any]) -> Path:

@@ -140,8 +140,8 @@ def check_flags(options: RunOptions, ranks: Ranks, *, default_root: str) -> None
         raise ConfigError("--use_quantization packs a base that isn't trained: leave out --use_lora False")
     if options.log_to not in ("wandb", "trackio") and (options.wandb_project or options.wandb_entity):
         print("notice: --wandb_project and --wandb_entity have no effect without --log_to wandb")
-    if options.warmup_steps >= options.max_steps > 0:
-        print("notice: --warmup_steps is no less than --max_steps: the learning rate never reaches --learning_rate")
+    if options.warmup_steps > options.max_steps:
+        print("notice: --warmup_steps is more than --max_steps: the learning rate never reaches --learning_rate")
     check_installed(options.log_to)
 
 
