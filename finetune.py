@@ -23,7 +23,6 @@ from prismatic.filenames import FIRST_BATCH, LATEST
 from prismatic.models.lora_dtype import cast_once
 from prismatic.ranges import check_folder_name, checked, command_line
 from prismatic.training import first_batch, setup
-from prismatic.training.attention import attention_kernel
 from prismatic.training.display import Display
 from prismatic.training.distributed import Ranks, joined, no_sync
 from prismatic.training.loggers import open_logger
@@ -78,7 +77,7 @@ def train(cfg: FinetuneConfig, run: setup.TrainingRun, display: Display) -> None
         progress.learning_rate = schedule(step)
         for group in run.optimizer.param_groups:
             group["lr"] = progress.learning_rate
-        with cast_once(run.vla), attention_kernel(ranks.device, run.autocast):
+        with cast_once(run.vla):
             numbers = backward(
                 model, micro_batches, measure=measure, autocast=run.autocast, no_sync=no_sync(model), mean=ranks.mean
             )

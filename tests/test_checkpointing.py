@@ -1,20 +1,16 @@
-"""Recomputed activations: not a bit changes, and less is kept. Compiled blocks give the same loss. What a CPU in bfloat16 computes in float32."""
+"""Recomputed activations: not a bit changes, and less is kept. Compiled blocks give the same loss."""
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from prismatic.models import checkpointing
 from prismatic.models.checkpointing import checkpoint_activations, compile_blocks, lean_activations
 from prismatic.models.lora_dtype import compute_in_base_dtype
 from prismatic.models.tiny import TINY, random_vla
 from prismatic.models.vla import VLA
-from prismatic.training.attention import attention_kernel
 from prismatic.training.live_bytes import LiveBytes
 from tests.drawn_batch import BATCH, adapted
 
@@ -96,35 +92,3 @@ def test_compiled_blocks_give_the_same_gradients() -> None:
     compiled_loss, again, _ = step(compiled)
     torch.testing.assert_close(compiled_loss, loss)
     torch.testing.assert_close(again, gradients)
-
-
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_on_a_cpu_in_bfloat16_attention_is_computed_in_float32_also_where_it_is_computed_again(
-    recomputed: bool,
-) -> None:
-    """The inputs are bfloat16 numbers: within the block the gradient is float32's, rounded once; without it bfloat16's own, which is another."""
-
-    def gradients(entered: bool, dtype: torch.dtype) -> torch.Tensor:
-        q, k, v = (part.to(dtype).requires_grad_() for part in drawn)
-        call = partial(checkpoint, use_reentrant=False) if recomputed else lambda function, *tensors: function(*tensors)
-        with (
-            attention_kernel("cpu", entered),
-            torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16),
-        ):
-            # looked up at each call, as timm and the decoder do
-            out = call(lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True), q, k, v)
-            assert out.dtype == dtype
-            out.backward(gradient.to(dtype))
-        return torch.stack([part.grad.float() for part in (q, k, v) if part.grad is not None])
-
-    drawn = torch.randn(3, 2, 4, 48, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
-    gradient, plain = (
-        torch.randn(2, 4, 48, 16, generator=torch.Generator().manual_seed(1)).bfloat16(),
-        F.scaled_dot_product_attention,
-    )
-    exact = gradients(False, torch.float32).bfloat16().float()
-    assert torch.equal(gradients(True, torch.bfloat16), exact)
-    assert not torch.equal(gradients(False, torch.bfloat16), exact)
-    with attention_kernel("cuda", True):
-        assert F.scaled_dot_product_attention is plain
-    assert F.scaled_dot_product_attention is plain

@@ -14,9 +14,9 @@ from prismatic.models.lora_dtype import cast_once
 from prismatic.models.tiny import TINY
 from prismatic.models.vla import VLAConfig
 from prismatic.training.activations import LABELS, SHARDED, Checkpointing, Precision, fake_vla
-from prismatic.training.attention import attention_kernel
 from prismatic.training.live_bytes import LiveBytes
 from prismatic.training.memory import GIB, Model, Settings, choose, describe, free_memory, lines, plan
+from prismatic.training.step import attention_kernel
 
 WORDS = 40
 

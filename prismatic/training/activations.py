@@ -21,8 +21,8 @@ from prismatic.models.lora import add_lora
 from prismatic.models.lora_dtype import cast_once, compute_in_base_dtype
 from prismatic.models.vision import CHANNELS
 from prismatic.models.vla import VLA, VLAConfig
-from prismatic.training.attention import attention_kernel
 from prismatic.training.live_bytes import LiveBytes
+from prismatic.training.step import attention_kernel
 
 SELECTIVE: Literal["selective"] = "selective"
 Checkpointing = bool | Literal["selective"]  # recomputed: nothing, all of a block, or what is cheap
