@@ -108,7 +108,7 @@ class FinetuneConfig:
     max_bad_steps: ranges.Positive = 10
     # Checkpoints to keep beside the best on validation; the oldest are deleted.
     keep: ranges.Positive = 2
-    # Share of the episodes held out for validation, the last on disk, where a data set has no split named val (OpenVLA: 5 %).
+    # Share of the episodes held out for validation, the last on disk, where a data set has no split val or validation (OpenVLA: 5 %).
     val_share: ranges.BelowOne = 0.05
     # Statistics that actions are normalised by: the data set's (OpenVLA) or the base's, so that tokens keep their meaning (better for little data).
     action_statistics: Literal["dataset", "base"] = "dataset"
