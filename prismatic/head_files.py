@@ -124,9 +124,9 @@ def model_config(folder: Path, adapter: Path | None = None, *, new_heads: bool =
             raise ConfigError(f"--{name} {value} contradicts {where}, which says {said[name]}: leave it out")
     if said["action_head"] != "l1" and any(name.startswith("action_head") for name in heads):
         kind = said["action_head"]
-        way_out = (
-            f"leave out --action_head {kind}" if "action_head" in given else f"{PROCESSOR} says {kind}, copy it again"
-        )
+        way_out = f"{PROCESSOR} says {kind}, copy it again"
+        if "action_head" in given:
+            way_out = f"leave out --action_head {kind}"
         raise ConfigError(f"{home or folder} holds an action head, so its token head is untrained: {way_out}")
     return dataclasses.replace(config, **said)
 

@@ -88,6 +88,13 @@ def test_it_equals_the_policy_and_the_training_path(policy: VLAPolicy, cache: Fr
     assert forced["l1_loss"] == pytest.approx(expected["l1_loss"], abs=1e-6)
 
 
+def test_an_instruction_that_training_cuts_is_cut_here_too(policy: VLAPolicy, tmp_path: Path) -> None:
+    episode = drawn_episode(1)
+    episode |= {"instruction": "pick up the bowl " * 700, "wrist_images": episode["images"]}
+    split = open_loop(policy, write_cache(tmp_path / "cache", [episode] * 2), frames=1)["splits"]["train"]
+    assert split["frames"] == 1 and np.isfinite(split["policy"]["l1_loss"])
+
+
 def test_an_inference_path_that_is_right_agrees_and_a_wrong_one_does_not(
     policy: VLAPolicy, cache: FrameCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:

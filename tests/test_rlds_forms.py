@@ -78,6 +78,17 @@ def test_a_split_named_validation_one_that_is_not_used_and_an_episode_without_st
     assert {*cache.episode[cache.validation_indices()]} == {4, 5, 6}
 
 
+def test_only_a_cache_with_a_split_named_validation_is_another_than_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rlds, "cached", lambda cache_dir, name, identity, fill: identity)
+    for split, more in (("val", []), ("validation", ["validation"])):
+        source = tmp_path / split / "1.0.0"
+        source.mkdir(parents=True)
+        (source / f"drawn-{split}.tfrecord-00000-of-00001").touch()
+        assert rlds.build_cache(source, tmp_path)[1:] == [[], False, *more]  # pyright: ignore[reportIndexIssue]
+
+
 def test_what_is_refused_names_what_is_there(forms: Path) -> None:
     sentence = (forms / "other_cameras.error").read_text()
     assert all(part in sentence for part in ("observation/left", "observation/right", "--data_keys image="))

@@ -110,6 +110,7 @@ def compiler() -> Callable[..., Any]:
 
 
 def actor() -> VLA:
+    """openvla-7b with random weights on a GPU, the tiny model on a CPU."""
     return infer.random_actor(VLAConfig() if GPU else TINY, dtype=DTYPE, device=DEVICE)
 
 

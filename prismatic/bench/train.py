@@ -46,6 +46,8 @@ SIZES = {"cuda": (1, 2, 4, 8, 16, 32), "cpu": (1, 4)}  # micro-batches, where no
 
 @dataclass(frozen=True)
 class Bench:
+    """What is measured where. steps: that are timed."""
+
     config: VLAConfig
     device: torch.device
     dtype: torch.dtype

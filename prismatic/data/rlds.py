@@ -61,10 +61,9 @@ def build_cache(rlds_dir: Path, cache_dir: Path, *, data_keys: str = "", rotate_
         _in_child(f"reading {source}", "read", source, folder, json.dumps([told, rotate_images]))
 
     files = listing(source.iterdir())
-    held_out = ["validation"] * any(
-        "-validation." in str(name) for name, *_ in files
-    )  # earlier caches were made without it
-    identity = [files, sorted(told.items()), rotate_images, *held_out]
+    identity = [files, sorted(told.items()), rotate_images]
+    if any("-validation." in str(name) for name, *_ in files):  # earlier caches were made without that split
+        identity.append("validation")
     return cached(cache_dir, dataset_name(source), identity, fill)
 
 

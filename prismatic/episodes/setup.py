@@ -140,7 +140,7 @@ def weights(checkpoint: str | Path | None) -> str | None:
 def identity(
     values: Mapping[str, Any], defaults: Mapping[str, Any], benchmark: Benchmark, *, renderer: str, dataset: str | None
 ) -> Facts:
-    """What the numbers depend on, of all flags' values. dataset: fingerprint of what is replayed."""
+    """What the numbers depend on, of all flags' values; weights by their content. dataset: fingerprint of what is replayed."""
     known, suite = versions(), values["task_suite_name"]
     facts: Facts = {name: values[name] for name in IDENTITY}
     if values["policy"] == "checkpoint":

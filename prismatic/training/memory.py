@@ -182,8 +182,8 @@ def choose(model: Model, settings: Settings, card: int, *, place: str) -> Plan:
 
     card: free bytes of place. ConfigError that names settings of the same effective batch that fit, if these don't.
     """
-    told = settings.gradient_checkpointing
-    ways = (False, SELECTIVE, True) if told is None else (told,)
+    given = settings.gradient_checkpointing
+    ways = (False, SELECTIVE, True) if given is None else (given,)
     asked = [plan(model, dataclasses.replace(settings, gradient_checkpointing=way)) for way in ways]
     others = [plan(model, smaller) for smaller in _smaller(settings, quantisable=model.precision.lora_rank > 0)]
     if fitting := next((found for found in asked if found.total <= card), None):

@@ -87,10 +87,8 @@ class Task:
         data = {cache.name: cache.fingerprint for cache in self.mixture.caches}  # of images, words and actions
         found = {"base": self.base_fingerprint, "data": data, "samples": len(self.mixture)}
         if self.config.proprio_dim:
-            states = {cache.name: np.ascontiguousarray(cache.state).data for cache in self.mixture.caches}
-            found["states"] = {
-                name: hashlib.blake2b(state, digest_size=16).hexdigest() for name, state in states.items()
-            }
+            states = ((cache.name, np.ascontiguousarray(cache.state).tobytes()) for cache in self.mixture.caches)
+            found["states"] = {name: hashlib.blake2b(state, digest_size=16).hexdigest() for name, state in states}
         return found
 
     @cached_property
