@@ -22,6 +22,7 @@ from tqdm import tqdm
 from config import WORKSPACE
 from prismatic.atomic import lock, sweep, write_json, writing_to
 from prismatic.data import lerobot_writer, rlds
+from prismatic.data.staging import STAGED
 from prismatic.episodes import pool
 from prismatic.episodes.demonstration import Demonstration, Job, Record
 from prismatic.episodes.replay import FAILED, Replays, find_replays
@@ -35,7 +36,7 @@ from prismatic.versions import SIMULATOR_PACKAGES, check_simulator, folder_finge
 
 ATTEMPTS_PER_DEMO = 3  # a task is given up when so many attempts for each wanted episode,
 SPARE_ATTEMPTS = 10  # and so many more, were not enough
-STAGE_FORMAT = 3  # is raised when episodes would come out otherwise: old and new ones must not be mixed
+STAGE_FORMAT = 4  # is raised when episodes would come out otherwise: old and new ones must not be mixed
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Schedule:
 
 def stage_folder(cfg: CollectConfig) -> Path:
     """Where finished episodes go, a file each."""
-    return cfg.data_root_dir / f"{cfg.dataset_name}_staged"
+    return cfg.data_root_dir / (cfg.dataset_name + STAGED)
 
 
 def open_stage(cfg: CollectConfig) -> Path:
@@ -155,6 +156,10 @@ def open_stage(cfg: CollectConfig) -> Path:
         settings |= {name: getattr(cfg, name) for name in ("seed", "perturbation", "render_quality")}
     note = stage / "settings.json"
     if not note.is_file():
+        if (made := cfg.data_root_dir / cfg.dataset_name).exists():
+            raise ConfigError(
+                f"{made} is there, and {stage.name} with its episodes isn't: give another dataset_name, or delete it"
+            )
         with writing_to(stage):
             stage.mkdir(parents=True, exist_ok=True)
         write_json(note, settings)
@@ -163,7 +168,7 @@ def open_stage(cfg: CollectConfig) -> Path:
         if name in before and before[name] != value:
             raise ConfigError(
                 f"{stage} was collected with {name} {before[name]}, not {value}: "
-                "give the same, another dataset_name, or delete that folder"
+                "give the same, another dataset_name, or delete that folder and the data set beside it"
             )
     return stage
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 from prismatic.arrays import read_arrays
 from prismatic.atomic import writing_to
 from prismatic.data import lerobot_writer, rlds
-from prismatic.data.staging import stage_episode
+from prismatic.data.staging import STAGED, stage_episode
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.image import encode_jpeg
 from prismatic.ranges import Positive, checked, command_line
@@ -113,6 +113,10 @@ def main(cfg: OwnDataConfig) -> Path:
     """Stage each episode, write the data set, say how to go on."""
     cfg = checked(cfg)
     rlds.check_name(cfg.dataset_name)
+    if (collected := cfg.output / (cfg.dataset_name + STAGED)).is_dir():
+        raise ConfigError(
+            f"{collected} holds the episodes of a data set that collect.py made: give another --dataset_name"
+        )
     episodes = recorded(cfg.recordings) if cfg.recordings else drawn(cfg.episodes, cfg.action_dim)
     with writing_to(cfg.output):
         cfg.output.mkdir(parents=True, exist_ok=True)

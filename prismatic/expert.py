@@ -4,6 +4,8 @@ Its answer depends on the present state alone (no memory), so it can also label 
 that it would never reach itself. Made to be imitated from images by arg-max: the same image always gets the same
 answer (velocities, which no image shows, play no part), commands are multiples of `rounding`, and nothing waits: the
 fingers close while the hand still sinks the last centimetres, and the lift starts at the first touch of both pads.
+Two states that hardly differ in an image get one answer: shut fingers rise, whether a rim is between them or not,
+and open only up where nothing hangs from them.
 """
 
 import itertools
@@ -20,6 +22,12 @@ from prismatic.simulator import LiberoSimulator
 GAIN = 32.0  # command per metre of error: full speed (about 13 mm a step) from 3 cm on
 TURN_GAIN = 2.5  # command per radian of error
 FAR = 0.7  # m before the robot's base, from where on the arm is so stretched that the hand leans more and more
+STRAIGHT = (
+    -0.1
+)  # rad, elbow (joint 4, which stops at -0.07) at which it locks: the hand gets no nearer to the robot, unless it leans
+UNLOCK = 0.5  # command at which it leans towards the robot then
+LEANING = 0.2  # rad, from where on a hand that carries something is put upright again, before it arrives
+ARRIVING = 0.15  # m from the target, where that begins
 OPEN, CLOSE = 1.0, 0.0
 
 RIM_INSET = 0.003  # m, aim this far inside a bowl's outer radius
@@ -35,22 +43,28 @@ BOX_STOP = -0.003  # m, the same for a box: fingers pressed on the table rub and
 FINGERTIP = 0.014  # m, lowest pads' centre above what a box stands on
 ALIGNED = 0.015  # m, lateral error that lets the hand sink and the fingers close
 MISSED = 0.004  # m, a finger opening at which nothing can be between the pads
+SHUT = 0.012  # m, a finger opening at which an image doesn't show whether a rim is between the pads
 HIGH = 0.2  # m above the table from where on the stretched arm hardly reaches the far half of an object
 OUT_OF_REACH = 0.75  # m before the robot's base, from where on the same holds
 FINGER_REACH = 0.045  # m, how far outside the rim an open finger comes down
 FINGER_DEPTH = 0.02  # m below the rim that it reaches
 FINGER_RADIUS = 0.03  # m, room that it needs around it
 HAND = (0.1, 0.035, 0.03)  # m, half sizes of the hand along and across the fingers, and its lowest above the rim
+LOW = 0.015  # m below the height to which they rise, where they are still shut
 HOVER = 0.1  # m above the grasp, while the hand is still far away
 PASSING = 0.06  # m from the carried object's path, nearer than which it passes over something
 CLEARANCE = 0.03  # m between the carried object and what it passes over
-DROP_RADIUS = 0.022  # m, lateral error at which the fingers open
+DROP_RADIUS = 0.015  # m, lateral error at which the fingers open
+DROP_HEIGHT = 0.014  # m above where it shall be, from where on they do
 PLACES = ("contain_region", "cook_region", "top_side")  # regions that are open to above; drawers and racks aren't
 VOTERS = 10  # stored initial states that decide on which side a bowl is grasped
 NEARLY_ALL = 0.95  # of them must agree, so that a fixture's jitter doesn't turn the decision
 DIAGONAL = float(np.sqrt(0.5))
 SIDES = [(0.0, -1.0), (0.0, 1.0), (1.0, 0.0), (-1.0, 0.0), (-DIAGONAL, DIAGONAL), (-DIAGONAL, -DIAGONAL)]
-ON_RADIUS, IN_RADIUS = 0.04, 0.06  # m, closer to the target's axis an object that isn't held counts as placed
+ON_RADIUS, IN_RADIUS = (
+    0.03,
+    0.06,
+)  # m, closer to the target's axis an object that isn't held counts as placed; on: LIBERO's own
 
 
 @dataclass(frozen=True)
@@ -114,6 +128,7 @@ class Expert:
         parts = [robot.gripper.important_geoms[name] for name in ("left_finger", "right_finger")]
         self._fingers = [[self._model.geom(name).id for name in part] for part in parts]
         axis = self._data.geom_xpos[self._fingers[1][-1]] - self._data.geom_xpos[self._fingers[0][-1]]
+        self._elbow = float(self._data.qpos[robot._ref_joint_pos_indexes[3]])  # 0: the arm is straight
         self._hand = self._data.site_xpos[robot.eef_site_id].copy()
         self._opening = float(fingers[0] - fingers[1])
         self._yaw = float(np.arctan2(-axis[0], axis[1]))  # 0: the fingers open along world y
@@ -129,11 +144,13 @@ class Expert:
         return data.site_xpos[self._model.site(self._target).id].copy()
 
     def _held(self) -> bool:
-        """Whether both fingers touch the object."""
+        """Whether both fingers touch the object, or one does and nothing else: a pad that loses touch for a step lets nothing go."""
         pairs = self._data.contact.geom  # (contacts, 2)
         partners = np.concatenate([pairs, pairs[:, ::-1]])
         touching = partners[self._shapes.owner[partners[:, 1]] == self._body, 0]
-        return all(np.isin(touching, finger).any() for finger in self._fingers)
+        fingers = [np.isin(touching, finger) for finger in self._fingers]
+        both = all(finger.any() for finger in fingers)
+        return both or bool(len(touching) and self._opening < SHUT and np.logical_or(*fingers).all())
 
     def _placed(self) -> bool:
         offset = self._position - self._target_point()
@@ -209,14 +226,15 @@ class Expert:
         lateral = float(np.linalg.norm(error[:2]))
         turn = _wrap(grasp.yaw - self._yaw)
         aligned = lateral < ALIGNED and abs(turn) < 0.15
+        far = grasp.point[0] - self._base[0] > FAR
         action = np.zeros(7)
         action[:2] = np.clip(GAIN * error[:2], -1, 1)
         action[5] = np.clip(TURN_GAIN * turn, -1, 1)
-        if grasp.point[0] - self._base[0] > FAR:
-            action[3:5] = TURN_GAIN * np.cross(self._palm, (0.0, 0.0, -1.0))[:2]
+        if far:
+            action[3:5] = self._unlock() if self._locked(error) else TURN_GAIN * self._lean()
         if aligned and -error[2] < grasp.closing and self._opening > MISSED:
             action[:2] *= np.abs(error[:2]) > STEADY
-            stretched = grasp.point[0] - self._base[0] > FAR or grasp.top > self._base[2] + HIGH
+            stretched = far or grasp.top > self._base[2] + HIGH
             speed = STRETCHED_SPEED if stretched else CLOSING_SPEED
             action[2] = speed if error[2] < grasp.stop else 0.0
             action[6] = CLOSE
@@ -231,7 +249,8 @@ class Expert:
         rise = height - self._hand[2]
         action[2] = np.clip(GAIN * rise, -1, 1)
         action[:2] *= np.clip(1.5 - rise / 0.03, 0, 1)  # first up, then across
-        action[6] = OPEN
+        # shut on nothing looks like a grasp until the object should hang from the fingers: up first, then open
+        action[6] = CLOSE if self._opening < SHUT and rise > LOW else OPEN
         return action
 
     def _carry(self) -> np.ndarray:
@@ -249,9 +268,26 @@ class Expert:
         action[:2] = np.clip(GAIN * error, -1, 1) * np.clip(1.4 - rise / 0.03, 0, 1)
         action[2] = np.clip(GAIN * rise, -1, 1)
         action[6] = CLOSE
-        if lateral < DROP_RADIUS and rise > -0.02:
+        if self._locked(error):
+            action[3:5] = self._unlock()
+        elif np.linalg.norm(self._lean()) > LEANING and ALIGNED < lateral < ARRIVING:
+            action[3:5] = np.clip(TURN_GAIN * self._lean(), -0.5, 0.5)
+        if lateral < DROP_RADIUS and rise > -DROP_HEIGHT:
             action[6] = OPEN
         return action
+
+    def _lean(self) -> np.ndarray:
+        """(2,) rad about world x and y that put the hand upright."""
+        return np.cross(self._palm, (0.0, 0.0, -1.0))[:2]
+
+    def _locked(self, error: np.ndarray) -> bool:
+        """Whether the hand has to come nearer to the robot, and the straight arm doesn't bend by itself."""
+        return self._elbow > STRAIGHT and float(error[:2] @ (self._base - self._hand)[:2]) > 0
+
+    def _unlock(self) -> np.ndarray:
+        """(2,) commands about world x and y that lean the fingers towards the robot, which bends the elbow."""
+        x, y = (self._base - self._hand)[:2]
+        return UNLOCK * np.array([y, -x]) / np.hypot(x, y)
 
     def _obstacle_top(self, target: np.ndarray, bottom: float) -> float:
         """Height of what the object is above, or gets closer to on its way to the target (m)."""

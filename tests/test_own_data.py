@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 
+from collect import CollectConfig, open_stage
 from examples import own_data
 from examples.own_data import OwnDataConfig
 from prismatic.checkpoint import load_policy
@@ -116,6 +117,16 @@ def test_rlds_is_written(tmp_path: Path) -> None:
     """That both formats hold the same is a test of their writers'."""
     own_data.main(OwnDataConfig(tmp_path, "mine", format="rlds", episodes=2))
     assert (tmp_path / f"mine/1.0.0/{RLDS_INFO}").is_file() and [*tmp_path.iterdir()] == [tmp_path / "mine"]
+
+
+def test_it_and_collect_never_replace_each_other_s_data_set(tmp_path: Path) -> None:
+    own_data.main(OwnDataConfig(tmp_path, "mine", episodes=2))
+    own_data.main(OwnDataConfig(tmp_path, "mine", episodes=3))  # its own is made anew
+    with pytest.raises(ConfigError, match=r"mine is there, and mine_staged with its episodes isn't"):
+        open_stage(CollectConfig(data_root_dir=tmp_path, dataset_name="mine"))
+    open_stage(CollectConfig(data_root_dir=tmp_path, dataset_name="collected"))
+    with pytest.raises(ConfigError, match=r"collected_staged holds the episodes of a data set that collect.py made"):
+        own_data.main(OwnDataConfig(tmp_path, "collected", episodes=2))
 
 
 @pytest.mark.parametrize("instruction", ["push", b"push", ["push"], ["push"] * 6])

@@ -17,12 +17,15 @@ import pytest
 import requests
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
+from prismatic.checkpoint import load_policy
 from prismatic.errors import ConfigError
 from prismatic.image import decode_jpeg, encode_jpeg
 from prismatic.observation import Observation
+from prismatic.policy import Policy
 from prismatic.serving.batching import BatchQueue
 from prismatic.serving.observation import Limits, RequestError
 from prismatic.serving.recording import Recorder
+from tests.conftest import REPOSITORY
 from tests.fake_policy import FakePolicy, picture
 from tests.live_server import Live, body, live, openpi
 
@@ -31,7 +34,7 @@ def observation(seed: int, words: str = "go") -> Observation:
     return Observation(picture(seed), words, wrist=picture(seed + 1000))
 
 
-def with_queue(policy: FakePolicy, work: Callable[[BatchQueue], Awaitable[Any]], *, max_wait: float = 0.05) -> Any:
+def with_queue(policy: Policy, work: Callable[[BatchQueue], Awaitable[Any]], *, max_wait: float = 0.05) -> Any:
     """What work(queue) returns."""
 
     async def main() -> Any:
@@ -59,6 +62,14 @@ def test_what_arrives_together_is_one_batch_that_equals_single_calls_and_only_th
         np.testing.assert_array_equal(answer.chunk, policy.answer(one.frame, one.instruction, one.wrist))
     assert all(isinstance(error, RequestError) and error.status == 500 for error in mixed[::2])
     assert "ValueError" in str(mixed[0]) and "NaN" in str(mixed[2])
+
+
+def test_an_instruction_that_the_model_cannot_read_is_the_clients_to_mend() -> None:
+    policy = load_policy(REPOSITORY / "checkpoints/openvla-tiny", device="cpu")
+    asked = [observation(1), observation(2, "\N{GRINNING FACE}" * 1000)]  # four tokens each
+    answer, error = with_queue(policy, lambda queue: asyncio.gather(*map(queue.ask, asked), return_exceptions=True))
+    assert answer.chunk.shape == (1, 7)
+    assert isinstance(error, RequestError) and error.status == 400 and "shorten it" in str(error)
 
 
 def test_both_images_are_prepared_side_by_side_and_recorded_as_they_came(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from prismatic.atomic import flush, writing_to
 from prismatic.errors import ConfigError
 from prismatic.filenames import UNFINISHED
 
+STAGED = "_staged"  # what the folder of collect.py's episodes, beside its data set, adds to that one's name
+
 
 class StagedEpisode(NamedTuple):
     """A demonstration of T ≥ 1 steps, its frames as JPEG."""
