@@ -22,9 +22,7 @@ from prismatic.simulator import LiberoSimulator
 GAIN = 32.0  # command per metre of error: full speed (about 13 mm a step) from 3 cm on
 TURN_GAIN = 2.5  # command per radian of error
 FAR = 0.7  # m before the robot's base, from where on the arm is so stretched that the hand leans more and more
-STRAIGHT = (
-    -0.1
-)  # rad, elbow (joint 4, which stops at -0.07) at which it locks: the hand gets no nearer to the robot, unless it leans
+STRAIGHT = -0.1  # rad, joint 4 (its stop: -0.07) from where on the hand gets no nearer to the robot unless it leans
 UNLOCK = 0.5  # command at which it leans towards the robot then
 LEANING = 0.2  # rad, from where on a hand that carries something is put upright again, before it arrives
 ARRIVING = 0.15  # m from the target, where that begins
@@ -43,7 +41,7 @@ BOX_STOP = -0.003  # m, the same for a box: fingers pressed on the table rub and
 FINGERTIP = 0.014  # m, lowest pads' centre above what a box stands on
 ALIGNED = 0.015  # m, lateral error that lets the hand sink and the fingers close
 MISSED = 0.004  # m, a finger opening at which nothing can be between the pads
-SHUT = 0.012  # m, a finger opening at which nothing but a rim can be between the pads
+SHUT = 0.012  # m, a finger opening at which a rim that one pad touches may be held
 HIGH = 0.2  # m above the table from where on the stretched arm hardly reaches the far half of an object
 OUT_OF_REACH = 0.75  # m before the robot's base, from where on the same holds
 FINGER_REACH = 0.045  # m, how far outside the rim an open finger comes down
@@ -60,10 +58,8 @@ VOTERS = 10  # stored initial states that decide on which side a bowl is grasped
 NEARLY_ALL = 0.95  # of them must agree, so that a fixture's jitter doesn't turn the decision
 DIAGONAL = float(np.sqrt(0.5))
 SIDES = [(0.0, -1.0), (0.0, 1.0), (1.0, 0.0), (-1.0, 0.0), (-DIAGONAL, DIAGONAL), (-DIAGONAL, -DIAGONAL)]
-ON_RADIUS, IN_RADIUS = (
-    0.03,
-    0.06,
-)  # m, closer to the target's axis an object that isn't held counts as placed; on: LIBERO's own
+# m, closer to the target's axis an object that isn't held counts as placed; on: LIBERO's own
+ON_RADIUS, IN_RADIUS = 0.03, 0.06
 
 
 @dataclass(frozen=True)
