@@ -4,8 +4,7 @@ Its answer depends on the present state alone (no memory), so it can also label 
 that it would never reach itself. Made to be imitated from images by arg-max: the same image always gets the same
 answer (velocities, which no image shows, play no part), commands are multiples of `rounding`, and nothing waits: the
 fingers close while the hand still sinks the last centimetres, and the lift starts at the first touch of both pads.
-Fingers that shut on nothing open at once. Tried: that they rise first, as those that hold something do, and open higher
-up; a policy then opened them up there with a bowl in them, too (3 of its first 15 episodes solved).
+Fingers that shut on nothing open at once: where they rise before, a policy learns to open also those that carry (docs/evaluate.md).
 """
 
 import itertools
@@ -16,6 +15,7 @@ import numpy as np
 
 from prismatic.errors import ConfigError
 from prismatic.rollout import Simulator
+from prismatic.scene.recorder import ON_RADIUS
 from prismatic.scene.shapes import Shapes
 from prismatic.simulator import LiberoSimulator
 
@@ -23,7 +23,7 @@ GAIN = 32.0  # command per metre of error: full speed (about 13 mm a step) from 
 TURN_GAIN = 2.5  # command per radian of error
 FAR = 0.7  # m before the robot's base, from where on the arm is so stretched that the hand leans more and more
 STRAIGHT = -0.1  # rad, joint 4 (its stop: -0.07) from where on the hand gets no nearer to the robot unless it leans
-UNLOCK = 0.5  # command at which it leans towards the robot then
+LEAN_SPEED = 0.5  # command at which it leans towards the robot then, and back
 LEANING = 0.2  # rad, from where on a hand that carries something is put upright again, before it arrives
 ARRIVING = 0.15  # m from the target, where that begins
 OPEN, CLOSE = 1.0, 0.0
@@ -58,8 +58,7 @@ VOTERS = 10  # stored initial states that decide on which side a bowl is grasped
 NEARLY_ALL = 0.95  # of them must agree, so that a fixture's jitter doesn't turn the decision
 DIAGONAL = float(np.sqrt(0.5))
 SIDES = [(0.0, -1.0), (0.0, 1.0), (1.0, 0.0), (-1.0, 0.0), (-DIAGONAL, DIAGONAL), (-DIAGONAL, -DIAGONAL)]
-# m, closer to the target's axis an object that isn't held counts as placed; on: LIBERO's own
-ON_RADIUS, IN_RADIUS = 0.03, 0.06
+IN_RADIUS = 0.06  # m, closer to the axis of what it goes into an object that isn't held counts as placed
 
 
 @dataclass(frozen=True)
@@ -144,8 +143,8 @@ class Expert:
         partners = np.concatenate([pairs, pairs[:, ::-1]])
         touching = partners[self._shapes.owner[partners[:, 1]] == self._body, 0]
         fingers = [np.isin(touching, finger) for finger in self._fingers]
-        both = all(finger.any() for finger in fingers)
-        return both or bool(len(touching) and self._opening < SHUT and np.logical_or(*fingers).all())
+        by_one = bool(len(touching)) and self._opening < SHUT and bool(np.logical_or(*fingers).all())
+        return by_one or all(finger.any() for finger in fingers)
 
     def _placed(self) -> bool:
         offset = self._position - self._target_point()
@@ -226,7 +225,7 @@ class Expert:
         action[:2] = np.clip(GAIN * error[:2], -1, 1)
         action[5] = np.clip(TURN_GAIN * turn, -1, 1)
         if far:
-            action[3:5] = self._unlock() if self._locked(error) else TURN_GAIN * self._lean()
+            action[3:5] = TURN_GAIN * self._lean() if (unlocking := self._unlock(error)) is None else unlocking
         if aligned and -error[2] < grasp.closing and self._opening > MISSED:
             action[:2] *= np.abs(error[:2]) > STEADY
             stretched = far or grasp.top > self._base[2] + HIGH
@@ -262,10 +261,10 @@ class Expert:
         action[:2] = np.clip(GAIN * error, -1, 1) * np.clip(1.4 - rise / 0.03, 0, 1)
         action[2] = np.clip(GAIN * rise, -1, 1)
         action[6] = CLOSE
-        if self._locked(error):
-            action[3:5] = self._unlock()
+        if (unlocking := self._unlock(error)) is not None:
+            action[3:5] = unlocking
         elif np.linalg.norm(self._lean()) > LEANING and ALIGNED < lateral < ARRIVING:
-            action[3:5] = np.clip(TURN_GAIN * self._lean(), -0.5, 0.5)
+            action[3:5] = np.clip(TURN_GAIN * self._lean(), -LEAN_SPEED, LEAN_SPEED)
         if lateral < DROP_RADIUS and rise > -DROP_HEIGHT:
             action[6] = OPEN
         return action
@@ -274,14 +273,11 @@ class Expert:
         """(2,) rad about world x and y that put the hand upright."""
         return np.cross(self._palm, (0.0, 0.0, -1.0))[:2]
 
-    def _locked(self, error: np.ndarray) -> bool:
-        """Whether the hand has to come nearer to the robot, and the straight arm doesn't bend by itself."""
-        return self._elbow > STRAIGHT and float(error[:2] @ (self._base - self._hand)[:2]) > 0
-
-    def _unlock(self) -> np.ndarray:
-        """(2,) commands about world x and y that lean the fingers towards the robot, which bends the elbow."""
-        x, y = (self._base - self._hand)[:2]
-        return UNLOCK * np.array([y, -x]) / np.hypot(x, y)
+    def _unlock(self, error: np.ndarray) -> np.ndarray | None:
+        """(2,) commands about world x and y that lean the fingers towards the robot, where a straight arm is to bring the hand nearer to it."""
+        x, y = inward = (self._base - self._hand)[:2]
+        stuck = self._elbow > STRAIGHT and error[:2] @ inward > 0
+        return LEAN_SPEED * np.array([y, -x]) / np.hypot(x, y) if stuck else None
 
     def _obstacle_top(self, target: np.ndarray, bottom: float) -> float:
         """Height of what the object is above, or gets closer to on its way to the target (m)."""

@@ -14,20 +14,24 @@ SMALLEST, LARGEST = 8, 8192  # pixels a side
 DAMAGED = "the policy answered with NaN or infinity: its weights or statistics are damaged"
 
 
+class InputError(ConfigError):
+    """What was given to a policy is nothing that it can read: the caller's to mend, not the machine's."""
+
+
 def as_frame(given: Any, name: str) -> np.ndarray:
     """(H, W, 3) uint8 of a frame, a PIL image, or either with an alpha channel. ConfigError that says what was given and what is wanted."""
     if hasattr(given, "convert") and hasattr(given, "getbands"):  # a PIL image
         given = np.asarray(given.convert("RGB"))
     if not isinstance(given, np.ndarray):
         hint = ": give .permute(1, 2, 0).cpu().numpy()" if hasattr(given, "detach") else ""
-        raise ConfigError(f"{name} is of type {type(given).__name__}, but {WANTED}, as a numpy array{hint}")
+        raise InputError(f"{name} is of type {type(given).__name__}, but {WANTED}, as a numpy array{hint}")
     if given.dtype != np.uint8:
-        raise ConfigError(f"{name} has dtype {given.dtype}, but {WANTED}: give values from 0 to 255 as uint8")
+        raise InputError(f"{name} has dtype {given.dtype}, but {WANTED}: give values from 0 to 255 as uint8")
     if given.ndim == 3 and given.shape[2] == 4:
         given = np.ascontiguousarray(given[:, :, :3])
     if given.ndim != 3 or given.shape[2] != 3 or not all(SMALLEST <= side <= LARGEST for side in given.shape[:2]):
         channels_first = ": give np.moveaxis(frame, 0, 2)" if given.ndim == 3 and given.shape[0] in (3, 4) else ""
-        raise ConfigError(f"{name} has shape {given.shape}, but {WANTED}{channels_first}")
+        raise InputError(f"{name} has shape {given.shape}, but {WANTED}{channels_first}")
     return given
 
 
@@ -46,11 +50,11 @@ def as_states(given: Any, name: str) -> list[np.ndarray] | None:
     try:
         states = np.asarray(given, dtype=np.float64)
     except (TypeError, ValueError):
-        raise ConfigError(f"{name} are no rows of numbers of one length: give (B, S), a robot state a frame") from None
+        raise InputError(f"{name} are no rows of numbers of one length: give (B, S), a robot state a frame") from None
     if states.ndim != 2:
-        raise ConfigError(f"{name} have shape {states.shape}: give (B, S), a robot state a frame")
+        raise InputError(f"{name} have shape {states.shape}: give (B, S), a robot state a frame")
     if not np.isfinite(states).all():
-        raise ConfigError(f"{name} hold NaN or infinity: give finite numbers")
+        raise InputError(f"{name} hold NaN or infinity: give finite numbers")
     return [*states]
 
 
@@ -58,23 +62,23 @@ def check_batch(instructions: Any, **others: Any) -> None:
     """ConfigError unless the batch has a row and everything in it as many as there are instructions, which are text that can be encoded."""
     rows = len(_sequence(instructions, "instructions"))
     if not rows:
-        raise ConfigError("the batch is empty: give at least one frame and its instruction")
+        raise InputError("the batch is empty: give at least one frame and its instruction")
     for name, given in others.items():
         if given is not None and len(_sequence(given, name)) != rows:
-            raise ConfigError(f"there are {len(given)} {name} but {rows} instructions: give as many of each")
+            raise InputError(f"there are {len(given)} {name} but {rows} instructions: give as many of each")
     for name in others.get("episodes") or ():
         if not isinstance(name, Hashable):
-            raise ConfigError(f"an episode's name is of type {type(name).__name__}: give a text, or None for none")
+            raise InputError(f"an episode's name is of type {type(name).__name__}: give a text, or None for none")
     for number, text in enumerate(instructions):
         if not isinstance(text, str):
-            raise ConfigError(f"instructions[{number}] is of type {type(text).__name__}: give a text")
+            raise InputError(f"instructions[{number}] is of type {type(text).__name__}: give a text")
         if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ConfigError(
+            raise InputError(
                 f"instructions[{number}] {text!r:.60} holds half a character (a surrogate): give valid Unicode"
             )
 
 
 def _sequence(given: Any, name: str) -> Sequence[Any]:
     if isinstance(given, str | bytes) or not hasattr(given, "__len__") or not hasattr(given, "__getitem__"):
-        raise ConfigError(f"{name} is of type {type(given).__name__}: give a list, one a row of the batch")
+        raise InputError(f"{name} is of type {type(given).__name__}: give a list, one a row of the batch")
     return given

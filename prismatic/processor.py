@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from action_tokenizer import ActionTokenizer
 from prismatic import image, normalize
-from prismatic.errors import ConfigError
 from prismatic.models.vla import IGNORE, VLAConfig
+from prismatic.policy_inputs import InputError
 from prismatic.ranges import ActionHead, Count, Images, Positive
 
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
@@ -175,9 +175,8 @@ class Processor:
     def inputs(self, frames: Sequence[np.ndarray | image.PreparedImage], instruction: str) -> tuple[list[int], Tensor]:
         """Prompt ids and pixel_values (6·n_images, S, S) from live frames (H, W, 3) uint8, upright, or what image_path made of them."""
         prepared = [frame if isinstance(frame, image.PreparedImage) else self.image_path(frame) for frame in frames]
-        ids = self.prompt_ids(instruction)
-        if len(ids) >= MAX_LENGTH:
-            raise ConfigError(f"the prompt has {len(ids):,} tokens, and the model reads {MAX_LENGTH:,}: shorten it")
+        if len(ids := self.prompt_ids(instruction)) >= MAX_LENGTH:
+            raise InputError(f"the prompt has {len(ids):,} tokens, and the model reads {MAX_LENGTH:,}: shorten it")
         return ids, self.pixel_values([one.pixels for one in prepared])
 
     def proprio(self, states: np.ndarray | Sequence[np.ndarray] | None, *, dataset: str | None = None) -> Tensor | None:
@@ -187,7 +186,7 @@ class Processor:
         shape = None if states is None else np.shape(states)
         if not shape or shape[-1] != self.config.proprio_dim:
             given = "none is given" if shape is None else f"{list(shape)} is given"
-            raise ConfigError(f"this model reads a robot state of {self.config.proprio_dim} numbers, but {given}")
+            raise InputError(f"this model reads a robot state of {self.config.proprio_dim} numbers, but {given}")
         stats = self.statistics[dataset or str(self.config.unnorm_key)]["proprio"]
         return torch.from_numpy(normalize.normalize_state(np.asarray(states), stats)).float()
 

@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,53 @@ def test_it_lets_go_well_within_what_libero_allows(found: dict[str, Any]) -> Non
     """30 mm: a policy that has learnt from it is less exact."""
     for name in ("bowl", "pushed", "far"):
         assert all(episode["beside"] < 0.016 for episode in found[name]), name
+
+
+TABLE, LEFT, RIGHT, BOWL, OTHER = range(5)  # shapes
+
+
+@pytest.mark.parametrize(
+    ("touching", "opening", "held"),
+    [
+        ([(LEFT, BOWL), (BOWL, RIGHT)], 0.03, True),
+        ([(LEFT, BOWL), (BOWL, RIGHT), (TABLE, BOWL)], 0.005, True),
+        ([(LEFT, BOWL), (TABLE, OTHER)], 0.005, True),  # a pad has lost touch for a step
+        ([(LEFT, BOWL)], 0.03, False),
+        ([(LEFT, BOWL), (TABLE, BOWL)], 0.005, False),
+        ([(RIGHT, OTHER), (LEFT, OTHER)], 0.005, False),
+        ([], 0.005, False),
+    ],
+)
+def test_a_bowl_is_held_by_both_fingers_or_by_one_that_alone_touches_it(
+    touching: list[tuple[int, int]], opening: float, held: bool
+) -> None:
+    expert: Any = object.__new__(Expert)
+    expert._data = SimpleNamespace(contact=SimpleNamespace(geom=np.array(touching, dtype=int).reshape(-1, 2)))
+    expert._shapes = SimpleNamespace(owner=np.array([TABLE, 9, 9, BOWL, OTHER]))
+    expert._body, expert._fingers, expert._opening = BOWL, [[LEFT], [RIGHT]], opening
+    assert expert._held() is held
+
+
+@pytest.mark.parametrize(("beside", "placed"), [(0.025, True), (0.035, False)])
+def test_a_bowl_on_the_plate_is_left_alone_only_where_libero_counts_it(beside: float, placed: bool) -> None:
+    expert: Any = object.__new__(Expert)
+    expert._position, expert._target_point, expert._inside = np.array([beside, 0, 0.02]), lambda: np.zeros(3), False
+    assert bool(expert._placed()) is placed
+
+
+@pytest.mark.parametrize(
+    ("beside", "above", "opens"), [(0.01, 0.01, True), (0.013, 0.01, True), (0.018, 0.01, False), (0.01, 0.018, False)]
+)
+def test_it_opens_near_the_middle_and_near_the_plate(beside: float, above: float, opens: bool) -> None:
+    """m, of a bowl's origin and of its underside."""
+    expert: Any = object.__new__(Expert)
+    expert._position, expert._target_point, expert._inside = np.array([beside, 0, 0]), lambda: np.zeros(3), False
+    expert._obstacle_top, expert._unlock = lambda *_: 0.0, lambda error: None
+    expert._lean = lambda: np.zeros(2)
+    boxes = np.array([[beside, 0, above + 0.03]]), np.array([[0.05, 0.05, 0.03]])
+    expert._data, expert._body = None, 0
+    expert._shapes = SimpleNamespace(own=lambda body: None, boxes=lambda data, chosen: boxes)
+    assert bool(expert._carry()[6]) is opens
 
 
 def test_commands_are_few_and_in_range_and_it_never_waits(found: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import json_numpy
 import numpy as np
 import pytest
 import requests
+import torch
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
 from prismatic.checkpoint import load_policy
@@ -70,6 +71,17 @@ def test_an_instruction_that_the_model_cannot_read_is_the_clients_to_mend() -> N
     answer, error = with_queue(policy, lambda queue: asyncio.gather(*map(queue.ask, asked), return_exceptions=True))
     assert answer.chunk.shape == (1, 7)
     assert isinstance(error, RequestError) and error.status == 400 and "shorten it" in str(error)
+
+
+def test_what_the_machine_lacks_is_not_the_clients_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = load_policy(REPOSITORY / "checkpoints/openvla-tiny", device="cpu")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(policy, "raw_chunks", full)
+    (error,) = with_queue(policy, lambda queue: asyncio.gather(queue.ask(observation(1)), return_exceptions=True))
+    assert isinstance(error, RequestError) and error.status == 500 and "no memory left" in str(error)
 
 
 def test_both_images_are_prepared_side_by_side_and_recorded_as_they_came(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from prismatic.errors import ConfigError, PolicyError
 from prismatic.observation import Observation, answered
 from prismatic.policy import Policy
+from prismatic.policy_inputs import InputError
 from prismatic.serving.observation import RequestError
 
 
@@ -98,6 +99,6 @@ class BatchQueue:
             if len(batch) > 1:
                 return [result for request in batch for result in self._compute([request])]
             if isinstance(error, (ConfigError, PolicyError)):
-                return [RequestError(str(error), status=400 if isinstance(error, ConfigError) else 500)]
+                return [RequestError(str(error), status=400 if isinstance(error, InputError) else 500)]
             logging.getLogger("serve").exception("the policy failed")
             return [RequestError(f"the policy failed on this request ({type(error).__name__})", status=500)]
