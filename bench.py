@@ -27,10 +27,10 @@ from typing import Annotated, Any, Literal, Union
 import tyro
 from msgspec import Meta
 
-from config import WORKSPACE
+from config import WORKSPACE, GripperConvention
 from prismatic.atomic import write_json
 from prismatic.errors import ConfigError, exit_codes
-from prismatic.ranges import Count, Images, Positive, checked
+from prismatic.ranges import BelowOne, Count, Images, Positive, checked
 
 Size = Annotated[float, Meta(gt=0)]
 SOME = Meta(min_length=1)  # of a list: an empty one would measure nothing
@@ -112,7 +112,15 @@ class BenchPrecisionConfig(BenchConfig):
     dataset_name: str = "libero_spatial_no_noops"
     # Folder of frame caches.
     cache_dir: Path = WORKSPACE / "cache"
-    # validation: its last 5 % of episodes (or its validation split). all: a data set that the checkpoint has never seen.
+    # Fields of that data set, where they have no usual names (finetune.py's flag, as the next three).
+    data_keys: str = ""
+    # How that data set writes its gripper. auto: found from its values.
+    gripper: GripperConvention = "auto"
+    # Turn each image of that data set by 180°.
+    rotate_images: bool = False
+    # Share of its episodes that was held out when the checkpoint learnt.
+    val_share: BelowOne = 0.05
+    # validation: the episodes held out. all: a data set that the checkpoint has never seen.
     held_out: Literal["validation", "all"] = "validation"
     # Frames that are asked about, evenly spread over them.
     num_frames: Positive = 1000

@@ -165,9 +165,12 @@ def open_stage(cfg: CollectConfig) -> Path:
         write_json(note, settings)
     before = read_object(note)
     for name, value in settings.items():
-        if name in before and before[name] != value:
+        same = before.get(name, value) == value
+        if name == "from_hdf5":  # those files may lie elsewhere now: Replays.compare looks at what is in them
+            same = bool(before.get(name)) == bool(value)
+        if not same:
             raise ConfigError(
-                f"{stage} was collected with {name} {before[name]}, not {value}: "
+                f"{stage} was collected with {name} {before.get(name)}, not {value}: "
                 "give the same, another dataset_name, or delete that folder and the data set beside it"
             )
     return stage
@@ -221,6 +224,8 @@ def collect(cfg: CollectConfig) -> Path:
     else:
         schedule = Schedule(cfg, open_stage(cfg))
     with alone(stage):
+        if isinstance(schedule, Replays):
+            schedule.compare(stage)
         found, work = schedule.found(), Record(str(cfg.policy_checkpoint or ""))
         with tqdm(total=schedule.total, initial=found, unit="episode", desc=suite) as bar:
             if found < schedule.total:

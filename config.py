@@ -76,7 +76,7 @@ class FinetuneConfig:
     gripper: GripperConvention = "auto"
     # Turn the data set's images by 180°: for data recorded upside down, as LIBERO's cameras give it.
     rotate_images: bool = False
-    # Folder of frame caches: what was read from the data sets once, about as large as they are.
+    # Folder of frame caches: each image of the data sets as a JPEG, as large as they are, or ten times that where they are videos.
     cache_dir: Path = WORKSPACE / "cache"
     # Recompute activations in the backward pass, to save memory. True: whole blocks, a third slower. selective: cheap parts. auto: as little as fits.
     gradient_checkpointing: bool | Literal["selective", "auto"] = "auto"
@@ -108,7 +108,7 @@ class FinetuneConfig:
     max_bad_steps: ranges.Positive = 10
     # Checkpoints to keep beside the best on validation; the oldest are deleted.
     keep: ranges.Positive = 2
-    # Share of the episodes held out for validation, the last on disk, where a data set has no split val or validation (OpenVLA: 5 %).
+    # Share of the episodes held out for validation (RLDS: the last, LeRobot: drawn), where a data set has no split for it (OpenVLA: 5 %).
     val_share: ranges.BelowOne = 0.05
     # Statistics that actions are normalised by: the data set's (OpenVLA) or the base's, so that tokens keep their meaning (better for little data).
     action_statistics: Literal["dataset", "base"] = "dataset"
@@ -130,10 +130,8 @@ class FinetuneConfig:
         base = base.parent if STEP_FOLDER.fullmatch(base.name) else base
         name = f"{base.name}+{self.dataset_name.rstrip('/').replace(',', '_').replace(':', '-')}"
         name += f"+b{self.batch_size * self.grad_accumulation_steps}+lr-{self.learning_rate:g}"
-        if self.use_lora:
-            name += f"+lora-r{self.lora_rank}+dropout-{self.lora_dropout:g}"
-        if self.run_id_note:
-            name += f"--{self.run_id_note}"
+        name += f"+lora-r{self.lora_rank}+dropout-{self.lora_dropout:g}" * self.use_lora
+        name += f"--{self.run_id_note}" * bool(self.run_id_note)
         return name + "--image_aug" * self.image_aug
 
 
@@ -231,6 +229,8 @@ class EvalConfig:
     gripper: GripperConvention = "auto"
     # Turn each image of that data set by 180°.
     rotate_images: bool = False
+    # Share of its episodes that was held out when the checkpoint learnt (finetune.py's flag): --open_loop counts them apart.
+    val_share: ranges.BelowOne = 0.05
     # Folder of LIBERO's *_demo.hdf5 files, which hold the initial states that --policy replay of LIBERO's own demonstrations needs.
     from_hdf5: Path | None = None
     # Difference in success rate, as a fraction, that you would like to tell: the result says how many episodes that takes.

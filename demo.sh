@@ -37,7 +37,12 @@ if [ "$fresh" ]; then rm -rf "workspace/$name" rollouts/EVAL-libero_spatial-*--"
 
 # Two processes of one thread each learn faster than one of two; a GPU is given to one process.
 autocast=auto
-if .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then processes=1 batch=16; else processes=2 batch=8; fi
+if .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    processes=1 batch=16
+else
+    processes=2 batch=8
+    export CUDA_VISIBLE_DEVICES= # a card that torch can't use is passed over, which elsewhere is an error
+fi
 if [ $processes = 2 ] && grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then autocast=bfloat16; fi # only with instructions for it is it faster
 export OMP_WAIT_POLICY=PASSIVE # a thread that waits must not take the core from the one it waits for
 python=.venv/bin/python work=workspace/$name dataset=libero_spatial_task$task

@@ -128,8 +128,8 @@ def gpus() -> Iterator[Check]:
     driver = str(found[0].get("driver", "0")).split(".")[0]
     cuda = torch.version.cuda or "none"
     old = cuda.startswith("13") and driver.isdigit() and int(driver) < OLDEST_CUDA_13_DRIVER
-    remedy = "take torch and torchvision of a cu12x index, or a newer driver"
-    yield Check(torch.cuda.is_available() and not old, f"torch was built for CUDA {cuda}, driver {driver}", remedy)
+    text = f"torch was built for CUDA {cuda}, driver {driver}"
+    yield Check(torch.cuda.is_available() and not old, text, machine.NEWER_DRIVER)
     numbers = "MUJOCO_EGL_DEVICE_ID chooses where frames are drawn, CUDA_VISIBLE_DEVICES where the model runs"
     yield Check(None, f"CUDA's and EGL's device numbers differ: {numbers}")
 

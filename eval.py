@@ -51,8 +51,8 @@ def main(cfg: EvalConfig, benchmark: Benchmark | None = None) -> None:
         if cfg.open_loop:  # the control that plays nothing; its result stands in the run's record, beside its score
             from prismatic.episodes.open_loop import open_loop
 
-            policy = setup.load_policy(vars(cfg)).policy
-            folder.note(open_loop=open_loop(policy, open_data(cfg), frames=cfg.open_loop_frames))
+            policy, cache = setup.load_policy(vars(cfg)).policy, open_data(cfg)
+            folder.note(open_loop=open_loop(policy, cache, frames=cfg.open_loop_frames, val_share=cfg.val_share))
         summary = evaluation.evaluate(
             trials,
             folder,

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # One environment for everything: system libraries, .venv, requirements.txt. Running it again skips what is done. Used by demo.sh and test.sh.
+# --no-system: go on without system libraries that are missing (where you are not root: training and serving want of them only venv, and g++ to compile).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -13,9 +14,11 @@ if command -v dpkg-query >/dev/null; then
 else
     echo "not a Debian system: see to it that OSMesa or EGL, GLib, a C++ compiler and Python's venv are installed" >&2
 fi
-if [ "${#missing[@]}" -gt 0 ]; then
+if [ "${#missing[@]}" -gt 0 ] && [ "${1:-}" = --no-system ]; then
+    echo "going on without ${missing[*]}" >&2
+elif [ "${#missing[@]}" -gt 0 ]; then
     if [ "$(id -u)" -ne 0 ]; then
-        echo "error: system libraries are missing; type: sudo apt-get install -y ${missing[*]}" >&2
+        echo "error: system libraries are missing; type: sudo apt-get install -y ${missing[*]}  (or, without them: ./setup.sh --no-system)" >&2
         exit 2
     fi
     echo "installing ${missing[*]}"

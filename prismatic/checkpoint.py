@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import importlib.metadata
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from prismatic.errors import ConfigError
 from prismatic.filenames import ADAPTER_CONFIG, CONFIG, PREPROCESSOR, PROCESSOR, STATISTICS, TOKENIZER, TOKENIZER_FILES
 from prismatic.head_files import model_config, refuse_merged, save_heads, stored_heads, without_heads
 from prismatic.hub import resolve
+from prismatic.machine import available_memory, uses_gpu
 from prismatic.models import quantize as quantization
 from prismatic.models import weights
 from prismatic.models.compiled import decoder_for
@@ -37,6 +39,7 @@ from prismatic.processor_json import processor_home, read_processor
 from prismatic.ranges import expanded
 from prismatic.records import read_bytes, read_record
 
+ROUNDING_BYTES = 3 * 2**30  # of a GPU's memory, what rounding a layer takes beside the whole; not measured
 UNSAID = ("num_actions_chunk", "num_images_in_input")  # what a published folder with a head of chunks doesn't say
 
 
@@ -123,8 +126,23 @@ def _heads(vla: VLA, folder: Path, *, new: bool) -> dict[str, weights.StoredTens
     return heads
 
 
+def _size(stored: Mapping[str, weights.StoredTensor], dtype: torch.dtype) -> int:
+    """Bytes of a checkpoint's tensors in dtype."""
+    return dtype.itemsize * sum(math.prod(tensor.shape) for tensor in stored.values())
+
+
 def load_merged(folder: Path, adapter: Path | None, *, dtype: torch.dtype, device: str = "cpu", **choice: Any) -> VLA:
-    """As load_vla, with the adapter merged in float32, for acting and for export.py: a folder and its export answer alike."""
+    """As load_vla, with the adapter merged in float32, for acting and for export.py: a folder and its export answer alike.
+
+    ConfigError where this machine's memory is to hold it and can't: the process would be killed without a word.
+    """
+    if torch.device(device).type == "cpu" and not quantization.saved_as(folder / CONFIG):
+        size, free = _size(weights.stored_tensors(folder), dtype), available_memory()
+        if size > free:
+            raise ConfigError(
+                f"{folder} takes {size / 1e9:.1f} GB of memory in {str(dtype).removeprefix('torch.')} and {free / 1e9:.1f} GB are free: "
+                "end other processes, or take a larger machine or one with a GPU"
+            )
     vla = load_vla(folder, adapter, dtype=dtype, device=device, adapter_dtype=torch.float32, **choice)
     if adapter is not None:
         merge_lora(vla)
@@ -171,14 +189,16 @@ def load_policy(
     """
     folder, adapter_folder = base_and_adapter(checkpoint, adapter)
     choice = {name: value for name, value in choice.items() if value is not None}
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or ("cuda" if uses_gpu() else "cpu")
     processor = load_processor(folder, adapter_folder, unnorm_key=unnorm_key, center_crop=center_crop, **choice)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     precision, backend = quantization.choose(folder / CONFIG, quantize, backend)
     stored = weights.stored_tensors(folder)
     rounding = None if quantization.saved_as(folder / CONFIG) else backend
     own = weights.stored_dtype(stored) if rounding else dtype  # rounded from the checkpoint's own numbers
-    vla = load_merged(folder, adapter_folder, dtype=own, device="cpu" if rounding else device, **choice)
+    # rounded layer by layer: through this machine's memory only where the whole has no room on the GPU
+    room = device.startswith("cuda") and torch.cuda.mem_get_info(device)[0] > _size(stored, own) + ROUNDING_BYTES
+    vla = load_merged(folder, adapter_folder, dtype=own, device="cpu" if rounding and not room else device, **choice)
     if rounding:
         quantization.quantize(vla, precision, rounding, dtype=dtype, device=device)
     if device.startswith("cuda"):

@@ -10,6 +10,7 @@ from prismatic.errors import ConfigError
 
 CGROUP = Path("/sys/fs/cgroup")
 GPU_RENDERER_BYTES = 300_000_000  # of the GPU's memory, a renderer's context and buffers; not measured here
+NEWER_DRIVER = "a newer driver, or torch and torchvision of a cu12x index: the README's pitfalls have the command"
 RENDERER_BYTES = 2_000_000_000  # one LIBERO process with a renderer holds 1.6 to 1.9 GB and does not grow
 
 
@@ -20,6 +21,26 @@ def available_cores() -> int:
     if quota.isdigit() and period.isdigit():
         cores = min(cores, max(1, int(quota) // int(period)))
     return cores
+
+
+def uses_gpu() -> bool:
+    """Whether torch computes on a GPU. ConfigError where one is here and torch can't use it: the CPU would take its place without a word."""
+    import torch
+
+    if torch.cuda.is_available():
+        return True
+    if os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and (found := gpus()):
+        raise ConfigError(
+            f"{found[0]['name']} is here, and torch (for CUDA {torch.version.cuda}) can't use it with driver {found[0]['driver']}: "
+            f"{NEWER_DRIVER}. CUDA_VISIBLE_DEVICES= in front of the command computes on the CPU"
+        )
+    return False
+
+
+def expandable_segments() -> None:
+    """Let torch's allocator grow its blocks, before the first is taken: rows differ in length, and less lies in fragments then."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def own_gpu(rank: int) -> str:

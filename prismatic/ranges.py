@@ -30,6 +30,7 @@ BelowOne = Annotated[float, Meta(ge=0, lt=1)]
 NonNegative = Annotated[float, Meta(ge=0)]
 LearningRate = Annotated[float, Meta(gt=0, lt=1)]
 
+SMALLEST = 2.0**-126  # above zero, in float32
 NAME_BYTES = 255  # the longest name that file systems take
 PATH_BYTES = 4096
 TEXTS = ("--data_keys", "--dataset_name")  # flags that are no path, long or with a ~ as they may be
@@ -104,6 +105,8 @@ def _checked_value(value: Any, name: str) -> Any:
         return type(value)(_checked_value(item, name) for item in value)
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name} {value}: give a finite number")
+    if isinstance(value, float) and 0 < abs(value) < SMALLEST:
+        raise ConfigError(f"{name} {value}: computed with in float32 it would be 0: give 0, or a larger number")
     if isinstance(value, str | Path):
         text = str(value)
         encoded = _utf8(text, name)

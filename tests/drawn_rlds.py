@@ -68,6 +68,7 @@ def kinds(f: Any) -> dict[str, dict[str, Any]]:
         "rotated": {"image": (png, lambda t: picture(t)[::-1, ::-1].copy()), "rotate": True},
         "lean": {"state": None, "splits": {"train": LENGTHS, "val": LENGTHS}},
         "splits": {"splits": {"test": LENGTHS, "train": (0, *LENGTHS), "validation": LENGTHS}},
+        "val_and_validation": {"splits": {"train": LENGTHS, "validation": LENGTHS[:1], "val": LENGTHS[1:]}},
         "other_cameras": {"image": None, "left": (png, picture), "right": (png, picture)},
     }  # fmt: skip
 

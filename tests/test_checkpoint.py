@@ -128,6 +128,12 @@ def test_a_pipe_in_place_of_the_tokenizer_is_not_waited_for(tiny: Path, tmp_path
         load_policy(folder, device="cpu")
 
 
+def test_more_than_this_machines_memory_is_said_before_it_is_read(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prismatic.checkpoint.available_memory", lambda: 1_000_000)
+    with pytest.raises(ConfigError, match=r"takes .* GB of memory in float32 and 0\.0 GB are free: "):
+        load_policy(tiny, device="cpu")
+
+
 def test_a_misspelt_argument_is_an_error(tiny: Path) -> None:
     for load in (load_policy, load_vla):
         with pytest.raises(TypeError, match="misspelt"):

@@ -102,6 +102,7 @@ def test_two_collections_are_not_mixed(tmp_path: Path) -> None:
         open_stage(config(tmp_path, format="lerobot"))
     for seed in (0, 3):  # which means nothing to a replay
         open_stage(config(tmp_path, dataset_name="replayed", from_hdf5=tmp_path, seed=seed))
+    open_stage(config(tmp_path, dataset_name="replayed", from_hdf5=tmp_path / "moved"))  # what is in the files decides
     with pytest.raises(ConfigError, match=f"collected with from_hdf5 {tmp_path}, not None"):
         open_stage(config(tmp_path, dataset_name="replayed"))
 

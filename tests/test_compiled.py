@@ -11,6 +11,7 @@ import torch
 from prismatic.models.compiled import (
     ACTIVATION_BYTES,
     BATCH_SIZES,
+    NO_GRAPHS,
     PROMPT_WIDTH,
     VARIANTS,
     WIDEST,
@@ -122,15 +123,50 @@ def test_more_rows_or_the_second_width_compile_nothing_anew(vla: VLA) -> None:
 def test_a_prompt_beyond_the_second_width_is_decoded_eagerly_which_is_said_once(vla: VLA) -> None:
     said: list[str] = []
     decode = CompiledActionDecoder(vla, compiler=failing(AssertionError("not to be compiled")), say=said.append)
-    ids, pixels, mask = prompts(3, WIDEST + 1)
+    ids, pixels, _ = prompts(3, WIDEST + 1)
     for _ in range(2):
-        assert decode(ids, pixels, 7, mask).ids.equal(ActionDecoder(vla)(ids, pixels, 7, mask).ids)
+        assert decode(ids, pixels, 7).ids.equal(ActionDecoder(vla)(ids, pixels, 7).ids)
     assert (
         not decode._cache
         and len(said) == 1
         and f"{WIDEST} tokens" in said[0]
         and f"{WIDEST} tokens" in decode.description
     )
+
+
+def test_of_a_batch_with_one_wide_prompt_each_row_is_answered_as_alone(
+    vla: VLA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches, grow = [], ActionDecoder._grow
+    monkeypatch.setattr(ActionDecoder, "_grow", lambda self, *size: caches.append(size) or grow(self, *size))
+    ids, pixels, _ = prompts(3, WIDEST + 9)
+    mask = torch.arange(WIDEST + 9) < torch.tensor([[12], [WIDEST + 9], [PROMPT_WIDTH + 5]])
+    ids = ids.masked_fill(~mask, TINY.pad_token_id)
+    expected = ActionDecoder(vla)(ids, pixels, 7, mask)
+    caches.clear()
+    decode = CompiledActionDecoder(vla, compiler=lambda step: step, say=lambda line: None)
+    answer = decode(ids, pixels, 7, mask, expected.ids)
+    assert answer.ids.equal(expected.ids) and answer.forward_passes == 2 * 3
+    assert max(rows for rows, _ in caches) == 1  # beside the one that is held only a wide row's
+
+
+def test_what_torch_does_not_record_as_a_graph_is_said_once(vla: VLA) -> None:
+    said: list[str] = []
+
+    def compiler(step: Any) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] += 1
+            return step(*arguments)
+
+        return run
+
+    decode = CompiledActionDecoder(vla, compiler=compiler, say=said.append)
+    for _ in range(2):
+        decode(*prompts(1)[:2], 7)
+    assert decode.description == f"compiled {NO_GRAPHS}"
+    assert [line for line in said if "notice" in line] == [
+        f"notice: a batch of 1 is decoded {NO_GRAPHS}: slower than it could be"
+    ]
 
 
 def test_an_a10_holds_openvla_7b_and_sixteen_simulators() -> None:

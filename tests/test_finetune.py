@@ -1,5 +1,6 @@
 """The training script: what it saves acts, all of a small model can learn, OpenVLA-OFT's heads learn; what can't work is one sentence."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -29,7 +30,7 @@ from prismatic.image import AUGMENTATIONS
 from prismatic.models.vla import VLAConfig
 from prismatic.processor import Processor, ProcessorConfig
 from prismatic.training import setup
-from prismatic.training.distributed import SINGLE_PROCESS
+from prismatic.training.distributed import SINGLE_PROCESS, Ranks
 from tests.conftest import REPOSITORY
 from tests.drawn_cache import write_cache
 from tests.drawn_checkpoint import ENTRY, tokenizer
@@ -175,6 +176,13 @@ def test_a_warm_up_longer_than_the_run_is_said(cfg: FinetuneConfig, capsys: pyte
         assert ("--warmup_steps" in capsys.readouterr().out) == said
 
 
+def test_moments_that_cannot_be_split_are_refused_where_they_would_be(cfg: FinetuneConfig) -> None:
+    for size, shard in ((2, True), (1, True), (2, False)):
+        split = dataclasses.replace(cfg, use_lora=False, shard=shard, optimizer="paged_adamw_8bit")
+        with pytest.raises(ConfigError, match="give adamw") if size > 1 and shard else contextlib.nullcontext():
+            setup.check_flags(finetune.options_of(split), Ranks(0, size), default_root="elsewhere")
+
+
 def test_other_states_or_another_split_are_other_data(tmp_path: Path) -> None:
     """Where a model reads states: the cache's fingerprint is of images, words and actions."""
     plain = [drawn_episode(n) for n in range(3)]
@@ -225,7 +233,9 @@ def test_data_without_a_state_is_named(cfg: FinetuneConfig, place: Path, monkeyp
         return mixture
 
     monkeypatch.setattr(setup, "open_mixture", without_state)
-    with pytest.raises(ConfigError, match="no robot state: give --use_proprio False"):
+    with pytest.raises(
+        ConfigError, match="no robot state: name it by --data_keys state=…, or give --use_proprio False"
+    ):
         finetune.main(dataclasses.replace(cfg, action_head="l1", num_actions_chunk=2, use_proprio=True))
 
 

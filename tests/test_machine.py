@@ -68,6 +68,20 @@ def test_the_peak_of_memory_is_this_process_own() -> None:
     assert machine.peak_memory() >= 200_000_000  # gone, and still the peak
 
 
+def test_a_gpu_that_torch_cannot_use_is_said_unless_it_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(machine, "gpus", lambda: [{"name": "NVIDIA A10", "driver": "535.1"}])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(
+        ConfigError, match=r"NVIDIA A10 is here, .*driver 535\.1: a newer driver, .*CUDA_VISIBLE_DEVICES= "
+    ):
+        machine.uses_gpu()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not machine.uses_gpu()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert machine.uses_gpu()
+
+
 def test_a_process_without_a_gpu_of_its_own_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert machine.own_gpu(0) == "cuda:0"

@@ -123,6 +123,15 @@ def test_shares_hold_their_part_and_what_is_gathered() -> None:
     assert shared["activations"] - alone["activations"] == gathered
 
 
+def test_what_is_shared_out_is_not_advised_moments_that_cannot_be() -> None:
+    model = describe(TINY, SHARDED, words=WORDS)
+    for shares, advised in ((1, True), (4, False)):
+        least = plan(model, Settings(1, 1, True, optimizer="adamw", shares=shares)).total
+        with pytest.raises(ConfigError) as error:
+            choose(model, Settings(1, 1, True, shares=shares), least - 1, place="card")
+        assert ("paged_adamw_8bit" in str(error.value)) == advised
+
+
 @pytest.mark.parametrize(("card", "way"), [(80, False), (22, "selective"), (18, True)])
 def test_the_least_is_recomputed_that_makes_it_fit(model: Model, card: int, way: Checkpointing) -> None:
     chosen = choose(model, Settings(4, 4), card * GIB, place="card")

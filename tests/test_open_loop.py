@@ -95,6 +95,16 @@ def test_an_instruction_that_training_cuts_is_cut_here_too(policy: VLAPolicy, tm
     assert split["frames"] == 1 and np.isfinite(split["policy"]["l1_loss"])
 
 
+def test_without_a_split_the_share_that_training_held_out_is_counted_apart(policy: VLAPolicy, tmp_path: Path) -> None:
+    episode = drawn_episode(1)
+    episode |= {"wrist_images": episode["images"]}
+    cache, steps = write_cache(tmp_path / "cache", [episode] * 4), len(episode["images"])
+    for share, held_out in ((0.5, 2), (0.25, 1), (0.0, 0)):
+        splits = open_loop(policy, cache, frames=100, val_share=share)["splits"]
+        assert splits.get("validation", {"frames": 0})["frames"] == held_out * steps
+        assert splits["train"]["frames"] == (4 - held_out) * steps
+
+
 def test_an_inference_path_that_is_right_agrees_and_a_wrong_one_does_not(
     policy: VLAPolicy, cache: FrameCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:

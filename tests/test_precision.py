@@ -45,6 +45,7 @@ def test_held_out_frames(cache: FrameCache) -> None:
     assert precision.spread(cache, 2, every_episode=False).tolist() == [152, 159]
     assert precision.spread(cache, 3, every_episode=True).tolist() == [0, 80, 159]
     assert precision.spread(cache, 1, every_episode=False, chunk=8).tolist() == [152]
+    assert precision.spread(cache, 2, every_episode=False, val_share=0.5).tolist() == [80, 159]
     with pytest.raises(ConfigError, match="8 held-out frames, fewer than --num_frames 1000"):
         precision.spread(cache, 1000, every_episode=False)
 
@@ -83,11 +84,13 @@ def test_a_row_by_hand(processor: Processor) -> None:
 def test_every_way_has_a_row(
     checkpoint: str, cache: FrameCache, processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "open_cache", lambda root, name, *, cache_dir: cache)
+    told = {}
+    monkeypatch.setattr(precision, "open_cache", lambda root, name, **how: told.update(how) or cache)
     found = precision.run(
         str(CHECKPOINTS / checkpoint), adapter=None, unnorm_key=None, data_root_dir=Path(), dataset_name="", cache_dir=Path(),
-        held_out="all", num_frames=20, batch_size=10,
+        held_out="all", num_frames=20, batch_size=10, data_keys="wrist=a", gripper="none", rotate_images=True,
     )  # fmt: skip
+    assert told == {"cache_dir": Path(), "data_keys": "wrist=a", "gripper": "none", "rotate_images": True}
     rows = {row["what"]: row for row in found}
     assert list(rows) == ["none", *precision.WAYS]
     assert rows["none"]["tokens alike %"] == 100 and rows["none"]["L1 to unquantised"] == 0

@@ -53,7 +53,13 @@ def test_every_number_has_limits_and_its_default_is_within(script: str) -> None:
         default = getattr(CONFIGS[script], field.name)
         bad: list[Any] = []
         if type(default) is float:
-            bad = [float("nan"), float("inf"), float("-inf"), *([1e308] if field.name == "weight_decay" else [])]
+            bad = [
+                float("nan"),
+                float("inf"),
+                float("-inf"),
+                1e-320,
+                *([1e308] if field.name == "weight_decay" else []),
+            ]
         elif type(default) is int:
             bad = [-(2**63), 2**64, 2**32 if "seed" in field.name else 2**64]  # the generators take no larger one
         elif field.name == "task_ids":

@@ -93,9 +93,9 @@ def test_the_script_replays_what_ends_in_success(recorded: dict[str, Any], tmp_p
     assert json.loads((tmp_path / "replayed/1.0.0/features.json").read_text())
 
     stage = tmp_path / "replayed_staged"
-    names = ["settings.json", "task00-00000.npz", "task00-00001.failed", "task00-00002.failed"]
+    names = ["settings.json", "sources.json", "task00-00000.npz", "task00-00001.failed", "task00-00002.failed"]
     assert sorted(path.name for path in stage.iterdir()) == names
-    episode = load_episode(stage / names[1])
+    episode = load_episode(stage / names[2])
     np.testing.assert_array_equal(episode.action, recorded["actions"].astype(np.float32))
     np.testing.assert_array_equal(episode.state, [state for state, _ in recorded["proprio"]])
     np.testing.assert_array_equal(episode.joint_state, [joints for _, joints in recorded["proprio"]])
@@ -105,10 +105,10 @@ def test_the_script_replays_what_ends_in_success(recorded: dict[str, Any], tmp_p
         assert episode.images[step] == encode_jpeg(frame), step
         assert episode.wrist_images[step] == encode_jpeg(wrist), step
 
-    kept = (stage / names[1]).stat().st_mtime_ns
+    kept = (stage / names[2]).stat().st_mtime_ns
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.stdout == done.stdout, again.stderr
-    assert (stage / names[1]).stat().st_mtime_ns == kept
+    assert (stage / names[2]).stat().st_mtime_ns == kept
 
 
 # --- without a simulator --------------------------------------------------------------------------------------------
@@ -118,6 +118,15 @@ def small_demo(folder: Path, actions: np.ndarray, name: str = FILE) -> Replay:
     write_libero_file(folder / name, [(np.full((len(actions), STATE_SIZE), 0.5), actions)])
     [job] = find_replays(folder, SUITE, [TASK], stage=folder / "staged", limit=50)
     return job
+
+
+def test_files_may_move_but_not_change(tmp_path: Path) -> None:
+    actions = np.full((3, 7), 0.5)
+    (tmp_path / "staged").mkdir()
+    Replays([small_demo(tmp_path / "a", actions)]).compare(tmp_path / "staged")
+    Replays([small_demo(tmp_path / "b", actions)]).compare(tmp_path / "staged")
+    with pytest.raises(ConfigError, match=r"demo_0 of .*c/.*_demo\.hdf5 \(from_hdf5\) is not the one"):
+        Replays([small_demo(tmp_path / "c", -actions)]).compare(tmp_path / "staged")
 
 
 def record(job: Replay, solved: Callable[[int], bool], *, kept: int) -> ScriptedSimulator:

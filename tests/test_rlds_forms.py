@@ -78,6 +78,13 @@ def test_a_split_named_validation_one_that_is_not_used_and_an_episode_without_st
     assert {*cache.episode[cache.validation_indices()]} == {4, 5, 6}
 
 
+def test_of_val_and_validation_the_first_is_held_out_and_the_other_named(forms: Path) -> None:
+    cache = FrameCache(forms / "val_and_validation")
+    assert sorted(np.bincount(cache.episode)) == sorted((*LENGTHS, *LENGTHS[1:]))
+    assert {*cache.episode[cache.validation_indices()]} == {3, 4}
+    assert any("splits validation are not used" in note for note in cache.notes)
+
+
 def test_only_a_cache_with_a_split_named_validation_is_another_than_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,14 @@ def test_openvla_oft_act_answers_a_list_of_arrays(served: Live) -> None:
     np.testing.assert_array_equal(answer, ANSWER)
 
 
+def test_the_example_is_answered_in_full(small: Live, served: Live) -> None:
+    assert np.shape(json_numpy.loads(small.act(requests.get(small.url + "/example", timeout=10).text).text)) == (7,)
+    assert np.shape(json_numpy.loads(served.act(requests.get(served.url + "/example", timeout=10).text).text)) == (
+        CHUNK,
+        7,
+    )
+
+
 def test_inspect_robots_widowx(small: Live) -> None:
     policy = OpenVLAPolicy(server_url=small.url, unnorm_key="libero_spatial", jpeg_roundtrip=False, resize_px=32)
     policy.reset(Scene(id="scene", instruction=WORDS))

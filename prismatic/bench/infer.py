@@ -22,7 +22,7 @@ from prismatic.checkpoint import load_vla
 from prismatic.errors import ConfigError
 from prismatic.filenames import CONFIG
 from prismatic.hub import resolve
-from prismatic.machine import peak_memory
+from prismatic.machine import peak_memory, uses_gpu
 from prismatic.models import quantize as quantisation
 from prismatic.models.compiled import decoder_for
 from prismatic.models.config_file import read_config
@@ -165,7 +165,7 @@ def run(
     rounds: int,
 ) -> list[Row]:
     """The table. checkpoint None: random on a GPU, the small policy on a CPU. compiled: also what takes a CPU's compiler minutes."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if uses_gpu() else "cpu")
     checkpoint = checkpoint or ("checkpoints/openvla-tiny" if device.type == "cpu" else "random")
     folder = None if checkpoint == "random" else resolve(checkpoint)
     dtype = torch.bfloat16 if device.type == "cuda" or folder is None else torch.float32

@@ -16,7 +16,7 @@ import torch
 from action_tokenizer import ActionTokenizer
 from prismatic.bench.instruments import Row, release_memory
 from prismatic.checkpoint import base_and_adapter, load_merged, load_policy
-from prismatic.data.frames import FrameCache
+from prismatic.data.frames import VAL_SHARE, FrameCache
 from prismatic.data.mixture import open_cache
 from prismatic.episodes.open_loop import as_acting, teacher_forced
 from prismatic.errors import ConfigError
@@ -37,14 +37,16 @@ WAYS: dict[str, Row] = {  # arguments of quantize.quantize
 }
 
 
-def spread(cache: FrameCache, num_frames: int, *, every_episode: bool, chunk: int = 1) -> np.ndarray:
+def spread(
+    cache: FrameCache, num_frames: int, *, every_episode: bool, chunk: int = 1, val_share: float = VAL_SHARE
+) -> np.ndarray:
     """num_frames frame numbers, evenly spread over the validation episodes, or over all of them. ConfigError if there are fewer.
 
     chunk: actions that must follow a frame in its episode.
     """
-    frames = cache.validation_indices(num_actions_chunk=chunk)
+    frames = cache.validation_indices(val_share, chunk)
     if every_episode:
-        frames = np.concatenate([cache.train_indices(num_actions_chunk=chunk), frames])
+        frames = np.concatenate([cache.train_indices(val_share, chunk), frames])
     if len(frames) < num_frames:
         raise ConfigError(
             f"data set {cache.name} has {len(frames)} held-out frames, fewer than --num_frames {num_frames}: ask for fewer, or collect "
@@ -91,6 +93,10 @@ def run(
     held_out: str,
     num_frames: int,
     batch_size: int,
+    data_keys: str = "",
+    gripper: str = "auto",
+    rotate_images: bool = False,
+    val_share: float = VAL_SHARE,
 ) -> list[Row]:
     """The unquantised model's row, then one for each of WAYS. ConfigError for a quantised folder, or too few frames.
 
@@ -100,9 +106,10 @@ def run(
     quantize.refuse(folder / CONFIG, "the comparison begins with the unquantised model")
     policy = load_policy(folder, adapter, unnorm_key=unnorm_key)
     processor, vla, dtype, device = policy.processor, policy.vla, policy.dtype, str(policy.device)
-    cache, tokenizer = open_cache(data_root_dir, dataset_name, cache_dir=cache_dir), processor.action_tokenizer
+    how = {"data_keys": data_keys, "gripper": gripper, "rotate_images": rotate_images}
+    cache, tokenizer = open_cache(data_root_dir, dataset_name, cache_dir=cache_dir, **how), processor.action_tokenizer
     chunk = processor.config.num_actions_chunk
-    frames = spread(cache, num_frames, every_episode=held_out == "all", chunk=chunk)
+    frames = spread(cache, num_frames, every_episode=held_out == "all", chunk=chunk, val_share=val_share)
     parts = (frames[start : start + batch_size] for start in range(0, len(frames), batch_size))
     samples = [as_acting([cache.step(frame, chunk) for frame in part], processor) for part in parts]
     demonstrated = np.concatenate([batch.actions for batch in samples if batch.actions is not None])

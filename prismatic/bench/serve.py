@@ -28,6 +28,7 @@ from websockets.sync.client import connect
 from prismatic import machine
 from prismatic.bench.instruments import Row, seconds_in_turns
 from prismatic.checkpoint import load_policy
+from prismatic.errors import ConfigError
 from prismatic.observation import Observation
 from prismatic.policy import Policy
 from prismatic.serving.codec import bytes_keys, string_keys, write_msgpack
@@ -45,6 +46,10 @@ def run(checkpoint: str, *, clients: int, seconds: float, pairs: int, hostile: i
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     policy = load_policy(checkpoint)
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < (needed := torch.cuda.memory_allocated()):
+        raise ConfigError(
+            f"serve.py would hold {checkpoint} a second time, {needed / 1e9:.1f} GB, and the GPU has no room: give a smaller one"
+        )
     rows: list[Row] = []
 
     def add(question: str, value: float, unit: str = "", target: str = "") -> None:

@@ -18,6 +18,7 @@ from prismatic.bench.instruments import GIB, Row, random_model, release_memory, 
 from prismatic.bench.memory import TOKENS
 from prismatic.bench.plain import PlainVLA
 from prismatic.errors import ConfigError
+from prismatic.machine import expandable_segments, uses_gpu
 from prismatic.models.checkpointing import checkpoint_activations, compile_blocks, lean_activations
 from prismatic.models.llama import LlamaConfig
 from prismatic.models.lora import add_lora
@@ -152,9 +153,12 @@ def speed_and_peak(bench: Bench, way: str, size: int, recomputed: Checkpointing)
 
 
 def measure(bench: Bench, way: str, size: int, recomputed: Checkpointing) -> Row:
-    """A row with numbers, or why there are none. It begins without what was cached before: that would count as reserved."""
+    """A row with numbers, or why there are none. It begins without what was cached before: that would count as reserved; and without what was
+    compiled: blocks share their code, and torch compiles one for so many variants at the most, then runs it eagerly.
+    """
     row: Row = {"way": way, "micro-batch": size, "recomputed": str(recomputed), "samples/s": "", "peak GiB": ""}
     release_memory()
+    torch.compiler.reset()
     try:
         speed, peak = speed_and_peak(bench, way, size, recomputed)
         return row | {"samples/s": round(speed, 3), "peak GiB": round(peak, 3)}
@@ -167,7 +171,8 @@ def measure(bench: Bench, way: str, size: int, recomputed: Checkpointing) -> Row
 
 
 def cap_memory(gib: float) -> None:
-    """Let tensors take so much of the GPU, if there is one."""
+    """Let tensors take so much of the GPU, if there is one, from an allocator such as finetune.py has."""
+    expandable_segments()
     if torch.cuda.is_available():
         share = gib * GIB / torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
@@ -177,7 +182,7 @@ def run(*, memory_cap_gib: float, batch_sizes: tuple[int, ...] | None, steps: in
     """The table: a way that fails at a micro-batch is not tried at larger ones. ratio: to the plain way at the same micro-batch, or where that
     doesn't fit at its largest.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if uses_gpu() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     bench = Bench(VLAConfig() if device.type == "cuda" else SMALL, device, dtype, steps)
     cap_memory(memory_cap_gib)

@@ -14,7 +14,7 @@ import torch
 
 from action_tokenizer import ActionTokenizer
 from prismatic.data.examples import example
-from prismatic.data.frames import FrameCache, Step
+from prismatic.data.frames import VAL_SHARE, FrameCache, Step
 from prismatic.dataset_statistics import check_entry
 from prismatic.errors import ConfigError
 from prismatic.image import decode_jpeg
@@ -27,8 +27,8 @@ BATCH = 8  # frames of one pass
 SAME = 0.01  # between two numbers that are called alike: a second JPEG moves a regression a little, a token not at all or by 1
 
 
-def open_loop(policy: Policy, cache: FrameCache, *, frames: int) -> dict[str, Any]:
-    """Metrics over at most `frames` frames of the training episodes, and as many of the others, evenly spread.
+def open_loop(policy: Policy, cache: FrameCache, *, frames: int, val_share: float = VAL_SHARE) -> dict[str, Any]:
+    """Metrics over at most `frames` frames of the training episodes, and as many of the others (val_share of all), evenly spread.
 
     splits: train, validation → frames; policy and teacher_forced: action_accuracy (share of the tokens, of a head that has some), l1_loss (mean
     difference in normalised units, of tokens that of bin centres), both also per_dimension; same_first_id: share of frames in which both
@@ -37,7 +37,10 @@ def open_loop(policy: Policy, cache: FrameCache, *, frames: int) -> dict[str, An
     if not isinstance(policy, VLAPolicy):
         raise ConfigError("--open_loop asks a model that learnt from such data, and this policy is none")
     if policy.num_images > 1 and not cache.has_wrist:
-        raise ConfigError(f"{cache.name} has no wrist_image, which this policy looks at: give another --dataset_name")
+        raise ConfigError(
+            f"{cache.name} has no wrist_image, which this policy looks at: "
+            "name its camera by --data_keys wrist=…, or give another --dataset_name"
+        )
     key, width = str(policy.processor.config.unnorm_key), cache.actions.shape[1]
     entry = policy.processor.statistics[key]
     check_entry(entry, f"the policy's statistics of {key}", state=policy.uses_state, whole=True)
@@ -47,8 +50,8 @@ def open_loop(policy: Policy, cache: FrameCache, *, frames: int) -> dict[str, An
         )
     count = policy.num_actions_chunk
     splits = {
-        "train": cache.train_indices(num_actions_chunk=count),
-        "validation": cache.validation_indices(num_actions_chunk=count),
+        "train": cache.train_indices(val_share, num_actions_chunk=count),
+        "validation": cache.validation_indices(val_share, num_actions_chunk=count),
     }
     found = {}
     for name, indices in splits.items():

@@ -7,6 +7,7 @@ step is a success. Unlike there, fixtures stand where `env_seed` 0 puts them at 
 """
 
 import contextlib
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -17,14 +18,17 @@ import h5py
 import numpy as np
 
 from prismatic.arrays import read_arrays
+from prismatic.atomic import write_json
 from prismatic.episodes.demonstration import EpisodeWriter, Job
 from prismatic.errors import ConfigError
 from prismatic.normalize import ACTION_DIMENSIONS
+from prismatic.records import read_object
 from prismatic.scene.suites import init_states, task_name
 from prismatic.simulator import LiberoSimulator
 
 DEMO = re.compile(r"demo_\d+")  # a demonstration's group in a file
 FAILED = ".failed"  # suffix of an empty file that tells that an episode was no success
+SOURCES = "sources.json"  # beside the episodes: demonstration → SHA-256 of what is played of it
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,23 @@ class Replays:
     def __init__(self, jobs: Sequence[Replay]) -> None:
         self.jobs, self.total = jobs, len(jobs)
         self._next = (job for job in jobs if not _is_done(job))
+
+    def compare(self, stage: Path) -> None:
+        """Note what is in each demonstration; ConfigError where an earlier call played another one of the same name into `stage`."""
+        note = stage / SOURCES
+        before = read_object(note) if note.is_file() else {}
+        now = dict(before)
+        for job in self.jobs:
+            name = f"{job.source.name}/{job.demo}"
+            content = b"".join(array.tobytes() for array in read_demo(job.source, job.demo))
+            now[name] = hashlib.sha256(content).hexdigest()
+            if before.get(name, now[name]) != now[name]:
+                raise ConfigError(
+                    f"{job.demo} of {job.source} (from_hdf5) is not the one that was played into {stage}: "
+                    "give another dataset_name, or delete that folder and the data set beside it"
+                )
+        if now != before:
+            write_json(note, now)
 
     def found(self) -> int:
         """How many of them earlier calls have played."""

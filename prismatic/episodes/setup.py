@@ -64,7 +64,7 @@ def load_policy(values: Mapping[str, Any]) -> Loaded:
 
     torch.manual_seed(values["seed"])
     device = None
-    if torch.cuda.is_available():
+    if machine.uses_gpu():
         device = machine.own_gpu(LOCAL_RANK)
         torch.cuda.set_device(device)  # else every rank would also keep a context on the first GPU
     elif "OMP_NUM_THREADS" not in os.environ:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from prismatic.models.compiled import variants
 from prismatic.models.llama import MLP, RMSNorm
 from prismatic.models.vla import VLA
 
@@ -87,5 +88,5 @@ def compile_blocks(vla: VLA, *, backend: str = "inductor") -> VLA:
     After checkpoint_activations, if both are wanted.
     """
     for block in vla.blocks():
-        block.compile(backend=backend, dynamic=True)  # rows of a batch differ in length from step to step
+        block.compile(backend=backend, dynamic=True, **variants())  # rows of a batch differ in length from step to step
     return vla

@@ -29,16 +29,34 @@ WIDEST = 128
 # of a row at full size while its prompt is read, what graphs keep included; not measured
 ACTIVATION_BYTES = 120_000_000
 BATCH_SIZES = (1, 4, 16, 32, 64)  # rows
+NO_GRAPHS = "without CUDA graphs, which torch left out"
 write_line = partial(tqdm.write, file=sys.stderr)
 VARIANTS = 64  # that torch may compile of one function: its own limit, 8, is less than two widths of five sizes
 
 
+def variants() -> dict[str, Any]:
+    """torch.compile's limit of VARIANTS: given to it, it holds in every thread, torch's configuration in one."""
+    if (
+        "recompile_limit" in inspect.signature(torch.compile).parameters
+    ):  # not in torch 2.11; torch's own types leave it out
+        return {"recompile_limit": VARIANTS}
+    torch._dynamo.config.recompile_limit = VARIANTS
+    return {}
+
+
 def compile_step(step: Callable[..., Tensors]) -> Callable[..., Tensors]:
-    """The function as a CUDA graph; a limit that is given here holds in every thread, torch's configuration in one."""
-    limit: dict[str, Any] = {"recompile_limit": VARIANTS}  # torch's own types leave it out
-    if "recompile_limit" not in inspect.signature(torch.compile).parameters:  # torch 2.11
-        limit, torch._dynamo.config.recompile_limit = {}, VARIANTS
-    return torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False, **limit)
+    """The function as a CUDA graph."""
+    return torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False, **variants())
+
+
+def graphs_left_out() -> int:
+    """How often torch compiled something without recording it as a CUDA graph, which it only logs."""
+    return torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+
+
+def widest(config: Any) -> int:
+    """Columns of the cache at the second prompt width, of a model with this config."""
+    return config.num_images_in_input * config.num_patches + WIDEST + config.action_positions
 
 
 def batches(rows: int) -> Iterator[int]:
@@ -96,11 +114,14 @@ class CompiledActionDecoder(ActionDecoder):
         self._views: dict[tuple[int, int], Layers] = {}  # of the cache, by (batch, length)
         self._ready: set[Any] = set()  # (step, batch, columns) that were compiled
         self._eager: dict[str, str] = {}  # what can't be compiled → why
+        self._has_graphs = True
 
     @property
     def description(self) -> str:
         """How forward passes are run, and what is not compiled for which reason."""
-        compiled = ["compiled"] * (bool(self._ready) or not self._eager)
+        compiled = ["compiled" if self._has_graphs else f"compiled {NO_GRAPHS}"] * (
+            bool(self._ready) or not self._eager
+        )
         return "; ".join(compiled + [f"eager for {what}: {why}" for what, why in self._eager.items()])
 
     @torch.inference_mode()
@@ -114,12 +135,26 @@ class CompiledActionDecoder(ActionDecoder):
     ) -> Answer:
         """As ActionDecoder's."""
         if self._is_wide(input_ids):
-            return ActionDecoder(self.vla)(input_ids, pixel_values, action_dim, attention_mask, draft)
+            return self._one_by_one(input_ids, pixel_values, action_dim, attention_mask, draft)
         answers = []
         for ids, mask, pixels, guess in padded(self.vla, input_ids, attention_mask, pixel_values, draft):
             answers.append(super().__call__(ids, pixels, action_dim, mask, guess))
         ids, margins = (torch.cat([getattr(a, name) for a in answers])[: len(input_ids)] for name in ("ids", "margins"))
         return Answer(ids, margins, sum(answer.forward_passes for answer in answers))
+
+    def _one_by_one(
+        self, ids: Tensor, pixels: Tensor, action_dim: int, mask: Tensor | None, draft: Tensor | None
+    ) -> Answer:
+        """A batch with a wide prompt, row by row: a cache of their width for all rows would not fit beside the one that is held."""
+        lengths, eager = (mask.sum(dim=1) if mask is not None else [ids.shape[1]] * len(ids)), ActionDecoder(self.vla)
+        answers = []
+        for row, length in enumerate(int(one) for one in lengths):
+            decode = eager if length > WIDEST else self
+            one = slice(row, row + 1)
+            guess = None if draft is None else draft[one]
+            answers.append(decode(ids[one, :length], pixels[one], action_dim, None, guess))
+        found, margins = (torch.cat([getattr(answer, name) for answer in answers]) for name in ("ids", "margins"))
+        return Answer(found, margins, sum(answer.forward_passes for answer in answers))
 
     @torch.inference_mode()
     def chunk(
@@ -156,14 +191,14 @@ class CompiledActionDecoder(ActionDecoder):
     def _grow(self, rows: int, columns: int) -> None:
         """Wide enough for both prompt widths from the start: other strides would be compiled anew, more rows are only recorded anew."""
         self._views.clear()
-        super()._grow(rows, columns + (0 if self._cache else WIDEST - PROMPT_WIDTH))
+        super()._grow(rows, max(columns, widest(self.vla.config)))
 
     def _run(self, step: Any, layers: Layers, *inputs: Tensor) -> Tensors:
         if (what := _name(len(inputs[0]))) in self._eager:
             return super()._run(step, layers, *inputs)
         columns = layers[0][0].shape[2] if layers else inputs[0].shape[1]
         shape = step, len(inputs[0]), columns
-        is_new, began = shape not in self._ready, time.monotonic()
+        is_new, began, left_out = shape not in self._ready, time.monotonic(), graphs_left_out()
         if is_new:
             self._say(f"compiling {step.__name__} for {what}, {columns} columns: minutes the first time")
         try:
@@ -173,6 +208,9 @@ class CompiledActionDecoder(ActionDecoder):
         except Exception as error:  # no memory, no compiler, not compilable: all have names of their own
             failed = error.with_traceback(None)
         else:
+            if self._has_graphs and graphs_left_out() > left_out:
+                self._has_graphs = False
+                self._say(f"notice: {what} is decoded {NO_GRAPHS}: slower than it could be")
             if is_new:
                 self._say(f"compiled {step.__name__} for {what} in {time.monotonic() - began:.0f} s")
                 self._ready.add(shape)
@@ -190,10 +228,9 @@ class CompiledActionDecoder(ActionDecoder):
 def memory_for(vla: Any, rows: int) -> int:
     """Bytes beside the weights that answering so many rows at once takes, about: activations, and keys and values where tokens are decoded."""
     config, text, size = vla.config, vla.config.text_config, next(vla.parameters()).element_size()
-    columns = config.num_images_in_input * config.num_patches + WIDEST + config.action_positions
     width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
     cached = max(rows, *batches(rows)) * (config.action_head == "tokens")  # an eager decoder reads all rows at once
-    return rows * ACTIVATION_BYTES + cached * 2 * text.num_hidden_layers * columns * width * size
+    return rows * ACTIVATION_BYTES + cached * 2 * text.num_hidden_layers * widest(config) * width * size
 
 
 def decoder_for(vla: Any, *, compilable: bool = True) -> ActionDecoder:

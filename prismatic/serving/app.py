@@ -57,8 +57,10 @@ async def metrics(request: Request) -> Response:
 
 
 async def example(request: Request) -> Response:
-    """A request that /act answers, with grey images."""
-    return Response(write_request(request.app.state.service.example()), media_type=JSON)
+    """A request that /act answers in full, with grey images: OpenVLA-OFT's where the policy answers with chunks."""
+    service: Service = request.app.state.service
+    frame = "image" if service.policy.num_actions_chunk == 1 else "full_image"
+    return Response(write_request(service.example(), frame=frame), media_type=JSON)
 
 
 def build_app(service: Service, key: str | None) -> Guard:

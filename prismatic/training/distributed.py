@@ -106,10 +106,8 @@ SINGLE_PROCESS = Ranks()
 def joined() -> Iterator[Ranks]:
     """The process group that torchrun's environment describes, for as long as the block lasts; only rank 0's prints are seen."""
     size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    on_gpu = torch.cuda.is_available()
-    # rows differ in length: less lies in fragments; read at the first allocation
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    on_gpu = machine.uses_gpu()
+    machine.expandable_segments()
     if size == 1:
         yield Ranks(device="cuda" if on_gpu else "cpu")
         return

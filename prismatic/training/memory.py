@@ -199,7 +199,8 @@ def _smaller(settings: Settings, *, quantisable: bool) -> Iterator[Settings]:
     """Settings that take less, the least change first; the effective batch stays."""
     effective = settings.batch_size * settings.grad_accumulation_steps
     packed = dict.fromkeys((settings.use_quantization, settings.use_quantization or quantisable))
-    optimizers = dict.fromkeys((settings.optimizer, "paged_adamw_8bit"))
+    alone = settings.shares == 1  # bitsandbytes' moments can't be split
+    optimizers = dict.fromkeys((settings.optimizer, "paged_adamw_8bit" if alone else settings.optimizer))
     batches = [size for size in range(settings.batch_size, 0, -1) if effective % size == 0]
     for use_quantization, optimizer, batch in itertools.product(packed, optimizers, batches):
         yield Settings(batch, effective // batch, True, use_quantization, optimizer, settings.shares)

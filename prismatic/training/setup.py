@@ -134,6 +134,10 @@ def check_flags(options: RunOptions, ranks: Ranks, *, default_root: str) -> None
         raise ConfigError("--shard is for --use_lora False: an adapter's base is not trained, so leave --shard out")
     if options.shard and ranks.size == 1:
         print("notice: --shard has nobody to share with: start it with torchrun --nproc-per-node")
+    if options.shard and ranks.size > 1 and options.optimizer != "adamw":
+        raise ConfigError(
+            f"--optimizer {options.optimizer} keeps whole moments and can't be split: give adamw with --shard"
+        )
     if options.use_quantization and not options.use_lora:
         raise ConfigError("--use_quantization packs a base that isn't trained: leave out --use_lora False")
     if options.log_to not in ("wandb", "trackio") and (options.wandb_project or options.wandb_entity):
@@ -188,10 +192,13 @@ def fit_to_data(config: VLAConfig, mixture: Mixture) -> VLAConfig:
     for cache in mixture.caches:
         if config.num_images_in_input == 2 and not cache.has_wrist:
             raise ConfigError(
-                f"data set {cache.name} has no wrist images, and the model sees two: give --num_images_in_input 1"
+                f"data set {cache.name} has no wrist images, and the model sees two: "
+                "name their camera by --data_keys wrist=…, or give --num_images_in_input 1"
             )
         if config.proprio_dim and cache.state is None:
-            raise ConfigError(f"data set {cache.name} has no robot state: give --use_proprio False or another data set")
+            raise ConfigError(
+                f"data set {cache.name} has no robot state: name it by --data_keys state=…, or give --use_proprio False"
+            )
         if short := cache.episodes_shorter_than(chunk):
             print(f"notice: {short} episodes of {cache.name} are shorter than {chunk} steps and give no sample")
     widths = {cache.state.shape[1] for cache in mixture.caches if cache.state is not None}
