@@ -25,7 +25,7 @@ from prismatic.data import lerobot_writer, rlds
 from prismatic.data.staging import STAGED
 from prismatic.episodes import pool
 from prismatic.episodes.demonstration import Demonstration, Job, Record
-from prismatic.episodes.replay import FAILED, Replays, find_replays
+from prismatic.episodes.replay import FAILED, SOURCES, Replays, find_replays
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.hub import newest_step
 from prismatic.ranges import Count, Positive, Seed, Workers, checked, command_line
@@ -166,7 +166,9 @@ def open_stage(cfg: CollectConfig) -> Path:
     before = read_object(note)
     for name, value in settings.items():
         same = before.get(name, value) == value
-        if name == "from_hdf5":  # those files may lie elsewhere now: Replays.compare looks at what is in them
+        if (
+            name == "from_hdf5" and (stage / SOURCES).is_file()
+        ):  # they may lie elsewhere now: Replays.compare looks at what is in them
             same = bool(before.get(name)) == bool(value)
         if not same:
             raise ConfigError(

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # One environment for everything: system libraries, .venv, requirements.txt. Running it again skips what is done. Used by demo.sh and test.sh.
-# --no-system: go on without system libraries that are missing (where you are not root: training and serving want of them only venv, and g++ to compile).
+# --no-system: go on without system libraries that are missing, where you are not root. Training and serving want of them only venv, and to compile
+# g++ and python3-dev; demo.sh, test.sh and eval.py want a renderer.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 

@@ -141,7 +141,7 @@ def load_merged(folder: Path, adapter: Path | None, *, dtype: torch.dtype, devic
         if size > free:
             raise ConfigError(
                 f"{folder} takes {size / 1e9:.1f} GB of memory in {str(dtype).removeprefix('torch.')} and {free / 1e9:.1f} GB are free: "
-                "end other processes, or take a larger machine or one with a GPU"
+                "end other processes, take a larger machine or a GPU that holds it, or a folder that export.py --quantize made on one"
             )
     vla = load_vla(folder, adapter, dtype=dtype, device=device, adapter_dtype=torch.float32, **choice)
     if adapter is not None:

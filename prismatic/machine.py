@@ -10,7 +10,7 @@ from prismatic.errors import ConfigError
 
 CGROUP = Path("/sys/fs/cgroup")
 GPU_RENDERER_BYTES = 300_000_000  # of the GPU's memory, a renderer's context and buffers; not measured here
-NEWER_DRIVER = "a newer driver, or torch and torchvision of a cu12x index: the README's pitfalls have the command"
+NEWER_DRIVER = "take a newer driver, or torch and torchvision of a cu12x index: the README's pitfalls have the command"
 RENDERER_BYTES = 2_000_000_000  # one LIBERO process with a renderer holds 1.6 to 1.9 GB and does not grow
 
 
@@ -30,10 +30,15 @@ def uses_gpu() -> bool:
     if torch.cuda.is_available():
         return True
     if os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and (found := gpus()):
-        raise ConfigError(
-            f"{found[0]['name']} is here, and torch (for CUDA {torch.version.cuda}) can't use it with driver {found[0]['driver']}: "
-            f"{NEWER_DRIVER}. CUDA_VISIBLE_DEVICES= in front of the command computes on the CPU"
+        cuda = torch.version.cuda
+        why = (
+            f"torch, made for CUDA {cuda}, can't use it with driver {found[0]['driver']}"
+            if cuda
+            else "this torch is a CPU's"
         )
+        way_out = NEWER_DRIVER if cuda else "take torch and torchvision for CUDA"
+        hide = "CUDA_VISIBLE_DEVICES= in front of the command computes on the CPU"
+        raise ConfigError(f"{found[0]['name']} is here, and {why}: {way_out}. {hide}")
     return False
 
 

@@ -106,7 +106,7 @@ def _checked_value(value: Any, name: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name} {value}: give a finite number")
     if isinstance(value, float) and 0 < abs(value) < SMALLEST:
-        raise ConfigError(f"{name} {value}: computed with in float32 it would be 0: give 0, or a larger number")
+        raise ConfigError(f"{name} {value}: too small for float32: give 0, or a larger number")
     if isinstance(value, str | Path):
         text = str(value)
         encoded = _utf8(text, name)

@@ -20,6 +20,7 @@ from prismatic.data.mixture import open_cache
 from prismatic.data.staging import load_episode, stage_episode
 from prismatic.episodes import pool
 from prismatic.episodes.demonstration import Record
+from prismatic.episodes.replay import SOURCES
 from prismatic.errors import ConfigError
 from prismatic.versions import versions
 from tests.drawn_episodes import drawn_episode
@@ -102,7 +103,10 @@ def test_two_collections_are_not_mixed(tmp_path: Path) -> None:
         open_stage(config(tmp_path, format="lerobot"))
     for seed in (0, 3):  # which means nothing to a replay
         open_stage(config(tmp_path, dataset_name="replayed", from_hdf5=tmp_path, seed=seed))
-    open_stage(config(tmp_path, dataset_name="replayed", from_hdf5=tmp_path / "moved"))  # what is in the files decides
+    with pytest.raises(ConfigError, match=f"collected with from_hdf5 {tmp_path}, not {tmp_path}/moved"):
+        open_stage(config(tmp_path, dataset_name="replayed", from_hdf5=tmp_path / "moved"))
+    (tmp_path / "replayed_staged" / SOURCES).write_text("{}")  # where it is known what is in the files, that decides
+    open_stage(config(tmp_path, dataset_name="replayed", from_hdf5=tmp_path / "moved"))
     with pytest.raises(ConfigError, match=f"collected with from_hdf5 {tmp_path}, not None"):
         open_stage(config(tmp_path, dataset_name="replayed"))
 

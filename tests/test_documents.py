@@ -19,8 +19,17 @@ PAGES = sorted([
     *(REPOSITORY / "checkpoints").rglob("README.md"),
 ])  # fmt: skip
 SHELL_FLAGS = {"--quick", "--long", "--fresh", "--oft", "--help"}  # of demo.sh
-# of torchrun, pytest and vla-eval: not ours to promise
-FOREIGN_FLAGS = {"--nproc-per-node", "--nnodes", "--standalone", "-m", "--signal", "--no-docker", "--render"}
+# of torchrun, pytest, pip and vla-eval: not ours to promise
+FOREIGN_FLAGS = {
+    "--nproc-per-node",
+    "--nnodes",
+    "--standalone",
+    "-m",
+    "--signal",
+    "--no-docker",
+    "--render",
+    "--index-url",
+}
 
 
 def fields(kind: type) -> Iterator[str]:

@@ -72,10 +72,13 @@ def test_a_gpu_that_torch_cannot_use_is_said_unless_it_is_hidden(monkeypatch: py
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(machine, "gpus", lambda: [{"name": "NVIDIA A10", "driver": "535.1"}])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with pytest.raises(
-        ConfigError, match=r"NVIDIA A10 is here, .*driver 535\.1: a newer driver, .*CUDA_VISIBLE_DEVICES= "
+    for cuda, sentence in (
+        ("13.0", r"CUDA 13\.0, .*driver 535\.1: take a newer driver, "),
+        (None, "is a CPU's: take torch"),
     ):
-        machine.uses_gpu()
+        monkeypatch.setattr("torch.version.cuda", cuda)
+        with pytest.raises(ConfigError, match=rf"NVIDIA A10 is here, .*{sentence}.*CUDA_VISIBLE_DEVICES= "):
+            machine.uses_gpu()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert not machine.uses_gpu()
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

@@ -125,8 +125,12 @@ def test_files_may_move_but_not_change(tmp_path: Path) -> None:
     (tmp_path / "staged").mkdir()
     Replays([small_demo(tmp_path / "a", actions)]).compare(tmp_path / "staged")
     Replays([small_demo(tmp_path / "b", actions)]).compare(tmp_path / "staged")
-    with pytest.raises(ConfigError, match=r"demo_0 of .*c/.*_demo\.hdf5 \(from_hdf5\) is not the one"):
-        Replays([small_demo(tmp_path / "c", -actions)]).compare(tmp_path / "staged")
+    Replays([small_demo(tmp_path / "c", 2 * actions)]).compare(tmp_path / "staged")  # nothing of it was played yet
+    job = small_demo(tmp_path / "d", -actions)
+    job.path.parent.mkdir()
+    job.path.with_suffix(".failed").touch()
+    with pytest.raises(ConfigError, match=r"demo_0 of .*d/.*_demo\.hdf5 \(from_hdf5\) is not the one"):
+        Replays([job]).compare(tmp_path / "staged")
 
 
 def record(job: Replay, solved: Callable[[int], bool], *, kept: int) -> ScriptedSimulator:

@@ -54,9 +54,9 @@ def graphs_left_out() -> int:
     return torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
 
-def widest(config: Any) -> int:
-    """Columns of the cache at the second prompt width, of a model with this config."""
-    return config.num_images_in_input * config.num_patches + WIDEST + config.action_positions
+def widest(config: Any, action_dim: int = 0) -> int:
+    """Columns of the cache at the second prompt width, for answers as long as the config says, or action_dim: a token head takes any."""
+    return config.num_images_in_input * config.num_patches + WIDEST + max(config.action_positions, action_dim)
 
 
 def batches(rows: int) -> Iterator[int]:
@@ -115,6 +115,7 @@ class CompiledActionDecoder(ActionDecoder):
         self._ready: set[Any] = set()  # (step, batch, columns) that were compiled
         self._eager: dict[str, str] = {}  # what can't be compiled → why
         self._has_graphs = True
+        self._action_dim = 0  # of the last answer
 
     @property
     def description(self) -> str:
@@ -134,26 +135,29 @@ class CompiledActionDecoder(ActionDecoder):
         draft: Tensor | None = None,
     ) -> Answer:
         """As ActionDecoder's."""
+        self._action_dim = action_dim
         if self._is_wide(input_ids):
-            return self._one_by_one(input_ids, pixel_values, action_dim, attention_mask, draft)
+            return self._wide(input_ids, pixel_values, action_dim, attention_mask, draft)
         answers = []
         for ids, mask, pixels, guess in padded(self.vla, input_ids, attention_mask, pixel_values, draft):
             answers.append(super().__call__(ids, pixels, action_dim, mask, guess))
         ids, margins = (torch.cat([getattr(a, name) for a in answers])[: len(input_ids)] for name in ("ids", "margins"))
         return Answer(ids, margins, sum(answer.forward_passes for answer in answers))
 
-    def _one_by_one(
-        self, ids: Tensor, pixels: Tensor, action_dim: int, mask: Tensor | None, draft: Tensor | None
-    ) -> Answer:
-        """A batch with a wide prompt, row by row: a cache of their width for all rows would not fit beside the one that is held."""
-        lengths, eager = (mask.sum(dim=1) if mask is not None else [ids.shape[1]] * len(ids)), ActionDecoder(self.vla)
-        answers = []
-        for row, length in enumerate(int(one) for one in lengths):
-            decode = eager if length > WIDEST else self
-            one = slice(row, row + 1)
-            guess = None if draft is None else draft[one]
-            answers.append(decode(ids[one, :length], pixels[one], action_dim, None, guess))
-        found, margins = (torch.cat([getattr(answer, name) for answer in answers]) for name in ("ids", "margins"))
+    def _wide(self, ids: Tensor, pixels: Tensor, action_dim: int, mask: Tensor | None, draft: Tensor | None) -> Answer:
+        """A batch with wide prompts: those row by row, since a cache of their width for all would not fit beside the one that is held; the others
+        together, as ever.
+        """
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        wide, eager = mask.sum(dim=1) > WIDEST, ActionDecoder(self.vla)
+        narrow = [(~wide).nonzero()[:, 0]] * (not bool(wide.all()))
+        parts, answers = [*narrow, *wide.nonzero()], []
+        for rows in parts:
+            decode, width = (self, WIDEST) if narrow and rows is narrow[0] else (eager, ids.shape[1])
+            guess = None if draft is None else draft[rows.to(draft.device)]
+            answers.append(decode(ids[rows, :width], pixels[rows], action_dim, mask[rows, :width], guess))
+        back = torch.cat(parts).argsort()
+        found, margins = (torch.cat([getattr(answer, name) for answer in answers])[back] for name in ("ids", "margins"))
         return Answer(found, margins, sum(answer.forward_passes for answer in answers))
 
     @torch.inference_mode()
@@ -191,7 +195,7 @@ class CompiledActionDecoder(ActionDecoder):
     def _grow(self, rows: int, columns: int) -> None:
         """Wide enough for both prompt widths from the start: other strides would be compiled anew, more rows are only recorded anew."""
         self._views.clear()
-        super()._grow(rows, max(columns, widest(self.vla.config)))
+        super()._grow(rows, max(columns, widest(self.vla.config, self._action_dim)))
 
     def _run(self, step: Any, layers: Layers, *inputs: Tensor) -> Tensors:
         if (what := _name(len(inputs[0]))) in self._eager:
