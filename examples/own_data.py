@@ -83,9 +83,16 @@ def frames(path: Path) -> list[np.ndarray]:
     """All frames (H, W, 3) uint8 of an mp4."""
     try:
         with av.open(str(path)) as container:
-            return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            found = [(frame.to_ndarray(format="rgb24"), frame.rotation) for frame in container.decode(video=0)]
     except (FFmpegError, IndexError) as error:
         raise ConfigError(f"{path} can't be decoded ({error}): each <name>.npz needs its video <name>.mp4") from None
+    if turned := next(
+        (rotation for _, rotation in found if rotation), 0
+    ):  # a telephone's: players turn it as they show it
+        raise ConfigError(
+            f"{path} is stored turned by {turned}°: make it upright first, such as by `ffmpeg -i IN.mp4 OUT.mp4`"
+        )
+    return [image for image, _ in found]
 
 
 def drawn(episodes: int, action_dim: int) -> Iterator[dict[str, Any]]:

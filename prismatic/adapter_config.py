@@ -38,7 +38,7 @@ class HonouredFields(TypedDict, total=False):
 # What says where an adapter comes from or how it was run, not what it computes.
 INDIFFERENT = (
     "auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version", "qalora_group_size", "revision",
-    "runtime_config", "task_type", "ensure_weight_tying",
+    "runtime_config", "task_type", "ensure_weight_tying", "eva_config",
 )  # fmt: skip
 PLAIN = {"peft_type": "LORA", "bias": "none"}  # every other field that isn't named here has to be empty or false
 # Starts of an adapter that leave the base as it is; pissa, olora, corda, loftq and others change it, and the file doesn't hold how.

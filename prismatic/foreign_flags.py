@@ -59,7 +59,9 @@ FINETUNE: Table = {
     **dict.fromkeys(("num_diffusion_steps_train", "diffusion_sample_freq"), _ignored("there is no diffusion head")),
     # OpenVLA-OFT's True and False: a run that exists is continued either way, one that doesn't is begun
     "resume": Rule("--resume {}", on="--resume auto", off="--resume auto"),
-    "resume_step": _ignored("a run goes on from its newest checkpoint"),
+    "resume_step": _ignored(
+        "a run goes on from its newest step; from a folder given as --vla_path it begins at 0, so lower --max_steps"
+    ),
     "run_id_override": _ignored("give --run_id_note"),
     "model_family": _ignored("there is only OpenVLA"),
     "cuda_graph": _ignored("torch.compile took its place: --compile True"),

@@ -34,6 +34,10 @@ from prismatic.records import read_object
 OWN = dict(zip(HEADS, (ACTION_HEAD, PROPRIO_PROJECTOR), strict=True))
 PUBLISHED = "{part}--{step}_checkpoint.pt"
 PUBLISHED_CHUNK, PUBLISHED_IMAGES = 8, 2  # of OpenVLA-OFT's LIBERO recipe; one image where there is no state either
+OTHER_RECIPES = {
+    (7, 7): "Bridge (5 actions)",
+    (14, 14): "ALOHA (25 actions, scaled by minimum and maximum)",
+}  # by widths of action and state
 NOT_BUILT = {"vision_backbone": "FiLM towers", "noisy_action_projector": "a diffusion head"}
 CHOICE = ("action_head", "num_actions_chunk", "num_images_in_input", "proprio_dim", "stop_token")
 
@@ -105,6 +109,7 @@ def model_config(folder: Path, adapter: Path | None = None, *, new_heads: bool =
         raise TypeError(f"unknown argument {unknown[0]!r}: a model's choices are {', '.join(CHOICE)}")
     heads = stored_heads(home or folder)
     if home is None:
+        _refuse_apart(adapter)
         said = _read_off(folder, config, heads, given, new_heads=new_heads)
     else:
         processor = read_processor(home / PROCESSOR)
@@ -147,9 +152,30 @@ def _read_off(
         "proprio_dim": state.shape[1] if state else 0,
         "stop_token": config.stop_token,
     }
+    width = _action_dim(heads, config)
     if kind == config.action_head and chunked:  # one of ours that lost its processor.json
         found = {name: getattr(config, name) for name in found}
-    return {"action_head": kind, "action_dim": _action_dim(heads, config), **found, **given}
+    elif (
+        kind == "l1"
+        and "num_actions_chunk" not in given
+        and (recipe := OTHER_RECIPES.get((width, found["proprio_dim"])))
+    ):
+        raise ConfigError(
+            f"{folder} has the sizes of OpenVLA-OFT's {recipe} recipe, whose chunks are not LIBERO's 8 and stand in no file: give --num_actions_chunk"
+        )
+    return {"action_head": kind, "action_dim": width, **found, **given}
+
+
+def _refuse_apart(adapter: Path | None) -> None:
+    """ConfigError for a foreign adapter whose heads or statistics lie beside it, as OpenVLA-OFT leaves them: the base has others, or none."""
+    for place in [] if adapter is None else [adapter, *[adapter.parent] * (adapter.name == MERGED_ADAPTER)]:
+        beside = [STATISTICS] * (place != adapter and (place / STATISTICS).exists())
+        beside += [file.name for part in OWN for file in place.glob(PUBLISHED.format(part=part, step="*"))]
+        if beside:
+            raise ConfigError(
+                f"{adapter} learnt with {place / beside[0]}, which a base does not have: merge it by the original's "
+                f"merge_lora_weights_and_save.py and give that folder alone"
+            )
 
 
 def _kind(folder: Path, config: VLAConfig, parts: set[str]) -> str:

@@ -157,7 +157,8 @@ class Processor:
         """
         targets = normalize.normalize(np.atleast_2d(actions), self.action_statistics(dataset))  # (K, D)
         prompt = self.prompt_ids(self.shortened(instruction, targets.size))
-        ids = [*prompt, *self.action_tokenizer.encode(targets).ravel().tolist(), self.config.eos_token_id]
+        end = [self.config.eos_token_id] * (self.config.stop_token or self.config.action_head == "tokens")
+        ids = [*prompt, *self.action_tokenizer.encode(targets).ravel().tolist(), *end]
         labels = [IGNORE] * len(prompt) + ids[len(prompt) :]
         images = [image.resize_lanczos3(frame, self.config.image_size) for frame in images]
         if as_acting and self.config.center_crop:

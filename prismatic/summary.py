@@ -13,7 +13,7 @@ from prismatic.statistics import clustered_bootstrap, needed, wilson_interval
 from prismatic.versions import SIMULATOR_PACKAGES, unpinned_simulator
 
 FLOORS_AND_CEILINGS = ("zero", "random", "replay", "expert")
-SAME_EPISODES = ("task_suite_name", "env_seed", "num_steps_wait", "step_limit")
+SAME_EPISODES = ("task_suite_name", "env_seed", "num_steps_wait", "step_limit", *SIMULATOR_PACKAGES)
 FEWEST_TASKS = 2  # fewer clusters than that have no bootstrap
 MOST_NAMED = 3  # things that a sentence names
 
@@ -243,7 +243,8 @@ def beside(folder: Path, identity: Facts, *, task_ids: set[int]) -> Facts:
 
 def _control(other: Facts, own: Facts) -> str | None:
     """Which control of a run `own` the run `other` is, by their identities."""
-    if any(other.get(name) != own.get(name) for name in SAME_EPISODES):
+    both = [name for name in KNOWN_LATER if name in other and name in own]
+    if any(other.get(name) != own.get(name) for name in (*SAME_EPISODES, *both)):
         return None
     if other["policy"] in FLOORS_AND_CEILINGS:
         return other["policy"] if other["policy"] != own["policy"] else None

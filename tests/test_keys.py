@@ -78,6 +78,14 @@ def test_each_convention_becomes_one_open(convention: str, recorded: tuple[float
     assert convention in ("minus_one_open", "plus_one_open") or "--gripper" in chosen.evidence
 
 
+def test_a_command_that_only_starts_motions_is_refused_unless_something_else_is_told() -> None:
+    relative = detect_gripper(np.concatenate([columns(0, 0), columns(-1, 0), columns(1, 0)]))
+    with pytest.raises(ConfigError, match=r"relative \(-1 and 1 .* 67% .* are 0\).*--gripper none"):
+        choose_gripper("auto", relative, 7)
+    assert choose_gripper("none", relative, 7).dims == () and choose_gripper("plus_one_open", relative, 7).dims == (6,)
+    assert detect_gripper(np.concatenate([columns(-1, 0.4), columns(1, -0.4)])).convention == "minus_one_open"
+
+
 def test_a_convention_that_is_none_is_refused_and_auto_keeps_what_was_found() -> None:
     gripper = detect_gripper(columns(0, 1))
     assert choose_gripper("auto", gripper, 7) == gripper and choose_gripper("none", gripper, 7).dims == ()

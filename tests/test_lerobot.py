@@ -23,6 +23,7 @@ from huggingface_hub.utils import filter_repo_objects
 from prismatic.data import lerobot, video
 from prismatic.data.frames import FrameCache
 from prismatic.data.keys import DataKeys, find_keys
+from prismatic.data.lerobot import drift
 from prismatic.data.lerobot_meta import DATA_FILES, EPISODE_FILES, LeRobotFolder
 from prismatic.data.mixture import open_cache
 from prismatic.data.writer import pixels_of
@@ -309,6 +310,13 @@ def other_actions(action: list[Any]) -> Callable[[Path], None]:
         pq.write_table(replace(table, keys_of(folder).action[0], pa.array(action * len(table))), path)
 
     return change
+
+
+def test_a_clock_that_drifts_is_seen_and_a_gap_is_none() -> None:
+    even = np.arange(120) / 30
+    assert drift(even, 30) == 0 and drift(even + 0.001 * np.sin(even), 30) < 0.002
+    assert drift(even / 1.0067, 30) > 0.5 / 30  # 30.2 a second: row 119 would get frame 118
+    assert drift(np.delete(even, [40, 41]), 30) == 0
 
 
 REFUSED: list[tuple[str, Callable[[Path], Any], str]] = [

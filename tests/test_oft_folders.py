@@ -16,6 +16,7 @@ import export
 from prismatic.adapter import lora_state_dict, save_adapter
 from prismatic.checkpoint import load_policy, load_vla
 from prismatic.errors import ConfigError, PolicyError
+from prismatic.head_files import model_config
 from prismatic.hub import WANTED
 from prismatic.models.heads import HEADS
 from prismatic.models.lora import add_lora
@@ -139,6 +140,28 @@ def test_what_cannot_be_right_is_one_sentence(
     with pytest.raises(ConfigError, match=sentence):
         load_vla(published, **given)
     assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(("width", "recipe"), [(7, "Bridge"), (14, "ALOHA")])
+def test_the_sizes_of_another_recipe_are_asked_for_their_chunk(tmp_path: Path, width: int, recipe: str) -> None:
+    other = random_vla(dataclasses.replace(TINY_OFT, action_dim=width, proprio_dim=width), seed=1)
+    folder = saved(tmp_path / "published", other, foreign=True)
+    with pytest.raises(ConfigError, match=f"{recipe} .*give --num_actions_chunk"):
+        load_vla(folder)
+    assert load_vla(folder, num_actions_chunk=5).config.num_actions_chunk == 5
+
+
+def test_heads_or_statistics_beside_a_foreign_adapter_are_not_passed_over(made: Path, tmp_path: Path) -> None:
+    """As OpenVLA-OFT leaves them where it doesn't merge while it trains."""
+    adapter = tmp_path / "run" / "lora_adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    for place, name in ((adapter.parent, "dataset_statistics.json"), (adapter.parent, HEAD), (adapter, HEAD)):
+        shutil.copy(made / "published" / name, place / name)
+        with pytest.raises(ConfigError, match=rf"learnt with .*{name}.*merge_lora_weights_and_save"):
+            model_config(made / "published", adapter)
+        (place / name).unlink()
+    assert model_config(made / "published", adapter).action_head == "l1"
 
 
 @pytest.mark.parametrize(

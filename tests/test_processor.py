@@ -16,10 +16,12 @@ from prismatic.augmentation import Augmentation
 from prismatic.checkpoint import is_its_own
 from prismatic.errors import ConfigError
 from prismatic.filenames import PREPROCESSOR, PROCESSOR, STATISTICS, TOKENIZER
-from prismatic.models.tiny import TINY
+from prismatic.models.tiny import TINY, random_vla
+from prismatic.models.vla import bin_centers
 from prismatic.processor import IGNORE, MAX_LENGTH, PROMPT, Processor, ProcessorConfig
 from prismatic.processor_files import check_tokenizer, load_processor, load_tokenizer
 from prismatic.processor_json import read_processor
+from prismatic.ranges import ActionHead
 from prismatic.sums import write_sums
 from prismatic.training.first_batch import images_of
 from tests.conftest import REPOSITORY
@@ -132,6 +134,24 @@ def test_a_chunk_and_a_state_are_learnt_as_they_are_acted_on() -> None:
     np.testing.assert_allclose(processor.unnormalize(batch.actions[0].numpy()), actions, atol=1e-6)
     with pytest.raises(ConfigError, match="reads a robot state of 2 numbers, but none is given"):
         processor.example(frames, "go", actions)
+
+
+@pytest.mark.parametrize(("head", "stop_token"), [("l1", True), ("l1", False), ("parallel", False)])
+def test_the_end_token_is_learnt_with_where_it_is_acted_with(head: ActionHead, stop_token: bool) -> None:
+    config = dataclasses.replace(TINY, action_head=head, num_actions_chunk=2, stop_token=stop_token)
+    vla, processor = random_vla(config, seed=1).eval(), drawn_processor(config, "demo", {"demo": ENTRY})
+    frames, texts = [np.zeros((128, 128, 3), np.uint8)] * 2, ("go", "go there")
+    batch = processor.collate([processor.example(frames, text, np.zeros((2, 7), np.float32)) for text in texts])
+    assert bool((batch.input_ids == config.eos_token_id).any()) == stop_token
+    with torch.no_grad():
+        learnt = vla(batch.input_ids, batch.attention_mask, batch.pixel_values, batch.labels, actions=batch.actions)
+    actions = learnt.actions
+    if head == "parallel":  # the likeliest of the action tokens, as when acting
+        first = vla.tokenizer.first_id
+        actions = vla.chunks(bin_centers(first + learnt.logits[:, first : config.vocab_size].argmax(-1), vla.tokenizer))
+    for row, text in enumerate(texts):
+        acted = vla.predict_chunk(torch.tensor([processor.prompt_ids(text)]), batch.pixel_values[row : row + 1])[0]
+        torch.testing.assert_close(actions[row], acted, atol=1e-5, rtol=0)
 
 
 def test_each_camera_has_augmentation_parameters_of_its_own(tiny: Processor) -> None:

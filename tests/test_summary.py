@@ -85,6 +85,7 @@ def test_controls_of_the_same_episodes_stand_beside(tmp_path: Path) -> None:
     write_run(tmp_path / "random-few", 1, 1, policy="random", seed=1)
     write_run(tmp_path / "random-many", 1, 9, policy="random", seed=2)
     write_run(tmp_path / "expert-elsewhere", 9, 0, policy="expert", env_seed=1)
+    write_run(tmp_path / "expert-of-other-physics", 9, 0, policy="expert", mujoco="3.17")
     write_run(tmp_path / "swap", 4, 6, policy="checkpoint", weights="w", instruction="swap")
     write_run(tmp_path / "swap-other", 0, 99, policy="checkpoint", weights="other", instruction="swap")
     write_run(tmp_path / "twin", 9, 1, policy="checkpoint", weights="w", note="x")

@@ -200,6 +200,13 @@ def _parquet_frames(rows: Rows, camera: str) -> Iterator[bytes]:
             yield image
 
 
+def drift(seconds: np.ndarray, fps: float) -> float:
+    """By how much rows' times (N,) leave an even rate, s; 0 where rows were left out, as only then the video may have frames between them."""
+    if (np.diff(seconds) > 1.5 / fps).any():
+        return 0.0
+    return float(np.abs(seconds - seconds[0] - np.arange(len(seconds)) / fps).max())
+
+
 def _video_frames(dataset: LeRobotFolder, rows: Rows, camera: str) -> Iterator[np.ndarray]:
     """Episodes that lie one after the other in a file are decoded in one go."""
     if not np.isfinite(rows.time).all():  # no time is before or after NaN: the first frame would be that of every row
@@ -215,6 +222,10 @@ def _video_frames(dataset: LeRobotFolder, rows: Rows, camera: str) -> Iterator[n
         said = f"{dataset.source / LEROBOT_INFO} says fps {fps:g}"
         raise ConfigError(f"{said}, and its rows are {rate:g} a second by their timestamps: mend the fps there")
     spans = rows.spans()
+    for number, span in spans.items():
+        if (late := drift(rows.time[span], fps)) > 0.5 / fps:
+            said = f"episode {number} of {dataset.source} has timestamps that drift from fps {fps:g} by {late:.3g} s"
+            raise ConfigError(f"{said}, more than half a frame: write frame_index / fps as timestamp")
     places = zip(dataset.video_places(camera, [*spans]), spans.values(), strict=True)
     parts = [(path, (begins + rows.time[span]).tolist()) for (path, begins), span in places]
     for (path, before), (other, after) in itertools.pairwise(sorted(parts)):

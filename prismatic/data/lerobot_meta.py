@@ -96,7 +96,7 @@ class LeRobotFolder:
     def fields(self, told: Mapping[str, str]) -> dict[str, list[str]]:
         """Names of the cameras, vectors and, where an instruction column is told, texts."""
         dtypes = {name: str(f.get("dtype")) for name, f in self.features.items() if name not in COUNTERS}
-        vectors = [name for name, dtype in dtypes.items() if dtype.startswith(("float", "int", "uint"))]
+        vectors = [name for name, dtype in dtypes.items() if dtype.startswith(("float", "int", "uint", "bool"))]
         texts = [name for name, dtype in dtypes.items() if dtype == "string"]
         return {"camera": [*self.cameras()], "vector": vectors} | ({"text": texts} if "instruction" in told else {})
 

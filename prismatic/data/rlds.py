@@ -199,7 +199,7 @@ def _fields(tfds: Any, features: Any) -> dict[str, list[str]]:
             found["camera"] += [name] * (feature.np_dtype == np.uint8)  # others are depth
         elif kind in "OSU":
             found["text"].append(name)
-        elif kind in "fiu" and (len(shape) == 1 or "/" in name):
+        elif (kind in "fiu" and len(shape) == 1) or (kind in "bfiu" and len(shape) < 2 and "/" in name):
             found["vector"].append(name)
     return found
 

@@ -27,7 +27,8 @@ IDENTITY = ("task_suite_name", "policy", "num_steps_wait", "env_seed", "seed", "
 OF_A_CHECKPOINT = ("unnorm_key", "center_crop", "load_in_8bit", "load_in_4bit", "deterministic")
 SAID_OF_FOREIGN = ("action_head", "num_actions_chunk", "num_images_in_input")
 QUANTISATION = 2  # is raised where the same flag makes other weights: 2 leaves the image towers whole, and INT4 is this project's own
-WHERE_CHANGED = ("quantize", "instruction", "num_open_loop_steps", "gripper", "rotate_images", *SAID_OF_FOREIGN)
+WHERE_CHANGED = ("quantize", "instruction", "num_open_loop_steps", *SAID_OF_FOREIGN)
+OF_A_REPLAY = ("gripper", "rotate_images")  # how its data set is read; --open_loop reads one too, but plays nothing
 
 
 def check(values: Mapping[str, Any]) -> None:
@@ -150,6 +151,7 @@ def identity(
             facts["quantisation"] = QUANTISATION  # a folder of before is another policy's
     if values["policy"] == "replay":
         facts["dataset"] = f"{values['dataset_name']}, fingerprint {dataset}"
-    facts |= {name: values[name] for name in WHERE_CHANGED if values[name] != defaults[name]}
+    changing = WHERE_CHANGED + OF_A_REPLAY * (values["policy"] == "replay")
+    facts |= {name: values[name] for name in changing if values[name] != defaults[name]}
     facts |= {"step_limit": benchmark.step_limit(suite), "benchmark_files": benchmark.files_fingerprint(suite)}
     return facts | {"renderer": renderer} | {name: known[name] for name in SIMULATOR_PACKAGES}

@@ -328,8 +328,8 @@ def write_weights(
     learnt = run.vla.parameters() if options["use_lora"] else tensors.values()
     if not all(bool(tensor.isfinite().all()) for tensor in learnt if tensor.is_floating_point()):
         raise ConfigError(
-            f"after step {run.progress.step} weights are NaN or infinite, so they are not saved: the same command with a smaller "
-            "--learning_rate goes on from the step before"
+            f"after step {run.progress.step} weights are NaN or infinite, so they are not saved: the steps before are kept; a smaller "
+            "--learning_rate begins a run of its own, from such a step where export.py makes a --vla_path of it"
         )
     given: dict[str, Any] = {"processor": processor, "statistics": processor.statistics}
     if options["use_lora"]:
