@@ -168,7 +168,12 @@ def _read_off(
 
 def _refuse_apart(adapter: Path | None) -> None:
     """ConfigError for a foreign adapter whose heads or statistics lie beside it, as OpenVLA-OFT leaves them: the base has others, or none."""
-    for place in [] if adapter is None else [adapter, *[adapter.parent] * (adapter.name == MERGED_ADAPTER)]:
+    places = [] if adapter is None else [adapter]
+    if (
+        adapter and adapter.name == MERGED_ADAPTER and not (adapter.parent / CONFIG).exists()
+    ):  # else it is merged, see refuse_merged
+        places.append(adapter.parent)
+    for place in places:
         beside = [STATISTICS] * (place != adapter and (place / STATISTICS).exists())
         beside += [file.name for part in OWN for file in place.glob(PUBLISHED.format(part=part, step="*"))]
         if beside:

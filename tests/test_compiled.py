@@ -153,7 +153,7 @@ def test_of_a_batch_with_one_wide_prompt_each_row_is_answered_as_alone(
     assert answer.forward_passes == 2 + 2 + 2 and decode.description.startswith(
         "compiled; eager for prompts of more than"
     )
-    assert sorted(rows for rows, _ in caches) == [1, 1, 1]
+    assert [rows for rows, _ in caches] == [1, 1]
 
 
 def test_what_torch_does_not_record_as_a_graph_is_said_once(vla: VLA) -> None:
