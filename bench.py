@@ -112,13 +112,13 @@ class BenchPrecisionConfig(BenchConfig):
     dataset_name: str = "libero_spatial_no_noops"
     # Folder of frame caches.
     cache_dir: Path = WORKSPACE / "cache"
-    # Fields of that data set, where they have no usual names (finetune.py's flag, as the next three).
+    # Fields of that data set, where they have no usual names: image=…,wrist=…,state=…,action=…,instruction=… (see docs/data.md).
     data_keys: str = ""
     # How that data set writes its gripper. auto: found from its values.
     gripper: GripperConvention = "auto"
     # Turn each image of that data set by 180°.
     rotate_images: bool = False
-    # Share of its episodes that was held out when the checkpoint learnt.
+    # Share of that data set's episodes that was held out when the checkpoint learnt (finetune.py's flag).
     val_share: BelowOne = 0.05
     # validation: the episodes held out. all: a data set that the checkpoint has never seen.
     held_out: Literal["validation", "all"] = "validation"

@@ -166,9 +166,8 @@ def open_stage(cfg: CollectConfig) -> Path:
     before = read_object(note)
     for name, value in settings.items():
         same = before.get(name, value) == value
-        if (
-            name == "from_hdf5" and (stage / SOURCES).is_file()
-        ):  # they may lie elsewhere now: Replays.compare looks at what is in them
+        if name == "from_hdf5" and (stage / SOURCES).is_file():
+            # its files may lie elsewhere now: Replays.compare looks at what is in them
             same = bool(before.get(name)) == bool(value)
         if not same:
             raise ConfigError(

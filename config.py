@@ -229,7 +229,7 @@ class EvalConfig:
     gripper: GripperConvention = "auto"
     # Turn each image of that data set by 180°.
     rotate_images: bool = False
-    # Share of its episodes that was held out when the checkpoint learnt (finetune.py's flag): --open_loop counts them apart.
+    # Share of that data set's episodes that was held out when the checkpoint learnt (finetune.py's flag): --open_loop counts them apart.
     val_share: ranges.BelowOne = 0.05
     # Folder of LIBERO's *_demo.hdf5 files, which hold the initial states that --policy replay of LIBERO's own demonstrations needs.
     from_hdf5: Path | None = None

@@ -86,9 +86,8 @@ def frames(path: Path) -> list[np.ndarray]:
             found = [(frame.to_ndarray(format="rgb24"), frame.rotation) for frame in container.decode(video=0)]
     except (FFmpegError, IndexError) as error:
         raise ConfigError(f"{path} can't be decoded ({error}): each <name>.npz needs its video <name>.mp4") from None
-    if turned := next(
-        (rotation for _, rotation in found if rotation), 0
-    ):  # a telephone's: players turn it as they show it
+    # a telephone's: players turn it as they show it
+    if turned := next((rotation for _, rotation in found if rotation), 0):
         raise ConfigError(
             f"{path} is stored turned by {turned}°: make it upright first, such as by `ffmpeg -i IN.mp4 OUT.mp4`"
         )

@@ -196,9 +196,11 @@ def load_policy(
     stored = weights.stored_tensors(folder)
     rounding = None if quantization.saved_as(folder / CONFIG) else backend
     own = weights.stored_dtype(stored) if rounding else dtype  # rounded from the checkpoint's own numbers
-    # rounded layer by layer: through this machine's memory only where the whole has no room on the GPU
-    room = device.startswith("cuda") and torch.cuda.mem_get_info(device)[0] > _size(stored, own) + ROUNDING_BYTES
-    vla = load_merged(folder, adapter_folder, dtype=own, device="cpu" if rounding and not room else device, **choice)
+    place = device
+    if rounding and device.startswith("cuda"):  # layer by layer, from this machine's memory where the whole has no room
+        room = torch.cuda.mem_get_info(device)[0] > _size(stored, own) + ROUNDING_BYTES
+        place = device if room else "cpu"
+    vla = load_merged(folder, adapter_folder, dtype=own, device=place, **choice)
     if rounding:
         quantization.quantize(vla, precision, rounding, dtype=dtype, device=device)
     if device.startswith("cuda"):

@@ -6,6 +6,7 @@ and one without a head may decode its tokens at once or one by one: what can't b
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,10 +35,8 @@ from prismatic.records import read_object
 OWN = dict(zip(HEADS, (ACTION_HEAD, PROPRIO_PROJECTOR), strict=True))
 PUBLISHED = "{part}--{step}_checkpoint.pt"
 PUBLISHED_CHUNK, PUBLISHED_IMAGES = 8, 2  # of OpenVLA-OFT's LIBERO recipe; one image where there is no state either
-OTHER_RECIPES = {
-    (7, 7): "Bridge (5 actions)",
-    (14, 14): "ALOHA (25 actions, scaled by minimum and maximum)",
-}  # by widths of action and state
+# by widths of action and state
+OTHER_RECIPES = {(7, 7): "Bridge (5 actions)", (14, 14): "ALOHA (25 actions, scaled by minimum and maximum)"}
 NOT_BUILT = {"vision_backbone": "FiLM towers", "noisy_action_projector": "a diffusion head"}
 CHOICE = ("action_head", "num_actions_chunk", "num_images_in_input", "proprio_dim", "stop_token")
 
@@ -153,34 +152,30 @@ def _read_off(
         "stop_token": config.stop_token,
     }
     width = _action_dim(heads, config)
+    recipe = OTHER_RECIPES.get((width, found["proprio_dim"]))
     if kind == config.action_head and chunked:  # one of ours that lost its processor.json
         found = {name: getattr(config, name) for name in found}
-    elif (
-        kind == "l1"
-        and "num_actions_chunk" not in given
-        and (recipe := OTHER_RECIPES.get((width, found["proprio_dim"])))
-    ):
-        raise ConfigError(
-            f"{folder} has the sizes of OpenVLA-OFT's {recipe} recipe, whose chunks are not LIBERO's 8 and stand in no file: give --num_actions_chunk"
-        )
+    elif recipe and kind == "l1" and "num_actions_chunk" not in given:
+        said = f"{folder} has the sizes of OpenVLA-OFT's {recipe} recipe"
+        raise ConfigError(f"{said}, whose chunks are not LIBERO's and stand in no file: give --num_actions_chunk")
     return {"action_head": kind, "action_dim": width, **found, **given}
 
 
 def _refuse_apart(adapter: Path | None) -> None:
     """ConfigError for a foreign adapter whose heads or statistics lie beside it, as OpenVLA-OFT leaves them: the base has others, or none."""
-    places = [] if adapter is None else [adapter]
-    if (
-        adapter and adapter.name == MERGED_ADAPTER and not (adapter.parent / CONFIG).exists()
-    ):  # else it is merged, see refuse_merged
+    if adapter is None:
+        return
+    places, beside = [adapter], []
+    if adapter.name == MERGED_ADAPTER and not (adapter.parent / CONFIG).exists():  # else merged, see refuse_merged
         places.append(adapter.parent)
-    for place in places:
-        beside = [STATISTICS] * (place != adapter and (place / STATISTICS).exists())
-        beside += [file.name for part in OWN for file in place.glob(PUBLISHED.format(part=part, step="*"))]
-        if beside:
-            raise ConfigError(
-                f"{adapter} learnt with {place / beside[0]}, which a base does not have: merge it by the original's "
-                f"merge_lora_weights_and_save.py and give that folder alone"
-            )
+        beside += adapter.parent.glob(STATISTICS)
+    for place, part in itertools.product(places, OWN):
+        beside += place.glob(PUBLISHED.format(part=part, step="*"))
+    if beside:
+        raise ConfigError(
+            f"{adapter} learnt with {beside[0]}, which a base does not have: merge it by the original's "
+            "merge_lora_weights_and_save.py and give that folder alone"
+        )
 
 
 def _kind(folder: Path, config: VLAConfig, parts: set[str]) -> str:

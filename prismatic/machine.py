@@ -30,15 +30,11 @@ def uses_gpu() -> bool:
     if torch.cuda.is_available():
         return True
     if os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and (found := gpus()):
-        cuda = torch.version.cuda
-        why = (
-            f"torch, made for CUDA {cuda}, can't use it with driver {found[0]['driver']}"
-            if cuda
-            else "this torch is a CPU's"
-        )
-        way_out = NEWER_DRIVER if cuda else "take torch and torchvision for CUDA"
+        why = "this torch is a CPU's: take torch and torchvision for CUDA"
+        if cuda := torch.version.cuda:
+            why = f"torch, made for CUDA {cuda}, can't use it with driver {found[0]['driver']}: {NEWER_DRIVER}"
         hide = "CUDA_VISIBLE_DEVICES= in front of the command computes on the CPU"
-        raise ConfigError(f"{found[0]['name']} is here, and {why}: {way_out}. {hide}")
+        raise ConfigError(f"{found[0]['name']} is here, and {why}. {hide}")
     return False
 
 

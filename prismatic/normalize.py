@@ -26,7 +26,7 @@ class Gripper:
     """The grippers of a data set's actions."""
 
     dims: tuple[int, ...]  # which numbers of an action; none where there is no gripper
-    convention: str  # how they were recorded: a key of GRIPPER_CONVENTIONS, or "none"
+    convention: str  # how they were recorded: a key of GRIPPER_CONVENTIONS, "none", or "relative"
     evidence: str = ""  # a sentence: how this was found
 
 

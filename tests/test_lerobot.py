@@ -275,6 +275,17 @@ def still(folder: Path) -> None:
     rewrite(folder, DATA_FILES, lambda t: replace(t, "timestamp", pa.array([0.0] * len(t), pa.float32())))
 
 
+def drifting(folder: Path) -> None:
+    """From the third row on each is 0.8 frames late, and no step is so long that a row may be missing."""
+
+    def late(table: pa.Table) -> pa.Table:
+        frame = np.asarray(table["frame_index"])
+        fps = json.loads((folder / "meta/info.json").read_text())["fps"]
+        return replace(table, "timestamp", pa.array((frame + 0.4 * np.minimum(frame, 2)) / fps, pa.float32()))
+
+    rewrite(folder, DATA_FILES, late)
+
+
 def two_columns(folder: Path) -> None:
     """Which of the texts is the instruction?"""
     rewrite(folder, "meta/tasks.parquet", lambda t: pa.table({
@@ -331,6 +342,7 @@ REFUSED: list[tuple[str, Callable[[Path], Any], str]] = [
     ("v3 video", no_start, "from_timestamp"),
     ("v3 video", other_start(0.0), "two episodes .* share second 0"),
     *((kind, still, "don't rise") for kind in ("v2 video", "v3 video")),
+    *((kind, drifting, r"drift from fps .*frame_index / fps") for kind in ("v2 video", "v3 video")),
     ("v3 image", two_columns, "task"),
     *(("v3 video", other_start(second), "from_timestamp") for second in (float("nan"), float("inf"), 1e300, -1.0)),
     *((kind, lambda f, fps=fps: change_info(f, fps=fps), "mend the fps")

@@ -91,7 +91,7 @@ class FrameCache:
     def wrist_bytes(self, frame: int) -> bytes:
         """JPEG of the wrist view; ConfigError where the data set has none."""
         if not self.has_wrist:
-            raise ConfigError(f"data set {self.name} has no wrist_image: --data_keys wrist=… or num_images_in_input 1")
+            raise ConfigError(f"{self.name} has no wrist_image: give --data_keys wrist=… or num_images_in_input 1")
         return self._read(frame, 1)
 
     def _read(self, frame: int, view: int) -> bytes:

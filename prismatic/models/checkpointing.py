@@ -87,6 +87,7 @@ def compile_blocks(vla: VLA, *, backend: str = "inductor") -> VLA:
 
     After checkpoint_activations, if both are wanted.
     """
+    limit = variants()
     for block in vla.blocks():
-        block.compile(backend=backend, dynamic=True, **variants())  # rows of a batch differ in length from step to step
+        block.compile(backend=backend, dynamic=True, **limit)  # rows of a batch differ in length from step to step
     return vla

@@ -36,9 +36,8 @@ VARIANTS = 64  # that torch may compile of one function: its own limit, 8, is le
 
 def variants() -> dict[str, Any]:
     """torch.compile's limit of VARIANTS: given to it, it holds in every thread, torch's configuration in one."""
-    if (
-        "recompile_limit" in inspect.signature(torch.compile).parameters
-    ):  # not in torch 2.11; torch's own types leave it out
+    # not in torch 2.11; torch's own types leave it out
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
         return {"recompile_limit": VARIANTS}
     torch._dynamo.config.recompile_limit = VARIANTS
     return {}
@@ -120,9 +119,8 @@ class CompiledActionDecoder(ActionDecoder):
     @property
     def description(self) -> str:
         """How forward passes are run, and what is not compiled for which reason."""
-        compiled = ["compiled" if self._has_graphs else f"compiled {NO_GRAPHS}"] * (
-            bool(self._ready) or not self._eager
-        )
+        how = "compiled" if self._has_graphs else f"compiled {NO_GRAPHS}"
+        compiled = [how] * (bool(self._ready) or not self._eager)
         return "; ".join(compiled + [f"eager for {what}: {why}" for what, why in self._eager.items()])
 
     @torch.inference_mode()
@@ -150,13 +148,13 @@ class CompiledActionDecoder(ActionDecoder):
         """
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
         wide, eager = mask.sum(dim=1) > WIDEST, ActionDecoder(self.vla)
-        narrow = [(~wide).nonzero()[:, 0]] * (not bool(wide.all()))
-        parts, answers = [*narrow, *wide.nonzero()], []
-        for rows in parts:
-            decode, width = (self, WIDEST) if narrow and rows is narrow[0] else (eager, ids.shape[1])
+        parts, answers = [(row, eager, ids.shape[1]) for row in wide.nonzero()], []
+        if not wide.all():
+            parts.append(((~wide).nonzero()[:, 0], self, WIDEST))
+        for rows, decode, width in parts:
             guess = None if draft is None else draft[rows.to(draft.device)]
             answers.append(decode(ids[rows, :width], pixels[rows], action_dim, mask[rows, :width], guess))
-        back = torch.cat(parts).argsort()
+        back = torch.cat([rows for rows, *_ in parts]).argsort()
         found, margins = (torch.cat([getattr(answer, name) for answer in answers])[back] for name in ("ids", "margins"))
         return Answer(found, margins, sum(answer.forward_passes for answer in answers))
 
