@@ -18,7 +18,7 @@ from prismatic.image import AUGMENTATIONS
 GripperConvention = Literal["auto", "minus_one_open", "plus_one_open", "one_open", "zero_open", "none"]
 
 # Where data sets, frame caches and runs go; the environment variable of the same name wins.
-WORKSPACE = Path(os.environ.get("WORKSPACE", "workspace"))
+WORKSPACE = Path(os.environ.get("WORKSPACE", "workspace")).absolute()
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class EvalConfig:
     video_every: ranges.Positive = 1
     # LIBERO's seed; it moves fixtures even with a stored initial state. Published numbers use 0.
     env_seed: ranges.Seed = 0
-    # Seed of the random policy, and of sampling where a policy samples.
+    # Seed of the random policy.
     seed: ranges.Seed = 7
     # Play again the episodes that ended as errors in an earlier call.
     retry_errors: bool = False

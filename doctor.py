@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-import torchvision  # noqa: F401  (before the first osmesa context: afterwards it crashes)
 
 from config import WORKSPACE, FinetuneConfig, GripperConvention
 from prismatic import machine
@@ -28,8 +26,6 @@ if TYPE_CHECKING:  # they cost seconds
     from prismatic.data.frames import FrameCache
     from prismatic.processor import Processor
 
-RAMEKIN_TASK, BOWL, RAMEKIN = 5, "akita_black_bowl_1", "glazed_rim_porcelain_ramekin_1"
-RAMEKIN_RADIUS = 0.05  # m: a bowl that fell off lies farther away
 OLDEST_CUDA_13_DRIVER = 580  # major version of NVIDIA's driver
 
 
@@ -114,8 +110,12 @@ def libraries() -> Iterator[Check]:
     for name, pinned in SIMULATOR_PINS.items():
         remedy = f"scores differ with another version; pip install {name}=={pinned}"
         yield Check(known[name] == pinned, f"{name} {known[name]}, pinned {pinned}", remedy)
-    # a torchvision built for another torch imports without its operators, or not at all
-    paired = hasattr(torch.ops.torchvision, "nms")
+    try:  # one that was built for another torch fails in ways of its own
+        import torchvision  # noqa: F401  (before the first osmesa context: afterwards it crashes)
+
+        paired = True
+    except (ImportError, OSError, RuntimeError):
+        paired = False
     yield Check(paired, "torch and torchvision belong together", "install both from the same index")
 
 
@@ -226,14 +226,6 @@ def scenes() -> Iterator[Check]:
     yield Check(None, f"frames are drawn by {drawn['gl_renderer']}" + ", without a GPU: right, but slow" * software)
     text = f"golden frame differs by {drawn['differs_by']:.3f} of 255 (at most {drawn['at_most']})"
     yield Check(drawn["as_expected"], text, "another mujoco, driver or asset: do not compare scores")
-    sim = Libero().simulator("libero_spatial", RAMEKIN_TASK)
-    sim.reset(0)
-    bodies, positions = sim.environment.obj_body_id, sim.environment.sim.data.body_xpos
-    bowl, ramekin = positions[bodies[BOWL]], positions[bodies[RAMEKIN]]
-    on = bool(np.linalg.norm(bowl[:2] - ramekin[:2]) < RAMEKIN_RADIUS and bowl[2] > ramekin[2])
-    text = f"LIBERO-Spatial task 5 settles with the bowl {'on' if on else 'beside'} the ramekin"
-    yield Check(on, text, "mujoco's version: pip install mujoco==3.2.3")
-    sim.close()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from prismatic.episodes import setup
 from prismatic.episodes.player import Play
 from prismatic.episodes.result import Facts
 from prismatic.episodes.trials import list_trials
-from prismatic.errors import ConfigError, exit_codes
+from prismatic.errors import exit_codes
 from prismatic.evaluation import RolloutFolder
 from prismatic.pages import comparison
 from prismatic.ranges import checked, command_line
@@ -91,11 +91,8 @@ def open_data(cfg: EvalConfig) -> Any:
     """The frame cache of the data set that is replayed or asked about."""
     from prismatic.data.mixture import open_cache
 
-    root = cfg.data_root_dir
-    if root == EvalConfig.data_root_dir and not root.is_dir():  # by its form it could be a hub id
-        raise ConfigError(f"data_root_dir {root} isn't there: put the data sets there, or give --data_root_dir")
     how = {"data_keys": cfg.data_keys, "gripper": cfg.gripper, "rotate_images": cfg.rotate_images}
-    return open_cache(root, cfg.dataset_name, cache_dir=cfg.cache_dir, **how)
+    return open_cache(cfg.data_root_dir, cfg.dataset_name, cache_dir=cfg.cache_dir, **how)
 
 
 def play_options(cfg: EvalConfig, path: Path, benchmark: Benchmark) -> Play:

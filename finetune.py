@@ -9,6 +9,7 @@ Several GPUs: torchrun --nproc-per-node N finetune.py … OpenVLA's and OpenVLA-
 
 import dataclasses
 import itertools
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from prismatic.training import first_batch, setup
 from prismatic.training.display import Display
 from prismatic.training.distributed import Ranks, joined, no_sync
 from prismatic.training.loggers import open_logger
-from prismatic.training.metrics import is_finite, measured
+from prismatic.training.metrics import measured
 from prismatic.training.model import build_training_model, plan_training
 from prismatic.training.optimizer import make_optimizer
 from prismatic.training.signals import StopSignal, leave
@@ -83,7 +84,7 @@ def train(cfg: FinetuneConfig, run: setup.TrainingRun, display: Display) -> None
             )
         numbers["grad_norm"] = clip_gradients(run.vla.parameters(), cfg.max_grad_norm)
         progress.step, validated = step + 1, {}
-        if is_finite(numbers):
+        if math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"]):
             run.optimizer.step()
             progress.bad_steps = 0
             if validation.due(progress.step):
@@ -122,7 +123,7 @@ def prepare(cfg: FinetuneConfig, ranks: Ranks) -> setup.TrainingRun:
     """Data, model and optimizer, as the run's last checkpoint left them if there is one."""
     seed_torch(cfg.seed)  # the same on all ranks, which have to draw the same adapter
     options = options_of(cfg)
-    task = setup.open_task(options, ranks, default_root=FinetuneConfig.data_root_dir)
+    task = setup.open_task(options, ranks)
     folder, resumed, state = setup.open_run(
         cfg.run_root_dir / cfg.run_name, dataclasses.asdict(cfg) | task.identity, ranks,
         keep=cfg.keep, resume=cfg.resume, may_change=MAY_CHANGE_ON_RESUME,

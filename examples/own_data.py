@@ -1,4 +1,4 @@
-"""Your recordings → a data set that finetune.py reads. Replace `recordings` by your own; docs/data.md says what numbers must mean.
+"""Your recordings → a data set that finetune.py reads. Replace `recorded` by a reader of your own; docs/data.md says what numbers must mean.
 
     python examples/own_data.py --output datasets --dataset_name my_robot                    # drawn demonstrations, one arm
     python examples/own_data.py --output datasets --dataset_name my_arms --action_dim 14     # two arms
@@ -49,7 +49,7 @@ class OwnDataConfig:
 
 
 def recorded(folder: Path) -> Iterator[dict[str, Any]]:
-    """Your recordings: images as pixels, upright; gripper as it was recorded."""
+    """Your recordings: images as JPEG, upright; gripper as it was recorded."""
     paths = sorted(folder.glob("*.npz"))
     if not paths:
         raise ConfigError(f"--recordings {folder} holds no <name>.npz: give the folder of your recordings")
@@ -79,11 +79,13 @@ def said(instruction: np.ndarray, path: Path) -> str:
     return text
 
 
-def frames(path: Path) -> list[np.ndarray]:
-    """All frames (H, W, 3) uint8 of an mp4."""
+def frames(path: Path) -> list[bytes]:
+    """All frames of an mp4, as JPEG: the pixels of a long recording would fill the memory."""
     try:
         with av.open(str(path)) as container:
-            found = [(frame.to_ndarray(format="rgb24"), frame.rotation) for frame in container.decode(video=0)]
+            found = [
+                (encode_jpeg(frame.to_ndarray(format="rgb24")), frame.rotation) for frame in container.decode(video=0)
+            ]
     except (FFmpegError, IndexError) as error:
         raise ConfigError(f"{path} can't be decoded ({error}): each <name>.npz needs its video <name>.mp4") from None
     # a telephone's: players turn it as they show it
@@ -91,7 +93,7 @@ def frames(path: Path) -> list[np.ndarray]:
         raise ConfigError(
             f"{path} is stored turned by {turned}°: make it upright first, such as by `ffmpeg -i IN.mp4 OUT.mp4`"
         )
-    return [image for image, _ in found]
+    return [jpeg for jpeg, _ in found]
 
 
 def drawn(episodes: int, action_dim: int) -> Iterator[dict[str, Any]]:
@@ -110,7 +112,7 @@ def drawn(episodes: int, action_dim: int) -> Iterator[dict[str, Any]]:
         action[:, 6::7] = np.where(np.arange(steps) < steps // 2, -1, 1)[:, None]
         state = np.stack([place, np.arange(steps)], axis=1)
         yield {
-            "images": list(images[0]), "wrist_images": list(images[1]), "action": action, "state": state,
+            "images": list(map(encode_jpeg, images[0])), "wrist_images": list(map(encode_jpeg, images[1])), "action": action, "state": state,
             "instruction": f"push the block to the {side}",
         }  # fmt: skip
 
@@ -132,10 +134,8 @@ def main(cfg: OwnDataConfig) -> Path:
             found = {name: list(np.shape(episode[name])[1:]) for name in ("action", "state") if name in episode}
             if found != (widths := widths or found):
                 raise ConfigError(f"recording {number + 1} has vectors of {found}, the first {widths}: give all alike")
-            views = [name for name in ("images", "wrist_images") if name in episode]
-            jpegs: dict[str, Any] = {view: [encode_jpeg(frame) for frame in episode[view]] for view in views}
             try:
-                stage_episode(Path(staged) / f"episode_{number:06d}.npz", **(episode | jpegs))
+                stage_episode(Path(staged) / f"episode_{number:06d}.npz", **episode)
             except ValueError as error:
                 raise ConfigError(
                     f"recording {number + 1}: {error}: give a frame and an action (T, D) a step"

@@ -134,15 +134,17 @@ def _size(stored: Mapping[str, weights.StoredTensor], dtype: torch.dtype) -> int
 def load_merged(folder: Path, adapter: Path | None, *, dtype: torch.dtype, device: str = "cpu", **choice: Any) -> VLA:
     """As load_vla, with the adapter merged in float32, for acting and for export.py: a folder and its export answer alike.
 
-    ConfigError where this machine's memory is to hold it and can't: the process would be killed without a word.
+    ConfigError where the memory that is to hold it can't: this machine's would end the process without a word.
     """
-    if torch.device(device).type == "cpu" and not quantization.saved_as(folder / CONFIG):
-        size, free = _size(weights.stored_tensors(folder), dtype), available_memory()
+    if not quantization.saved_as(folder / CONFIG):
+        on_gpu = torch.device(device).type == "cuda"
+        size = _size(weights.stored_tensors(folder), dtype)
+        free = torch.cuda.mem_get_info(device)[0] if on_gpu else available_memory()
         if size > free:
-            raise ConfigError(
-                f"{folder} takes {size / 1e9:.1f} GB of memory in {str(dtype).removeprefix('torch.')} and {free / 1e9:.1f} GB are free: "
-                "end other processes, take a larger machine or a GPU that holds it, or a folder that export.py --quantize made on one"
-            )
+            way = "a larger machine or a GPU that holds it, or a folder that export.py --quantize made on one"
+            place, way = ("the GPU's memory", "--quantize int8 or int4") if on_gpu else ("memory", way)
+            said = f"{folder} takes {size / 1e9:.1f} GB of {place} in {str(dtype).removeprefix('torch.')}"
+            raise ConfigError(f"{said} and {free / 1e9:.1f} GB are free: end other processes, or take {way}")
     vla = load_vla(folder, adapter, dtype=dtype, device=device, adapter_dtype=torch.float32, **choice)
     if adapter is not None:
         merge_lora(vla)

@@ -1,8 +1,8 @@
 """Errors that a person can act on, and the exit codes of every script.
 
-A wrong configuration is one sentence on stderr and exit 2; Ctrl-C is 130 and SIGTERM (in training SIGHUP and SIGUSR1
-too) 143, so that `finetune.py … && eval.py …` doesn't go on after a stop. Output that nobody reads on (`… --help | head`)
-is 1, without a word. Anything else is a bug and keeps its traceback.
+A wrong configuration, or a GPU without memory for it, is one sentence on stderr and exit 2; Ctrl-C is 130 and SIGTERM
+(in training SIGHUP and SIGUSR1 too) 143, so that `finetune.py … && eval.py …` doesn't go on after a stop. Output that
+nobody reads on (`… --help | head`) is 1, without a word. Anything else is a bug and keeps its traceback.
 """
 
 import contextlib
@@ -13,6 +13,10 @@ import sys
 from collections.abc import Iterator
 
 STDOUT = 1  # file descriptor
+SMALLER = (
+    "end what else runs there, or learn with --gradient_checkpointing True or half the --batch_size and twice the --grad_accumulation_steps "
+    "(the same command goes on from the last saved step), or act with --quantize int8"
+)
 
 
 class ConfigError(Exception):
@@ -21,6 +25,11 @@ class ConfigError(Exception):
 
 class PolicyError(Exception):
     """What a policy answered is no action, and would be again: its episode is an error, never a failure."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU had no memory left: said by torch's allocator, by the driver (AcceleratorError) or by cuBLAS."""
+    return any(words in repr(error) for words in ("OutOfMemoryError", "out of memory", "ALLOC_FAILED"))
 
 
 class Terminated(BaseException):
@@ -39,6 +48,11 @@ def exit_codes() -> Iterator[None]:
         yield
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: the GPU has no memory left ({str(error).partition('. GPU ')[0]}): {SMALLER}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 from tqdm import tqdm
 
-from prismatic.atomic import append_line, lock, sweep, write_json
+from prismatic.atomic import append_line, lock, sweep, write_json, writing_to
 from prismatic.episodes import pool
 from prismatic.episodes.player import Outcome, Play
 from prismatic.episodes.result import ACTIONS, KNOWN_LATER, EpisodeResult, Facts, Run, read_rows, read_run, save_actions
@@ -43,7 +43,7 @@ class RolloutFolder:
 
     def __init__(self, path: Path, *, identity: Facts, record: Facts, rank: int = 0) -> None:
         self.path, self.rank = path, rank
-        try:
+        with writing_to(path):
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / f".lock-{rank}").open("w")
             lock(self._lock, f"another evaluation is writing to {path}: wait for it, or use another --run_id_note")
@@ -56,9 +56,6 @@ class RolloutFolder:
             self.unfinished = path / f"{UNFINISHED}{rank}"
             shutil.rmtree(self.unfinished, ignore_errors=True)
             self.unfinished.mkdir()
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise ConfigError(f"cannot write to {path} ({reason}): choose another --local_log_dir") from error
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

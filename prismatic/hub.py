@@ -15,7 +15,7 @@ from prismatic.ranges import expanded
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # never Python files; heads of OpenVLA-OFT are `action_head--N_checkpoint.pt`
 WANTED = ["*.json", "*.safetensors", "*.model", "checkpoints/latest-checkpoint.pt", "*--*_checkpoint.pt"]
-WANTED_DATA = ["*.json", "*.tfrecord*", "*.array_record*"]
+WANTED_DATA = ["*.json", "*.tfrecord*", "*.array_record*"]  # of an RLDS data set
 
 
 def resolve(
@@ -23,7 +23,7 @@ def resolve(
 ) -> Path:
     """The folder that name is, or the snapshot of the hub id that it names. ConfigError if it is neither, or can't be fetched.
 
-    patterns: which files to fetch, if not those of a checkpoint or of RLDS data sets.
+    patterns: which files to fetch, if not those of a checkpoint.
     """
     folder = Path(expanded(name))
     if folder.is_dir():
@@ -38,8 +38,7 @@ def resolve(
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        wanted = list(patterns or (WANTED if kind == "model" else WANTED_DATA))
-        return Path(snapshot_download(str(name), repo_type=kind, allow_patterns=wanted))
+        return Path(snapshot_download(str(name), repo_type=kind, allow_patterns=list(patterns or WANTED)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(

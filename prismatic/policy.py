@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prismatic.errors import ConfigError, PolicyError
+from prismatic.errors import ConfigError, PolicyError, is_out_of_memory
 from prismatic.models.decode import ActionDecoder
 from prismatic.models.vla import VLA
 from prismatic.policy_inputs import DAMAGED, as_frames, as_states, check_batch
@@ -109,7 +109,9 @@ class VLAPolicy(Policy):
         states = as_states(states, "states") if self.uses_state else None
         try:
             answers = self.raw_chunks(frames, instructions, wrists, states, episodes=episodes)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if len(frames) > 1:
                 raise PolicyError(f"the GPU has no memory to answer {len(frames)} at once") from None
             raise ConfigError("the GPU has no memory left: end what else runs there, or quantise") from None

@@ -68,6 +68,17 @@ def test_what_ran_eagerly_is_not_called_compiled(monkeypatch: pytest.MonkeyPatch
         next(rows)
 
 
+def test_what_could_not_run_is_no_row_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(gpu_rows.infer, "way_of", full)
+    rows = gpu_rows.measure("act compiled")
+    assert next(rows)["p50 ms"] == ""
+    with pytest.raises(SystemExit, match="not measured: OutOfMemoryError: no memory"):
+        next(rows)
+
+
 def test_what_a_row_can_use_is_installed_from_the_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "USED", ("drawn_module", "drawn_other"))
     info = "drawn_module-1.0.dist-info"

@@ -14,6 +14,7 @@ from prismatic.checkpoint import load_policy, load_vla
 from prismatic.errors import ConfigError
 from prismatic.models import weights
 from prismatic.models.tiny import TINY, random_vla
+from tests import pretended_hub
 from tests.conftest import EXCERPT
 from tests.drawn_checkpoint import saved
 
@@ -132,6 +133,17 @@ def test_more_than_this_machines_memory_is_said_before_it_is_read(tiny: Path, mo
     monkeypatch.setattr("prismatic.checkpoint.available_memory", lambda: 1_000_000)
     with pytest.raises(ConfigError, match=r"takes .* GB of memory in float32 and 0\.0 GB are free: "):
         load_policy(tiny, device="cpu")
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (1_000_000, 24 << 30))
+    with pytest.raises(ConfigError, match=r"takes .* GB of the GPU's memory in bfloat16 .* --quantize int8 or int4"):
+        load_policy(tiny, device="cuda")
+
+
+def test_a_hub_id_is_fetched_without_programs(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "files"))
+    (folder / "modeling_prismatic.py").write_text("raise SystemExit")
+    pretended_hub.serve(monkeypatch, "someone/tiny", "model", files=folder, snapshot=tmp_path / "snapshot")
+    assert load_policy("someone/tiny", device="cpu").metadata()["checkpoint"] == "someone/tiny"
+    assert not (tmp_path / "snapshot/modeling_prismatic.py").exists()
 
 
 def test_a_misspelt_argument_is_an_error(tiny: Path) -> None:

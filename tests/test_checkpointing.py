@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prismatic.models import checkpointing
 from prismatic.models.checkpointing import checkpoint_activations, compile_blocks, lean_activations
-from prismatic.models.lora_dtype import compute_in_base_dtype
+from prismatic.models.lora_dtype import cast_once, compute_in_base_dtype
 from prismatic.models.tiny import TINY, random_vla
 from prismatic.models.vla import VLA
 from prismatic.training.live_bytes import LiveBytes
@@ -84,6 +84,28 @@ def test_names_and_acting_stay() -> None:
     assert list(plain.state_dict()) == list(recomputing.state_dict())
     ids, pixels = BATCH["input_ids"], BATCH["pixel_values"]
     assert torch.equal(plain.generate_action_ids(ids, pixels), recomputing.generate_action_ids(ids, pixels))
+
+
+def test_compiled_blocks_with_adapters_that_are_cast_once_go_on_from_step_to_step() -> None:
+    """As finetune.py --compile True trains on a GPU: the casts are other tensors in each step."""
+    found = []
+    for compiled in (False, True):
+        vla = checkpoint_activations(
+            lean_activations(compute_in_base_dtype(adapted(4, base=torch.bfloat16))), selective=True
+        )
+        if compiled:
+            torch._dynamo.reset()
+            compile_blocks(vla, backend="aot_eager")
+        optimizer = torch.optim.SGD([p for p in vla.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(3):
+            with cast_once(vla):
+                loss = vla(**BATCH).loss
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(loss.item())
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_compiled_blocks_give_the_same_gradients() -> None:

@@ -8,8 +8,10 @@ import pytest
 
 from prismatic.data import rlds
 from prismatic.data.dataset_folder import check_whole, dataset_name, find_dataset, listing
+from prismatic.data.mixture import open_cache
 from prismatic.errors import ConfigError
 from prismatic.filenames import LEROBOT_INFO
+from tests import pretended_hub
 
 RECORD_SIZES = [30, 0, 500]  # bytes of content
 
@@ -119,3 +121,19 @@ def test_a_name_that_no_new_data_set_can_have(name: str) -> None:
     rlds.check_name("a" * 100)
     with pytest.raises(ConfigError, match=r"can't name a data set .*at most 100"):
         rlds.check_name(name)
+
+
+def test_of_a_hub_s_data_sets_one_is_fetched(version: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folder(tmp_path / "root/b_set/1.0.0")
+    (version.parents[1] / "README.md").write_text("nothing that is read")
+    snapshot = tmp_path / "hub/snapshots/0123abc"
+    pretended_hub.serve(monkeypatch, "someone/sets", "dataset", files=version.parents[1], snapshot=snapshot)
+    opened: list[Path] = []
+    monkeypatch.setattr(rlds, "build_cache", lambda source, *_, **__: opened.append(source) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        open_cache("someone/sets", "a_set", cache_dir=tmp_path / "cache")
+    assert opened == [snapshot / "a_set/1.0.0"]
+    check_whole(opened[0])
+    assert not list(snapshot.rglob("b_set*.tfrecord*")) and not (snapshot / "README.md").exists()
+    with pytest.raises(ConfigError, match=r"no data set 'absent'.*--dataset_name a_set \| b_set$"):
+        open_cache("someone/sets", "absent", cache_dir=tmp_path / "cache")

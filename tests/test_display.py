@@ -61,6 +61,14 @@ def test_a_resumed_bar_begins_where_the_run_stands(tmp_path: Path, clock: list[f
     assert "12/12" in bar and [step for step, _ in logged[:-1]] == [10, 12]
 
 
+def test_a_validation_that_gave_no_number_does_not_end_the_curves(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, keep=1)
+    for step, loss in ((1, 2.0), (2, float("nan")), (3, 1.0)):
+        folder.log({"step": step, "loss": 1.0, "val_loss": loss})
+    assert [row["val_loss"] for row in curves.read_metrics(tmp_path)] == [2.0, None, 1.0]
+    assert curves.draw(tmp_path) == tmp_path / "curves.png"
+
+
 def test_curves_that_cannot_be_written_end_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -136,4 +136,4 @@ def test_this_machine_renders_what_scores_were_made_with() -> None:
     command = [sys.executable, "doctor.py"]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "ok  golden frame differs by" in done.stdout and "with the bowl on the ramekin" in done.stdout
+    assert "ok  golden frame differs by" in done.stdout

@@ -77,6 +77,15 @@ def test_each_flag_exists(page: Path) -> None:
         assert set(used) <= known | FOREIGN_FLAGS, f"{script or 'in the text'}: no such flag"
 
 
+@pytest.mark.parametrize(
+    "path", [REPOSITORY / "demo.sh", *(REPOSITORY / "checkpoints").glob("train_*.sh")], ids=lambda path: path.name
+)
+def test_each_flag_of_a_shell_script_exists(path: Path) -> None:
+    known = frozenset().union(*map(flags, SCRIPTS)) | SHELL_FLAGS | FOREIGN_FLAGS
+    used = set(re.findall(r"(?<!\S)--[a-z][\w-]*(?=[ \"\\\n)])", path.read_text()))
+    assert len(used) > 9 and used <= known, f"no such flag: {sorted(used - known)}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_each_link_leads_somewhere(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from prismatic.errors import exit_codes
 from tests.conftest import REPOSITORY
 
 SCRIPT = "import sys\nfrom prismatic.errors import ConfigError, exit_codes\nwith exit_codes():\n    "
@@ -33,3 +34,14 @@ def test_another_pipes_end_keeps_its_traceback() -> None:
     command = [sys.executable, "-c", SCRIPT + "raise BrokenPipeError('of a worker')"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.endswith("BrokenPipeError: of a worker\n")
+
+
+@pytest.mark.parametrize(
+    "said", ["CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has …", "CUDA error: out of memory"]
+)
+def test_a_gpu_without_memory_is_a_sentence_with_the_flags(said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error, exit_codes():
+        raise RuntimeError(said)
+    assert error.value.code == 2 and "--batch_size" in (told := capsys.readouterr().err) and "GPU 0" not in told
+    with pytest.raises(RuntimeError, match="another"), exit_codes():
+        raise RuntimeError("another")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import eval as script
-from config import EvalConfig
+from config import WORKSPACE, EvalConfig
 from prismatic import machine, versions
 from prismatic.episodes import setup
 from prismatic.episodes.result import read_rows
@@ -161,7 +161,7 @@ def test_identity_follows_the_weights_and_not_the_workers(tmp_path: Path) -> Non
         ({"open_loop": True}, "--open_loop asks a checkpoint"),
         ({"policy": "replay", "env_seed": 1}, "replay begins where each episode was recorded"),
         ({"policy": "replay", "data_root_dir": Path("no")}, "no is no folder"),
-        ({"policy": "replay"}, "isn't there"),  # the default folder is no hub id
+        ({"policy": "replay", "data_root_dir": WORKSPACE / "none"}, "none is no folder"),  # nor a hub id
         ({"task_suite_name": "libero_spatal"}, "unknown suite 'libero_spatal'"),
         ({"task_ids": (7,)}, "no task 7"),
         ({"num_trials_per_task": 9}, "8 stored initial states.*num_trials_per_task 9"),

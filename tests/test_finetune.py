@@ -172,7 +172,7 @@ def test_the_number_of_loader_processes_changes_nothing(place: Path) -> None:
 def test_a_warm_up_longer_than_the_run_is_said(cfg: FinetuneConfig, capsys: pytest.CaptureFixture[str]) -> None:
     for warmup, said in ((11, True), (10, False)):
         options = finetune.options_of(dataclasses.replace(cfg, max_steps=10, warmup_steps=warmup))
-        setup.check_flags(options, SINGLE_PROCESS, default_root="elsewhere")
+        setup.check_flags(options, SINGLE_PROCESS)
         assert ("--warmup_steps" in capsys.readouterr().out) == said
 
 
@@ -180,7 +180,7 @@ def test_moments_that_cannot_be_split_are_refused_where_they_would_be(cfg: Finet
     for size, shard in ((2, True), (1, True), (2, False)):
         split = dataclasses.replace(cfg, use_lora=False, shard=shard, optimizer="paged_adamw_8bit")
         with pytest.raises(ConfigError, match="give adamw") if size > 1 and shard else contextlib.nullcontext():
-            setup.check_flags(finetune.options_of(split), Ranks(0, size), default_root="elsewhere")
+            setup.check_flags(finetune.options_of(split), Ranks(0, size))
 
 
 def test_other_states_or_another_split_are_other_data(tmp_path: Path) -> None:

@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import av
-import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from huggingface_hub.utils import filter_repo_objects
 
 from prismatic.data import lerobot, video
 from prismatic.data.frames import FrameCache
@@ -30,6 +28,7 @@ from prismatic.data.writer import pixels_of
 from prismatic.errors import ConfigError
 from prismatic.filenames import LEROBOT_INFO
 from prismatic.image import decode_jpeg, jpeg_round_trip
+from tests import pretended_hub
 from tests.conftest import REPOSITORY
 
 EXCERPT = Path(__file__).resolve().parent / "reference_lerobot"
@@ -242,7 +241,7 @@ def test_a_camera_s_name_is_no_pattern(copied: Path) -> None:
 
 @pytest.mark.parametrize("name", ["..", ".hidden", "a" * 240, "a" * 300, "a" * 300 + "/b", "a/" * 3000 + "b"])
 def test_what_is_no_folder_s_name_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match=r"--dataset_name.*: (give|shorten)"):
+    with pytest.raises(ConfigError, match=r"data.*: (give|shorten)"):
         open_cache(tmp_path, name, cache_dir=tmp_path / "cache")
 
 
@@ -383,16 +382,7 @@ def test_a_hub_id_fetches_what_is_read_and_no_more(
         (copied / name).write_text("nothing that is read")
     for told, unread in (("", ""), ("wrist=none", wrist)):
         snapshot = tmp_path / f"hub{told}/snapshots/0123abc"
-
-        def download(repo_id: str, *, repo_type: str, allow_patterns: list[str], snapshot: Path = snapshot) -> str:
-            assert (repo_id, repo_type) == (f"someone/{copied.name}", "dataset")
-            there = [str(path.relative_to(copied)) for path in copied.rglob("*") if path.is_file()]
-            for name in filter_repo_objects(there, allow_patterns=allow_patterns):
-                (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(copied / name, snapshot / name)
-            return str(snapshot)
-
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        pretended_hub.serve(monkeypatch, f"someone/{copied.name}", "dataset", files=copied, snapshot=snapshot)
         cache = open_cache(f"someone/{copied.name}", copied.name, cache_dir=tmp_path / "cache", data_keys=told)
         fetched = {path.relative_to(snapshot) for path in snapshot.rglob("*") if path.is_file()}
         assert fetched == {path.relative_to(copied) for path in rooms if unread not in path.parts}

@@ -94,7 +94,7 @@ def test_nothing_is_found_where_nothing_is_wrong(healthy: FrameCache) -> None:
     assert dict(found.instructions) == {f"lift block {n}": 4 for n in range(3)}
     x, gripper = found.dimensions[0], found.dimensions[6]
     assert (x.name, gripper.gripper, sum(x.counts)) == ("x", True, EPISODES * STEPS)
-    assert 0 < x.clipped < 0.05 and x.q01 > x.low and gripper.clipped == 0
+    assert x.q01 > x.low
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -59,11 +59,19 @@ def test_memory_of_episodes_is_bounded(policy: VLAPolicy, monkeypatch: pytest.Mo
     assert list(policy._last) == [2, 3]
 
 
+NO_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("CUDA error: out of memory"),  # the driver's
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+)
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=("torch", "driver", "cuBLAS"))
 def test_no_memory_for_many_is_an_error_of_the_batch_and_for_one_the_end(
-    policy: VLAPolicy, monkeypatch: pytest.MonkeyPatch
+    policy: VLAPolicy, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
 ) -> None:
     def full(*args: Any, **kwargs: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(policy, "raw_chunks", full)
     two = frames(2)[:2]

@@ -24,7 +24,7 @@ from openpi_client.websocket_client_policy import WebsocketClientPolicy
 import serve
 from prismatic.bench.serve import flood
 from prismatic.checkpoint import load_policy
-from prismatic.errors import ConfigError
+from prismatic.errors import ConfigError, PolicyError
 from prismatic.machine import resident
 from prismatic.serving.app import Server
 from prismatic.serving.guard import KEY_VARIABLE
@@ -156,6 +156,23 @@ def test_the_largest_batch_is_warmed_up_first_and_what_was_learnt_of_the_decoder
         rows for rows in (6, 4, 2, 1) for _ in range(3)
     ]
     assert service.describe()["decoder"] == "12 batches"
+
+
+def test_a_batch_for_which_there_is_no_memory_is_made_smaller(caplog: pytest.LogCaptureFixture) -> None:
+    class Small(FakePolicy):
+        most = 2
+
+        def batch_chunks(self, frames: Any, *given: Any, **named: Any) -> np.ndarray:
+            if len(frames) > self.most:
+                raise PolicyError(f"the GPU has no memory to answer {len(frames)} at once")
+            return super().batch_chunks(frames, *given, **named)
+
+    service = Service(Small(), Limits(), max_batch=6, max_wait=0.0)
+    assert [rows for rows, _ in asyncio.run(service.warm_up())] == [2, 1]
+    assert service.describe()["max_batch"] == 2 and "answer 6 at once: --max_batch is 4" in caplog.text
+    service.policy.most = 0
+    with pytest.raises(ConfigError, match="answer 1 at once"):
+        asyncio.run(service.warm_up())
 
 
 def test_the_access_log_is_a_json_line_a_request_without_what_was_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -87,7 +87,7 @@ def row(
         "frames": frames,
         "seconds": round(seconds, 1),
         "frames/s": round(frames / seconds),
-        "GB": round(size / 1e9, 2) if folder else "",
+        "GB": round(size / 1e9, 4) if folder else "",
         **{f"RssAnon MiB at {part:.0%}": round(memory[part] / 2**20) if memory else "" for part in PARTS},
     }
 

@@ -69,6 +69,7 @@ def equal() -> Iterator[Row]:
         "what": "compiled", "tokens equal to eager, %": digits(100 * (answers[0] == eager.ids).float().mean().item()),
         "drafts change nothing": all(answer.equal(answers[0]) for answer in answers), "decoder": compiled.description,
     }  # fmt: skip
+    is_compiled(compiled.description)
     oft, state = infer.as_oft(here), torch.zeros(len(ids), infer.STATE, device=DEVICE)
     plain, found = ActionDecoder(oft), CompiledActionDecoder(oft, compiler=compiler())
     difference = (plain.chunk(ids, pixels, state)[0] - found.chunk(ids, pixels, state)[0]).abs().max().item()
@@ -126,6 +127,8 @@ def act(way: str) -> Iterator[Row]:
     how = {"rounds": ROUNDS, "plain": {}, "decoder_of": partial(CompiledActionDecoder, compiler=compiler())}
     for row in infer.compare(vla, precision, batch, ways, **how):
         yield row
+        if row["p50 ms"] == "":
+            raise SystemExit(f"not measured: {row['note']}")
         is_compiled(row["note"])
 
 

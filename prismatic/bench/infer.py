@@ -107,7 +107,7 @@ def compare(
 ) -> list[Row]:
     """A row a way, which is timed or says why not. plain is added to where that is one of the ways.
 
-    Peak memory is all that the process has reserved by then: of the GPU, or on a CPU of the host.
+    Peak memory is the most that was reserved of the GPU since this precision was loaded, or on a CPU held by the process at all.
     """
     device, dtype = (norm := vla.language_model.model.norm.weight).device, norm.dtype
     expected, median = plain.get(batch, (None, None))

@@ -32,10 +32,11 @@ def wait(device: torch.device) -> None:
 
 
 def release_memory() -> None:
-    """Give back to the GPU what nobody holds any more."""
+    """Give back to the GPU what nobody holds any more, and begin its peak anew."""
     gc.collect()  # compiled layers go in circles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def seconds_in_turns(

@@ -17,7 +17,7 @@ from torch import nn
 from prismatic.bench.instruments import GIB, Row, random_model, release_memory, seconds_of
 from prismatic.bench.memory import TOKENS
 from prismatic.bench.plain import PlainVLA
-from prismatic.errors import ConfigError
+from prismatic.errors import ConfigError, is_out_of_memory
 from prismatic.machine import expandable_segments, uses_gpu
 from prismatic.models.checkpointing import checkpoint_activations, compile_blocks, lean_activations
 from prismatic.models.llama import LlamaConfig
@@ -126,7 +126,7 @@ def check_equal(bench: Bench) -> tuple[float, float]:
 
 
 def speed_and_peak(bench: Bench, way: str, size: int, recomputed: Checkpointing) -> tuple[float, float]:
-    """Samples a second and peak GiB of training steps; torch.OutOfMemoryError where it doesn't fit."""
+    """Samples a second and peak GiB of training steps; RuntimeError where it doesn't fit."""
     model = model_of(bench, way, recomputed)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adamw: Any = torch.optim.AdamW if way == "plain" else partial(make_optimizer, "adamw")
@@ -162,7 +162,9 @@ def measure(bench: Bench, way: str, size: int, recomputed: Checkpointing) -> Row
     try:
         speed, peak = speed_and_peak(bench, way, size, recomputed)
         return row | {"samples/s": round(speed, 3), "peak GiB": round(peak, 3)}
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return row | {"samples/s": "doesn't fit"}
     except ImportError as error:  # bitsandbytes
         return row | {"samples/s": str(error)}

@@ -4,6 +4,7 @@ RLDS lies in `<data_root_dir>/<dataset_name>/<version>/` (dataset_info.json, fea
 `<data_root_dir>/<dataset_name>/` (meta/info.json, data/, videos/).
 """
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -39,12 +40,8 @@ def find_dataset(data_root_dir: Path, dataset_name: str) -> Path:
     root = Path(data_root_dir).expanduser().absolute()
     if not root.is_dir():
         raise ConfigError(f"data_root_dir {root} doesn't exist: give the folder that holds {dataset_name}/")
-    try:
-        if found := _dataset_in(root / dataset_name):
-            return found
-    except OSError as error:  # a name that is too long
-        said = f"--dataset_name {dataset_name[:40]!r}… can't be opened ({error.strerror})"
-        raise ConfigError(f"{said}: give the name of a folder in {root}") from None
+    if found := _dataset_in(root / dataset_name):
+        return found
     near = {folder: found for folder in [root, *root.glob("*"), *root.glob("*/*")] if (found := _dataset_in(folder))}
     meant = [folder for folder in near if folder.name == dataset_name]
     if root in meant or len(meant) == 1:
@@ -53,12 +50,14 @@ def find_dataset(data_root_dir: Path, dataset_name: str) -> Path:
     for folder in sorted(near):
         there.setdefault(folder.parent, []).append(folder.name)
     flags = [f"--data_root_dir {parent} --dataset_name {' | '.join(names)}" for parent, names in there.items()]
-    said = f"data_root_dir {root} holds no data set {dataset_name!r}, neither RLDS nor LeRobot"
+    said = f"data_root_dir {root} holds no data set {dataset_name[:80]!r}, neither RLDS nor LeRobot"
     raise ConfigError(f"{said}: give {'; or '.join(flags) or 'the folder of one'}")
 
 
 def _dataset_in(folder: Path) -> Path | None:
     """The folder if it is a LeRobot data set, its newest version if it is an RLDS one, else None."""
+    if not os.path.isdir(folder):  # nor may be looked at, or has a name that is too long
+        return None
     if is_lerobot(folder):
         return folder
     versions = [info.parent for info in folder.glob(f"*/{RLDS_INFO}") if _is_version(info.parent.name)]
@@ -67,7 +66,7 @@ def _dataset_in(folder: Path) -> Path | None:
 
 def is_lerobot(folder: Path) -> bool:
     """Whether it has a LeRobot data set's description."""
-    return (folder / LEROBOT_INFO).is_file()
+    return os.path.isfile(folder / LEROBOT_INFO)  # False, too, where it may not be looked at
 
 
 def check_no_pointer(path: Path) -> None:

@@ -144,7 +144,7 @@ class FrameCache:
         return np.flatnonzero(of_split & whole & np.isin(self.episode, self.episode[said]))
 
 
-@functools.lru_cache(maxsize=16)  # an epoch needs 1 to 3 a data set
+@functools.lru_cache(maxsize=64)  # an epoch needs 1 to 3 a data set
 def _permutation(length: int, seed: int, *of: int) -> np.ndarray:
     return np.random.default_rng((seed, SHUFFLING_STREAM, *of)).permutation(length).astype(np.int32)
 

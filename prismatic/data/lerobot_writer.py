@@ -45,7 +45,11 @@ def _write(folder: Path, paths: Sequence[Path], *, fps: float) -> None:
         with pq.ParquetWriter(place, schema, compression="snappy") as writer:  # a row group an episode
             for path in paths[first : first + EPISODES_A_FILE]:
                 episode = load_episode(path)
-                values = _values(episode, features, path)
+                if _features(episode) != features:
+                    raise ConfigError(
+                        f"{path} has images, actions or a state of another form than the first episode: delete it and go on"
+                    )
+                values = _values(episode)
                 steps, start = len(episode.action), rows[-1]["dataset_to_index"] if rows else 0
                 task = tasks.setdefault(episode.instruction, len(tasks))
                 frame = np.arange(steps)
@@ -116,22 +120,14 @@ def _schema(features: dict[str, dict[str, Any]]) -> pa.Schema:
     return pa.schema(list(columns.items()), metadata={"huggingface": json.dumps({"info": {"features": told}})})
 
 
-def _values(episode: StagedEpisode, features: dict[str, dict[str, Any]], path: Path) -> dict[str, list[Any]]:
-    """Images and vectors, a value a row; ConfigError where they have another form than the first episode's."""
+def _values(episode: StagedEpisode) -> dict[str, list[Any]]:
+    """Images and vectors, a value a row."""
     values: dict[str, list[Any]] = {}
     for name, jpegs in ((IMAGE, episode.images), (WRIST, episode.wrist_images)):
         values[name] = [{"bytes": jpeg, "path": f"frame-{t:06d}.jpg"} for t, jpeg in enumerate(jpegs)]
     for name, vectors in ((ACTION, episode.action), (STATE, episode.state)):
         values[name] = [] if vectors is None else list(np.asarray(vectors, dtype=np.float32))
-    values = {name: rows for name, rows in values.items() if rows or name in features}
-    for name, rows in values.items():
-        first = rows[0] if rows else np.zeros(0)
-        first = decode_jpeg(first["bytes"]) if isinstance(first, dict) else first
-        if name not in features or len(rows) != len(episode.action) or [*first.shape] != features[name]["shape"]:
-            raise ConfigError(
-                f"{name} of the staged episode {path} has another shape than the first's: delete it and go on"
-            )
-    return values
+    return {name: rows for name, rows in values.items() if rows}
 
 
 def _statistics(values: np.ndarray) -> dict[str, Any]:

@@ -44,7 +44,6 @@ class Dimension(NamedTuple):
     high: float
     q01: float
     q99: float
-    clipped: float  # share of the values beyond q01 and q99, which tokens can't say
     counts: tuple[int, ...]  # a histogram from low to high
 
 
@@ -85,9 +84,8 @@ def _dimension(cache: FrameCache, dim: int, gripper: bool) -> Dimension:
     dims = cache.actions.shape[1]
     names = next((names for names in (cache.action_names, ACTION_DIMENSIONS) if len(names) == dims), range(dims))
     low, high, q01, q99 = (float(stats[key][dim]) for key in ("min", "max", "q01", "q99"))
-    clipped = 0.0 if gripper else float(np.mean((values < q01) | (values > q99)))
     counts, _ = np.histogram(values, BINS, range=(low, high) if high > low else (low - 1, low + 1))
-    return Dimension(str(names[dim]), gripper, low == high, low, high, q01, q99, clipped, tuple(counts.tolist()))
+    return Dimension(str(names[dim]), gripper, low == high, low, high, q01, q99, tuple(counts.tolist()))
 
 
 def _duplicates(cache: FrameCache, lengths: np.ndarray) -> int:

@@ -1,6 +1,7 @@
 """What --dataset_name means: a data set by name, or several, each with a weight if it has one, opened as one Mixture, whatever their formats."""
 
 import functools
+import glob
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from prismatic.data.dataset_folder import find_dataset, is_lerobot
 from prismatic.data.frames import LARGEST_WEIGHT, VAL_SHARE, FrameCache, Mixture
 from prismatic.data.gripper import choose_gripper
 from prismatic.errors import ConfigError
-from prismatic.hub import resolve
+from prismatic.hub import WANTED_DATA, resolve
 from prismatic.ranges import check_folder_name
 
 
@@ -37,12 +38,21 @@ def open_cache(
         source = lerobot.fetch(str(root), data_keys)
         if source and name != str(root).rpartition("/")[2]:
             raise ConfigError(f"{root} is one LeRobot data set: give --dataset_name {str(root).rpartition('/')[2]}")
-    source = source or find_dataset(resolve(root, kind="dataset"), name)
+        source = source or _of_hub(str(root), name)
+    source = source or find_dataset(Path(root), name)
     build = functools.partial(lerobot.build_cache, name=title) if is_lerobot(source) else rlds.build_cache
     folder = build(source, cache_dir, **options)
     cache = FrameCache(folder)
     chosen = choose_gripper(gripper, cache.gripper, cache.actions.shape[1])
     return cache if chosen == cache.gripper else FrameCache(folder, chosen)
+
+
+def _of_hub(repo_id: str, name: str) -> Path:
+    """One of a repository's RLDS data sets, without the others' gigabytes: which there are is told by what all of them have of JSON."""
+    snapshot = resolve(repo_id, kind="dataset", patterns=["*.json"]).absolute()
+    version = find_dataset(snapshot, name).relative_to(snapshot)
+    patterns = [f"{glob.escape(str(version))}/{files}" for files in WANTED_DATA]
+    return resolve(repo_id, kind="dataset", patterns=patterns).absolute() / version
 
 
 def open_mixture(

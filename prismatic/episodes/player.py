@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -26,6 +27,9 @@ from prismatic.observation import Observation
 from prismatic.rollout import Actor, Simulator, rollout
 from prismatic.scene.diagnosis import diagnose
 from prismatic.scene.suites import Benchmark, Libero
+
+# Simulator → what its env seed moved: two resets, once a scene.
+_MOVED: WeakKeyDictionary[Simulator, dict[str, float]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -112,8 +116,8 @@ class Play:
         """Play one trial. Whatever is raised may pass when it is played again."""
         start, recording = time.monotonic(), job.recording
         limit = len(recording.actions) if recording else self.max_steps or self.benchmark.step_limit(job.suite)
-        seeded = sim.env_seed != PROTOCOL_SEED and not recording
-        moved = moved_by_seed(sim, settle=self.settle) if seeded else None
+        if sim.env_seed != PROTOCOL_SEED and not recording and sim not in _MOVED:
+            _MOVED[sim] = moved_by_seed(sim, settle=self.settle)
         actor, film = self._actor(sim, job, parent), self._film(sim, job)
 
         def on_step(step: int, frame: np.ndarray | None) -> None:
@@ -141,7 +145,7 @@ class Play:
             "steps": steps,
             "actions_sha256": hashlib.sha256(actions.tobytes()).hexdigest()[:16],
             "instruction_given": None if self.instruction == "keep" else sim.instruction,
-            "moved_by_env_seed_mm": moved,
+            "moved_by_env_seed_mm": _MOVED.get(sim),
             "replay": actor.result if isinstance(actor, RecordedActions) else None,
         }
         if episode.error is None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from prismatic.models.decode import ActionDecoder, Answer, Layers, Tensors, TokenModel, with_empty_token
+from prismatic.models.decode import ActionDecoder, Answer, Layers, Tensors, with_empty_token
 
 PROMPT_WIDTH = 64  # tokens: holds every instruction of LIBERO with the prompt around it; WIDEST is the second width
 WIDEST = 128
@@ -71,7 +71,7 @@ def _name(batch: int) -> str:
 
 
 def padded(
-    vla: TokenModel, input_ids: Tensor, attention_mask: Tensor | None, *others: Tensor | None
+    vla: Any, input_ids: Tensor, attention_mask: Tensor | None, *others: Tensor | None
 ) -> Iterator[tuple[Any, ...]]:
     """Batches of the compiled shapes: ids and mask (size, a multiple of PROMPT_WIDTH), others (size, …) or None; the first row fills up."""
     rows, more = len(input_ids), -input_ids.shape[1] % PROMPT_WIDTH
@@ -87,7 +87,7 @@ def padded(
 
 
 def read_chunk(
-    vla: TokenModel, _: Layers, input_ids: Tensor, lengths: Tensor, pixel_values: Tensor, *proprio: Tensor
+    vla: Any, _: Layers, input_ids: Tensor, lengths: Tensor, pixel_values: Tensor, *proprio: Tensor
 ) -> Tensors:
     """VLA.answer to prompts (B, T) of `lengths` tokens, in one forward pass that waits for nothing and is masked."""
     empty, pad = vla.config.empty_token_id, vla.config.pad_token_id
@@ -103,7 +103,7 @@ class CompiledActionDecoder(ActionDecoder):
 
     def __init__(
         self,
-        vla: TokenModel,
+        vla: Any,
         *,
         compiler: Callable[[Callable[..., Tensors]], Callable[..., Tensors]] = compile_step,
         say: Callable[[str], object] = write_line,

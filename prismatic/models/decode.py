@@ -10,26 +10,15 @@ Surprising: without a draft the very same passes run, from a draft of middle tok
 out of a pass of the same shape, so its bits, and with them the answer, don't depend on the draft: no tolerance is needed.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prismatic.models.llama import Layers, Llama, cache_views, empty_cache
+from prismatic.models.llama import Layers, cache_views, empty_cache
 
 Tensors = tuple[Tensor, ...]
-
-
-class TokenModel(Protocol):
-    """What decoding needs of a VLA."""
-
-    config: Any
-    language_model: Llama
-
-    def embed(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor: ...
-    def before_actions(self, input_ids: Any, lengths: Any, pixel_values: Any, proprio: Any, masked: bool) -> Any: ...
-    def answer(self, hidden: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class Answer(NamedTuple):
@@ -58,7 +47,7 @@ def action_logits(head: nn.Module, hidden: Tensor, first_id: int, last_id: int) 
     return head(hidden)[..., first_id:last_id].float()
 
 
-def best_tokens(vla: TokenModel, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def best_tokens(vla: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states (B, N, H) → the likeliest action ids (B, N) and their top-1 margins (B, N)."""
     first_id, last_id = vla.config.vocab_size - vla.config.n_action_bins, vla.config.vocab_size
     logits = action_logits(vla.language_model.lm_head, hidden, first_id, last_id)
@@ -66,7 +55,7 @@ def best_tokens(vla: TokenModel, hidden: Tensor) -> tuple[Tensor, Tensor]:
     return first_id + logits.argmax(dim=-1), values[..., 0] - values[..., 1]
 
 
-def prefill(vla: TokenModel, layers: Layers, input_ids: Tensor, lengths: Tensor, pixel_values: Tensor) -> Tensors:
+def prefill(vla: Any, layers: Layers, input_ids: Tensor, lengths: Tensor, pixel_values: Tensor) -> Tensors:
     """Read the prompts (B, T) of `lengths` tokens into the cache → first ids (B, 1), margins (B, 1), and where the answer begins (B,).
 
     Waits for nothing on the device; shapes depend on nothing but the arguments' shapes.
@@ -86,7 +75,7 @@ def prefill(vla: TokenModel, layers: Layers, input_ids: Tensor, lengths: Tensor,
     return *best_tokens(vla, hidden), ends
 
 
-def verify(vla: TokenModel, layers: Layers, tokens: Tensor, ends: Tensor) -> Tensors:
+def verify(vla: Any, layers: Layers, tokens: Tensor, ends: Tensor) -> Tensors:
     """tokens (B, N) of the answer, guesses or not, written behind the prompts that end at `ends` → the ids that follow each (B, N), margins."""
     columns = torch.arange(layers[0][0].shape[2], device=ends.device)
     first = len(columns) - tokens.shape[1]  # the answer's columns are the last
@@ -100,7 +89,7 @@ def verify(vla: TokenModel, layers: Layers, tokens: Tensor, ends: Tensor) -> Ten
 class ActionDecoder:
     """Turns batches into actions, or chunks of them, kernel by kernel in plain PyTorch. One at a time: all calls share one cache."""
 
-    def __init__(self, vla: TokenModel) -> None:
+    def __init__(self, vla: Any) -> None:
         self.vla = vla
         self._cache: Layers = []
 

@@ -32,11 +32,9 @@ def is_loopback(host: str) -> bool:
 
 def read_key(file: Path | None, host: str) -> str | None:
     """The API key of a file, else of the environment; None where there is none and host needs none. ConfigError otherwise."""
-    way_out = "give a text file with the key"
-    try:
-        key = read_bytes(file, largest=4096, way_out=way_out).decode() if file else os.environ.get(KEY_VARIABLE, "")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--api_key_file {file} can't be read ({error}): {way_out}") from None
+    key = os.environ.get(KEY_VARIABLE, "")
+    if file:
+        key = read_bytes(file, largest=4096, way_out="give a text file with the key").decode(errors="replace")
     key = key.strip()
     source = f"--api_key_file {file}" if file else KEY_VARIABLE
     if (file or key) and (len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable()):

@@ -21,6 +21,7 @@ from prismatic.dataset_statistics import NO_NOOPS
 from prismatic.errors import ConfigError, PolicyError
 from prismatic.observation import Observation, answered
 from prismatic.policy import Policy
+from prismatic.policy_inputs import DAMAGED
 from prismatic.serving.batching import BatchQueue
 from prismatic.serving.metrics import Metrics
 from prismatic.serving.observation import Limits, RequestError
@@ -167,7 +168,8 @@ class Service:
         """Answer batches of max_batch … 4, 2, 1 rows, each as often as it takes until all is compiled and recorded. Then ready.
 
         The largest first: what was recorded before its cache was made would be recorded anew. What is compiled is compiled for long
-        instructions too (a second width): else the first of them would keep all clients waiting.
+        instructions too (a second width): else the first of them would keep all clients waiting. A size for which the GPU has no memory is
+        said, and the next smaller one is the largest from there on. ConfigError where not even one row can be answered.
         """
         loop, times, most = asyncio.get_running_loop(), [], self.queue.max_batch
         for rows in sorted({*(2**n for n in range(most.bit_length())), most}, reverse=True):
@@ -178,8 +180,12 @@ class Service:
                     await loop.run_in_executor(self.queue.thread, answered, self.policy, asked)
                 start = time.monotonic()
                 await loop.run_in_executor(self.queue.thread, answered, self.policy, examples)
-            except PolicyError as error:  # of no request's, so of the weights
-                raise ConfigError(str(error)) from None
+            except PolicyError as error:  # of no request's: of the weights, or many rows want more memory than there is
+                if rows == 1 or str(error) == DAMAGED:
+                    raise ConfigError(str(error)) from None
+                self.queue.max_batch = 1 << (rows - 1).bit_length() - 1  # the next smaller size
+                LOG.warning("%s: --max_batch is %d from here on", error, self.queue.max_batch)
+                continue
             times.append((rows, time.monotonic() - start))
         self.ready = True
         return times

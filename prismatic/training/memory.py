@@ -185,10 +185,9 @@ def choose(model: Model, settings: Settings, card: int, *, place: str) -> Plan:
     given = settings.gradient_checkpointing
     ways = (False, SELECTIVE, True) if given is None else (given,)
     asked = [plan(model, dataclasses.replace(settings, gradient_checkpointing=way)) for way in ways]
-    others = [plan(model, smaller) for smaller in _smaller(settings, quantisable=model.precision.lora_rank > 0)]
     if fitting := next((found for found in asked if found.total <= card), None):
         return fitting
-
+    others = [plan(model, smaller) for smaller in _smaller(settings, quantisable=model.precision.lora_rank > 0)]
     short = f"{asked[-1].need}, but {place} has {card / GIB:.1f} GiB free"
     if fitting := next((found for found in others if found.total <= card), None):
         raise ConfigError(f"{short}: {fitting.need} (the same effective batch)")

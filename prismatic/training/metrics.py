@@ -1,7 +1,5 @@
 """How far a model's actions are from the recorded ones, when it trains and when it is validated. In: a forward pass's output and its batch."""
 
-import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -50,8 +48,3 @@ def measured(out: VLAOutput, batch: Batch, *, tokenizer: ActionTokenizer) -> dic
     """The numbers of one micro-batch by name, as step.backward wants them."""
     assert out.loss is not None
     return {"loss": out.loss.item(), **action_errors(out, batch, tokenizer).numbers()}
-
-
-def is_finite(numbers: Mapping[str, float]) -> bool:
-    """Whether a step's gradients may be used."""
-    return math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])

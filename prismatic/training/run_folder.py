@@ -51,15 +51,11 @@ class RunFolder:
 
     def _take(self) -> None:
         """Lock the folder, and clear away what a killed run was writing."""
-        try:
+        with writing_to(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
             lock(self._lock, f"{self.path} is being trained by another process: wait, or give a --run_id_note")
             sweep(self.path)
-        except OSError as error:
-            raise ConfigError(
-                f"--run_root_dir {self.path.parent} can't be written ({error.strerror}): give another"
-            ) from None
 
     def checkpoints(self) -> list[Path]:
         """Step folders, oldest first."""
@@ -167,9 +163,13 @@ class RunFolder:
             (self.path / METRICS).unlink(missing_ok=True)
 
     def log(self, row: Mapping[str, Any], name: str = METRICS) -> None:
-        """Append a line to metrics.jsonl, or to another file of its kind."""
+        """Append a line to metrics.jsonl, or to another file of its kind; NaN and infinity, which are no JSON, as null."""
         with writing_to(self.path), (self.path / name).open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
+            known = {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in row.items()
+            }
+            stream.write(json.dumps(known) + "\n")
 
 
 def _plain(value: Any) -> Any:
@@ -181,9 +181,6 @@ def _damage(folder: Path) -> str | None:
     """What is wrong with a step folder; None if every file is as it was written."""
     try:
         sums = read_sums(folder)
-    except ConfigError:
-        return f"{SUMS} is missing or cut off"
-    try:
         changed = [name for name, digest in sums.items() if sha256(folder / name) != digest]
     except ConfigError as error:
         return str(error).removeprefix(f"{folder}/").partition(":")[0]

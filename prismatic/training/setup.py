@@ -126,10 +126,8 @@ class TrainingRun:
         )
 
 
-def check_flags(options: RunOptions, ranks: Ranks, *, default_root: str) -> None:
-    """Values that can't work, before anything is opened. default_root: data_root_dir where none is given, which is no hub id."""
-    if options.data_root_dir == default_root and not Path(default_root).is_dir():
-        raise ConfigError(f"data_root_dir {default_root} isn't there: put the data sets there, or give --data_root_dir")
+def check_flags(options: RunOptions, ranks: Ranks) -> None:
+    """Values that can't work, before anything is opened."""
     if options.shard and options.use_lora:
         raise ConfigError("--shard is for --use_lora False: an adapter's base is not trained, so leave --shard out")
     if options.shard and ranks.size == 1:
@@ -147,12 +145,13 @@ def check_flags(options: RunOptions, ranks: Ranks, *, default_root: str) -> None
     check_installed(options.log_to)
 
 
-def open_task(options: RunOptions, ranks: Ranks, *, default_root: str) -> Task:
+def open_task(options: RunOptions, ranks: Ranks) -> Task:
     """Base, data and processor. Downloads and frame caches are made by the main process and found by the others."""
-    ranks.on_main_process(lambda: check_flags(options, ranks, default_root=default_root))
+    ranks.on_main_process(lambda: check_flags(options, ranks))
     base = ranks.main_process_first(lambda: resolve(options.vla_path))
-    config = choose_model(base, options)
-    check_shared_memory(config, batch_size=options.batch_size, num_workers=options.num_workers)
+    config = ranks.on_main_process(lambda: choose_model(base, options))
+    wanted = {"batch_size": options.batch_size, "num_workers": options.num_workers}
+    ranks.on_main_process(lambda: check_shared_memory(config, **wanted))
     mixture = ranks.main_process_first(
         lambda: open_mixture(
             options.data_root_dir, options.dataset_name, cache_dir=options.cache_dir, seed=options.seed, val_share=options.val_share,
@@ -162,8 +161,9 @@ def open_task(options: RunOptions, ranks: Ranks, *, default_root: str) -> Task:
     )  # fmt: skip
     for cache in mixture.caches:
         print(*sentences(cache, rotate_images=options.rotate_images), sep="\n")
-    config, fingerprint = fit_to_data(config, mixture), weights.fingerprint(weights.stored_tensors(base))
-    processor = build_processor(base, config, mixture, fingerprint, options)
+    config = ranks.on_main_process(lambda: fit_to_data(config, mixture))
+    fingerprint = weights.fingerprint(weights.stored_tensors(base))
+    processor = ranks.main_process_first(lambda: build_processor(base, config, mixture, fingerprint, options))
     for text in mixture.instructions:
         if processor.shortened(text, config.action_positions) != text.replace(IMAGE_MARK, ""):
             print(f"notice: an instruction is longer than the model reads, its end is cut off: {text[:60]!r}…")
