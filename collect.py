@@ -189,7 +189,7 @@ def alone(stage: Path) -> Iterator[None]:
 def run(schedule: Schedule | Replays, work: Record, bar: tqdm, *, num_workers: int) -> None:
     """Give out jobs and gather what comes of them until there are none left. A failure leaves an empty file: no later call repeats it."""
     succeeded = tried = 0
-    with contextlib.closing(pool.Pool(schedule, work, num_workers).run()) as ends:
+    with contextlib.closing(pool.Pool(schedule.next_job, work, num_workers).run()) as ends:
         for ended in ends:
             job = ended.job
             if ended.error:
@@ -229,8 +229,7 @@ def collect(cfg: CollectConfig) -> Path:
             schedule.compare(stage)
         found, work = schedule.found(), Record(str(cfg.policy_checkpoint or ""))
         with tqdm(total=schedule.total, initial=found, unit="episode", desc=suite) as bar:
-            if found < schedule.total:
-                run(schedule, work, bar, num_workers=min(cfg.num_workers, schedule.total - found))
+            run(schedule, work, bar, num_workers=min(cfg.num_workers, schedule.total - found))
         for line in schedule.report():
             print(line)
         writer = rlds if cfg.format == "rlds" else lerobot_writer

@@ -18,7 +18,7 @@ from prismatic.image import AUGMENTATIONS
 GripperConvention = Literal["auto", "minus_one_open", "plus_one_open", "one_open", "zero_open", "none"]
 
 # Where data sets, frame caches and runs go; the environment variable of the same name wins.
-WORKSPACE = Path(os.environ.get("WORKSPACE", "workspace")).absolute()
+WORKSPACE = Path(os.path.expanduser(os.environ.get("WORKSPACE", "workspace"))).absolute()
 
 
 @dataclass(frozen=True)
@@ -207,8 +207,6 @@ class EvalConfig:
     drafting: bool | Literal["auto"] = "auto"
     # Play although mujoco or robosuite is another version than scores are made with; the result says so.
     allow_unpinned_simulator: bool = False
-    # Write a GIF beside each video, with half as many frames a second.
-    save_gifs: bool = False
     # Draw the instruction, and at the end the outcome, under the video's frames.
     annotate_videos: bool = False
     # Control: what the policy is told. swap: another task's sentence. empty: nothing. paraphrase: other words. Still a high score: it doesn't read.

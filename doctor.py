@@ -55,7 +55,7 @@ class DoctorConfig:
     cache_dir: Path = WORKSPACE / "cache"
     # Folder for the page about the data set, an HTML and a PNG file.
     page_dir: Path = WORKSPACE / "doctor"
-    # Start the simulator: renderer, golden frame, and a bowl that must stay where it is (half a minute).
+    # Start the simulator: the renderer, and one fixed frame compared with a stored one (the golden frame).
     simulator: bool = True
 
 
@@ -113,8 +113,8 @@ def libraries() -> Iterator[Check]:
     try:  # one that was built for another torch fails in ways of its own
         import torchvision  # noqa: F401  (before the first osmesa context: afterwards it crashes)
 
-        paired = True
-    except (ImportError, OSError, RuntimeError):
+        paired = hasattr(torch.ops.torchvision, "nms")
+    except (ImportError, OSError, RuntimeError, AttributeError):
         paired = False
     yield Check(paired, "torch and torchvision belong together", "install both from the same index")
 

@@ -106,7 +106,6 @@ def play_options(cfg: EvalConfig, path: Path, benchmark: Benchmark) -> Play:
         video_folder=path if cfg.save_videos else None,
         video_every=cfg.video_every,
         annotate=cfg.annotate_videos,
-        gifs=cfg.save_gifs,
         benchmark=benchmark,
     )
 

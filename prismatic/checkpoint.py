@@ -131,6 +131,11 @@ def _size(stored: Mapping[str, weights.StoredTensor], dtype: torch.dtype) -> int
     return dtype.itemsize * sum(math.prod(tensor.shape) for tensor in stored.values())
 
 
+def _free_on_gpu(device: str) -> int:
+    """Bytes; what torch holds of its memory and nobody uses is free, too."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def load_merged(folder: Path, adapter: Path | None, *, dtype: torch.dtype, device: str = "cpu", **choice: Any) -> VLA:
     """As load_vla, with the adapter merged in float32, for acting and for export.py: a folder and its export answer alike.
 
@@ -139,7 +144,7 @@ def load_merged(folder: Path, adapter: Path | None, *, dtype: torch.dtype, devic
     if not quantization.saved_as(folder / CONFIG):
         on_gpu = torch.device(device).type == "cuda"
         size = _size(weights.stored_tensors(folder), dtype)
-        free = torch.cuda.mem_get_info(device)[0] if on_gpu else available_memory()
+        free = _free_on_gpu(device) if on_gpu else available_memory()
         if size > free:
             way = "a larger machine or a GPU that holds it, or a folder that export.py --quantize made on one"
             place, way = ("the GPU's memory", "--quantize int8 or int4") if on_gpu else ("memory", way)
@@ -200,7 +205,7 @@ def load_policy(
     own = weights.stored_dtype(stored) if rounding else dtype  # rounded from the checkpoint's own numbers
     place = device
     if rounding and device.startswith("cuda"):  # layer by layer, from this machine's memory where the whole has no room
-        room = torch.cuda.mem_get_info(device)[0] > _size(stored, own) + ROUNDING_BYTES
+        room = _free_on_gpu(device) > _size(stored, own) + ROUNDING_BYTES
         place = device if room else "cpu"
     vla = load_merged(folder, adapter_folder, dtype=own, device=place, **choice)
     if rounding:

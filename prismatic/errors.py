@@ -7,6 +7,7 @@ nobody reads on (`… --help | head`) is 1, without a word. Anything else is a b
 
 import contextlib
 import os
+import re
 import select
 import signal
 import sys
@@ -29,7 +30,7 @@ class PolicyError(Exception):
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a GPU had no memory left: said by torch's allocator, by the driver (AcceleratorError) or by cuBLAS."""
-    return any(words in repr(error) for words in ("OutOfMemoryError", "out of memory", "ALLOC_FAILED"))
+    return bool(re.search(r"OutOfMemoryError|CU(DA|BLAS|DNN)\b.*out of memory|ALLOC_FAILED", repr(error)))
 
 
 class Terminated(BaseException):
@@ -52,7 +53,8 @@ def exit_codes() -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        print(f"error: the GPU has no memory left ({str(error).partition('. GPU ')[0]}): {SMALLER}", file=sys.stderr)
+        said = re.split(r"\n|\. GPU ", str(error))[0]
+        print(f"error: the GPU has no memory left ({said}): {SMALLER}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)

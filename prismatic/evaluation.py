@@ -96,7 +96,7 @@ class RolloutFolder:
             write_json(self.path / RUN, {"identity": run.identity, "record": {**run.record, **facts}})
 
     def add(self, outcome: Outcome, *, number: int) -> EpisodeResult:
-        """Give the video, its poster and GIF their names, save the actions, and append the episode's line, safe on disk when this returns.
+        """Give the video and its poster their names, save the actions, and append the episode's line, safe on disk when this returns.
 
         number: the video's, unique within the folder. ConfigError when the disk is full.
         """
@@ -105,7 +105,7 @@ class RolloutFolder:
         if outcome.video:
             row.video = video_name(number, bool(row.success), row.instruction)
             (self.path / POSTERS).mkdir(exist_ok=True)
-            for name in (poster_name(row.video), row.video.removesuffix(".mp4") + ".gif", row.video):
+            for name in (poster_name(row.video), row.video):
                 made = outcome.video.with_suffix(Path(name).suffix)
                 if made.is_file():
                     made.replace(self.path / name)
@@ -195,7 +195,7 @@ def evaluate(
     wanted = num_workers(loaded.memory_for) if callable(num_workers) else num_workers
     workers, window = min(max(wanted, 1), len(pending)), 0.0 if one_by_one else loaded.window
     session = Session(policy, workers=workers, rank=folder.rank, one_by_one=one_by_one, counts=loaded.counts)
-    players = pool.Pool(TrialQueue(pending), play, workers, session.answer, window, on_message=session.hear)
+    players = pool.Pool(TrialQueue(pending).next_job, play, workers, session.answer, window, on_message=session.hear)
     outcomes = Counter(row.success for row in done)
 
     def finish() -> None:

@@ -33,7 +33,8 @@ def resolve(
         there = f"{folder.parts[0]} is here, but nothing named {folder.name} in it"
         raise ConfigError(f"{name}: {there}: for the hub's, start from another folder or rename that one")
     if not is_id:
-        raise ConfigError(f"{name} is no folder, and no hub id such as openvla/openvla-7b: check the path")
+        what, example = (name, "openvla-7b") if kind == "model" else (f"data_root_dir {name}", "modified_libero_rlds")
+        raise ConfigError(f"{what} is no folder, and no hub id such as openvla/{example}: check the path")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

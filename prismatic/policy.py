@@ -112,9 +112,12 @@ class VLAPolicy(Policy):
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+            answers = None
+        if answers is None:  # raised out here: the error above would hold what the failed pass had
+            self.decoder.forget()
             if len(frames) > 1:
-                raise PolicyError(f"the GPU has no memory to answer {len(frames)} at once") from None
-            raise ConfigError("the GPU has no memory left: end what else runs there, or quantise") from None
+                raise PolicyError(f"the GPU has no memory to answer {len(frames)} at once")
+            raise ConfigError("the GPU has no memory left: end what else runs there, or quantise")
         tokens = self.processor.config.action_head != "l1"
         actions = self.processor.actions(answers) if tokens else self.processor.unnormalize(answers)
         if not np.isfinite(actions).all() or np.isnan(self.last_margins).any():

@@ -95,6 +95,7 @@ def test_compiled_blocks_with_adapters_that_are_cast_once_go_on_from_step_to_ste
         )
         if compiled:
             torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
             compile_blocks(vla, backend="aot_eager")
         optimizer = torch.optim.SGD([p for p in vla.parameters() if p.requires_grad], lr=0.1)
         for _ in range(3):

@@ -64,8 +64,9 @@ def test_a_resumed_bar_begins_where_the_run_stands(tmp_path: Path, clock: list[f
 def test_a_validation_that_gave_no_number_does_not_end_the_curves(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, keep=1)
     for step, loss in ((1, 2.0), (2, float("nan")), (3, 1.0)):
-        folder.log({"step": step, "loss": 1.0, "val_loss": loss})
-    assert [row["val_loss"] for row in curves.read_metrics(tmp_path)] == [2.0, None, 1.0]
+        folder.log({"step": step, "loss": 1.0, "val_loss": loss, "val_l1_loss_per_dimension": [loss, 1.0]})
+    rows = curves.read_metrics(tmp_path)
+    assert [row["val_loss"] for row in rows] == [2.0, None, 1.0] and rows[1]["val_l1_loss_per_dimension"] == [None, 1.0]
     assert curves.draw(tmp_path) == tmp_path / "curves.png"
 
 

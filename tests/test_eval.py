@@ -151,7 +151,6 @@ def test_identity_follows_the_weights_and_not_the_workers(tmp_path: Path) -> Non
     [
         ({"policy": "checkpoint"}, "pretrained_checkpoint is not set"),
         ({"policy": "checkpoint", "pretrained_checkpoint": "x", "lora_checkpoint": Path("no")}, "no is not a folder"),
-        ({"save_gifs": True}, "save_gifs needs the videos"),
         ({"load_in_8bit": True, "load_in_4bit": True}, "load_in_8bit and load_in_4bit exclude each other"),
         ({"load_in_8bit": True, "quantize": "int4"}, "load_in_8bit and quantize int4 exclude each other"),
         ({"env_seed": -1}, "--env_seed -1"),

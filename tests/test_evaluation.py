@@ -230,18 +230,17 @@ def test_stopped_at_any_moment_it_loses_only_what_is_under_way(
 # --- what is written ------------------------------------------
 
 
-def test_a_line_a_video_with_its_poster_and_gif_and_a_summary(tmp_path: Path) -> None:
+def test_a_line_a_video_with_its_poster_and_a_summary(tmp_path: Path) -> None:
     import imageio.v3 as imageio
 
-    play = Play(benchmark=FAKE, video_folder=tmp_path, gifs=True)
+    play = Play(benchmark=FAKE, video_folder=tmp_path)
     summary = evaluate(tmp_path, plan(2), play=play, num_workers=2)
     row = next(row for row in read_rows(tmp_path) if row.episode_id == "fake/task1/state1/seed0")
     assert (row.suite, row.task_id, row.init_state, row.env_seed, row.error) == ("fake", 1, 1, 0, None)
     assert row.instruction == "push the point to the goal, 1." and row.seconds > 0
     assert row.video and row.video == f"episode=10--success={row.success}--task=push_the_point_to_the_goal__1_.mp4"
     assert (tmp_path / evaluation.poster_name(row.video)).is_file()
-    assert (tmp_path / row.video).with_suffix(".gif").is_file()
-    assert len(list(tmp_path.rglob("*.gif"))) == len(list(tmp_path.rglob("*.jpg"))) == 4
+    assert len(list(tmp_path.rglob("*.jpg"))) == 4
     frames = imageio.imread(tmp_path / row.video)
     assert len(frames) == row.steps + 1  # what the policy saw, and how it ended
     assert abs(int(frames[0].mean()) - 17) <= 3

@@ -1,4 +1,4 @@
-"""film.py: mp4, poster and GIF of one episode, read back; what is drawn under the frames; what is left when nothing can be written."""
+"""film.py: mp4 and poster of one episode, read back; what is drawn under the frames; what is left when nothing can be written."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prismatic.episodes import film as module
 from prismatic.episodes.film import FRAMES_PER_SECOND, HOLD, MARGIN, PAPER, Film, draw_caption
 from prismatic.errors import ConfigError
 
@@ -49,24 +48,12 @@ def test_annotated_the_outcome_stays_to_be_read(tmp_path: Path) -> None:
     assert green[-1].max() > 40 > green[0].max()  # "success" only at the end
 
 
-def test_a_gif_with_every_second_frame_that_repeats(tmp_path: Path) -> None:
-    film(tmp_path / "7.mp4", gif=True)
-    gif = Image.open(tmp_path / "7.gif")
-    assert (gif.format, gif.size, gif.info["loop"]) == ("GIF", (96, 64), 0)
-    assert abs(gif.n_frames - (FRAMES + 1) / 2) <= 1  # type: ignore[attr-defined]
-    gif.seek(gif.n_frames - 1)  # type: ignore[attr-defined]
-    assert abs(int(np.asarray(gif.convert("RGB")).mean()) - 15 * FRAMES) < 20  # the last of them
-
-
-def test_an_exception_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RuntimeError), Film(tmp_path / "7.mp4", gif=True) as recorded:
+def test_an_exception_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), Film(tmp_path / "7.mp4") as recorded:
         recorded.add(frame(0))
         recorded.end(frame(1), "failure")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(module, "GIF_FRAMES_PER_SECOND", -1)
-    with pytest.raises(ConfigError, match=r"cannot write the video .*7\.gif \(.*\): make room"):
-        film(tmp_path / "7.mp4", gif=True)
 
 
 def test_what_ffmpeg_left_unfinished_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,8 +75,10 @@ def test_no_memory_for_many_is_an_error_of_the_batch_and_for_one_the_end(
 
     monkeypatch.setattr(policy, "raw_chunks", full)
     two = frames(2)[:2]
-    with pytest.raises(PolicyError, match="answer 2 at once"):
+    policy.decoder._layers(2, 9)
+    with pytest.raises(PolicyError, match="answer 2 at once") as told:
         policy.batch_chunks(two, [WORDS] * 2, two)
+    assert told.value.__context__ is None and policy.decoder._cache == []  # nothing holds the memory
     with pytest.raises(ConfigError, match="no memory left"):
         policy.batch_chunks(two[:1], [WORDS], two[:1])
 

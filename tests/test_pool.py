@@ -34,7 +34,7 @@ def play(played: list[Trial], **options: Any) -> list[Outcome]:
     workers, one_by_one = options.pop("num_workers", 1), options.pop("one_by_one", False)
     session = Session(options.pop("policy", BrightnessPolicy()), workers=workers, one_by_one=one_by_one)
     options = {"hang_limit": CRASH_TIME} | options
-    ends = pool.Pool(TrialQueue(played), setup, workers, session.answer, **options).run()
+    ends = pool.Pool(TrialQueue(played).next_job, setup, workers, session.answer, **options).run()
     return [end.result or Outcome(setup.row(end.job, seconds=end.seconds, error=end.error)) for end in ends]
 
 
@@ -90,11 +90,11 @@ def test_one_by_one_not_even_rounding_depends_on_who_else_waits(trouble: Path) -
 
 def test_what_the_policy_is_told_and_what_the_seed_moved_stand_in_the_outcome() -> None:
     policy = BrightnessPolicy()
-    seeded = [Trial(suite="fake", task_id=2, init_state=1, env_seed=4)]
-    (outcome,) = play(seeded, setup=replace(FAKE, instruction="swap"), policy=policy)
+    seeded = [Trial(suite="fake", task_id=2, init_state=state, env_seed=4) for state in (1, 2)]
+    outcome, again = play(seeded, setup=replace(FAKE, instruction="swap"), policy=policy)
     assert policy.told == {outcome.row.instruction_given} == {"push the point to the goal, 0."}
     assert outcome.row.instruction == "push the point to the goal, 2."
-    assert outcome.row.moved_by_env_seed_mm == {"point": 4.0}
+    assert outcome.row.moved_by_env_seed_mm == again.row.moved_by_env_seed_mm == {"point": 4.0}
     (plain,) = play(trials(1, 1))
     assert plain.row.instruction_given is None and plain.row.moved_by_env_seed_mm is None
 

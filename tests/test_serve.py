@@ -167,10 +167,11 @@ def test_a_batch_for_which_there_is_no_memory_is_made_smaller(caplog: pytest.Log
                 raise PolicyError(f"the GPU has no memory to answer {len(frames)} at once")
             return super().batch_chunks(frames, *given, **named)
 
-    service = Service(Small(), Limits(), max_batch=6, max_wait=0.0)
+    policy = Small()
+    service = Service(policy, Limits(), max_batch=6, max_wait=0.0)
     assert [rows for rows, _ in asyncio.run(service.warm_up())] == [2, 1]
     assert service.describe()["max_batch"] == 2 and "answer 6 at once: --max_batch is 4" in caplog.text
-    service.policy.most = 0
+    policy.most = 0
     with pytest.raises(ConfigError, match="answer 1 at once"):
         asyncio.run(service.warm_up())
 

@@ -9,7 +9,6 @@ import pytest
 from prismatic import machine
 from prismatic.episodes import session as module
 from prismatic.episodes.player import Outcome
-from prismatic.episodes.pool import Question
 from prismatic.episodes.session import Session
 from prismatic.errors import PolicyError
 from prismatic.observation import Observation
@@ -19,9 +18,9 @@ from tests.fake_policies import BrightnessPolicy
 LEVELS = (0, 100, 255)
 
 
-def questions(*levels: int) -> list[Question]:
+def questions(*levels: int) -> list[tuple[str, Observation]]:
     frames = [np.full((8, 8, 3), level, np.uint8) for level in levels]
-    return [Question("job", Observation(frame, "a", frame, np.zeros(8, np.float32))) for frame in frames]
+    return [("job", Observation(frame, "a", frame, np.zeros(8, np.float32))) for frame in frames]
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])

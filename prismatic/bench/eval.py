@@ -76,7 +76,7 @@ def measure(trials: Sequence[Trial], play: Play, policy: Any, *, rendering: str,
     ended: list[tuple[float, Outcome]] = []
     threads = {"LP_NUM_THREADS": str(0 if rendering == ONE_CORE else machine.available_cores())}
     with mock.patch.dict(os.environ, threads):  # of the simulator processes that start meanwhile
-        for end in pool.Pool(TrialQueue(trials), play, workers, session.answer).run():
+        for end in pool.Pool(TrialQueue(trials).next_job, play, workers, session.answer).run():
             if end.error:
                 raise RuntimeError(f"{end.job.id}: {end.error}")
             ended.append((time.monotonic(), end.result))

@@ -69,14 +69,13 @@ def equal() -> Iterator[Row]:
         "what": "compiled", "tokens equal to eager, %": digits(100 * (answers[0] == eager.ids).float().mean().item()),
         "drafts change nothing": all(answer.equal(answers[0]) for answer in answers), "decoder": compiled.description,
     }  # fmt: skip
-    is_compiled(compiled.description)
     oft, state = infer.as_oft(here), torch.zeros(len(ids), infer.STATE, device=DEVICE)
-    plain, found = ActionDecoder(oft), CompiledActionDecoder(oft, compiler=compiler())
-    difference = (plain.chunk(ids, pixels, state)[0] - found.chunk(ids, pixels, state)[0]).abs().max().item()
+    plain, chunks = ActionDecoder(oft), CompiledActionDecoder(oft, compiler=compiler())
+    difference = (plain.chunk(ids, pixels, state)[0] - chunks.chunk(ids, pixels, state)[0]).abs().max().item()
     yield {
         "what": "compiled chunk, float32: largest difference to eager",
         "value": digits(difference),
-        "decoder": found.description,
+        "decoder": chunks.description,
     }
     for precision in PRECISIONS:
         vla, exact = (random_vla(TINY, seed=0).eval().to(DEVICE, DTYPE) for _ in range(2))
@@ -86,6 +85,7 @@ def equal() -> Iterator[Row]:
         logits = [one(ids, None, pixels).logits for one in (quantize(vla, precision), exact)]
         error = (logits[0] - logits[1]).norm() / logits[1].norm()
         yield {"what": f"{precision} logits, relative error to their float weights", "value": digits(error.item())}
+    is_compiled(compiled.description + chunks.description)
 
 
 def products() -> Iterator[Row]:
@@ -125,8 +125,9 @@ def act(way: str) -> Iterator[Row]:
     if not GPU and way == "plain compiled":  # minutes of a CPU's compiler
         ways = ["plain"]
     how = {"rounds": ROUNDS, "plain": {}, "decoder_of": partial(CompiledActionDecoder, compiler=compiler())}
-    for row in infer.compare(vla, precision, batch, ways, **how):
-        yield row
+    rows = infer.compare(vla, precision, batch, ways, **how)
+    yield from rows  # also what the row then fails of
+    for row in rows:
         if row["p50 ms"] == "":
             raise SystemExit(f"not measured: {row['note']}")
         is_compiled(row["note"])
@@ -172,7 +173,10 @@ def training(way: str) -> Iterator[Row]:
     train.cap_memory(cap := float(os.environ.get("MEMORY_CAP_GIB", "22")))
     kind = "ours" if kind == "compiled" and not GPU else kind
     for recomputed in {"plain": (False,), "NF4": (True,)}.get(kind, train.RECOMPUTED):
-        yield train.measure(bench, kind, int(size), recomputed) | {"cap GiB": cap}
+        row = train.measure(bench, kind, int(size), recomputed) | {"cap GiB": cap}
+        yield row
+        if isinstance(said := row["samples/s"], str) and said != "doesn't fit":
+            raise SystemExit(f"not measured: {said}")
 
 
 def finetune() -> Iterator[Row]:

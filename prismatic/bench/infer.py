@@ -107,7 +107,7 @@ def compare(
 ) -> list[Row]:
     """A row a way, which is timed or says why not. plain is added to where that is one of the ways.
 
-    Peak memory is the most that was reserved of the GPU since this precision was loaded, or on a CPU held by the process at all.
+    Peak memory is the most that was reserved of the GPU since this precision was there, or on a CPU held by the process at all.
     """
     device, dtype = (norm := vla.language_model.model.norm.weight).device, norm.dtype
     expected, median = plain.get(batch, (None, None))
@@ -188,6 +188,7 @@ def run(
             rows.append(dict.fromkeys(COLUMNS, "") | {"precision": precision, "note": sentence(error)})
             continue
         vla.eval().requires_grad_(False)
+        release_memory()  # from here on its peak counts
         known = WAYS if precision == "none" else WAYS[2:]  # the plain way has no integers
         ways = [name for name in known if compiled or name != "plain compiled"]
         for batch in batch_sizes:

@@ -40,7 +40,9 @@ def find_dataset(data_root_dir: Path, dataset_name: str) -> Path:
     root = Path(data_root_dir).expanduser().absolute()
     if not root.is_dir():
         raise ConfigError(f"data_root_dir {root} doesn't exist: give the folder that holds {dataset_name}/")
-    if found := _dataset_in(root / dataset_name):
+    if os.path.isdir(asked := root / dataset_name) and not os.access(asked, os.R_OK | os.X_OK):
+        raise ConfigError(f"{asked} may not be looked at: run as a user who may read it")
+    if found := _dataset_in(asked):
         return found
     near = {folder: found for folder in [root, *root.glob("*"), *root.glob("*/*")] if (found := _dataset_in(folder))}
     meant = [folder for folder in near if folder.name == dataset_name]
@@ -56,7 +58,7 @@ def find_dataset(data_root_dir: Path, dataset_name: str) -> Path:
 
 def _dataset_in(folder: Path) -> Path | None:
     """The folder if it is a LeRobot data set, its newest version if it is an RLDS one, else None."""
-    if not os.path.isdir(folder):  # nor may be looked at, or has a name that is too long
+    if not os.path.isdir(folder):  # not there, not to be looked at, or of a name that is too long
         return None
     if is_lerobot(folder):
         return folder

@@ -45,12 +45,12 @@ def _write(folder: Path, paths: Sequence[Path], *, fps: float) -> None:
         with pq.ParquetWriter(place, schema, compression="snappy") as writer:  # a row group an episode
             for path in paths[first : first + EPISODES_A_FILE]:
                 episode = load_episode(path)
-                if _features(episode) != features:
+                values, steps = _values(episode), len(episode.action)
+                if _features(episode) != features or {len(rows) for rows in values.values()} != {steps}:
                     raise ConfigError(
                         f"{path} has images, actions or a state of another form than the first episode: delete it and go on"
                     )
-                values = _values(episode)
-                steps, start = len(episode.action), rows[-1]["dataset_to_index"] if rows else 0
+                start = rows[-1]["dataset_to_index"] if rows else 0
                 task = tasks.setdefault(episode.instruction, len(tasks))
                 frame = np.arange(steps)
                 counters = (frame / fps, frame, np.full(steps, len(rows)), start + frame, np.full(steps, task))

@@ -10,6 +10,7 @@ from prismatic.data.dataset_folder import find_dataset, is_lerobot
 from prismatic.data.frames import LARGEST_WEIGHT, VAL_SHARE, FrameCache, Mixture
 from prismatic.data.gripper import choose_gripper
 from prismatic.errors import ConfigError
+from prismatic.filenames import RLDS_INFO
 from prismatic.hub import WANTED_DATA, resolve
 from prismatic.ranges import check_folder_name
 
@@ -48,9 +49,18 @@ def open_cache(
 
 
 def _of_hub(repo_id: str, name: str) -> Path:
-    """One of a repository's RLDS data sets, without the others' gigabytes: which there are is told by what all of them have of JSON."""
-    snapshot = resolve(repo_id, kind="dataset", patterns=["*.json"]).absolute()
-    version = find_dataset(snapshot, name).relative_to(snapshot)
+    """One of a repository's RLDS data sets, without the others' gigabytes: their small descriptions say which there are."""
+    snapshot = resolve(repo_id, kind="dataset", patterns=[f"*{RLDS_INFO}"]).absolute()
+    there = {info.parents[1].relative_to(snapshot).as_posix() for info in snapshot.rglob(RLDS_INFO)}
+    meant = [place for place in sorted(there) if place == name or Path(place).name == name]
+    if "." in there or len(meant) != 1:
+        names = (
+            f"--dataset_name {' | '.join(sorted(there - {'.'}))}"
+            if there - {"."}
+            else "a folder of data sets into which you download it"
+        )
+        raise ConfigError(f"--data_root_dir {repo_id} holds no folder of an RLDS data set {name[:80]!r}: give {names}")
+    version = find_dataset(snapshot, meant[0]).relative_to(snapshot)
     patterns = [f"{glob.escape(str(version))}/{files}" for files in WANTED_DATA]
     return resolve(repo_id, kind="dataset", patterns=patterns).absolute() / version
 

@@ -1,10 +1,10 @@
-"""One episode on film: an mp4 as it is played (H.264, yuv420p: every browser plays it); when it has ended its poster (the last frame) and,
-if asked, a GIF beside it. Frames are written as they come, none is kept in memory. Their sides must be even.
+"""One episode on film: an mp4 as it is played (H.264, yuv420p: every browser plays it), and when it has ended its poster (the last frame).
+
+Frames are written as they come, none is kept in memory. Their sides must be even.
 """
 
 import contextlib
 import shutil
-import subprocess
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw, ImageFont
 from prismatic.errors import ConfigError
 
 FRAMES_PER_SECOND = 20  # LIBERO's control rate: the video runs as fast as the robot did
-GIF_FRAMES_PER_SECOND = 10  # half the video's: GIFs are large
 POSTER_QUALITY = 80  # of JPEG's 100, about 10 KB
 HOLD = FRAMES_PER_SECOND  # frames for which an outcome that is drawn stays, so that it can be read
 FULL_DISK_BYTES = 1 << 20  # with less free than this, a failed write is put down to the disk
@@ -31,11 +30,9 @@ class Film:
     caption: the instruction to be drawn under the frames; None draws nothing. ConfigError when a file cannot be written.
     """
 
-    def __init__(self, path: Path, *, caption: str | None = None, gif: bool = False) -> None:
-        self.path, self._poster, self._gif = path, path.with_suffix(".jpg"), path.with_suffix(".gif")
-        self._caption, self._wants_gif = caption, gif
+    def __init__(self, path: Path, *, caption: str | None = None) -> None:
+        self.path, self._poster, self._caption = path, path.with_suffix(".jpg"), caption
         self._writer: Any = None
-        self._gif.unlink(missing_ok=True)  # of an earlier episode, should it have been left
 
     def add(self, frame: np.ndarray, status: str = "", *, times: int = 1) -> np.ndarray:
         """frame: (H, W, 3) uint8. status: what stands under the instruction. Returns the frame as it was drawn."""
@@ -77,29 +74,16 @@ class Film:
                 except RuntimeError:
                     raise OSError("ffmpeg left it unfinished") from None
 
-    def _make_gif(self) -> None:
-        from imageio_ffmpeg import get_ffmpeg_exe
-
-        # a palette of its own for every film: GIF's usual one bands the table
-        palette = f"fps={GIF_FRAMES_PER_SECOND},split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=none"
-        command = [get_ffmpeg_exe(), "-loglevel", "error", "-y", "-threads", "1", "-i", str(self.path)]
-        done = subprocess.run([*command, "-filter_complex", palette, str(self._gif)], capture_output=True, text=True)
-        with _written(self._gif):
-            if done.returncode:
-                raise OSError(done.stderr.strip() or "ffmpeg failed")
-
     def __enter__(self) -> "Film":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if kind is None:
             self._close()
-            if self._wants_gif:
-                self._make_gif()
             return
         with contextlib.suppress(ConfigError):  # what is already under way says more
             self._close()
-        for path in (self.path, self._poster, self._gif):
+        for path in (self.path, self._poster):
             path.unlink(missing_ok=True)
 
 

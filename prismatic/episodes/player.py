@@ -90,7 +90,6 @@ class Play:
     video_folder: Path | None = None  # where unfinished videos lie; None: no videos
     video_every: int = 1  # of a task's episodes, film each so many-th
     annotate: bool = False  # draw instruction and outcome under the video's frames
-    gifs: bool = False  # a GIF beside every video
     golden: bool = False  # the first process says how it draws the golden frame
     benchmark: Benchmark = field(default_factory=Libero)
 
@@ -194,4 +193,4 @@ class Play:
         if self.video_folder is None or trial.init_state % self.video_every:
             return None
         path = self.video_folder / f"{os.getpid()}.mp4"
-        return Film(path, caption=sim.instruction if self.annotate else None, gif=self.gifs)
+        return Film(path, caption=sim.instruction if self.annotate else None)

@@ -32,29 +32,12 @@ GONE = (EOFError, BrokenPipeError, ConnectionResetError)  # of a pipe's other en
 _context = multiprocessing.get_context("spawn")  # a forked child would inherit torch's and the renderer's threads
 
 
-class Source(Protocol):
-    """Gives out jobs: hashable, with a `scene`, for which a simulator is built (`next_job` is told that of the process which asks).
-
-    None: nothing now, perhaps more when a running job has ended.
-    """
-
-    def next_job(self, scene: Hashable) -> Any: ...
-
-
 class Work(Protocol):
     """What a process does with its jobs; pickled once a process. `play` raises to have the job done again elsewhere."""
 
     def start(self, parent: "Parent", *, first: bool) -> None: ...
     def build(self, scene: Any) -> Any: ...
     def play(self, sim: Any, job: Any, parent: "Parent") -> Any: ...
-
-
-@dataclass(frozen=True)
-class Question:
-    """What a process asks about its job."""
-
-    job: Any
-    content: Any
 
 
 @dataclass(frozen=True)
@@ -174,12 +157,16 @@ def answer_at(asked: Sequence[float], *, playing: int, window: float, free: floa
 
 @dataclass
 class Pool:
-    """The source's jobs, done in `num_workers` processes."""
+    """Jobs, done in `num_workers` processes.
 
-    source: Source
+    next_job: told the scene for which a process has a simulator, gives it a job (hashable, with a `scene`); None: nothing now, perhaps more when
+    a running job has ended. answer: gives one answer a question, (job, what its process asks).
+    """
+
+    next_job: Callable[[Hashable], Any]
     work: Work
     num_workers: int = 1
-    answer: Callable[[Sequence[Question]], Sequence[Any]] | None = None  # gives one answer a question
+    answer: Callable[[Sequence[tuple[Any, Any]]], Sequence[Any]] | None = None
     window: float = 0.0  # s for which an answer waits for others to ask, see answer_at
     hang_limit: float = HANG_LIMIT  # s after which a silent process counts as hung
     on_message: Callable[[str, Any], None] = lambda kind, content: None  # what a process says unasked
@@ -204,7 +191,7 @@ class Pool:
                 worker.stop()
 
     def _next(self, scene: Hashable) -> Any:
-        return self.again.popleft() if self.again else self.source.next_job(scene)
+        return self.again.popleft() if self.again else self.next_job(scene)
 
     def _assign(self) -> bool:
         """Give a job to whoever is idle, start processes while there are jobs for them; False when nothing is left to do."""
@@ -277,7 +264,7 @@ class Pool:
         if self.answer is None or time.monotonic() < self._answer_at():
             return
         waiting = [worker for worker in self.workers if worker.asked is not None]
-        answers = self.answer([Question(worker.job, worker.question) for worker in waiting])
+        answers = self.answer([(worker.job, worker.question) for worker in waiting])
         for worker, answer in zip(waiting, answers, strict=True):
             worker.asked, worker.heard = None, time.monotonic()
             worker.send(answer)

@@ -14,10 +14,9 @@ import numpy as np
 
 from prismatic import machine
 from prismatic.episodes.player import Outcome
-from prismatic.episodes.pool import Question
 from prismatic.episodes.result import Facts
 from prismatic.errors import PolicyError
-from prismatic.observation import answered
+from prismatic.observation import Observation, answered
 from prismatic.versions import git_commit
 
 if TYPE_CHECKING:  # it needs torch, which an evaluation of the expert does not
@@ -48,12 +47,12 @@ class Session:
         self._device_bytes = 0
         self._golden: dict[str, Any] | None = None
 
-    def answer(self, questions: Sequence[Question]) -> list[Any]:
-        """For each simulator process that waits: a chunk (K, 7) float32, or the PolicyError to be raised there."""
+    def answer(self, questions: Sequence[tuple[Any, Observation]]) -> list[Any]:
+        """For each simulator process that waits, by its job: a chunk (K, 7) float32, or the PolicyError to be raised there."""
         assert self._policy is not None
         if self._one_by_one and len(questions) > 1:
             return [answer for question in questions for answer in self.answer([question])]
-        rows = [dataclasses.replace(question.content, stream=question.job) for question in questions]
+        rows = [dataclasses.replace(asked, stream=job) for job, asked in questions]
         start = time.perf_counter()
         try:
             chunks = answered(self._policy, rows)

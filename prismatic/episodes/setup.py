@@ -43,7 +43,6 @@ def check(values: Mapping[str, Any]) -> None:
     for sentence, wrong in {
         unset: asks and not values["pretrained_checkpoint"],
         f"lora_checkpoint {adapter} is not a folder: --lora_checkpoint FOLDER": adapter and not adapter.is_dir(),
-        "save_gifs needs the videos: leave out --save_videos False": values["save_gifs"] and not values["save_videos"],
         f"{' and '.join(given)} exclude each other: set one of them": len(given) > 1,
         told: values["instruction"] != "keep" and not asks,
         f"--open_loop asks a checkpoint: leave out {policy}": values["open_loop"] and not asks,

@@ -70,7 +70,7 @@ def list_trials(
 
 
 class TrialQueue:
-    """A list of trials as the pool's Source: a process keeps its scene as long as there are trials of it."""
+    """A list of trials for the pool: a process keeps its scene as long as there are trials of it."""
 
     def __init__(self, trials: Iterable[Trial]) -> None:
         self._pending = list(trials)

@@ -180,7 +180,7 @@ class Service:
                     await loop.run_in_executor(self.queue.thread, answered, self.policy, asked)
                 start = time.monotonic()
                 await loop.run_in_executor(self.queue.thread, answered, self.policy, examples)
-            except PolicyError as error:  # of no request's: of the weights, or many rows want more memory than there is
+            except PolicyError as error:  # no request's fault: the weights are damaged, or so many rows don't fit
                 if rows == 1 or str(error) == DAMAGED:
                     raise ConfigError(str(error)) from None
                 self.queue.max_batch = 1 << (rows - 1).bit_length() - 1  # the next smaller size

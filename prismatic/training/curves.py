@@ -25,7 +25,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS
     if not path.exists():
         return []
-    return read_lines(path, dict[str, float | str | list[float] | None], way_out="delete that line")
+    return read_lines(path, dict[str, float | str | list[float | None] | None], way_out="delete that line")
 
 
 def draw(folder: Path) -> Path | None:

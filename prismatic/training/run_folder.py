@@ -165,11 +165,14 @@ class RunFolder:
     def log(self, row: Mapping[str, Any], name: str = METRICS) -> None:
         """Append a line to metrics.jsonl, or to another file of its kind; NaN and infinity, which are no JSON, as null."""
         with writing_to(self.path), (self.path / name).open("a") as stream:
-            known = {
-                name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in row.items()
-            }
-            stream.write(json.dumps(known) + "\n")
+            stream.write(json.dumps({field: _known(value) for field, value in row.items()}) + "\n")
+
+
+def _known(value: Any) -> Any:
+    """NaN and infinity, also in a list, as None."""
+    if isinstance(value, list):
+        return [_known(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: Any) -> Any:

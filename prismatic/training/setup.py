@@ -27,7 +27,7 @@ from prismatic.dataset_statistics import check_entry, load_statistics, statistic
 from prismatic.errors import ConfigError
 from prismatic.filenames import ADAPTER_CONFIG, CONFIG, PROCESSOR, SKIPPED, TOKENIZER, TRAINING_STATE
 from prismatic.head_files import model_config
-from prismatic.hub import resolve
+from prismatic.hub import HUB_ID, resolve
 from prismatic.models import quantize, weights
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.processor import IMAGE_MARK, Processor, ProcessorConfig
@@ -127,7 +127,12 @@ class TrainingRun:
 
 
 def check_flags(options: RunOptions, ranks: Ranks) -> None:
-    """Values that can't work, before anything is opened."""
+    """Values that can't work, before anything is opened or fetched."""
+    root = Path(options.data_root_dir).expanduser()
+    if not root.is_dir() and not HUB_ID.fullmatch(options.data_root_dir):
+        raise ConfigError(
+            f"--data_root_dir {root} is no folder: put the data sets there, or give their folder or hub id"
+        )
     if options.shard and options.use_lora:
         raise ConfigError("--shard is for --use_lora False: an adapter's base is not trained, so leave --shard out")
     if options.shard and ranks.size == 1:
@@ -150,8 +155,7 @@ def open_task(options: RunOptions, ranks: Ranks) -> Task:
     ranks.on_main_process(lambda: check_flags(options, ranks))
     base = ranks.main_process_first(lambda: resolve(options.vla_path))
     config = ranks.on_main_process(lambda: choose_model(base, options))
-    wanted = {"batch_size": options.batch_size, "num_workers": options.num_workers}
-    ranks.on_main_process(lambda: check_shared_memory(config, **wanted))
+    check_shared_memory(config, batch_size=options.batch_size, num_workers=options.num_workers)
     mixture = ranks.main_process_first(
         lambda: open_mixture(
             options.data_root_dir, options.dataset_name, cache_dir=options.cache_dir, seed=options.seed, val_share=options.val_share,
@@ -162,7 +166,7 @@ def open_task(options: RunOptions, ranks: Ranks) -> Task:
     for cache in mixture.caches:
         print(*sentences(cache, rotate_images=options.rotate_images), sep="\n")
     config = ranks.on_main_process(lambda: fit_to_data(config, mixture))
-    fingerprint = weights.fingerprint(weights.stored_tensors(base))
+    fingerprint = ranks.on_main_process(lambda: weights.fingerprint(weights.stored_tensors(base)))
     processor = ranks.main_process_first(lambda: build_processor(base, config, mixture, fingerprint, options))
     for text in mixture.instructions:
         if processor.shortened(text, config.action_positions) != text.replace(IMAGE_MARK, ""):
