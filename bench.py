@@ -5,7 +5,7 @@ python bench.py memory                            what fits on which card, plann
 python bench.py data                              an RLDS set as large as LIBERO-Spatial: its cache, the loader, host memory
 python bench.py eval --workers 2 4                episodes an hour: simulators side by side against one alone
 python bench.py precision --checkpoint FOLDER --data_root_dir DATA --dataset_name NAME      what quantising changes
-python bench.py gpu --out FOLDER                 everything that a rented GPU can tell, in ten minutes (its own --help)
+python bench.py gpu --out FOLDER                 what a rented GPU can tell in ten minutes, the most telling first (its own --help)
 python bench.py infer                             time and memory of an action: full size and random on a GPU, the small model on a CPU
 python bench.py serve                             serve.py under load: latency, throughput, memory, and hostile requests
 """
@@ -132,7 +132,7 @@ class BenchPrecisionConfig(BenchConfig):
 class BenchInferConfig(BenchConfig):
     """Ways of decoding: the plain one, the plain one at its best, ours, OpenVLA-OFT's chunks."""
 
-    # Checkpoint folder or hub id, or random: weights of openvla-7b's size (16 GB). None: random on a GPU, checkpoints/openvla-tiny on a CPU.
+    # Checkpoint folder or hub id, or random: weights of openvla-7b's size (15 GB). None: random on a GPU, checkpoints/openvla-tiny on a CPU.
     checkpoint: str | None = None
     # Rows of a batch.
     batch_sizes: Annotated[tuple[Positive, ...], SOME] = (1, 8, 32)

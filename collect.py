@@ -41,7 +41,7 @@ STAGE_FORMAT = 4  # is raised when episodes would come out otherwise: old and ne
 
 @dataclass(frozen=True)
 class CollectConfig:
-    # libero_spatial, libero_object or libero_goal: pick-and-place tasks, which the scripted expert can do.
+    # libero_spatial, libero_object, or of libero_goal the tasks 1 2 4 6 8: those that put one object on or in another. Any suite with from_hdf5.
     task_suite_name: str = "libero_spatial"
     # Tasks of the suite, such as `--task_ids 0 3`; none means all.
     task_ids: tuple[Count, ...] = ()

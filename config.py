@@ -15,6 +15,7 @@ from prismatic import ranges
 from prismatic.filenames import STEP_FOLDER
 from prismatic.image import AUGMENTATIONS
 
+Augmentation = Literal[AUGMENTATIONS]  # pyright: ignore[reportInvalidTypeForm]
 GripperConvention = Literal["auto", "minus_one_open", "plus_one_open", "one_open", "zero_open", "none"]
 
 # Where data sets, frame caches and runs go; the environment variable of the same name wins.
@@ -113,7 +114,7 @@ class FinetuneConfig:
     # Statistics that actions are normalised by: the data set's (OpenVLA) or the base's, so that tokens keep their meaning (better for little data).
     action_statistics: Literal["dataset", "base"] = "dataset"
     # Augmentations that image_aug applies.
-    augment_order: tuple[Literal[AUGMENTATIONS], ...] = AUGMENTATIONS  # pyright: ignore[reportInvalidTypeForm]
+    augment_order: tuple[Augmentation, ...] = AUGMENTATIONS
     # Steps between lines of metrics.jsonl.
     log_steps: ranges.Positive = 10
     # Project that wandb or trackio shows the run in.
@@ -158,13 +159,14 @@ class EvalConfig:
     num_trials_per_task: ranges.Positive = 50
     # Actions of each chunk that are executed before the policy looks again, the first ones. None: the whole chunk.
     num_open_loop_steps: ranges.Positive | None = None
-    # Key of the data set whose statistics the actions are in; only for a folder without processor.json that has several.
+    # Key of the data set whose statistics the actions are in; for a foreign folder that has several, or a policy that learnt from several data sets.
     unnorm_key: str | None = None
     # Whether the policy was trained with random crops. None: what the folder says, True where it says nothing.
     center_crop: bool | None = None
     # Weights in 8 or 4 bits (weight only). A folder that export.py quantised needs no flag.
     quantize: Literal["none", "int8", "int4"] = "none"
-    # Simulator processes, of each rank under torchrun. auto: one a core, as far as the memory goes (2 GB each).
+    # Simulator processes, of each rank under torchrun. auto: one a core, as far as the memory goes (2 GB each); beside a
+    # GPU's policy one core less, and as far as the GPU's memory goes.
     num_workers: Annotated[ranges.Workers | Literal["auto"], tyro.conf.arg(aliases=("--workers",))] = "auto"
     # Ask the policy one row at a time, so that not even rounding depends on the number of workers; slower.
     deterministic: bool = False
@@ -195,13 +197,13 @@ class EvalConfig:
     num_steps_wait: Annotated[int, Meta(ge=0, le=1000)] = 10
     # Of a foreign checkpoint without a head's file: parallel (all tokens of a chunk at once, as RL checkpoints of OpenVLA-OFT). None: as found.
     action_head: ranges.ActionHead | None = None
-    # Of a foreign checkpoint: actions of one answer (OpenVLA-OFT in LIBERO: 8). None: as found.
+    # Of a foreign checkpoint: actions of one answer. None: as the folder says, else 8, as OpenVLA-OFT published for LIBERO.
     num_actions_chunk: ranges.Few | None = None
-    # Of a foreign checkpoint: images that it reads, 2 adds the wrist camera. None: as found.
+    # Of a foreign checkpoint: images that it reads, 2 adds the wrist camera. None: as the folder says, else 2 where it reads a state.
     num_images_in_input: ranges.Images | None = None
     # Weights in 8 bits by bitsandbytes' LLM.int8, which rounds activations too (OpenVLA's flag; --quantize int8 rounds weights only).
     load_in_8bit: bool = False
-    # Weights in 4 bits by bitsandbytes' NF4 (OpenVLA's flag; --quantize int4 rounds the decoder alone, in torch).
+    # Weights in 4 bits by bitsandbytes' NF4 (OpenVLA's flag; --quantize int4, in torch: the decoder in 4 bits, head and projector in 8).
     load_in_4bit: bool = False
     # Draft each action's tokens from the last action and verify them: the same tokens in fewer forward passes. auto: yes, but not with bitsandbytes.
     drafting: bool | Literal["auto"] = "auto"

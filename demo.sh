@@ -8,7 +8,7 @@
 #   ./demo.sh --fresh    forget what an earlier call made (otherwise it goes on from there)
 set -Eeuo pipefail
 cd "$(dirname "$0")"
-trap 'echo "stopped: ./demo.sh goes on from there, with --fresh from the start (as after a change of the base or of the code)" >&2' ERR
+trap 'echo "stopped: the same command goes on from there, with --fresh from the start (as after a change of the base or of the code)" >&2' ERR
 
 head=tokens size= fresh=
 for option in "$@"; do

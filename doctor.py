@@ -1,5 +1,5 @@
-"""Is this machine ready, is the data right, would the scores be? One line a check, with what to do; exit 1 if a score would be wrong,
-2 if training on the data would be.
+"""Is this machine ready, is the data right, would the scores be? One line a check, with what to do; exit 1 if a score would be wrong or
+nothing would run, 2 if training on the data would be.
 
 python doctor.py                                   versions, pins, renderer, golden frame, GPU
 python doctor.py --checkpoint FOLDER_OR_HUB_ID     also: does the checkpoint load, has it statistics, does it look at the picture
@@ -37,11 +37,12 @@ class DoctorConfig:
     adapter: Path | None = None
     # Key of the data set's statistics, where the checkpoint has several.
     unnorm_key: str | None = None
-    # Of a foreign checkpoint: its head, where it could be of more than one kind, and what a call reads and gives. None: the folder says it.
+    # Of a foreign checkpoint: its head, where it could be of more than one kind, and what a call reads and gives. None: as the folder says, else
+    # as published.
     action_head: ActionHead | None = None
     num_actions_chunk: Few | None = None
     num_images_in_input: Images | None = None
-    # Folder of data sets (RLDS or LeRobot) to look at, or the hub id of a LeRobot data set. None: finetune.py's, where dataset_name is given.
+    # Folder of data sets (RLDS or LeRobot) to look at, or the hub id of such data. None: finetune.py's, where dataset_name is given.
     data_root_dir: str | None = None
     # Data set in it, or several as finetune.py takes them. None: libero_spatial_no_noops, where data_root_dir is given.
     dataset_name: str | None = None

@@ -30,7 +30,7 @@ from prismatic.ranges import ActionHead, Few, Images, checked, command_line
 class ExportConfig:
     # Checkpoint folder, native Prismatic folder, hub id, or an adapter folder (it knows its base).
     checkpoint: str
-    # Folder to write: an OpenVLA checkpoint that loads by itself, here and in the original code.
+    # Folder to write: an OpenVLA checkpoint that loads by itself, here and (but for --quantize) in the original code.
     output: Path
     # Adapter folder to merge into the checkpoint.
     adapter: Path | None = None

@@ -33,7 +33,7 @@ class ServeConfig:
     lora_checkpoint: Path | None = None
     # Weights in 8 or 4 bits. A folder that export.py quantised needs no flag.
     quantize: Literal["none", "int8", "int4"] = "none"
-    # Key of the data set's statistics. Only for a folder without processor.json that has several.
+    # Key of the data set's statistics: for a foreign folder that has several, or a policy that learnt from several data sets.
     unnorm_key: str | None = None
     # Whether it was trained with random crops. None: what the folder says, True where it says nothing.
     center_crop: bool | None = None

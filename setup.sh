@@ -10,7 +10,7 @@ packages=(libosmesa6 libegl1 libgl1 libglib2.0-0 python3-venv python3-dev g++)
 missing=()
 if command -v dpkg-query >/dev/null; then
     for package in "${packages[@]}"; do
-        dpkg-query -W -f '${Status}\n' "$package" 2>/dev/null | grep -q "ok installed" || missing+=("$package")
+        { dpkg-query -W -f '${Status}\n' "$package" "${package}t64" 2>/dev/null || true; } | grep "ok installed" >/dev/null || missing+=("$package") # t64: Ubuntu's
     done
 else
     echo "not a Debian system: see to it that OSMesa or EGL, GLib, a C++ compiler and Python's venv are installed" >&2

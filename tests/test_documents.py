@@ -26,6 +26,8 @@ FOREIGN_FLAGS = {
     "--standalone",
     "-m",
     "--signal",
+    "--signals-to-handle",
+    "--shutdown-timeout",
     "--no-docker",
     "--render",
     "--index-url",
