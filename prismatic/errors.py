@@ -30,7 +30,7 @@ class PolicyError(Exception):
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a GPU had no memory left: said by torch's allocator, by the driver (AcceleratorError) or by cuBLAS."""
-    return bool(re.search(r"OutOfMemoryError|CU(DA|BLAS|DNN)\b.*out of memory|ALLOC_FAILED", repr(error)))
+    return bool(re.search(r"OutOfMemoryError|\bCU(DA|BLAS|DNN)\b.{0,60}out of memory|ALLOC_FAILED", repr(error)))
 
 
 class Terminated(BaseException):

@@ -18,23 +18,31 @@ WANTED = ["*.json", "*.safetensors", "*.model", "checkpoints/latest-checkpoint.p
 WANTED_DATA = ["*.json", "*.tfrecord*", "*.array_record*"]  # of an RLDS data set
 
 
-def resolve(
-    name: str | Path, *, kind: Literal["model", "dataset"] = "model", patterns: Sequence[str] | None = None
-) -> Path:
-    """The folder that name is, or the snapshot of the hub id that it names. ConfigError if it is neither, or can't be fetched.
+Kind = Literal["model", "dataset"]
 
-    patterns: which files to fetch, if not those of a checkpoint.
-    """
+
+def local(name: str | Path, kind: Kind = "model") -> Path | None:
+    """The folder that name is; None for a hub id. ConfigError for neither."""
     folder = Path(expanded(name))
     if folder.is_dir():
         return newest_step(folder) if kind == "model" else folder
-    is_id = HUB_ID.fullmatch(str(name)) and folder.parts[0] not in (".", "..")
+    is_id = HUB_ID.fullmatch(str(name)) and not str(name).startswith(("./", "../"))
     if is_id and Path(folder.parts[0]).exists():
         there = f"{folder.parts[0]} is here, but nothing named {folder.name} in it"
         raise ConfigError(f"{name}: {there}: for the hub's, start from another folder or rename that one")
     if not is_id:
-        what, example = (name, "openvla-7b") if kind == "model" else (f"data_root_dir {name}", "modified_libero_rlds")
+        what, example = (name, "openvla-7b") if kind == "model" else (f"--data_root_dir {name}", "modified_libero_rlds")
         raise ConfigError(f"{what} is no folder, and no hub id such as openvla/{example}: check the path")
+    return None
+
+
+def resolve(name: str | Path, *, kind: Kind = "model", patterns: Sequence[str] | None = None) -> Path:
+    """The folder that name is, or the snapshot of the hub id that it names. ConfigError if it is neither, or can't be fetched.
+
+    patterns: which files to fetch, if not those of a checkpoint.
+    """
+    if folder := local(name, kind):
+        return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

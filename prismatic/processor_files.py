@@ -1,7 +1,8 @@
 """The files that a Processor comes out of: processor.json, tokenizer.json, dataset_statistics.json, preprocessor_config.json.
 
-In: folders of a checkpoint and perhaps of an adapter. Out: a Processor. Surprising: a folder with a processor.json allows no override; a
-foreign one needs `unnorm_key` where it has several statistics, and `center_crop` (default True).
+In: folders of a checkpoint and perhaps of an adapter. Out: a Processor. Surprising: a folder with a processor.json allows no override (but
+`unnorm_key`, where it learnt from several data sets); a foreign one needs `unnorm_key` where it has several statistics, and `center_crop`
+(default True).
 """
 
 import dataclasses

@@ -125,7 +125,13 @@ def test_a_name_that_no_new_data_set_can_have(name: str) -> None:
 
 def test_of_a_hub_s_data_sets_one_is_fetched(version: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_folder(tmp_path / "root/b_set/1.0.0")
-    (version.parents[1] / "README.md").write_text("nothing that is read")
+    for stray in (
+        "dataset_info.json",
+        "train/dataset_info.json",
+        "README.md",
+    ):  # as the library of data sets saves them
+        (version.parents[1] / stray).parent.mkdir(exist_ok=True)
+        (version.parents[1] / stray).write_text("{}")
     snapshot = tmp_path / "hub/snapshots/0123abc"
     pretended_hub.serve(monkeypatch, "someone/sets", "dataset", files=version.parents[1], snapshot=snapshot)
     opened: list[Path] = []
@@ -135,6 +141,7 @@ def test_of_a_hub_s_data_sets_one_is_fetched(version: Path, tmp_path: Path, monk
     assert opened == [snapshot / "a_set/1.0.0"]
     check_whole(opened[0])
     assert [path.name for path in (snapshot / "b_set").rglob("*.*") if path.is_file()] == ["dataset_info.json"]
-    for name in ("absent", str(version)):
+    assert not (snapshot / "README.md").exists()
+    for name in ("absent", str(version.parent)):
         with pytest.raises(ConfigError, match=r"someone/sets holds no .*: give --dataset_name a_set \| b_set$"):
             open_cache("someone/sets", name, cache_dir=tmp_path / "cache")

@@ -54,4 +54,6 @@ def test_a_gpu_without_memory_is_a_sentence_with_the_flags(
     told = capsys.readouterr().err
     assert error.value.code == 2 and "--batch_size" in told and "GPU 0" not in told and told.count("\n") == 1
     with pytest.raises(RuntimeError, match="cc1plus"), exit_codes():
-        raise RuntimeError("cc1plus: out of memory allocating 65536 bytes")
+        raise RuntimeError(
+            "g++ -DUSE_CUDA -I/opt/CUDA/include " + "-Wall " * 20 + "cc1plus: out of memory allocating 65536 bytes"
+        )

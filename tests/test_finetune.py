@@ -47,6 +47,17 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in rows(run)]
 
 
+def test_missing_data_is_said_before_weights_are_fetched(
+    cfg: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr(setup, "resolve", lambda *_: pytest.fail("weights were fetched"))
+    for root in ("/nowhere/at/all", "./nowhere", "../nowhere", "here/nowhere"):
+        with pytest.raises(ConfigError, match="nowhere"):
+            finetune.main(dataclasses.replace(cfg, data_root_dir=root))
+
+
 def test_an_adapter_acts_and_knows_its_base_and_its_statistics(
     cfg: FinetuneConfig, place: Path, finished: Path, tmp_path: Path
 ) -> None:

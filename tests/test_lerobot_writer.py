@@ -70,7 +70,9 @@ def test_an_episode_of_another_form_is_named_before_all_are_written(tmp_path: Pa
         (changed if other == "one camera" else usual).pop("wrist_images")
     for number, episode in enumerate((usual, changed)):
         stage_episode(tmp_path / f"staged/{number}.npz", **episode)
-    with pytest.raises(ConfigError, match=r"1\.npz has images, actions or a state of another form"):
+    with pytest.raises(
+        ConfigError, match=r"1\.npz has images, actions or a state of unequal lengths, or of another form"
+    ):
         lerobot_writer.write_dataset(tmp_path / "staged", tmp_path / "lerobot", "drawn")
 
 
@@ -83,6 +85,8 @@ def test_two_arms_one_camera_and_no_state(tmp_path: Path) -> None:
     lerobot_writer.write_dataset(tmp_path / "good", tmp_path / "lerobot", "arms")
     cache = open_cache(tmp_path / "lerobot", "arms", cache_dir=tmp_path / "cache")
     assert cache.actions.shape[1] == 14 and cache.state is None and not cache.has_wrist and cache.gripper.dims == ()
-    with pytest.raises(ConfigError, match=r"1\.npz has images, actions or a state of another form"):
+    with pytest.raises(
+        ConfigError, match=r"1\.npz has images, actions or a state of unequal lengths, or of another form"
+    ):
         lerobot_writer.write_dataset(tmp_path / "bad", tmp_path / "lerobot", "bad")
     assert not (tmp_path / "lerobot/bad").exists()

@@ -31,7 +31,7 @@ ROWS = {  # name → seconds that it may take on an H100, a start of about 15 in
     "train NF4 1": 90, "finetune": 240,
 }  # fmt: skip
 NEEDED = ("timm", "peft", "transformers", "safetensors", "msgspec", "tqdm", "PIL")  # modules, beside torch and numpy
-# modules of the rows finetune and NF4, which are left out without them
+# modules of the rows finetune, which is left out without them, and NF4, which fails
 USED = ("tyro", "docstring_parser", "typeguard", "typing_extensions", "simplejpeg", "bitsandbytes")
 PACKAGES = {"PIL": "pillow"}  # where a package is not called as its module
 LINES, TABLE, LOGS, INSTALLED, COMPILED = "rows.jsonl", "table.md", "logs", "packages", "inductor"

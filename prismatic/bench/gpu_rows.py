@@ -85,7 +85,7 @@ def equal() -> Iterator[Row]:
         logits = [one(ids, None, pixels).logits for one in (quantize(vla, precision), exact)]
         error = (logits[0] - logits[1]).norm() / logits[1].norm()
         yield {"what": f"{precision} logits, relative error to their float weights", "value": digits(error.item())}
-    is_compiled(compiled.description + chunks.description)
+    is_compiled(f"{compiled.description}; chunks: {chunks.description}")
 
 
 def products() -> Iterator[Row]:

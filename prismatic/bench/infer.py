@@ -186,6 +186,8 @@ def run(
             vla = quantisation.quantize(vla, precision) if precision != "none" else vla
         except Exception as error:  # no kernel for this device
             rows.append(dict.fromkeys(COLUMNS, "") | {"precision": precision, "note": sentence(error)})
+            del vla
+            release_memory()
             continue
         vla.eval().requires_grad_(False)
         release_memory()  # from here on its peak counts

@@ -62,7 +62,7 @@ def _dataset_in(folder: Path) -> Path | None:
         return None
     if is_lerobot(folder):
         return folder
-    versions = [info.parent for info in folder.glob(f"*/{RLDS_INFO}") if _is_version(info.parent.name)]
+    versions = [info.parent for info in folder.glob(f"*/{RLDS_INFO}") if is_version(info.parent.name)]
     return max(versions, key=lambda version: [int(part) for part in version.name.split(".")], default=None)
 
 
@@ -86,7 +86,7 @@ def check_no_pointer(path: Path) -> None:
 
 def dataset_name(source: Path) -> str:
     """The name under which a version folder's statistics are kept: its parent's."""
-    return source.parent.name if _is_version(source.name) else source.name
+    return source.parent.name if is_version(source.name) else source.name
 
 
 def listing(files: Iterable[Path]) -> list[list[str | int]]:
@@ -132,5 +132,6 @@ def check_whole(source: Path) -> None:
         raise ConfigError(f"{source} has {found} of the {expected} episodes that it should have: {AGAIN}")
 
 
-def _is_version(name: str) -> bool:
+def is_version(name: str) -> bool:
+    """Whether a folder's name is that of an RLDS data set's version."""
     return re.fullmatch(r"\d+\.\d+\.\d+", name) is not None

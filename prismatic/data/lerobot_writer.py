@@ -46,9 +46,9 @@ def _write(folder: Path, paths: Sequence[Path], *, fps: float) -> None:
             for path in paths[first : first + EPISODES_A_FILE]:
                 episode = load_episode(path)
                 values, steps = _values(episode), len(episode.action)
-                if _features(episode) != features or {len(rows) for rows in values.values()} != {steps}:
+                if _features(episode) != features or {len(column) for column in values.values()} != {steps}:
                     raise ConfigError(
-                        f"{path} has images, actions or a state of another form than the first episode: delete it and go on"
+                        f"{path} has images, actions or a state of unequal lengths, or of another form than the first episode's: delete it and go on"
                     )
                 start = rows[-1]["dataset_to_index"] if rows else 0
                 task = tasks.setdefault(episode.instruction, len(tasks))

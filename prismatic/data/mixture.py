@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prismatic.data import lerobot, rlds
-from prismatic.data.dataset_folder import find_dataset, is_lerobot
+from prismatic.data.dataset_folder import find_dataset, is_lerobot, is_version
 from prismatic.data.frames import LARGEST_WEIGHT, VAL_SHARE, FrameCache, Mixture
 from prismatic.data.gripper import choose_gripper
 from prismatic.errors import ConfigError
@@ -50,15 +50,12 @@ def open_cache(
 
 def _of_hub(repo_id: str, name: str) -> Path:
     """One of a repository's RLDS data sets, without the others' gigabytes: their small descriptions say which there are."""
-    snapshot = resolve(repo_id, kind="dataset", patterns=[f"*{RLDS_INFO}"]).absolute()
-    there = {info.parents[1].relative_to(snapshot).as_posix() for info in snapshot.rglob(RLDS_INFO)}
-    meant = [place for place in sorted(there) if place == name or Path(place).name == name]
-    if "." in there or len(meant) != 1:
-        names = (
-            f"--dataset_name {' | '.join(sorted(there - {'.'}))}"
-            if there - {"."}
-            else "a folder of data sets into which you download it"
-        )
+    snapshot = resolve(repo_id, kind="dataset", patterns=[f"*/{RLDS_INFO}"]).absolute()
+    infos = [info for info in snapshot.rglob(f"*/*/{RLDS_INFO}") if is_version(info.parent.name)]
+    there = sorted({info.parents[1].relative_to(snapshot).as_posix() for info in infos})
+    meant = [name] if name in there else [place for place in there if Path(place).name == name]
+    if len(meant) != 1:
+        names = f"--dataset_name {' | '.join(there)}" if there else "a folder of data sets into which you download it"
         raise ConfigError(f"--data_root_dir {repo_id} holds no folder of an RLDS data set {name[:80]!r}: give {names}")
     version = find_dataset(snapshot, meant[0]).relative_to(snapshot)
     patterns = [f"{glob.escape(str(version))}/{files}" for files in WANTED_DATA]

@@ -190,12 +190,9 @@ class CompiledActionDecoder(ActionDecoder):
             self._views[batch, length] = layers
         return self._views[batch, length]
 
-    def forget(self) -> None:
-        self._views.clear()
-        super().forget()
-
     def _grow(self, rows: int, columns: int) -> None:
         """Wide enough for both prompt widths from the start: other strides would be compiled anew, more rows are only recorded anew."""
+        self._views.clear()
         super()._grow(rows, max(columns, widest(self.vla.config, self._action_dim)))
 
     def _run(self, step: Any, layers: Layers, *inputs: Tensor) -> Tensors:

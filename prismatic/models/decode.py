@@ -149,12 +149,8 @@ class ActionDecoder:
             self._grow(max(batch, rows), max(length, columns))
         return [(keys[:batch, :, :length], values[:batch, :, :length]) for keys, values in self._cache]
 
-    def forget(self) -> None:
-        """Give the cache's memory back; the next call takes as much as it needs."""
-        self._cache = []
-
     def _grow(self, rows: int, columns: int) -> None:
-        self.forget()  # before the larger one is made
+        self._cache = []  # frees it before the larger one is made
         like = self.vla.language_model.model.norm.weight
         self._cache = empty_cache(self.vla.config.text_config, rows, columns, like=like)
 

@@ -27,7 +27,7 @@ from prismatic.dataset_statistics import check_entry, load_statistics, statistic
 from prismatic.errors import ConfigError
 from prismatic.filenames import ADAPTER_CONFIG, CONFIG, PROCESSOR, SKIPPED, TOKENIZER, TRAINING_STATE
 from prismatic.head_files import model_config
-from prismatic.hub import HUB_ID, resolve
+from prismatic.hub import local, resolve
 from prismatic.models import quantize, weights
 from prismatic.models.vla import VLA, VLAConfig
 from prismatic.processor import IMAGE_MARK, Processor, ProcessorConfig
@@ -128,11 +128,7 @@ class TrainingRun:
 
 def check_flags(options: RunOptions, ranks: Ranks) -> None:
     """Values that can't work, before anything is opened or fetched."""
-    root = Path(options.data_root_dir).expanduser()
-    if not root.is_dir() and not HUB_ID.fullmatch(options.data_root_dir):
-        raise ConfigError(
-            f"--data_root_dir {root} is no folder: put the data sets there, or give their folder or hub id"
-        )
+    local(options.data_root_dir, "dataset")
     if options.shard and options.use_lora:
         raise ConfigError("--shard is for --use_lora False: an adapter's base is not trained, so leave --shard out")
     if options.shard and ranks.size == 1:
