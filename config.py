@@ -13,9 +13,8 @@ from msgspec import Meta
 
 from prismatic import ranges
 from prismatic.filenames import STEP_FOLDER
-from prismatic.image import AUGMENTATIONS
+from prismatic.image import AUGMENTATIONS, Change
 
-Augmentation = Literal[AUGMENTATIONS]  # pyright: ignore[reportInvalidTypeForm]
 GripperConvention = Literal["auto", "minus_one_open", "plus_one_open", "one_open", "zero_open", "none"]
 
 # Where data sets, frame caches and runs go; the environment variable of the same name wins.
@@ -114,7 +113,7 @@ class FinetuneConfig:
     # Statistics that actions are normalised by: the data set's (OpenVLA) or the base's, so that tokens keep their meaning (better for little data).
     action_statistics: Literal["dataset", "base"] = "dataset"
     # Augmentations that image_aug applies.
-    augment_order: tuple[Augmentation, ...] = AUGMENTATIONS
+    augment_order: tuple[Change, ...] = AUGMENTATIONS
     # Steps between lines of metrics.jsonl.
     log_steps: ranges.Positive = 10
     # Project that wandb or trackio shows the run in.

@@ -9,7 +9,7 @@ import functools
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -17,7 +17,8 @@ from PIL import Image
 JPEG_QUALITY = 95  # of 100; chroma 4:2:0: the settings of tf.image.encode_jpeg
 CROP_AREA = 0.9  # share of the image that a random crop (training) and the centre crop (acting) keep
 # What augmentation.py may do to an image when learning, in its order.
-AUGMENTATIONS = ("random_resized_crop", "random_brightness", "random_contrast", "random_saturation", "random_hue")
+Change = Literal["random_resized_crop", "random_brightness", "random_contrast", "random_saturation", "random_hue"]
+AUGMENTATIONS: tuple[Change, ...] = get_args(Change)
 _LANCZOS_RADIUS = 3.0
 _TO_UNIT = np.float32(1.0 / 255.0)
 

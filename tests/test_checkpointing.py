@@ -98,13 +98,15 @@ def test_compiled_blocks_with_adapters_that_are_cast_once_go_on_from_step_to_ste
             torch._dynamo.utils.counters.clear()
             compile_blocks(vla, backend="aot_eager")
         optimizer = torch.optim.SGD([p for p in vla.parameters() if p.requires_grad], lr=0.1)
+        losses = []
         for _ in range(3):
             with cast_once(vla):
                 loss = vla(**BATCH).loss
                 loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        found.append(loss.item())
+            losses.append(loss.item())
+        found.append(losses)
     assert found[1] == pytest.approx(found[0], rel=1e-3)
     assert not torch._dynamo.utils.counters["graph_break"]
 

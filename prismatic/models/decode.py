@@ -140,7 +140,8 @@ class ActionDecoder:
         ids, lengths = with_empty_token(input_ids, lengths, empty=config.empty_token_id, pad=config.pad_token_id)
         shortest, longest = torch.stack([lengths.min(), lengths.max()]).tolist()
         hidden = self.vla.before_actions(ids[:, :longest], lengths, pixel_values, proprio, shortest != longest)
-        return Answer(*self.vla.answer(hidden), 1)
+        answered, margins = self.vla.answer(hidden)
+        return Answer(answered, margins, 1)
 
     def _layers(self, batch: int, length: int) -> Layers:
         """Keys and values for this batch: views of one allocation, which grows to the largest that was asked for."""
