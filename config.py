@@ -164,8 +164,7 @@ class EvalConfig:
     center_crop: bool | None = None
     # Weights in 8 or 4 bits (weight only). A folder that export.py quantised needs no flag.
     quantize: Literal["none", "int8", "int4"] = "none"
-    # Simulator processes, of each rank under torchrun. auto: one a core, as far as the memory goes (2 GB each); beside a
-    # GPU's policy one core less, and as far as the GPU's memory goes.
+    # Simulator processes, of each rank under torchrun. auto: one a core, beside a GPU's policy one less, as far as memory goes.
     num_workers: Annotated[ranges.Workers | Literal["auto"], tyro.conf.arg(aliases=("--workers",))] = "auto"
     # Ask the policy one row at a time, so that not even rounding depends on the number of workers; slower.
     deterministic: bool = False

@@ -16,8 +16,8 @@ from prismatic.filenames import UNFINISHED
 
 
 @contextlib.contextmanager
-def writing_to(place: Path) -> Iterator[None]:
-    """Turn what the disk refuses (no space, no permission) into a ConfigError; any other error stays what it is."""
+def writing_to(place: Path, instead: str = "another folder") -> Iterator[None]:
+    """Turn what the disk refuses (no space, no permission) into a ConfigError; any other error stays what it is. instead: the way out."""
     try:
         yield
     except Exception as error:
@@ -26,7 +26,7 @@ def writing_to(place: Path) -> Iterator[None]:
         if isinstance(error, ConfigError) or not (full or isinstance(error, OSError)):
             raise
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-        said = f"cannot write {place} ({reason}): make room, or give another folder"
+        said = f"cannot write {place} ({reason}): make room, or give {instead}"
         raise ConfigError(said) from error
 
 

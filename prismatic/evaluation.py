@@ -43,7 +43,7 @@ class RolloutFolder:
 
     def __init__(self, path: Path, *, identity: Facts, record: Facts, rank: int = 0) -> None:
         self.path, self.rank = path, rank
-        with writing_to(path):
+        with writing_to(path, "another --local_log_dir"):
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / f".lock-{rank}").open("w")
             lock(self._lock, f"another evaluation is writing to {path}: wait for it, or use another --run_id_note")

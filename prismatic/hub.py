@@ -12,13 +12,11 @@ from prismatic.errors import ConfigError
 from prismatic.filenames import ADAPTER_CONFIG, CONFIG, LATEST
 from prismatic.ranges import expanded
 
+Kind = Literal["model", "dataset"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # never Python files; heads of OpenVLA-OFT are `action_head--N_checkpoint.pt`
 WANTED = ["*.json", "*.safetensors", "*.model", "checkpoints/latest-checkpoint.pt", "*--*_checkpoint.pt"]
 WANTED_DATA = ["*.json", "*.tfrecord*", "*.array_record*"]  # of an RLDS data set
-
-
-Kind = Literal["model", "dataset"]
 
 
 def local(name: str | Path, kind: Kind = "model") -> Path | None:

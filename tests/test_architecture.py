@@ -35,7 +35,7 @@ CALLERS = ("finetune.py", "eval.py")
 MAX_CORE, MAX_ALL, MAX_FILE, MEDIAN_FILE, MAX_FUNCTION = 2_800, 12_500, 350, 150, 80  # lines
 
 # The debt that is left: the two sums above are missed, and may not grow on the way there.
-CORE_TODAY, ALL_TODAY = 2_926, 18_392
+CORE_TODAY, ALL_TODAY = 2_925, 18_384
 
 
 def name_of(path: Path) -> str:

@@ -161,7 +161,7 @@ def test_two_processes_cannot_write_to_one_folder(tmp_path: Path) -> None:
     with opened(tmp_path):
         pass  # free again
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"cannot write .*: make room, or give another folder"):
+    with pytest.raises(ConfigError, match=r"cannot write .*: make room, or give another --local_log_dir"):
         evaluation.RolloutFolder(tmp_path / "file" / "run", identity={}, record={})
 
 

@@ -241,7 +241,7 @@ def test_a_camera_s_name_is_no_pattern(copied: Path) -> None:
 
 @pytest.mark.parametrize("name", ["..", ".hidden", "a" * 240, "a" * 300, "a" * 300 + "/b", "a/" * 3000 + "b"])
 def test_what_is_no_folder_s_name_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match=r"data.*: (give|shorten)"):
+    with pytest.raises(ConfigError, match=r"(--dataset_name|holds no data set 'a+[a/]*').*: (give|shorten)"):
         open_cache(tmp_path, name, cache_dir=tmp_path / "cache")
 
 

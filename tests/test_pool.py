@@ -5,7 +5,8 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -97,6 +98,19 @@ def test_what_the_policy_is_told_and_what_the_seed_moved_stand_in_the_outcome() 
     assert outcome.row.moved_by_env_seed_mm == again.row.moved_by_env_seed_mm == {"point": 4.0}
     (plain,) = play(trials(1, 1))
     assert plain.row.instruction_given is None and plain.row.moved_by_env_seed_mm is None
+
+
+def test_what_the_seed_moved_is_looked_at_once_a_scene(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup, parent = (
+        replace(FAKE, policy="zero", max_steps=1),
+        cast(Any, SimpleNamespace(alive=lambda: None, waited=0.0)),
+    )
+    seeded = [Trial(suite="fake", task_id=2, init_state=state, env_seed=4) for state in (1, 2)]
+    sim, resets = setup.build(seeded[0].scene), []
+    reset = sim.reset
+    monkeypatch.setattr(sim, "reset", lambda *given, **how: resets.append(given) or reset(*given, **how))
+    moved = [setup.play(sim, trial, parent).row.moved_by_env_seed_mm for trial in seeded]
+    assert moved == [{"point": 4.0}] * 2 and len(resets) == 2 + 2
 
 
 def test_a_chunk_is_asked_for_once_and_images_are_prepared_beside_the_simulator() -> None:

@@ -161,7 +161,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tmp_path: Path, what:
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        ConfigError, match=r"cannot write .*file.* \(Not a directory\): make room, or give another folder"
+        ConfigError, match=r"cannot write .*file.* \(Not a directory\): make room, or give another --run_root_dir"
     ):
         RunFolder(tmp_path / "file" / "run", keep=1)
 

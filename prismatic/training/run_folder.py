@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+import msgspec
 import torch
 
 from prismatic.atomic import flush, lock, sweep, whole_folder, write_json, write_whole, writing_to
@@ -51,7 +52,7 @@ class RunFolder:
 
     def _take(self) -> None:
         """Lock the folder, and clear away what a killed run was writing."""
-        with writing_to(self.path):
+        with writing_to(self.path, "another --run_root_dir"):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
             lock(self._lock, f"{self.path} is being trained by another process: wait, or give a --run_id_note")
@@ -164,15 +165,9 @@ class RunFolder:
 
     def log(self, row: Mapping[str, Any], name: str = METRICS) -> None:
         """Append a line to metrics.jsonl, or to another file of its kind; NaN and infinity, which are no JSON, as null."""
-        with writing_to(self.path), (self.path / name).open("a") as stream:
-            stream.write(json.dumps({field: _known(value) for field, value in row.items()}) + "\n")
-
-
-def _known(value: Any) -> Any:
-    """NaN and infinity, also in a list, as None."""
-    if isinstance(value, list):
-        return [_known(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        line = msgspec.json.format(msgspec.json.encode(row), indent=0)
+        with writing_to(self.path), (self.path / name).open("ab") as stream:
+            stream.write(line + b"\n")
 
 
 def _plain(value: Any) -> Any:
