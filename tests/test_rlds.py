@@ -191,7 +191,8 @@ def test_a_process_that_dies_is_reported(copy: Path, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stop_ends_the_child_and_leaves_nothing(copy: Path, tmp_path: Path, stop: signal.Signals, code: int) -> None:
-    (tmp_path / "slow.sh").write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
+    # A second, so that the call that starts it is over: a stop within it leaves a child, which the real one notices itself (PR_SET_PDEATHSIG)
+    (tmp_path / "slow.sh").write_text(f"#!/bin/sh\nsleep 1\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
     (tmp_path / "slow.sh").chmod(0o755)
     program = f"""
 import sys
