@@ -33,7 +33,9 @@ def play(suite: str, task_id: int, states: list[int], push: float = 0.0) -> list
             if 8 <= len(actions) < 14:
                 pushed[:3] = np.clip(pushed[:3] + push, -1, 1)
             done = sim.step(pushed)
-        where, target = (sim.places()[name] for name in (expert._object, expert._target.removesuffix("_contain_region")))
+        where, target = (
+            sim.places()[name] for name in (expert._object, expert._target.removesuffix("_contain_region"))
+        )
         beside = np.linalg.norm((where - target)[:2])  # m, at the end
         episodes.append({"success": done, "actions": np.array(actions), "agreed": agreed, "beside": beside})
     sim.close()
