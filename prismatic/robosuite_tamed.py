@@ -34,4 +34,6 @@ def compiled(xml: str) -> object:
     """MuJoCo's model of a scene, never to be changed."""
     import mujoco
 
-    return mujoco.MjModel.from_xml_string(xml)  # pyright: ignore[reportAttributeAccessIssue]
+    read = mujoco.MjModel.from_xml_string  # pyright: ignore[reportAttributeAccessIssue]
+    model, _ = read(xml), read("<mujoco/>")  # MuJoCo holds what it read last: of a scene 180 MB of textures
+    return model

@@ -81,10 +81,7 @@ class LiberoSimulator:
         # Without camera observations nothing renders by itself, and without LIBERO's own context ours is made on
         # demand, after the quality is set. No horizon: the caller counts the steps.
         environment = ControlEnv(
-            bddl_file_name=str(self.task.bddl_file),
-            use_camera_obs=False,
-            has_offscreen_renderer=False,
-            ignore_done=True,
+            str(self.task.bddl_file), use_camera_obs=False, has_offscreen_renderer=False, ignore_done=True
         )
         for name in environment.env.observation_names:
             environment.env.modify_observable(name, "enabled", False)
@@ -171,12 +168,12 @@ class LiberoSimulator:
         from robosuite.utils.binding_utils import MjRenderContextOffscreen
 
         fast, model = self.quality == "fast", sim.model._model
+        model.vis.quality.shadowsize *= int(model.light_castshadow.any())  # 64 MB; LIBERO's lights cast none
         if fast:
             model.vis.quality.offsamples = 0
         with tamed(), fewer_triangles(model) if fast else contextlib.nullcontext():
             context = MjRenderContextOffscreen(sim, device_id=-1)
-        context.vopt.geomgroup[0] = 0  # collision shapes
-        context.vopt.geomgroup[1] = 1  # what is meant to be seen
+        context.vopt.geomgroup[:2] = 0, 1  # collision shapes; what is meant to be seen
         if fast:
             context.scn.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0  # pyright: ignore[reportAttributeAccessIssue]
         return context

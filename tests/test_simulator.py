@@ -1,8 +1,10 @@
 """simulator.py. What renders runs once, in a process of its own: osmesa and torch don't mix."""
 
 import multiprocessing
+import tempfile
 import weakref
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,6 +117,15 @@ def measure() -> dict[str, Any]:
         with pytest.raises(PolicyError, match="7 finite numbers"):
             fast.step(bad)
     found["compiled"] = compiled.cache_info().misses
+    import mujoco  # when the renderer is chosen
+
+    model = fast.environment.sim.model._model
+    with tempfile.TemporaryDirectory() as folder:
+        mujoco.mj_saveLastXML(f"{folder}/last.xml", model)
+        found["held"] = Path(folder, "last.xml").read_text()
+    found["shadows"] = [fast._context.con.shadowSize]
+    model.light_castshadow[0], model.vis.quality.shadowsize = 1, 1024
+    found["shadows"].append(fast._make_render_context(fast.environment.sim).con.shadowSize)
     return found
 
 
@@ -169,6 +180,12 @@ def test_a_scene_is_compiled_once(found: dict[str, Any]) -> None:
 def test_the_scene_before_is_gone_when_the_next_is_made(found: dict[str, Any]) -> None:
     """250 MB of each process at its fullest."""
     assert found["left"] == [None]
+
+
+def test_mujoco_holds_no_second_scene_and_shadows_only_where_a_light_casts_one(found: dict[str, Any]) -> None:
+    """180 and 64 MB of each process."""
+    assert "<worldbody/>" in found["held"] and "texture" not in found["held"]
+    assert found["shadows"] == [0, 1024]
 
 
 def test_gripper_convention(found: dict[str, Any]) -> None:
