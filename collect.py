@@ -36,7 +36,7 @@ from prismatic.versions import SIMULATOR_PACKAGES, check_simulator, folder_finge
 
 ATTEMPTS_PER_DEMO = 3  # a task is given up when so many attempts for each wanted episode,
 SPARE_ATTEMPTS = 10  # and so many more, were not enough
-STAGE_FORMAT = 4  # is raised when episodes would come out otherwise: old and new ones must not be mixed
+STAGE_FORMAT = 5  # is raised when episodes would come out otherwise: old and new ones must not be mixed
 
 
 @dataclass(frozen=True)

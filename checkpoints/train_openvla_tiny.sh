@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # How checkpoints/openvla-tiny was made, from nothing: expert demonstrations of nine libero_spatial tasks (task 0 is left for the demo), all of the
-# small model from random weights, then two more rounds on what the expert would have done after the policy's own steps so far (DAgger), the last
-# with twice as many of the five tasks that were weak.
+# small model from random weights, then three more rounds on what the expert would have done after the policy's own steps so far (DAgger), the last
+# two with more of the tasks that were weak.
 # Ctrl-C and the same command go on from there. train_openvla_tiny.log is what it noted down: seconds, data, losses, weights.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,7 +25,7 @@ train() { # train BASE RUNS DATASETS OPTION …: all of the model, in two proces
     $python -m torch.distributed.run --standalone --nproc-per-node 2 finetune.py --vla_path "$1" --use_lora False \
         --data_root_dir "$work/$3" --dataset_name $name --run_root_dir "$2" --cache_dir "$work/cache" \
         --batch_size 8 --autocast bfloat16 --lr_schedule cosine --warmup_steps 100 --max_grad_norm 1.0 --save_steps 500 \
-        --num_workers 1 --augment_order random_resized_crop "${@:4}"
+        --num_workers 1 --compile True --augment_order random_resized_crop "${@:4}"
     $python export.py --checkpoint "$(ls -td "$2"/*/latest | head -n 1)" --output "$2-exported" --dtype float32
     { # what a second run must find again
         sed -n '/"data": {/,/}/p' "$2"/*/finetune.json | tr -d '\n ' # the data's content: a tfrecord's own bytes differ from one writing to the next
@@ -38,15 +38,21 @@ train() { # train BASE RUNS DATASETS OPTION …: all of the model, in two proces
 [ -d "$work/random" ] || $python checkpoints/make_openvla_tiny.py "$work/random"
 if [ ! -d "$work/first-exported" ]; then
     stage "demonstrations of the expert" collect datasets 30 $all
-    stage "first training" train "$work/random" "$work/first" datasets --learning_rate 1e-3 --max_steps 3500
+    stage "first training" train "$work/random" "$work/first" datasets --learning_rate 1e-3 --max_steps 3000
 fi
-[ -d "$work/third-datasets" ] || cp -r "$work/datasets" "$work/third-datasets" # the expert's, for the last round
+[ -d "$work/third-datasets" ] || cp -r "$work/datasets" "$work/third-datasets" # the expert's, for the later rounds
 if [ ! -d "$work/second-exported" ]; then
-    stage "demonstrations that the first policy begins" collect datasets 20 $all --policy_checkpoint "$work/first-exported"
-    stage "second training" train "$work/first-exported" "$work/second" datasets --learning_rate 7e-4 --max_steps 4000
+    stage "demonstrations that the first policy begins" collect datasets 18 $all --policy_checkpoint "$work/first-exported"
+    stage "second training" train "$work/first-exported" "$work/second" datasets --learning_rate 7e-4 --max_steps 3000
 fi
-stage "demonstrations that the second policy begins" collect third-datasets 20 $all --policy_checkpoint "$work/second-exported"
-stage "more of them, of tasks 5 to 9" collect third-datasets 40 5 6 7 8 9 --policy_checkpoint "$work/second-exported"
-[ -d "$work/third-exported" ] || stage "third training" train "$work/second-exported" "$work/third" third-datasets --learning_rate 7e-4 --max_steps 7000
-checkpoints/install.sh "$work/third-exported" checkpoints/openvla-tiny
+if [ ! -d "$work/third-exported" ]; then
+    stage "demonstrations that the second policy begins" collect third-datasets 13 $all --policy_checkpoint "$work/second-exported"
+    stage "more of them, of tasks 5 to 9" collect third-datasets 19 5 6 7 8 9 --policy_checkpoint "$work/second-exported"
+    stage "third training" train "$work/second-exported" "$work/third" third-datasets --learning_rate 7e-4 --max_steps 4600
+fi
+[ -d "$work/fourth-datasets" ] || cp -r "$work/third-datasets" "$work/fourth-datasets"
+stage "demonstrations that the third policy begins" collect fourth-datasets 14 $all --policy_checkpoint "$work/third-exported"
+stage "more of them, of tasks 5, 6 and 9" collect fourth-datasets 28 5 6 9 --policy_checkpoint "$work/third-exported"
+[ -d "$work/fourth-exported" ] || stage "fourth training" train "$work/third-exported" "$work/fourth" fourth-datasets --learning_rate 7e-4 --max_steps 6000
+checkpoints/install.sh "$work/fourth-exported" checkpoints/openvla-tiny
 $python eval.py --pretrained_checkpoint checkpoints/openvla-tiny --task_ids $all --num_trials_per_task 20 --render_quality fast

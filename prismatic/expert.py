@@ -5,6 +5,7 @@ that it would never reach itself. Made to be imitated from images by arg-max: th
 answer (velocities, which no image shows, play no part), commands are multiples of `rounding`, and nothing waits: the
 fingers close while the hand still sinks the last centimetres, and the lift starts at the first touch of both pads.
 Fingers that shut on nothing open at once: where they rise before, a policy learns to open also those that carry (docs/evaluate.md).
+What it puts on something it presses down and never lets go: LIBERO counts the first touch, and a release is one or two frames, too few to learn.
 """
 
 import itertools
@@ -51,6 +52,7 @@ HAND = (0.1, 0.035, 0.03)  # m, half sizes of the hand along and across the fing
 HOVER = 0.1  # m above the grasp, while the hand is still far away
 PASSING = 0.06  # m from the carried object's path, nearer than which it passes over something
 CLEARANCE = 0.03  # m between the carried object and what it passes over
+SETTING_DOWN = -0.5  # command at which an object is lowered onto what it shall stand on
 DROP_RADIUS = 0.015  # m, lateral error at which the fingers open
 DROP_HEIGHT = 0.014  # m above where it shall be, from where on they do
 PLACES = ("contain_region", "cook_region", "top_side")  # regions that are open to above; drawers and racks aren't
@@ -252,21 +254,19 @@ class Expert:
         lateral = float(np.linalg.norm(error))
         own_centre, own_half = self._shapes.boxes(self._data, self._shapes.own(self._body))
         bottom = float((own_centre[:, 2] - own_half[:, 2]).min())
-        place = target[2] + (0.10 if self._inside else 0.0)
+        place = target[2] + (0.10 if self._inside else -0.02)  # dropped from there, or pressed down
         over = max(self._obstacle_top(target, bottom), place) + CLEARANCE
         approach = np.clip((lateral - 0.012) / 0.04, 0, 1)
-        height = place + approach * (over - place) if lateral < 0.06 else over
+        height = place + approach * (over - place) if (near := lateral < 0.06) else over
         rise = height - bottom
         action = np.zeros(7)
         action[:2] = np.clip(GAIN * error, -1, 1) * np.clip(1.4 - rise / 0.03, 0, 1)
-        action[2] = np.clip(GAIN * rise, -1, 1)
-        action[6] = CLOSE
+        action[2] = np.clip(GAIN * rise, SETTING_DOWN if near and not self._inside else -1, 1)
+        action[6] = OPEN if self._inside and lateral < DROP_RADIUS and rise > -DROP_HEIGHT else CLOSE
         if (unlocking := self._unlock(error)) is not None:
             action[3:5] = unlocking
         elif np.linalg.norm(self._lean()) > LEANING and ALIGNED < lateral < ARRIVING:
             action[3:5] = np.clip(TURN_GAIN * self._lean(), -LEAN_SPEED, LEAN_SPEED)
-        if lateral < DROP_RADIUS and rise > -DROP_HEIGHT:
-            action[6] = OPEN
         return action
 
     def _lean(self) -> np.ndarray:
