@@ -121,7 +121,7 @@ def measure() -> dict[str, Any]:
 
     model = fast.environment.sim.model._model
     with tempfile.TemporaryDirectory() as folder:
-        mujoco.mj_saveLastXML(f"{folder}/last.xml", model)
+        mujoco.mj_saveLastXML(f"{folder}/last.xml", model)  # pyright: ignore[reportAttributeAccessIssue]
         found["held"] = Path(folder, "last.xml").read_text()
     found["shadows"] = [fast._context.con.shadowSize]
     model.light_castshadow[0], model.vis.quality.shadowsize = 1, 1024
