@@ -34,13 +34,19 @@ train() { # train BASE RUNS DATASETS OPTION …: all of the model, in two proces
         sha256sum "$2-exported/model.safetensors" | sed 's/ .*/ weights/'
     } >>"$log"
 }
+keep() { # keep OLD NEW: data sets as they are now, for later rounds; NEW is whole or not there
+    [ -d "$work/$2" ] && return
+    rm -rf "$work/$2.part"
+    cp -r "$work/$1" "$work/$2.part"
+    mv "$work/$2.part" "$work/$2"
+}
 
 [ -d "$work/random" ] || $python checkpoints/make_openvla_tiny.py "$work/random"
 if [ ! -d "$work/first-exported" ]; then
     stage "demonstrations of the expert" collect datasets 30 $all
     stage "first training" train "$work/random" "$work/first" datasets --learning_rate 1e-3 --max_steps 3000
 fi
-[ -d "$work/third-datasets" ] || cp -r "$work/datasets" "$work/third-datasets" # the expert's, for the later rounds
+keep datasets third-datasets # the expert's alone
 if [ ! -d "$work/second-exported" ]; then
     stage "demonstrations that the first policy begins" collect datasets 18 $all --policy_checkpoint "$work/first-exported"
     stage "second training" train "$work/first-exported" "$work/second" datasets --learning_rate 7e-4 --max_steps 3000
@@ -50,7 +56,7 @@ if [ ! -d "$work/third-exported" ]; then
     stage "more of them, of tasks 5 to 9" collect third-datasets 19 5 6 7 8 9 --policy_checkpoint "$work/second-exported"
     stage "third training" train "$work/second-exported" "$work/third" third-datasets --learning_rate 7e-4 --max_steps 4600
 fi
-[ -d "$work/fourth-datasets" ] || cp -r "$work/third-datasets" "$work/fourth-datasets"
+keep third-datasets fourth-datasets
 stage "demonstrations that the third policy begins" collect fourth-datasets 14 $all --policy_checkpoint "$work/third-exported"
 stage "more of them, of tasks 5, 6 and 9" collect fourth-datasets 28 5 6 9 --policy_checkpoint "$work/third-exported"
 [ -d "$work/fourth-exported" ] || stage "fourth training" train "$work/third-exported" "$work/fourth" fourth-datasets --learning_rate 7e-4 --max_steps 6000

@@ -11,7 +11,7 @@ from prismatic.errors import ConfigError
 CGROUP = Path("/sys/fs/cgroup")
 GPU_RENDERER_BYTES = 300_000_000  # of the GPU's memory, a renderer's context and buffers; not measured here
 NEWER_DRIVER = "take a newer driver, or torch and torchvision of a cu12x index: the README's pitfalls have the command"
-RENDERER_BYTES = 2_000_000_000  # one LIBERO process with a renderer holds 1.6 to 1.9 GB and does not grow
+RENDERER_BYTES = 2_000_000_000  # one LIBERO process with a renderer holds 1.4 to 1.7 GB and does not grow
 
 
 def available_cores() -> int:

@@ -88,7 +88,7 @@ def test_every_way_has_a_row(
     monkeypatch.setattr(precision, "open_cache", lambda root, name, **how: told.update(how) or cache)
     found = precision.run(
         str(CHECKPOINTS / checkpoint), adapter=None, unnorm_key=None, data_root_dir=Path(), dataset_name="", cache_dir=Path(),
-        held_out="all", num_frames=20, batch_size=10, data_keys="wrist=a", gripper="none", rotate_images=True, val_share=0.5,
+        held_out="validation", num_frames=10, batch_size=10, data_keys="wrist=a", gripper="none", rotate_images=True, val_share=0.5,
     )  # fmt: skip
     assert told == {"cache_dir": Path(), "data_keys": "wrist=a", "gripper": "none", "rotate_images": True}
     rows = {row["what"]: row for row in found}
