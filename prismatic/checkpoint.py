@@ -21,7 +21,7 @@ from prismatic.adapter import load_adapter, merge_lora
 from prismatic.atomic import whole_folder
 from prismatic.errors import ConfigError
 from prismatic.filenames import ADAPTER_CONFIG, CONFIG, PREPROCESSOR, PROCESSOR, STATISTICS, TOKENIZER, TOKENIZER_FILES
-from prismatic.head_files import model_config, refuse_merged, save_heads, stored_heads, without_heads
+from prismatic.head_files import model_config, refuse_merged, save_heads, stored_heads
 from prismatic.hub import resolve
 from prismatic.machine import available_memory, uses_gpu
 from prismatic.models import quantize as quantization
@@ -298,7 +298,7 @@ def save_checkpoint(
         saved = quantization.Saved(precision, vision=False, format=1)  # pyright: ignore[reportArgumentType]
         config["quantization"] = dataclasses.asdict(saved)
     with whole_folder(folder) as partial:
-        weights.save_weights(without_heads(tensors), partial)
+        weights.save_weights({name: kept for name, kept in tensors.items() if not name.startswith(HEADS)}, partial)
         save_heads(partial, tensors, published=published)
         (partial / CONFIG).write_text(json.dumps(config, indent=2))
         (partial / STATISTICS).write_text(json.dumps(statistics, indent=2))

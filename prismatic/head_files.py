@@ -77,11 +77,6 @@ def save_heads(folder: Path, tensors: Mapping[str, torch.Tensor], *, published: 
             save_tensors(of_part, folder / own)
 
 
-def without_heads(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Those that belong into the weights' own file."""
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(HEADS)}
-
-
 def refuse_merged(adapter: Path | None, base: Path | None = None) -> None:
     """ConfigError for the adapter that lies in a published folder, whose weights hold it already, and for a copy of it on that base."""
     if adapter is None:

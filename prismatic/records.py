@@ -22,6 +22,7 @@ from prismatic.ranges import wanted
 Record = TypeVar("Record")
 LARGEST = 64 << 20  # bytes of a JSON file; the largest known, OpenVLA's statistics of all its data sets, have 0.2 MB
 LARGEST_LINES = 1 << 30  # bytes of a file of one record a line: a million episodes
+LFS_POINTER = b"version https://git-lfs"
 COPY_AGAIN = "copy it again from where the folder came from"
 
 
@@ -86,12 +87,14 @@ def read_bytes(path: Path, *, largest: int = LARGEST, way_out: str = COPY_AGAIN)
 
 @contextlib.contextmanager
 def regular_file(path: Path, *, way_out: str = COPY_AGAIN) -> Iterator[BufferedReader]:
-    """A file, open. ConfigError where it can't be read, or is a pipe or a device, which would be waited for for ever."""
+    """A file, open. ConfigError for what can't be read, for a pipe or a device, which would be waited for for ever, and for a pointer of Git LFS."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with open(descriptor, "rb") as stream:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise ConfigError(f"{path} is no regular file: {way_out}")
+            if stream.peek(len(LFS_POINTER)).startswith(LFS_POINTER):
+                raise ConfigError(f"{path} is a pointer of Git LFS, not the file: run `git lfs pull` in its folder")
             yield stream
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error

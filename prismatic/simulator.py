@@ -152,6 +152,18 @@ class LiberoSimulator:
         """What the camera on the hand sees: (256, 256, 3) uint8, turned as in the data sets."""
         return self._render(WRIST)
 
+    def moment(self) -> list[np.ndarray]:
+        """What `frame`, `wrist` and `state` show now, for `show` later in this episode: whoever keeps moments draws only what is used."""
+        return [array.copy() for array in self._drawn()]
+
+    def show(self, moment: list[np.ndarray]) -> None:
+        """Let `frame`, `wrist` and `state` show an earlier moment until the next step."""
+        for array, value in zip(self._drawn(), moment, strict=True):
+            array[:] = value
+
+    def _drawn(self) -> list[np.ndarray]:
+        return [*(getattr(self._seen, name) for name in SCENE_FIELDS), self._seen_model.site_rgba]  # a lit burner
+
     def _render(self, camera: str) -> np.ndarray:
         sim: Any = self.environment.sim
         context = self._context = self._context or self._make_render_context(sim)

@@ -103,7 +103,7 @@ class ScriptedSimulator:
     suite, task_id, instruction = "libero_spatial", 0, "wait"
 
     def __init__(self, solved: Callable[[int], bool]) -> None:
-        self.solved, self.commands, self.rendered = solved, [], 0
+        self.solved, self.commands, self.rendered, self.shown = solved, [], 0, 0
         self.started_from: Any = None
 
     def reset(self, state: np.ndarray | None, *, seed: int | None = None) -> None:
@@ -111,11 +111,18 @@ class ScriptedSimulator:
 
     def step(self, action: np.ndarray) -> bool:
         self.commands.append(np.asarray(action))
-        return self.solved(len(self.commands))
+        self.shown = len(self.commands)
+        return self.solved(self.shown)
+
+    def moment(self) -> list[np.ndarray]:
+        return [np.array(self.shown)]
+
+    def show(self, moment: list[np.ndarray]) -> None:
+        self.shown = int(moment[0])
 
     def frame(self) -> np.ndarray:
         self.rendered += 1
-        return np.full((16, 16, 3), 20 * len(self.commands) % 256, np.uint8)
+        return np.full((16, 16, 3), 20 * self.shown % 256, np.uint8)
 
     wrist = frame
 

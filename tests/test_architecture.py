@@ -22,7 +22,7 @@ CORE = [
     *(f"prismatic/{name}.py" for name in ("processor", "image", "normalize")),
     *(f"prismatic/models/{name}.py" for name in ("vision", "projector", "llama", "vla", "heads", "decode", "lora")),
     "prismatic/training/step.py",
-    *(f"prismatic/{name}.py" for name in ("policy", "simulator", "rollout", "errors", "filenames")),
+    *(f"prismatic/{name}.py" for name in ("policy", "simulator", "rollout")),
 ]  # fmt: skip
 # What any file may stand on: these import nothing but each other. Most of them read and check what comes from outside.
 LEAVES = tuple(
@@ -34,8 +34,8 @@ LEAVES = tuple(
 CALLERS = ("finetune.py", "eval.py")
 MAX_CORE, MAX_ALL, MAX_FILE, MEDIAN_FILE, MAX_FUNCTION = 2_800, 12_500, 350, 150, 80  # lines
 
-# The debt that is left: the two sums above are missed, and may not grow on the way there.
-CORE_TODAY, ALL_TODAY = 2_925, 18_384
+# The debt that is left: the sum of all is missed, and may not grow on the way there.
+ALL_TODAY = 18_377
 
 
 def name_of(path: Path) -> str:
@@ -161,10 +161,10 @@ def test_a_file_fits_a_head() -> None:
 def test_the_whole_fits_an_evening_and_a_week() -> None:
     lengths = sorted(lines(path) for path in FILES if path.stat().st_size)
     assert lengths[len(lengths) // 2] <= MEDIAN_FILE
-    core = sum(lines(REPOSITORY / name) for name in CORE if (REPOSITORY / name).exists())
-    assert core <= CORE_TODAY and sum(lengths) <= ALL_TODAY
-    if core > MAX_CORE or sum(lengths) > MAX_ALL:
-        pytest.xfail(f"core {core} of {MAX_CORE} lines, all {sum(lengths)} of {MAX_ALL}")
+    assert sum(lines(REPOSITORY / name) for name in CORE) <= MAX_CORE
+    assert sum(lengths) <= ALL_TODAY
+    if sum(lengths) > MAX_ALL:
+        pytest.xfail(f"all {sum(lengths)} of {MAX_ALL} lines")
 
 
 def test_no_machine_and_no_workplace_is_named() -> None:

@@ -1,5 +1,6 @@
 """demonstration.py: whose action moves the robot, and whose is recorded. A simulator that only counts; no rendering."""
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from prismatic.data.staging import load_episode
 from prismatic.episodes import demonstration
 from prismatic.episodes.demonstration import POLICY_STEPS, Demonstration, Pushes, is_no_op
 from prismatic.errors import ConfigError
+from prismatic.image import decode_jpeg
 from tests.fake_simulator import ScriptedSimulator
 
 EXPERT = np.array([0.5, 0, 0, 0, 0, 0, 1], np.float32)  # the gripper is open
@@ -73,6 +75,18 @@ def test_of_a_policy_of_chunks_only_the_experts_own_steps_are_recorded(
     assert len(load_episode(tmp_path / "a.npz").action) == sum(by_expert) < STEPS == len(by_expert)
     looks = -(-by_expert.index(True) // 8)  # of the policy, which executes its chunks whole
     assert sim.rendered == 2 * (looks + sum(by_expert))
+
+
+@pytest.mark.parametrize("policy", ["", "somewhere"])
+def test_each_image_is_of_its_own_step_and_a_failure_is_not_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    record(tmp_path / "a.npz", monkeypatch, policy=policy)
+    greys = [decode_jpeg(image)[0, 0, 0] for image in load_episode(tmp_path / "a.npz").images]
+    np.testing.assert_allclose(greys, [20 * step % 256 for step in range(STEPS)], atol=1)
+    monkeypatch.setattr(sys.modules[__name__], "STEPS", 1000)  # beyond the limit
+    failed = record(tmp_path / "b.npz", monkeypatch, policy=policy, steps=0)
+    assert failed.rendered == 2 * sum(np.array_equal(action, POLICY) for action in failed.commands)
 
 
 def test_a_policy_of_another_robot_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,3 +100,7 @@ def test_only_a_regular_file_of_bounded_size_is_read(tmp_path: Path) -> None:
             read_bytes(path)
         assert "\n" not in str(error.value)
     assert time.monotonic() - begun < 1
+    pointer = tmp_path / "config.json"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ConfigError, match=r"config\.json is a pointer of Git LFS.*`git lfs pull`"):
+        read_bytes(pointer)

@@ -69,12 +69,16 @@ def measure() -> dict[str, Any]:
     sim.reset(STATE)
     found["rendered_unasked"] = sim.environment.sim._render_context_offscreen is not None
     found["frames"], found["wrists"] = [sim.frame()], [sim.wrist()]
+    first, found["first_state"] = sim.moment(), sim.state()
     for action in ACTIONS:
         sim.step(action)
         found["frames"].append(sim.frame())
         found["wrists"].append(sim.wrist())
     found["state"], found["joints"] = sim.state(), sim.joint_angles()
     found["physics"] = physics(sim)
+    sim.environment.sim.model._model.site_rgba[:, 3] = 1  # as LIBERO lights a burner
+    sim.show(first)
+    found["shown"] = sim.frame(), sim.wrist(), sim.state()
     sim.reset(STATE)
     found["again"] = sim.frame()
     sim.close()
@@ -153,6 +157,13 @@ def test_nothing_is_rendered_unasked_and_the_same_state_gives_the_same_frame_aga
     assert not found["rendered_unasked"]
     np.testing.assert_array_equal(found["again"], found["frames"][0])
     np.testing.assert_array_equal(found["kept"], found["fast"])
+
+
+def test_an_earlier_moment_is_shown_as_it_was(found: dict[str, Any]) -> None:
+    before = found["frames"][0], found["wrists"][0], found["first_state"]
+    assert not np.array_equal(found["first_state"], found["state"])
+    for then, now in zip(before, found["shown"], strict=True):
+        np.testing.assert_array_equal(now, then)
 
 
 def test_frames_are_upright_and_fast_quality_is_close_but_not_equal(found: dict[str, Any]) -> None:

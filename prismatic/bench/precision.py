@@ -9,6 +9,7 @@ This says how alike the answers are; whether the robot still succeeds is for `ev
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,25 +90,21 @@ def run(
     unnorm_key: str | None,
     data_root_dir: Path,
     dataset_name: str,
-    cache_dir: Path,
     held_out: str,
     num_frames: int,
     batch_size: int,
-    data_keys: str = "",
-    gripper: str = "auto",
-    rotate_images: bool = False,
     val_share: float = VAL_SHARE,
+    **data: Any,
 ) -> list[Row]:
     """The unquantised model's row, then one for each of WAYS. ConfigError for a quantised folder, or too few frames.
 
-    Host memory holds the images of all frames meanwhile: 1 MB each at 224 pixels.
+    data: mixture.open_cache's other arguments. Host memory holds the images of all frames meanwhile: 1 MB each at 224 pixels.
     """
     folder, adapter = base_and_adapter(checkpoint, adapter)
     quantize.refuse(folder / CONFIG, "the comparison begins with the unquantised model")
     policy = load_policy(folder, adapter, unnorm_key=unnorm_key)
     processor, vla, dtype, device = policy.processor, policy.vla, policy.dtype, str(policy.device)
-    how = {"data_keys": data_keys, "gripper": gripper, "rotate_images": rotate_images}
-    cache, tokenizer = open_cache(data_root_dir, dataset_name, cache_dir=cache_dir, **how), processor.action_tokenizer
+    cache, tokenizer = open_cache(data_root_dir, dataset_name, **data), processor.action_tokenizer
     chunk = processor.config.num_actions_chunk
     frames = spread(cache, num_frames, every_episode=held_out == "all", chunk=chunk, val_share=val_share)
     parts = (frames[start : start + batch_size] for start in range(0, len(frames), batch_size))

@@ -13,12 +13,11 @@ from typing import NotRequired, TypedDict
 from prismatic.errors import ConfigError
 from prismatic.filenames import LEROBOT_INFO, RLDS_FEATURES, RLDS_INFO
 from prismatic.ranges import Count
-from prismatic.records import read_object, read_record
+from prismatic.records import read_object, read_record, regular_file
 
 AGAIN = "download or collect the data set again"
 RECORD_HEADER_BYTES = 12  # of a tfrecord: the content's length in 8 bytes, and their checksum
 RECORD_FOOTER_BYTES = 4  # the content's checksum
-LFS_POINTER = b"version https://git-lfs"
 
 
 # Of dataset_info.json, what is counted with: the episodes of each file; tfds writes 64-bit numbers as texts.
@@ -71,19 +70,6 @@ def is_lerobot(folder: Path) -> bool:
     return os.path.isfile(folder / LEROBOT_INFO)  # False, too, where it may not be looked at
 
 
-def check_no_pointer(path: Path) -> None:
-    """ConfigError for a file that isn't there, for a pipe or a device, and for a file whose content Git LFS has still to fetch."""
-    if path.exists() and not path.is_file():
-        raise ConfigError(f"{path} is no regular file: {AGAIN}")
-    try:
-        with path.open("rb") as file:
-            start = file.read(len(LFS_POINTER))
-    except OSError as error:
-        raise ConfigError(f"{path} can't be read ({error.strerror}): {AGAIN}, or as a user who may read it") from None
-    if start == LFS_POINTER:
-        raise ConfigError(f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull in its folder")
-
-
 def dataset_name(source: Path) -> str:
     """The name under which a version folder's statistics are kept: its parent's."""
     return source.parent.name if is_version(source.name) else source.name
@@ -118,9 +104,8 @@ def check_whole(source: Path) -> None:
     if shards and shards == sum(len(split["shardLengths"]) for split in info["splits"]):
         return  # of this kind no more is known without its library
     for path in sorted(source.glob("*.tfrecord*")):
-        check_no_pointer(path)
         size, position = path.stat().st_size, 0
-        with path.open("rb") as file:
+        with regular_file(path, way_out=AGAIN) as file:
             while position < size:
                 file.seek(position)
                 length = int.from_bytes(file.read(RECORD_HEADER_BYTES)[:8], "little")

@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from msgspec import Meta
 
-from prismatic.data.dataset_folder import AGAIN, check_no_pointer
+from prismatic.data.dataset_folder import AGAIN
 from prismatic.errors import ConfigError
 from prismatic.filenames import LEROBOT_INFO
 from prismatic.ranges import Count
-from prismatic.records import LARGEST_LINES, fields_of, parse_record, read_bytes, read_record
+from prismatic.records import LARGEST_LINES, fields_of, parse_record, read_bytes, read_record, regular_file
 
 # The columns that are no state and no action.
 COUNTERS = {
@@ -206,7 +206,8 @@ def _lines(path: Path, kind: type[Row]) -> list[Row]:
 
 def read_table(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> pa.Table:
     """The columns of those names."""
-    check_no_pointer(path)
+    with regular_file(path, way_out=AGAIN):
+        pass
     try:
         with pq.ParquetFile(path) as file:
             return file.read(columns=[*filter(wanted, file.schema_arrow.names)])

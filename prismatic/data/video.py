@@ -7,8 +7,9 @@ import av
 import numpy as np
 from av.error import FFmpegError
 
-from prismatic.data.dataset_folder import AGAIN, check_no_pointer
+from prismatic.data.dataset_folder import AGAIN
 from prismatic.errors import ConfigError
+from prismatic.records import regular_file
 
 HALF_A_FRAME = 0.499  # how far, in frames, a frame's time may lie from the one that is asked for
 
@@ -19,7 +20,8 @@ def frames_at(path: Path, seconds: Sequence[float], fps: float) -> Iterator[np.n
     fps: of the rows; a file that has more is read by its own. Works with presentation times: a foreign file's first may not be 0, and decoding
     times may be negative. ConfigError where the file is missing or damaged, and where it has no frame at a time.
     """
-    check_no_pointer(path)
+    with regular_file(path, way_out=AGAIN):
+        pass
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]

@@ -107,11 +107,13 @@ def is_no_op(action: np.ndarray, last_kept: np.ndarray | None) -> bool:
 
 
 class EpisodeWriter:
-    """The steps of an episode but for its no-ops: what the simulator shows, and the action that follows."""
+    """The steps of an episode but for its no-ops: what the simulator shows, drawn when the episode is written, and the action that follows."""
 
     def __init__(self, sim: LiberoSimulator) -> None:
         self._sim = sim
-        self._steps: list[tuple[bytes, bytes, np.ndarray, np.ndarray, np.ndarray]] = []
+        self._steps: list[
+            tuple[list[np.ndarray], tuple[bytes, ...] | None, np.ndarray]
+        ] = []  # moment, its images where drawn, action
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -123,22 +125,27 @@ class EpisodeWriter:
         """
         if is_no_op(action, self._steps[-1][-1] if self._steps else None):
             return False
-        frame, wrist = frames or (self._sim.frame(), self._sim.wrist())
-        images = encode_jpeg(frame), encode_jpeg(wrist)
-        self._steps.append((*images, self._sim.state(), self._sim.joint_angles(), action))
+        images = frames and tuple(map(encode_jpeg, frames))
+        self._steps.append((self._sim.moment(), images, action))
         return True
 
-    def stage(self, path: Path, *, file_path: str) -> None:
-        """Write what was kept as a staged episode."""
-        images, wrist_images, state, joint_state, action = zip(*self._steps, strict=True)
+    def stage(self, path: Path, *, file_path: str, alive: Callable[[], None]) -> None:
+        """Write what was kept as a staged episode. alive: called at each step."""
+        steps, sim = [], self._sim
+        for moment, images, action in self._steps:
+            alive()
+            sim.show(moment)
+            images = images or (encode_jpeg(sim.frame()), encode_jpeg(sim.wrist()))
+            steps.append((*images, sim.state(), sim.joint_angles(), action))
+        front, wrist, state, joint_state, actions = zip(*steps, strict=True)
         stage_episode(
             path,
-            images=images,
-            wrist_images=wrist_images,
+            images=front,
+            wrist_images=wrist,
             state=np.array(state),
             joint_state=np.array(joint_state),
-            action=np.array(action, dtype=np.float32),
-            instruction=self._sim.instruction,
+            action=np.array(actions, dtype=np.float32),
+            instruction=sim.instruction,
             file_path=file_path,
         )
 
@@ -209,6 +216,6 @@ class Demonstration(Job):
                 if not len(writer):  # solved before the expert's turn
                     return 0
                 name = f"{self.suite}/task{self.task_id}/seed{self.seed}/attempt{self.attempt}"
-                writer.stage(self.path, file_path=name + ("/policy" if self.policy else ""))
+                writer.stage(self.path, file_path=name + ("/policy" if self.policy else ""), alive=alive)
                 return len(writer)
         return 0

@@ -52,7 +52,7 @@ class Replay(Job):
                 solved = sim.step(np.append(action[:6], gripper))
         if not solved:
             return 0
-        writer.stage(self.path, file_path=f"{self.source.name}/{self.demo}")
+        writer.stage(self.path, file_path=f"{self.source.name}/{self.demo}", alive=alive)
         return len(writer)
 
 

@@ -34,7 +34,13 @@ def render(template: str, **values: Any) -> bytes:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(percent=_percent, share=_share, link=quote, value=_value, plain=plain)
+    environment.filters.update(
+        percent=lambda rate: "–" if rate is None else f"{100 * rate:.1f}",
+        share=lambda rate: f"{100 * min(max(rate, 0), 1):.2f}%",
+        link=quote,
+        value=_value,
+        plain=plain,
+    )
     page = environment.get_template(template).render(box=BOX, frames_per_second=FRAMES_PER_SECOND, **values)
     return page.encode("utf-8", "replace")
 
@@ -95,14 +101,6 @@ def line(values: np.ndarray, *, width: int, height: int, limit: float) -> str:
 def plain(code: str) -> str:
     """A code such as closed_beside in words."""
     return code.replace("_", " ")
-
-
-def _percent(rate: float | None) -> str:
-    return "–" if rate is None else f"{100 * rate:.1f}"
-
-
-def _share(rate: float) -> str:
-    return f"{100 * min(max(rate, 0), 1):.2f}%"
 
 
 def _value(value: Any) -> str:

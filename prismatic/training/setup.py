@@ -26,7 +26,7 @@ from prismatic.data.mixture import open_mixture, sentences
 from prismatic.dataset_statistics import check_entry, load_statistics, statistics_key
 from prismatic.errors import ConfigError
 from prismatic.filenames import ADAPTER_CONFIG, CONFIG, PROCESSOR, SKIPPED, TOKENIZER, TRAINING_STATE
-from prismatic.head_files import model_config
+from prismatic.head_files import PUBLISHED_CHUNK, model_config
 from prismatic.hub import local, resolve
 from prismatic.models import quantize, weights
 from prismatic.models.vla import VLA, VLAConfig
@@ -39,7 +39,6 @@ from prismatic.training.run_folder import RunFolder
 from prismatic.training.state import Progress
 
 SHARED_MEMORY = Path("/dev/shm")  # where the loader's processes put their batches
-OFT_CHUNK = 8  # actions of a chunk in OpenVLA-OFT's LIBERO recipe
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,7 @@ def choose_model(base: Path, options: RunOptions) -> VLAConfig:
     found, chunk = model_config(base, new_heads=True, **given), options.num_actions_chunk
     tokens = found.action_head == "tokens"
     if chunk is None:
-        chunk = 1 if tokens else OFT_CHUNK if found.num_actions_chunk == 1 else found.num_actions_chunk
+        chunk = 1 if tokens else PUBLISHED_CHUNK if found.num_actions_chunk == 1 else found.num_actions_chunk
     reads_state = bool(found.proprio_dim) if options.use_proprio is None else options.use_proprio
     state = (found.proprio_dim or 1) if reads_state else 0
     return dataclasses.replace(found, num_actions_chunk=chunk, proprio_dim=state)

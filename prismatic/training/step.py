@@ -81,8 +81,5 @@ def backward(
 
 def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> float:
     """Scale gradients down to max_norm if their norm is above it (0: never); returns the norm that they had."""
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
