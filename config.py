@@ -84,7 +84,7 @@ class FinetuneConfig:
     lora_dtype: Literal["float32", "bfloat16"] = "float32"
     # Dropout in front of the LoRA adapter (OpenVLA: 0).
     lora_dropout: ranges.BelowOne = 0.0
-    # adamw, or paged_adamw_8bit (bitsandbytes): moments in 8 bits, a quarter of the memory, moved to the host when the GPU is full.
+    # adamw, or paged_adamw_8bit (bitsandbytes): moments in 8 bits, a quarter of the memory; moved to the host where the GPU is full, until a resume.
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     # torch.compile each block. Minutes at the start; not measured on a GPU yet.
     compile: bool = False

@@ -84,8 +84,10 @@ def train(cfg: FinetuneConfig, run: setup.TrainingRun, display: Display) -> None
             )
         numbers["grad_norm"] = clip_gradients(run.vla.parameters(), cfg.max_grad_norm)
         progress.step, validated = step + 1, {}
-        if math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"]):
+        if is_good := math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"]):
             run.optimizer.step()
+        run.optimizer.zero_grad()  # validation and checkpoints have this memory too
+        if is_good:
             progress.bad_steps = 0
             if validation.due(progress.step):
                 with display.paused("validation"):
@@ -94,7 +96,6 @@ def train(cfg: FinetuneConfig, run: setup.TrainingRun, display: Display) -> None
         else:
             progress.bad_steps += 1
             setup.report_skipped(run, numbers)
-        run.optimizer.zero_grad()
         value, given_up = validated.get(BEST_BY), progress.bad_steps >= cfg.max_bad_steps
         best = value is not None and ranks.on_main_process(partial(run.folder.is_best, value))
         if progress.step % cfg.save_steps == 0 or progress.step == cfg.max_steps or best or given_up:

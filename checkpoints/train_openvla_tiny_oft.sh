@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # How checkpoints/openvla-tiny-oft was made from checkpoints/openvla-tiny, as OpenVLA-OFT is from OpenVLA: all of the model learns with a new L1
 # head, chunks of 8, two cameras and the robot's state; first from expert demonstrations of nine libero_spatial tasks (task 0 is left for the
-# demo), then in two more rounds also from ways back that the expert shows after this policy's own steps (DAgger), the last with more of the
-# four tasks that were weak.
+# demo; the token policy's own), then in two more rounds also from ways back that the expert shows after this policy's own steps (DAgger).
 # Ctrl-C and the same command go on from there. train_openvla_tiny_oft.log is what it noted down: seconds, data, losses, weights.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -27,7 +26,7 @@ train() { # train BASE RUNS NAMES OPTION …: all of the model, in two processes
         --action_head l1 --num_images_in_input 2 --use_proprio True \
         --data_root_dir "$work/datasets" --dataset_name "$3" --run_root_dir "$2" --cache_dir "$work/cache" \
         --batch_size 8 --autocast bfloat16 --lr_schedule cosine --warmup_steps 100 --max_grad_norm 1.0 --save_steps 500 \
-        --num_workers 1 --augment_order random_resized_crop "${@:4}"
+        --num_workers 1 --compile True --augment_order random_resized_crop "${@:4}"
     $python export.py --checkpoint "$(ls -td "$2"/*/latest | head -n 1)" --output "$2-exported" --dtype float32
     { # what a second run must find again
         sed -n '/"data": {/,/}/p' "$2"/*/finetune.json | tr -d '\n ' # the data's content: a tfrecord's own bytes differ from one writing to the next
@@ -37,18 +36,16 @@ train() { # train BASE RUNS NAMES OPTION …: all of the model, in two processes
     } >>"$log"
 }
 
-stage "demonstrations of the expert" collect libero_spatial_base 25 $all
+stage "demonstrations of the expert" collect libero_spatial_base 30 $all
 [ -d "$work/first-exported" ] || stage "first training" train checkpoints/openvla-tiny "$work/first" libero_spatial_base --learning_rate 1e-3 --max_steps 2000
 # what a chunk should be is what was done next: nothing pushes the expert off its way here
 if [ ! -d "$work/second-exported" ]; then
-    stage "demonstrations that the first policy begins" collect libero_spatial_led 22 $all --policy_checkpoint "$work/first-exported" --perturbation 0
+    stage "demonstrations that the first policy begins" collect libero_spatial_led 15 $all --policy_checkpoint "$work/first-exported" --perturbation 0
     stage "second training" train "$work/first-exported" "$work/second" libero_spatial_base,libero_spatial_led \
-        --action_statistics base --learning_rate 7e-4 --max_steps 4000
+        --action_statistics base --learning_rate 7e-4 --max_steps 2500
 fi
-led=(--policy_checkpoint "$work/second-exported" --perturbation 0)
-stage "demonstrations that the second policy begins" collect libero_spatial_third 22 $all "${led[@]}"
-stage "more of them, of tasks 1, 6, 8 and 9" collect libero_spatial_third 40 1 6 8 9 "${led[@]}"
-[ -d "$work/third-exported" ] || stage "third training" train "$work/second-exported" "$work/third" libero_spatial_base,libero_spatial_third \
-    --action_statistics base --learning_rate 7e-4 --max_steps 5000
+stage "demonstrations that the second policy begins" collect libero_spatial_third 20 $all --policy_checkpoint "$work/second-exported" --perturbation 0
+[ -d "$work/third-exported" ] || stage "third training" train "$work/second-exported" "$work/third" \
+    libero_spatial_base,libero_spatial_led,libero_spatial_third --action_statistics base --learning_rate 7e-4 --max_steps 4000
 checkpoints/install.sh "$work/third-exported" checkpoints/openvla-tiny-oft
 $python eval.py --pretrained_checkpoint checkpoints/openvla-tiny-oft --task_ids $all --num_trials_per_task 20 --render_quality fast

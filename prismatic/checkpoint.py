@@ -250,8 +250,7 @@ def is_its_own(path: Path) -> bool:
     return target.is_file() and target.parent in (place, place.parent.parent / "blobs")
 
 
-class _Base(TypedDict, total=False):
-    base_model_name_or_path: str | None
+_Base = TypedDict("_Base", {"base_model_name_or_path": str | None}, total=False)
 
 
 def adapter_base(folder: Path) -> str:

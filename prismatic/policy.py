@@ -114,6 +114,7 @@ class VLAPolicy(Policy):
                 raise
             answers = None
         if answers is None:  # raised out here: the error above would hold what the failed pass had
+            self.decoder.release()
             if len(frames) > 1:
                 raise PolicyError(f"the GPU has no memory to answer {len(frames)} at once")
             raise ConfigError("the GPU has no memory left: end what else runs there, or quantise")

@@ -84,6 +84,26 @@ def test_what_the_machine_lacks_is_not_the_clients_to_mend(monkeypatch: pytest.M
     assert isinstance(error, RequestError) and error.status == 500 and "no memory left" in str(error)
 
 
+def test_after_a_fault_of_the_gpu_nobody_is_kept_waiting_and_the_server_ends() -> None:
+    policy = FakePolicy()
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700)
+
+    async def work() -> list[Any]:
+        queue = BatchQueue(policy, max_batch=2, max_wait=0.0, max_waiting=100)
+        asked = [asyncio.create_task(queue.ask(observation(n))) for n in range(5)]
+        await asyncio.sleep(0)
+        with pytest.raises(torch.AcceleratorError):
+            await queue.run()
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy, "batch_chunks", broken)
+        answers = asyncio.run(work())
+    assert [(type(error), error.status) for error in answers] == [(RequestError, 503)] * 5
+
+
 def test_both_images_are_prepared_side_by_side_and_recorded_as_they_came(tmp_path: Path) -> None:
     both, policy = threading.Barrier(2, timeout=20), FakePolicy()
     refused = [picture(7)[0, 0, 0], picture(1007)[0, 0, 0]]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,9 +69,12 @@ def test_the_numbers_are_those_of_one_sample_after_another(mixture: Mixture, pro
     check = Validation(mixture, processor, batch_size=4)
     assert len(check.frames) % 4, "the last batch should be smaller than the others"
     seen: list[torch.Tensor] = []
-    hook = vla.register_forward_pre_hook(
-        lambda module, inputs, named: seen.extend(named["pixel_values"]), with_kwargs=True
-    )
+
+    def see(module: torch.nn.Module, inputs: tuple, named: dict[str, torch.Tensor]) -> None:
+        assert not torch.is_autocast_cache_enabled()  # it would hold a copy of every weight until the end
+        seen.extend(named["pixel_values"])
+
+    hook = vla.register_forward_pre_hook(see, with_kwargs=True)
     measured = check(vla, autocast=False, stopped=never)
     hook.remove()
     losses, predicted, true = [], [], []
@@ -116,7 +120,16 @@ def test_when_it_is_due_and_what_is_said_where_nothing_is_held_out(
         assert ("--val_share" in capsys.readouterr().out) == (every > 0)
 
 
-def test_validation_changes_nothing_that_is_learnt_survives_a_stop_and_keeps_the_best(cfg: FinetuneConfig) -> None:
+def test_validation_changes_nothing_that_is_learnt_survives_a_stop_and_keeps_the_best(
+    cfg: FinetuneConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validate = Validation.__call__
+
+    def without_gradients(self: Validation, vla: torch.nn.Module, **how: Any) -> dict[str, Any]:
+        assert not [name for name, parameter in vla.named_parameters() if parameter.grad is not None]
+        return validate(self, vla, **how)
+
+    monkeypatch.setattr(Validation, "__call__", without_gradients)
     cfg = dataclasses.replace(cfg, val_share=0.5, learning_rate=0.05, lora_dropout=0.1, keep=1, save_steps=100)
     plain = finetune.main(dataclasses.replace(cfg, run_id_note="plain", val_steps=0)).parent
     cfg = dataclasses.replace(cfg, val_steps=1)

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,30 +23,22 @@ class StagedEpisode(NamedTuple):
     """A demonstration of T ≥ 1 steps, its frames as JPEG."""
 
     images: Sequence[bytes]  # T agent views, upright
-    wrist_images: Sequence[bytes]  # T wrist views, upright; none where there is no such camera
-    state: np.ndarray | None  # (T, S) float32; LIBERO's: end effector's position 3, axis-angle 3, fingers 2
-    joint_state: np.ndarray | None  # (T, joints) float32
     action: np.ndarray  # (T, D) float32; LIBERO's as it takes it: gripper -1 open, +1 close
     instruction: str
-    file_path: str  # where the demonstration came from
+    wrist_images: Sequence[bytes] = ()  # T wrist views, upright; none where there is no such camera
+    state: np.ndarray | None = None  # (T, S) float32; LIBERO's: end effector's position 3, axis-angle 3, fingers 2
+    joint_state: np.ndarray | None = None  # (T, joints) float32
+    file_path: str = ""  # where the demonstration came from
 
 
-def stage_episode(
-    path: Path,
-    *,
-    images: Sequence[bytes],
-    action: np.ndarray,
-    instruction: str,
-    wrist_images: Sequence[bytes] = (),
-    state: np.ndarray | None = None,
-    joint_state: np.ndarray | None = None,
-    file_path: str = "",
-) -> None:
-    """Write an episode (see StagedEpisode) as `path`, an .npz whose name decides its place in the data set.
+def stage_episode(path: Path, **fields: Any) -> None:
+    """Write an episode, whose fields are StagedEpisode's, as `path`, an .npz whose name decides its place in the data set.
 
     ValueError where the fields don't agree in length; ConfigError where the disk is full.
     """
-    vectors = {"action": action, "state": state, "joint_state": joint_state}
+    episode = StagedEpisode(**fields)
+    images, wrist_images = episode.images, episode.wrist_images
+    vectors = {name: getattr(episode, name) for name in ("action", "state", "joint_state")}
     numbers = {name: np.asarray(values, dtype=np.float32) for name, values in vectors.items() if values is not None}
     shapes = {name: values.shape for name, values in numbers.items()}
     views = (len(images),), (len(wrist_images) or len(images),)
@@ -58,8 +50,8 @@ def stage_episode(
         "image_offsets": np.cumsum([0, *map(len, images)]),
         "wrist_jpeg": np.frombuffer(b"".join(wrist_images), dtype=np.uint8),
         "wrist_offsets": np.cumsum([0, *map(len, wrist_images)]),
-        "instruction": np.array(instruction),
-        "file_path": np.array(file_path),
+        "instruction": np.array(episode.instruction),
+        "file_path": np.array(episode.file_path),
         **numbers,
     }
     path = Path(path)
@@ -79,7 +71,7 @@ def load_episode(path: Path) -> StagedEpisode:
             [staged[f"{view}_jpeg"][start:end].tobytes() for start, end in pairwise(staged[f"{view}_offsets"].tolist())]
             for view in ("image", "wrist")
         )
-        numbers = (staged.get("state"), staged.get("joint_state"), staged["action"])
-        return StagedEpisode(images, wrist_images, *numbers, str(staged["instruction"]), str(staged["file_path"]))
+        instruction, *more = str(staged["instruction"]), wrist_images, staged.get("state"), staged.get("joint_state")
+        return StagedEpisode(images, staged["action"], instruction, *more, str(staged["file_path"]))
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
         raise ConfigError(f"the staged episode {path} is damaged ({error}): delete it and go on") from None

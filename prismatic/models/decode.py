@@ -150,6 +150,10 @@ class ActionDecoder:
             self._grow(max(batch, rows), max(length, columns))
         return [(keys[:batch, :, :length], values[:batch, :, :length]) for keys, values in self._cache]
 
+    def release(self) -> None:
+        """Let the cache go: after a want of memory, a smaller one may do."""
+        self._cache = []
+
     def _grow(self, rows: int, columns: int) -> None:
         self._cache = []  # frees it before the larger one is made
         like = self.vla.language_model.model.norm.weight

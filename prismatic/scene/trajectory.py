@@ -1,8 +1,7 @@
 """What an episode's states say of its objects, as arrays over time, and which stages of its goals they reach. No simulator here.
 
 scene/recorder.py fills a Trajectory; diagnosis.py says why it ended so. A goal is a predicate of the task's BDDL file; docs/verdicts.md has
-the table of its stages. A step is the number of actions before that moment: 0 is the state that the policy found. An episode ends as soon as
-all predicates hold, often before the fingers open: a success may have no `released`, and a push no `grasped`.
+the table of its stages, and what a step is.
 """
 
 from collections.abc import Iterator, Sequence

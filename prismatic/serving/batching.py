@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from prismatic.errors import ConfigError, PolicyError
 from prismatic.observation import Observation, answered
@@ -60,14 +61,20 @@ class BatchQueue:
         return await request.answer
 
     async def run(self) -> None:
-        """Answer for ever."""
+        """Answer for ever, or until the GPU fails, which is raised."""
         loop = asyncio.get_running_loop()
         while True:
             batch = [request for request in await self._gather() if not request.answer.done()]
             if not batch:  # whoever asked has gone
                 continue
             started = time.monotonic()
-            results = await loop.run_in_executor(self.thread, self._compute, batch)
+            try:
+                results = await loop.run_in_executor(self.thread, self._compute, batch)
+            except Exception:
+                for request in [*batch, *(self._requests.get_nowait() for _ in range(self.waiting()))]:
+                    if not request.answer.done():
+                        request.answer.set_exception(RequestError("the GPU has failed: ask another server", 503))
+                raise
             infer_ms = 1000 * (time.monotonic() - started)
             self._expected = len(batch) + self.waiting()
             self.on_batch(len(batch))
@@ -92,10 +99,12 @@ class BatchQueue:
         return batch
 
     def _compute(self, batch: Sequence[_Waiting]) -> list[np.ndarray | RequestError]:
-        """One batch; if it fails, its rows one by one, so that only the one at fault is refused."""
+        """One batch; if it fails, its rows one by one, so that only the one at fault is refused. After a fault of the GPU nothing works: raised."""
         try:
             return list(answered(self.policy, [request.observation for request in batch]))
         except Exception as error:
+            if isinstance(error, torch.AcceleratorError):
+                raise
             if len(batch) > 1:
                 return [result for request in batch for result in self._compute([request])]
             if isinstance(error, (ConfigError, PolicyError)):

@@ -82,7 +82,7 @@ class Validation:
             # a rank without a share goes along all the same: where weights are sharded, a forward pass needs every rank
             steps = [self.mixture.step(*place) for place in share or self.frames[:1]]
             batch = self.processor.collate([example(step, self.processor, as_acting=True) for step in steps]).to(device)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast, cache_enabled=False):
                 out = vla(**vars(batch))
             if share and out.loss is not None:
                 errors = action_errors(out, batch, self.processor.action_tokenizer)
