@@ -250,7 +250,8 @@ def is_its_own(path: Path) -> bool:
     return target.is_file() and target.parent in (place, place.parent.parent / "blobs")
 
 
-_Base = TypedDict("_Base", {"base_model_name_or_path": str | None}, total=False)
+class _Base(TypedDict, total=False):
+    base_model_name_or_path: str | None
 
 
 def adapter_base(folder: Path) -> str:
