@@ -15,7 +15,7 @@ from prismatic import image
 from prismatic.data.examples import example
 from prismatic.data.frames import Mixture
 from prismatic.models.tiny import random_vla
-from prismatic.models.vla import IGNORE
+from prismatic.models.vla import IGNORE, VLA
 from prismatic.normalize import ACTION_DIMENSIONS
 from prismatic.processor import Processor
 from prismatic.training import validation
@@ -125,7 +125,7 @@ def test_validation_changes_nothing_that_is_learnt_survives_a_stop_and_keeps_the
 ) -> None:
     validate = Validation.__call__
 
-    def without_gradients(self: Validation, vla: torch.nn.Module, **how: Any) -> dict[str, Any]:
+    def without_gradients(self: Validation, vla: VLA, **how: Any) -> dict[str, Any]:
         assert not [name for name, parameter in vla.named_parameters() if parameter.grad is not None]
         return validate(self, vla, **how)
 

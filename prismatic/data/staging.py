@@ -71,7 +71,8 @@ def load_episode(path: Path) -> StagedEpisode:
             [staged[f"{view}_jpeg"][start:end].tobytes() for start, end in pairwise(staged[f"{view}_offsets"].tolist())]
             for view in ("image", "wrist")
         )
-        instruction, *more = str(staged["instruction"]), wrist_images, staged.get("state"), staged.get("joint_state")
-        return StagedEpisode(images, staged["action"], instruction, *more, str(staged["file_path"]))
+        words, source = str(staged["instruction"]), str(staged["file_path"])
+        states = staged.get("state"), staged.get("joint_state")
+        return StagedEpisode(images, staged["action"], words, wrist_images, *states, source)
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
         raise ConfigError(f"the staged episode {path} is damaged ({error}): delete it and go on") from None
