@@ -8,6 +8,7 @@ from prismatic.bench.plain import PlainVLA
 from prismatic.errors import ConfigError
 from prismatic.models.tiny import TINY
 from prismatic.models.vla import VLA
+from prismatic.training.activations import shallow
 
 BENCH = train.Bench(TINY, torch.device("cpu"), torch.float32, steps=1)
 HOW = {"memory_cap_gib": 24, "steps": 1}
@@ -19,6 +20,15 @@ def test_both_ways_give_one_loss_and_the_same_gradients() -> None:
     # they are two models, also where the gradients are equal to the bit, as on some CPUs
     plain, ours = (isinstance(train.model_of(BENCH, way, way == "ours"), PlainVLA) for way in ("plain", "ours"))
     assert plain and not ours
+
+
+def test_on_a_gpu_one_block_of_each_kind_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 the difference grows with depth, beyond what may be allowed."""
+    seen, model_of = [], train.model_of
+    monkeypatch.setattr(train.Bench, "on_gpu", property(lambda bench: True))
+    monkeypatch.setattr(train, "model_of", lambda bench, *how: (seen.append(bench.config), model_of(bench, *how))[1])
+    train.check_equal(BENCH)
+    assert seen == [shallow(BENCH.config)] * 2 != [BENCH.config] * 2
 
 
 def test_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
