@@ -23,7 +23,7 @@ done
 # first: steps of a training before, on the expert's demonstrations alone, whose adapter begins the others and is the next one's base; 0: the base does
 case $head$size in
     tokens) demos=24 more=20 first=0 steps=600 before=10 after=20 quality=fast ;;
-    oft) demos=18 more=16 first=240 steps=260 before=10 after=20 quality=fast ;;
+    oft) demos=18 more=16 first=130 steps=140 before=10 after=20 quality=fast ;;
     tokens_quick) demos=4 more=2 first=0 steps=40 before=1 after=2 quality=fast ;;
     oft_quick) demos=4 more=2 first=20 steps=40 before=1 after=2 quality=fast ;;
     tokens_long) demos=80 more=60 first=0 steps=3000 before=50 after=50 quality=standard ;;
