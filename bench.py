@@ -32,7 +32,7 @@ from prismatic.atomic import write_json
 from prismatic.errors import ConfigError, exit_codes
 from prismatic.ranges import BelowOne, Count, Images, Positive, checked
 
-Size = Annotated[float, Meta(gt=0)]
+Size = Annotated[float, Meta(gt=0, le=1e6)]
 SOME = Meta(min_length=1)  # of a list: an empty one would measure nothing
 
 

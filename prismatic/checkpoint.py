@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import nn
@@ -250,17 +250,12 @@ def is_its_own(path: Path) -> bool:
     return target.is_file() and target.parent in (place, place.parent.parent / "blobs")
 
 
-class _Base(TypedDict, total=False):
-    base_model_name_or_path: str | None
-
-
 def adapter_base(folder: Path) -> str:
     """The base model's folder or id that an adapter names; a relative folder is looked for beside the adapter, then from here."""
-    name = read_record(folder / ADAPTER_CONFIG, _Base).get("base_model_name_or_path")
-    if not name:
-        raise ConfigError(
-            f"{folder / ADAPTER_CONFIG} names no base model: give the base and --lora_checkpoint {folder}"
-        )
+    name = read_record(folder / ADAPTER_CONFIG, dict[str, Any]).get("base_model_name_or_path")
+    if not name or not isinstance(name, str):
+        said = f"{folder / ADAPTER_CONFIG}: base_model_name_or_path names no base model"
+        raise ConfigError(f"{said}: give the base and --lora_checkpoint {folder}")
     name = expanded(name, f"{folder / ADAPTER_CONFIG}: base_model_name_or_path")
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise ConfigError(

@@ -10,6 +10,7 @@ from prismatic.image import PreparedImage
 
 WANTED = "a frame is (H, W, 3) uint8, RGB, upright"
 SMALLEST, LARGEST = 8, 8192  # pixels a side
+LONGEST = 100_000  # letters; the model reads 2,048 tokens
 
 DAMAGED = "the policy answered with NaN or infinity: its weights or statistics are damaged"
 
@@ -21,7 +22,10 @@ class InputError(ConfigError):
 def as_frame(given: Any, name: str) -> np.ndarray:
     """(H, W, 3) uint8 of a frame, a PIL image, or either with an alpha channel. ConfigError that says what was given and what is wanted."""
     if hasattr(given, "convert") and hasattr(given, "getbands"):  # a PIL image
-        given = np.asarray(given.convert("RGB"))
+        try:
+            given = np.asarray(given.convert("RGB"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{name} is an image that can't be read ({error}): give a whole one") from None
     if not isinstance(given, np.ndarray):
         hint = ": give .permute(1, 2, 0).cpu().numpy()" if hasattr(given, "detach") else ""
         raise InputError(f"{name} is of type {type(given).__name__}, but {WANTED}, as a numpy array{hint}")
@@ -49,7 +53,7 @@ def as_states(given: Any, name: str) -> list[np.ndarray] | None:
         return None
     try:
         states = np.asarray(given, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"{name} are no rows of numbers of one length: give (B, S), a robot state a frame") from None
     if states.ndim != 2:
         raise InputError(f"{name} have shape {states.shape}: give (B, S), a robot state a frame")
@@ -72,6 +76,8 @@ def check_batch(instructions: Any, **others: Any) -> None:
     for number, text in enumerate(instructions):
         if not isinstance(text, str):
             raise InputError(f"instructions[{number}] is of type {type(text).__name__}: give a text")
+        if len(text) > LONGEST:
+            raise InputError(f"instructions[{number}] has {len(text):,} letters: shorten it")
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise InputError(
                 f"instructions[{number}] {text!r:.60} holds half a character (a surrogate): give valid Unicode"

@@ -20,7 +20,7 @@ from action_tokenizer import ActionTokenizer
 from prismatic import image, normalize
 from prismatic.models.vla import IGNORE, VLAConfig
 from prismatic.policy_inputs import InputError
-from prismatic.ranges import ActionHead, Count, Images, Positive
+from prismatic.ranges import ActionHead, Count, Few, Images, Positive
 
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 IMAGE_MARK = "<image>"  # the original takes it out of recorded instructions, not of live ones
@@ -44,7 +44,7 @@ class ProcessorConfig:
     image_size: Positive = _OPENVLA_7B.image_size  # pixels a side
     num_images_in_input: Images = _OPENVLA_7B.num_images_in_input  # 2: agentview and wrist
     action_head: ActionHead = _OPENVLA_7B.action_head
-    num_actions_chunk: Positive = _OPENVLA_7B.num_actions_chunk
+    num_actions_chunk: Few = _OPENVLA_7B.num_actions_chunk
     proprio_dim: Count = _OPENVLA_7B.proprio_dim  # 0: reads no state
     stop_token: bool = _OPENVLA_7B.stop_token
     means: tuple[Colours, Colours] = (DINO_MEAN, SIGLIP_MEAN)

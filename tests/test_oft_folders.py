@@ -95,7 +95,8 @@ def test_heads_of_any_dtype_with_or_without_ddps_prefix(published: Path) -> None
     dtypes = {HEAD: torch.float64, PROJECTOR: torch.bfloat16}
     for (file, dtype), prefix in zip(dtypes.items(), ("module.", ""), strict=True):
         tensors = torch.load(published / file, weights_only=True)
-        torch.save({prefix + name: tensor.to(dtype) for name, tensor in tensors.items()}, published / file)
+        learnt = {prefix + name: torch.nn.Parameter(tensor.to(dtype)) for name, tensor in tensors.items()}
+        torch.save(learnt, published / file)
     expected, loaded = random_vla(TINY_OFT, seed=1).state_dict(), load_vla(published).state_dict()
     for part, dtype in zip(HEADS, dtypes.values(), strict=True):
         for name in (name for name in expected if name.startswith(part)):
@@ -125,6 +126,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
     "another width": (lambda f: torch.save(WIDE, f / PROJECTOR), {}, r"proprio_projector\.fc1\.weight has shape \[4, 5\]"),
     **{f"a head of {empty}": (lambda f, empty=empty: torch.save(empty, f / HEAD), {}, f"{HEAD} holds no tensors") for empty in ({}, [], {"a": 3})},
     "a number as a name": (lambda f: torch.save({0: torch.zeros(1)}, f / HEAD), {}, "tensor action_head.* is missing"),
+    "sparse": (lambda f: torch.save({"fc1.weight": torch.eye(4).to_sparse()}, f / HEAD), {}, "fc1.weight is sparse"),
+    "a shape": (lambda f: torch.save({"fc1.weight": torch.empty(4, device="meta")}, f / HEAD), {}, "a shape without numbers"),
     "not a head": (lambda f: (f / HEAD).write_bytes(b"x"), {}, "no readable head"),
     "a program": (lambda f: torch.save({"model.fc1.weight": Evil()}, f / HEAD), {}, "no readable head"),
 }  # fmt: skip

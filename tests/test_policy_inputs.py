@@ -1,5 +1,6 @@
 """A policy called by a stranger's code: what can be taken is, the rest is one sentence that says what was given and what is wanted."""
 
+import io
 from typing import Any
 
 import numpy as np
@@ -41,12 +42,19 @@ def test_no_frame_is_one_sentence(given: Any, says: str) -> None:
     assert says in str(error.value) and "uint8" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_an_image_of_pil_that_is_cut_off_is_one_sentence() -> None:
+    whole = io.BytesIO()
+    Image.fromarray(np.tile(FRAME, (9, 9, 1))).save(whole, format="PNG")
+    with pytest.raises(ConfigError, match=r"frames\[0\] is an image that can't be read"):
+        as_frames([Image.open(io.BytesIO(whole.getvalue()[:-60]))], "frames")
+
+
 @pytest.mark.parametrize(
     ("instructions", "others"),
     [
         ([], {"frames": []}), (["a"], {"frames": [FRAME, FRAME]}), (["a", "b"], {"frames": [FRAME]}), ("a", {"frames": [FRAME]}),
         (["a"], {"frames": None, "wrists": []}), ([3], {}), ([None], {}), (["a\ud800"], {}), (None, {}), (["a"], {"states": 3}),
-        (["a"], {"episodes": [["a list"]]}),
+        (["a"], {"episodes": [["a list"]]}), (["x" * 100_001], {}),
     ],
 )  # fmt: skip
 def test_a_batch_that_does_not_fit_is_one_sentence(instructions: Any, others: dict[str, Any]) -> None:
@@ -57,7 +65,15 @@ def test_a_batch_that_does_not_fit_is_one_sentence(instructions: Any, others: di
 
 @pytest.mark.parametrize(
     "given",
-    [np.zeros(8), np.zeros((1, 1, 8)), [[0.0] * 8, [0.0] * 7], [["a"] * 8], [[None] * 8], [[float("nan")] * 8]],
+    [
+        np.zeros(8),
+        np.zeros((1, 1, 8)),
+        [[0.0] * 8, [0.0] * 7],
+        [["a"] * 8],
+        [[None] * 8],
+        [[float("nan")] * 8],
+        [[10**400] * 8],
+    ],
     ids=str,
 )
 def test_states_that_are_no_rows_of_numbers_are_one_sentence(given: Any) -> None:

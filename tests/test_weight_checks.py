@@ -140,7 +140,7 @@ def test_another_users_file_has_no_fingerprint_and_no_sum(
     "index",
     [
         {}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": {"a": 3}}, [], 3,
-        *({"weight_map": {"a": name}} for name in ("../outside.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "")),
+        *({"weight_map": {"a": name}} for name in ("../outside.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "", "x" * 300)),
     ],
     ids=str,
 )  # fmt: skip

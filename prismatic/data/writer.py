@@ -11,6 +11,7 @@ import json
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -87,16 +88,8 @@ class CacheWriter:
         self._columns["instruction"].append(np.array(numbers, dtype=np.int32))
         self._file_paths.append(file_path)
 
-    def finish(
-        self,
-        *,
-        train_episodes: int | None = None,
-        in_order: bool = False,
-        action_names: Sequence[str] = (),
-        fps: float | None = None,
-        notes: Sequence[str] = (),
-    ) -> None:
-        """Write the numbers and the description, which CacheMeta explains."""
+    def finish(self, **facts: Any) -> None:
+        """Write the numbers and the description. facts: fields of CacheMeta that only the data set's format knows."""
         if not self._sizes:
             raise ConfigError(f"{self._source or self._name} has no episode with a step: give a data set that has some")
         self._frames.close()
@@ -106,15 +99,11 @@ class CacheWriter:
             name=self._name,
             source=self._source,
             fingerprint=self._content.hexdigest(),
-            train_episodes=train_episodes,
-            in_order=in_order,
             images=list(VIEWS[: len(self._views)]),
             instructions=list(self._instructions),
             file_paths=self._file_paths,
-            gripper=detect_gripper(arrays["action"], action_names),
-            action_names=list(action_names),
-            fps=fps,
-            notes=list(notes),
+            gripper=detect_gripper(arrays["action"], facts.get("action_names", ())),
+            **{"train_episodes": None} | facts,
         )
         text = json.dumps(dataclasses.asdict(meta), indent=1)
         (self._folder / CACHE_META).write_text(text)
@@ -149,5 +138,5 @@ def pixels_of(image: bytes | np.ndarray, where: str) -> np.ndarray:
         if image.startswith(JPEG_START):
             return decode_jpeg(image)
         return np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
-    except (ValueError, OSError, SyntaxError):
+    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError):
         raise ConfigError(f"{where} is no image that can be read (JPEG, PNG): repair or drop that episode") from None

@@ -1,1 +1,0 @@
-"""Episodes: which there are, who plays them and where, what is recorded of them."""

@@ -47,12 +47,12 @@ class EpisodeResult(Struct, kw_only=True):
     error: str | None
     steps: Count
     seconds: float
-    video: Annotated[str, Meta(pattern=r"^[^/\x00]+$")] | None = None  # within the rollout folder
+    video: Annotated[str, Meta(pattern=r"^[^/\x00]{1,255}$")] | None = None  # within the rollout folder
     actions_sha256: str | None = None  # tells whether two runs did the same, not only whether they ended alike
     stages: dict[str, int | None] = msgspec.field(default_factory=dict)  # stage → its first step (scene/trajectory.py)
     verdict: str | None = None  # a code of scene/diagnosis.py
     reason: str | None = None
-    actions: Annotated[str, Meta(pattern=r"^actions/[^/\x00]+$")] | None = None  # file of them
+    actions: Annotated[str, Meta(pattern=r"^actions/[^/\x00]{1,255}$")] | None = None  # file of them
     instruction_given: str | None = None  # where it is another than the task's; may be ""
     moved_by_env_seed_mm: dict[str, float] | None = None  # against env seed 0
     replay: ReplayResult | None = None

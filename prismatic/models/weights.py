@@ -90,7 +90,9 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint folder under its published name, read lazily. ConfigError for a missing or truncated file."""
     if (folder / WEIGHTS_INDEX).exists():
         names = set(read_record(folder / WEIGHTS_INDEX, _Index)["weight_map"].values())
-        if outside := sorted(name for name in names if Path(name).name != name or name in ("", "..")):
+        if outside := sorted(
+            name for name in names if Path(name).name != name or name in ("", "..") or len(name) > 255
+        ):
             raise ConfigError(
                 f"{folder / WEIGHTS_INDEX} names {outside[0]!r}, which is not in its folder: copy it again"
             )
@@ -149,7 +151,9 @@ def read_pickle(path: Path, what: str) -> dict[str, StoredTensor]:
 
 def _leaves(path: Path, value: Any, name: str = "") -> Iterator[tuple[str, StoredTensor]]:
     if isinstance(value, torch.Tensor):
-        yield name, StoredTensor(path, tuple(value.shape), lambda: value)
+        if value.layout != torch.strided or value.is_meta:
+            raise ValueError(f"{name} is sparse, or a shape without numbers")
+        yield name, StoredTensor(path, tuple(value.shape), value.detach)
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _leaves(path, inner, f"{name}.{key}" if name else str(key))

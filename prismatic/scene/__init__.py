@@ -1,1 +1,0 @@
-"""What LIBERO has, and what its state says: suites, signals of an episode, how far it got and why it ended."""
