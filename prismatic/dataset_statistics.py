@@ -4,6 +4,7 @@ Of a file with many entries only the chosen one must make sense. Surprising: an 
 the original does; that is said. A file of one data set, as OpenVLA's data loader caches it, has no key on top: it is taken under `unnorm_key`.
 """
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -46,7 +47,7 @@ def load_statistics(folder: Path, unnorm_key: str | None = None, *, needed: bool
     """All entries of a folder's statistics: dataset_statistics.json, else `norm_stats` of config.json. Where there are none, as in a base model,
     ConfigError if they are needed, else {}.
     """
-    if (folder / STATISTICS).exists():
+    if os.path.lexists(folder / STATISTICS):  # a link that leads nowhere is no leave to read others
         return read_statistics(folder / STATISTICS, unnorm_key)
     found = read_object(folder / CONFIG).get("norm_stats") if (folder / CONFIG).exists() else None
     if not found and not needed:

@@ -239,6 +239,8 @@ def _drop_torn_line(path: Path) -> None:
         begin = content.rfind(b"\n") + 1
         if is_whole(content[begin:], EpisodeResult):
             append_line(path, b"")
+        elif content.startswith(b"[") or content.count(b'"episode_id"', begin) > 1:
+            raise ConfigError(f"{path} has several rows in its last line: give each a line, or move the file away")
         else:
             with path.open("r+b") as results:
                 results.truncate(begin)

@@ -102,8 +102,9 @@ def model_config(folder: Path, adapter: Path | None = None, *, new_heads: bool =
     if unknown := sorted(given.keys() - {*CHOICE, "action_dim"}):
         raise TypeError(f"unknown argument {unknown[0]!r}: a model's choices are {', '.join(CHOICE)}")
     heads = stored_heads(home or folder)
-    if home is None:
+    if home != adapter:
         _refuse_apart(adapter)
+    if home is None:
         said = _read_off(folder, config, heads, given, new_heads=new_heads)
     else:
         processor = read_processor(home / PROCESSOR)
@@ -165,11 +166,11 @@ def _refuse_apart(adapter: Path | None) -> None:
         places.append(adapter.parent)
         beside += adapter.parent.glob(STATISTICS)
     for place, part in itertools.product(places, OWN):
-        beside += place.glob(PUBLISHED.format(part=part, step="*"))
+        beside += [*place.glob(PUBLISHED.format(part=part, step="*")), *place.glob(OWN[part])]
     if beside:
         raise ConfigError(
             f"{adapter} learnt with {beside[0]}, which a base does not have: merge it by the original's "
-            "merge_lora_weights_and_save.py and give that folder alone"
+            f"merge_lora_weights_and_save.py and give that folder alone, or copy its {PROCESSOR} too where it was trained here"
         )
 
 

@@ -22,6 +22,8 @@ class InputError(ConfigError):
 def as_frame(given: Any, name: str) -> np.ndarray:
     """(H, W, 3) uint8 of a frame, a PIL image, or either with an alpha channel. ConfigError that says what was given and what is wanted."""
     if hasattr(given, "convert") and hasattr(given, "getbands"):  # a PIL image
+        if str(given.mode).startswith(("F", "I")):  # more than 8 bits: converting would make it black or white
+            raise InputError(f"{name} is an image of mode {given.mode}, but {WANTED}")
         try:
             given = np.asarray(given.convert("RGB"))
         except (OSError, ValueError) as error:

@@ -20,7 +20,7 @@ from action_tokenizer import ActionTokenizer
 from prismatic import image, normalize
 from prismatic.models.vla import IGNORE, VLAConfig
 from prismatic.policy_inputs import InputError
-from prismatic.ranges import ActionHead, Count, Few, Images, Positive
+from prismatic.ranges import ActionHead, Count, Few, Images, Positive, Share
 
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 IMAGE_MARK = "<image>"  # the original takes it out of recorded instructions, not of live ones
@@ -29,7 +29,7 @@ MAX_LENGTH = 2048  # token ids; of a longer row the instruction is cut (the orig
 DINO_MEAN, DINO_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
 SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 FORMAT = 1  # of processor.json
-Colours = tuple[float, float, float]  # red, green, blue
+Colours = tuple[Share, Share, Share]  # red, green, blue, of pixels in [0, 1]
 Augment = Callable[[np.ndarray], np.ndarray]  # (S, S, 3) uint8 → the same, changed
 _OPENVLA_7B = VLAConfig()  # the numbers below are the model's: they stand there, once
 

@@ -6,6 +6,7 @@ In: folders of a checkpoint and perhaps of an adapter. Out: a Processor. Surpris
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -57,7 +58,7 @@ def load_processor(
                 check_sum(folder / name)
     home, model = processor_home(checkpoint, adapter), model_config(checkpoint, adapter, **choice)
     places = (adapter, home or checkpoint)
-    statistics_home = next((f for f in places if f is not None and (f / STATISTICS).exists()), checkpoint)
+    statistics_home = next((f for f in places if f is not None and os.path.lexists(f / STATISTICS)), checkpoint)
     statistics = load_statistics(statistics_home, unnorm_key)
     if home is None or unnorm_key is not None:
         unnorm_key = statistics_key(statistics, unnorm_key, statistics_home)
@@ -74,7 +75,8 @@ def load_processor(
                 raise ConfigError(f"--{flag} {given} contradicts {home / PROCESSOR}, which says {said}: leave it out")
         if config.unnorm_key not in statistics:
             raise ConfigError(
-                f"{statistics_home / STATISTICS} has no entry {config.unnorm_key}, which {home / PROCESSOR} names"
+                f"{statistics_home / STATISTICS} has no entry {config.unnorm_key}, which {home / PROCESSOR} names: "
+                "copy both from one run"
             )
         check_fits(config, model, home)
     entry, where = statistics[str(config.unnorm_key)], f"{statistics_home / STATISTICS}, {config.unnorm_key}"
@@ -137,7 +139,7 @@ class _Preprocessor(TypedDict):
 
 def _preprocessor(folder: Path) -> dict[str, Any]:
     path = folder / PREPROCESSOR
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
     towers = read_record(path, _Preprocessor)["tvf_normalize_params"]
     if not all(deviation > 0 for tower in towers for deviation in tower["std"]):

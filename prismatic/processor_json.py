@@ -1,6 +1,7 @@
 """processor.json, read: what lies beside every adapter and checkpoint that was made here."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 from prismatic.errors import ConfigError
@@ -28,4 +29,6 @@ def read_processor(path: Path) -> ProcessorConfig:
 
 def processor_home(checkpoint: Path, adapter: Path | None) -> Path | None:
     """The folder whose processor.json counts: the adapter's, else the checkpoint's; None where neither has one."""
-    return next((place for place in (adapter, checkpoint) if place is not None and (place / PROCESSOR).exists()), None)
+    return next(
+        (place for place in (adapter, checkpoint) if place is not None and os.path.lexists(place / PROCESSOR)), None
+    )

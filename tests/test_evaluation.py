@@ -71,6 +71,15 @@ def test_continues_where_it_stopped_and_drops_a_torn_line(tmp_path: Path, whole:
     assert len(read_rows(parts)) == 4
     evaluate(parts, plan(2))
     assert results.read_bytes() == first
+    for joined in (
+        first.replace(b"\n", b" "),
+        b"[" + first[:-1].replace(b"\n", b",") + b"]",
+        first.replace(b"\n", b"\r"),
+    ):
+        results.write_bytes(joined)
+        with pytest.raises(ConfigError, match="several rows in its last line"):
+            evaluate(parts, plan(2))
+        assert results.read_bytes() == joined  # nothing is lost
     results.write_bytes(first + b'{"episode_id": "fake/task0/state2/seed0", "succ')
     assert len(read_rows(parts)) == 4
     evaluate(parts, plan())

@@ -273,6 +273,10 @@ def test_an_adapter_brings_its_heads(made: Path, tmp_path: Path) -> None:
     assert not any(name.startswith(HEADS) for name in lora_state_dict(again))
     out = exported(adapter, tmp_path / "exported")
     np.testing.assert_allclose(chunk(policy_of(out)), chunk(policy_of(adapter)), atol=1e-5)
+    (adapter / "processor.json").rename(adapter / "elsewhere")
+    with pytest.raises(ConfigError, match=r"learnt with .*action_head\.safetensors.* or copy its processor\.json"):
+        load_vla(made / "base", adapter)
+    (adapter / "elsewhere").rename(adapter / "processor.json")
     (adapter / "action_head.safetensors").unlink()
     for new_heads in (False, True):  # a resumed run has heads: nothing starts anew
         with pytest.raises(ConfigError, match="has no action_head"):

@@ -32,6 +32,7 @@ def test_images_are_taken() -> None:
     [
         (FRAME / 255, "float64"), (FRAME > 3, "bool"), (FRAME[:, :, :1], "(32, 40, 1)"), (FRAME[:, :, 0], "(32, 40)"),
         (FRAME.transpose(2, 0, 1), "moveaxis"), (FRAME[:0], "(0, 40, 3)"), (FRAME[None], "(1, 32, 40, 3)"), (np.array(3, np.uint8), "()"),
+        (Image.fromarray(np.ones((32, 40), np.float32)), "mode F"),
         (torch.from_numpy(FRAME), "Tensor"), (None, "NoneType"), ("frame.png", "str"), ([[1, 2], [3]], "list"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

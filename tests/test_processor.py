@@ -191,6 +191,7 @@ def refused(folder: Path) -> str:
         {"means": None}, {"stds": [[0.5] * 3, [0.0] * 3]}, {"stds": [[0.5] * 3, [-0.5] * 3]}, {"stds": "abc"}, {"image_size": 0},
         {"image_size": "224"}, {"vocab_size": -1}, {"vocab_size": 3.5}, {"unnorm_key": 3}, {"unnorm_key": "no such key"}, {"format": 2},
         {"num_images_in_input": None}, {"action_head": "other"}, {"a_field_of_a_later_version": 1}, {"empty_token_id": None},
+        {"means": [[124.0] * 3] * 2}, {"stds": [[58.0] * 3] * 2}, {"num_actions_chunk": 5000},
     ],
     ids=str,
 )  # fmt: skip
@@ -201,13 +202,22 @@ def test_a_field_of_processor_json_without_sense_is_named(folder: Path, change: 
 
 @pytest.mark.parametrize(
     "towers",
-    [None, [], [{}], [{"mean": [0.5] * 3, "std": [0.5] * 3}], [{"mean": [0.5] * 3, "std": [0.0] * 3}] * 2, [{"mean": "a", "std": 1}] * 2],
+    [None, [], [{}], [{"mean": [0.5] * 3, "std": [0.5] * 3}], [{"mean": [0.5] * 3, "std": [0.0] * 3}] * 2, [{"mean": "a", "std": 1}] * 2,
+     [{"mean": [124] * 3, "std": [0.5] * 3}] * 2],
     ids=str,
 )  # fmt: skip
 def test_constants_of_the_towers_make_sense(folder: Path, towers: Any) -> None:
     (folder / PROCESSOR).unlink()
     edit(folder / PREPROCESSOR, tvf_normalize_params=towers)
     assert PREPROCESSOR in refused(folder)
+
+
+@pytest.mark.parametrize("name", [PROCESSOR, STATISTICS])
+def test_a_link_that_leads_nowhere_is_no_missing_file(folder: Path, name: str) -> None:
+    """As a hub's snapshot that was copied without its blobs: others would be read in its place, without a word."""
+    (folder / name).unlink()
+    (folder / name).symlink_to(folder.parent / "not there")
+    assert name in refused(folder)
 
 
 def test_another_models_tokenizer_is_refused(folder: Path) -> None:

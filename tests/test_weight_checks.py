@@ -148,3 +148,10 @@ def test_an_index_is_whole_and_names_files_of_its_folder_only(folder: Path, inde
     shutil.copy(folder / WEIGHTS, folder.parent / "outside.safetensors")
     (folder / WEIGHTS_INDEX).write_text(json.dumps(index))
     assert WEIGHTS_INDEX in refused(folder)
+
+
+def test_a_tensor_of_two_shards_is_refused(folder: Path) -> None:
+    shutil.copy(folder / WEIGHTS, folder / "stale.safetensors")
+    index = {"weight_map": {"a": WEIGHTS, "b": "stale.safetensors"}}
+    (folder / WEIGHTS_INDEX).write_text(json.dumps(index))
+    assert "two shards" in refused(folder)

@@ -3,6 +3,7 @@
 That a changed byte of any of these files is noticed is test_hostile_inputs.py's.
 """
 
+import io
 import resource
 import signal
 import struct
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from prismatic.arrays import read_arrays
 from prismatic.data.frames import FrameCache
@@ -31,6 +33,13 @@ from tests.drawn_cache import write_cache
 from tests.drawn_episodes import drawn_episode
 
 
+def png16() -> bytes:
+    """Grey levels of 16 bits, which would become white."""
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(file, format="PNG")
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -43,6 +52,7 @@ from tests.drawn_episodes import drawn_episode
             {"images": [encode_jpeg(np.zeros((8, 8, 3), np.uint8))[:-40]] * 3},
             "images of episode 1 of drawn is no image",
         ),
+        ({"images": [png16()] * 3}, "images of episode 1 of drawn is no image"),
         ({"images": ["a path"] * 3}, "is of type str"),
         ({"images": [np.zeros((4, 4, 3))] * 3}, r"float64 of shape \(4, 4, 3\): give uint8"),
     ],

@@ -137,6 +137,8 @@ def pixels_of(image: bytes | np.ndarray, where: str) -> np.ndarray:
     try:
         if image.startswith(JPEG_START):
             return decode_jpeg(image)
-        return np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
+        if (picture := Image.open(io.BytesIO(image))).mode.startswith(("F", "I")):
+            raise ValueError("more than 8 bits a pixel, of which converting would make black or white")
+        return np.asarray(picture.convert("RGB"))
     except (ValueError, OSError, SyntaxError, Image.DecompressionBombError):
         raise ConfigError(f"{where} is no image that can be read (JPEG, PNG): repair or drop that episode") from None

@@ -111,7 +111,10 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         raise ConfigError(
             f"{folder} holds no weights: expected {WEIGHTS}, {WEIGHTS_INDEX} with its shards, or checkpoints/*.pt"
         )
-    return {name: tensor for path in files for name, tensor in read_safetensors(path)}
+    found = [pair for path in files for pair in read_safetensors(path)]
+    if len(tensors := dict(found)) < len(found):
+        raise ConfigError(f"{folder}: two shards hold a tensor of one name: copy the shards of one model")
+    return tensors
 
 
 def read_safetensors(path: Path) -> Iterable[tuple[str, StoredTensor]]:
