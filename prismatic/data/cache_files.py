@@ -31,7 +31,7 @@ class CacheMeta:
     images: Annotated[list[str], Meta(min_length=1, max_length=2)]  # names of the views
     instructions: list[str]  # the distinct ones
     file_paths: list[str]  # an episode each
-    train_episodes: Count | None  # how many come before the validation split; None where the data set has none
+    train_episodes: Count | None = None  # how many come before the validation split; None where the data set has none
     source: str = ""  # where the data set lay
     gripper: Gripper = LIBERO_GRIPPER
     action_names: list[str] = field(default_factory=list)  # of each dimension; empty where the data set doesn't say

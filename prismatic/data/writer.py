@@ -103,7 +103,7 @@ class CacheWriter:
             instructions=list(self._instructions),
             file_paths=self._file_paths,
             gripper=detect_gripper(arrays["action"], facts.get("action_names", ())),
-            **{"train_episodes": None} | facts,
+            **facts,
         )
         text = json.dumps(dataclasses.asdict(meta), indent=1)
         (self._folder / CACHE_META).write_text(text)
