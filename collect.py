@@ -140,9 +140,14 @@ class Schedule:
         ]
 
 
+def stage_folder(cfg: CollectConfig) -> Path:
+    """Where finished episodes go, a file each."""
+    return cfg.data_root_dir / (cfg.dataset_name + STAGED)
+
+
 def open_stage(cfg: CollectConfig) -> Path:
     """The folder of finished episodes; ConfigError where it holds another collection's."""
-    stage = cfg.data_root_dir / (cfg.dataset_name + STAGED)
+    stage = stage_folder(cfg)
     source = cfg.from_hdf5 and str(cfg.from_hdf5.resolve())
     settings = {"format": STAGE_FORMAT, "from_hdf5": source}
     settings |= {"task_suite_name": cfg.task_suite_name, "dataset_format": cfg.format}
@@ -210,7 +215,7 @@ def collect(cfg: CollectConfig) -> Path:
         raise ConfigError("policy_checkpoint acts before the expert, and from_hdf5 has none: leave one of them out")
     if cfg.policy_checkpoint and not cfg.policy_checkpoint.is_dir():
         raise ConfigError(f"policy_checkpoint {cfg.policy_checkpoint} isn't there: give a checkpoint or adapter folder")
-    suite, stage = cfg.task_suite_name, cfg.data_root_dir / (cfg.dataset_name + STAGED)
+    suite, stage = cfg.task_suite_name, stage_folder(cfg)
     task_ids = cfg.task_ids or range(num_tasks(suite))
     for task_id in task_ids:
         instruction(suite, task_id)  # a ConfigError for a task that isn't there

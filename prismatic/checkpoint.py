@@ -37,7 +37,7 @@ from prismatic.processor import Processor
 from prismatic.processor_files import load_processor, preprocessor_json
 from prismatic.processor_json import processor_home, read_processor
 from prismatic.ranges import expanded
-from prismatic.records import read_bytes, read_record
+from prismatic.records import read_bytes, read_object
 
 ROUNDING_BYTES = 3 * 2**30  # of a GPU's memory, what rounding a layer takes beside the whole; not measured
 UNSAID = ("num_actions_chunk", "num_images_in_input")  # what a published folder with a head of chunks doesn't say
@@ -252,7 +252,7 @@ def is_its_own(path: Path) -> bool:
 
 def adapter_base(folder: Path) -> str:
     """The base model's folder or id that an adapter names; a relative folder is looked for beside the adapter, then from here."""
-    name = read_record(folder / ADAPTER_CONFIG, dict[str, Any]).get("base_model_name_or_path")
+    name = read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not name or not isinstance(name, str):
         said = f"{folder / ADAPTER_CONFIG}: base_model_name_or_path names no base model"
         raise ConfigError(f"{said}: give the base and --lora_checkpoint {folder}")

@@ -102,7 +102,7 @@ def model_config(folder: Path, adapter: Path | None = None, *, new_heads: bool =
     if unknown := sorted(given.keys() - {*CHOICE, "action_dim"}):
         raise TypeError(f"unknown argument {unknown[0]!r}: a model's choices are {', '.join(CHOICE)}")
     heads = stored_heads(home or folder)
-    if home != adapter:
+    if adapter is not None and home != adapter:
         _refuse_apart(adapter)
     if home is None:
         said = _read_off(folder, config, heads, given, new_heads=new_heads)
@@ -157,10 +157,8 @@ def _read_off(
     return {"action_head": kind, "action_dim": width, **found, **given}
 
 
-def _refuse_apart(adapter: Path | None) -> None:
+def _refuse_apart(adapter: Path) -> None:
     """ConfigError for a foreign adapter whose heads or statistics lie beside it, as OpenVLA-OFT leaves them: the base has others, or none."""
-    if adapter is None:
-        return
     places, beside = [adapter], []
     if adapter.name == MERGED_ADAPTER and not (adapter.parent / CONFIG).exists():  # else merged, see refuse_merged
         places.append(adapter.parent)
@@ -168,10 +166,8 @@ def _refuse_apart(adapter: Path | None) -> None:
     for place, part in itertools.product(places, OWN):
         beside += [*place.glob(PUBLISHED.format(part=part, step="*")), *place.glob(OWN[part])]
     if beside:
-        raise ConfigError(
-            f"{adapter} learnt with {beside[0]}, which a base does not have: merge it by the original's "
-            f"merge_lora_weights_and_save.py and give that folder alone, or copy its {PROCESSOR} too where it was trained here"
-        )
+        said = f"{adapter} learnt with {beside[0]}, which a base lacks: merge it by the original's merge_lora_weights_and_save.py"
+        raise ConfigError(f"{said} and give that folder alone, or copy its {PROCESSOR} too where it was trained here")
 
 
 def _kind(folder: Path, config: VLAConfig, parts: set[str]) -> str:

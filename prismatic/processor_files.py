@@ -74,10 +74,8 @@ def load_processor(
             if given is not None and given != (said := getattr(config, flag)):
                 raise ConfigError(f"--{flag} {given} contradicts {home / PROCESSOR}, which says {said}: leave it out")
         if config.unnorm_key not in statistics:
-            raise ConfigError(
-                f"{statistics_home / STATISTICS} has no entry {config.unnorm_key}, which {home / PROCESSOR} names: "
-                "copy both from one run"
-            )
+            said = f"{statistics_home / STATISTICS} has no entry {config.unnorm_key}, which {home / PROCESSOR} names"
+            raise ConfigError(f"{said}: copy both from one run")
         check_fits(config, model, home)
     entry, where = statistics[str(config.unnorm_key)], f"{statistics_home / STATISTICS}, {config.unnorm_key}"
     check_entry(entry, where, state=config.proprio_dim > 0)

@@ -206,12 +206,14 @@ def test_weights_set_the_share_of_each_data_set(pair):
 
 def test_mixtures_that_make_no_sense_are_refused(cache, pair, tmp_path):
     silent = make_cache(tmp_path / "silent", [0, 0, 4])
-    for caches, sentence in (
-        ([pair[0], pair[0]], "two data sets of one name"),
-        ([silent], "no training episode of silent"),
+    bad_weights = ([1.0], [1.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [1.0, 1e9], [1.0, 1e300])
+    for caches, weights, sentence in (
+        *((pair, weights, "a weight above 0 for each") for weights in bad_weights),
+        ([pair[0], pair[0]], None, "two data sets of one name"),
+        ([silent], None, "no training episode of silent"),
     ):
         with pytest.raises(ConfigError, match=sentence):
-            Mixture(caches, seed=0)
+            Mixture(caches, seed=0, weights=weights)
     for weight in ("0", "-1", "nan", "1e9", "1e300", "much"):
         with pytest.raises(ConfigError, match=f"'b:{weight}': '{weight}' is no weight above 0"):
             names_and_weights(f"a,b:{weight}")

@@ -21,6 +21,7 @@ from prismatic.normalize import Gripper, action_statistics, gripper_open_is_one
 SHUFFLING_STREAM = 0  # keeps these random numbers apart from others that are drawn from a run's seed
 # Of the episodes, the last ones on disk where tfds put them in an order by a hash of their names; drawn where they stand as recorded.
 VAL_SHARE = 0.05
+LARGEST_WEIGHT = 1000  # an epoch's order is in memory
 
 
 class Step(NamedTuple):
@@ -153,7 +154,7 @@ class Mixture:
 
     An epoch, `len(mixture)` draws, takes round(weight · frames) of each data set (weight 1: each frame once),
     mixed anew by (seed, epoch). Of weight 1, no frame comes again before all others came. ConfigError
-    for a data set without training frames, and for two of one name (their statistics would share a key).
+    for a bad weight, a data set without training frames, and two of one name (their statistics would share a key).
     """
 
     def __init__(
@@ -167,6 +168,9 @@ class Mixture:
     ) -> None:
         weights = [1.0] * len(caches) if weights is None else weights
         names = [cache.name for cache in caches]
+        if len(weights) != len(caches) or not all(0 < weight <= LARGEST_WEIGHT for weight in weights):
+            said = f"a mixture of {names} needs a weight above 0 for each"
+            raise ConfigError(f"{said}, of at most {LARGEST_WEIGHT}, not {list(weights)}")
         if len(set(names)) < len(names):
             raise ConfigError(f"a mixture can't hold two data sets of one name, {names}: rename a folder")
         widths = {cache.actions.shape[1] for cache in caches}

@@ -7,14 +7,12 @@ from typing import Any
 
 from prismatic.data import lerobot, rlds
 from prismatic.data.dataset_folder import find_dataset, is_lerobot, is_version
-from prismatic.data.frames import VAL_SHARE, FrameCache, Mixture
+from prismatic.data.frames import LARGEST_WEIGHT, VAL_SHARE, FrameCache, Mixture
 from prismatic.data.gripper import choose_gripper
 from prismatic.errors import ConfigError
 from prismatic.filenames import RLDS_INFO
 from prismatic.hub import WANTED_DATA, resolve
 from prismatic.ranges import check_folder_name
-
-LARGEST_WEIGHT = 1000  # an epoch's order is in memory
 
 
 def open_cache(

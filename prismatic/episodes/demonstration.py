@@ -111,9 +111,8 @@ class EpisodeWriter:
 
     def __init__(self, sim: LiberoSimulator) -> None:
         self._sim = sim
-        self._steps: list[
-            tuple[list[np.ndarray], tuple[bytes, ...] | None, np.ndarray]
-        ] = []  # moment, its images where drawn, action
+        # a moment, its images where they had been drawn, and the action
+        self._steps: list[tuple[list[np.ndarray], tuple[bytes, ...] | None, np.ndarray]] = []
 
     def __len__(self) -> int:
         return len(self._steps)
